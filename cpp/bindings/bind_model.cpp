@@ -1,0 +1,144 @@
+// dsfp4.Model's C++ side.
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "dsfp4/error.h"
+#include "dsfp4/model.h"
+
+namespace dsfp4::bindings {
+namespace {
+
+namespace nb = nanobind;
+
+using Ids = ConstArray<std::int64_t>;
+
+std::vector<std::int32_t> ids_of(const Ids& ids) {
+  if (ids.ndim() != 1) throw ParameterError("ids", "must be one-dimensional");
+  std::vector<std::int32_t> narrow(ids.shape(0));
+  for (std::size_t i = 0; i < narrow.size(); ++i) {
+    narrow[i] = static_cast<std::int32_t>(ids.data()[i]);
+    if (narrow[i] != ids.data()[i]) {
+      throw ParameterError("ids", "token id " + std::to_string(ids.data()[i]) + " at position " +
+                                      std::to_string(i) + " is outside every vocabulary");
+    }
+  }
+  return narrow;
+}
+
+Model load(const std::string& path, const std::string& device, int threads,
+           std::int64_t max_context, const std::optional<nb::callable>& progress) {
+  LoadOptions options;
+  options.device = device;
+  options.threads = threads;
+  options.max_context = max_context;
+  if (progress) {
+    options.progress = [&](std::uint64_t done, std::uint64_t total) {
+      const nb::gil_scoped_acquire gil;
+      (*progress)(done, total);
+    };
+  }
+  const nb::gil_scoped_release released;
+  return Model::load(path, options);
+}
+
+nb::tuple forward(Model& model, const Ids& ids,
+                  const std::optional<ConstArray<std::int32_t>>& experts, bool decode) {
+  const std::vector<std::int32_t> tokens = ids_of(ids);
+  const auto vocab = static_cast<std::size_t>(model.vocab_size());
+  const auto layers = static_cast<std::size_t>(model.moe_layers());
+  const auto top_k = static_cast<std::size_t>(model.num_experts_per_tok());
+  std::vector<float> logits(tokens.size() * vocab);
+  std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
+  ForwardOptions options;
+  options.chosen_experts = chosen;
+  options.decode = decode;
+  if (experts) {
+    if (experts->ndim() != 3 || experts->shape(0) != layers ||
+        experts->shape(1) != tokens.size() || experts->shape(2) != top_k) {
+      throw ParameterError("experts", "must have shape [" + std::to_string(layers) + ", " +
+                                          std::to_string(tokens.size()) + ", " +
+                                          std::to_string(top_k) +
+                                          "]: [moe_layers, tokens, num_experts_per_tok]");
+    }
+    options.forced_experts = {experts->data(), experts->size()};
+  }
+  {
+    const nb::gil_scoped_release released;
+    model.forward(tokens, logits, options);
+  }
+  return nb::make_tuple(own_array(std::move(logits), {tokens.size(), vocab}),
+                        own_array(std::move(chosen), {layers, tokens.size(), top_k}));
+}
+
+GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens,
+                          double temperature, std::int64_t top_k, double top_p,
+                          std::uint64_t seed, std::optional<std::vector<std::int32_t>> stop_ids,
+                          const std::optional<nb::callable>& on_token) {
+  GenerateOptions options;
+  options.max_tokens = max_tokens;
+  options.temperature = temperature;
+  options.top_k = top_k;
+  options.top_p = top_p;
+  options.seed = seed;
+  options.stop_ids = std::move(stop_ids);
+  const std::vector<std::int32_t> prompt = ids_of(ids);
+  const nb::gil_scoped_release released;
+  // The callback also lets a pending Ctrl-C through, so it is there even if Python gave none.
+  return model.generate(prompt, options, [&](std::int32_t token) {
+    const nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    return !on_token || nb::cast<bool>((*on_token)(token));
+  });
+}
+
+const char* finish_reason(const GenerationResult& result) {
+  switch (result.finish_reason) {
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kCancelled:
+      return "cancelled";
+  }
+  return "";
+}
+
+}  // namespace
+
+void bind_model(nb::module_& m) {
+  nb::class_<GenerationResult>(m, "GenerationResult",
+                               "What a generation gave. Times are in seconds.")
+      .def_ro("tokens", &GenerationResult::tokens, "Generated ids, without the stop token.")
+      .def_prop_ro("finish_reason", &finish_reason, "'stop', 'length' or 'cancelled'.")
+      .def_ro("prompt_tokens", &GenerationResult::prompt_tokens)
+      .def_ro("prefill_seconds", &GenerationResult::prefill_seconds)
+      .def_ro("decode_seconds", &GenerationResult::decode_seconds);
+
+  nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
+      .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
+           nb::arg("max_context") = 0, nb::arg("progress") = nb::none())
+      .def_prop_ro("vocab_size", &Model::vocab_size)
+      .def_prop_ro("moe_layers", &Model::moe_layers)
+      .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)
+      .def_prop_ro("max_context", &Model::max_context, "Longest sequence, in tokens.")
+      .def_prop_ro("weight_bytes", &Model::weight_bytes)
+      .def_prop_ro("device", &Model::device)
+      .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
+           nb::arg("decode") = false)
+      .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
+           nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
+           nb::arg("seed") = 0, nb::arg("stop_ids") = nb::none(),
+           nb::arg("on_token") = nb::none());
+}
+
+}  // namespace dsfp4::bindings

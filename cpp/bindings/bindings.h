@@ -1,0 +1,14 @@
+// One function a domain, each adding its part to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace dsfp4::bindings {
+
+void bind_errors(nanobind::module_& m);
+void bind_format(nanobind::module_& m);
+void bind_checkpoint(nanobind::module_& m);
+void bind_ops(nanobind::module_& m);
+void bind_model(nanobind::module_& m);
+
+}  // namespace dsfp4::bindings

@@ -1,0 +1,74 @@
+// The catalogue: every tensor of a checkpoint folder and where its bytes lie. Reads headers only.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "format/dtype.h"
+
+namespace dsfp4::checkpoint {
+
+struct ShardIndex;
+
+struct TensorInfo {
+  std::string name;
+  format::DType dtype = format::DType::kF32;
+  std::vector<std::int64_t> shape;  // [] is a scalar
+  std::uint32_t file = 0;           // index into Catalogue::files()
+  std::uint64_t offset = 0;         // absolute byte offset in that file
+  std::uint64_t bytes = 0;
+};
+
+class Catalogue {
+ public:
+  /// Reads the headers of every shard in `folder`: those that model.safetensors.index.json names
+  /// (absent ones are allowed: a tensor that is then needed is an error later), and every other
+  /// *.safetensors file that lies there. Throws CheckpointError for anything malformed, IoError
+  /// where the system refuses.
+  static Catalogue open(const std::filesystem::path& folder);
+
+  // Layouts point into it: it moves, and is never copied.
+  Catalogue(Catalogue&&) = default;
+  Catalogue& operator=(Catalogue&&) = default;
+  Catalogue(const Catalogue&) = delete;
+  Catalogue& operator=(const Catalogue&) = delete;
+
+  const std::filesystem::path& folder() const noexcept { return folder_; }
+  const std::vector<std::filesystem::path>& files() const noexcept { return files_; }
+  const std::vector<TensorInfo>& tensors() const noexcept { return tensors_; }
+  /// Null if there is none.
+  const TensorInfo* find(std::string_view name) const;
+  /// Throws CheckpointError that names the tensor and, if the index names an absent shard for it,
+  /// that shard.
+  const TensorInfo& require(std::string_view name) const;
+  /// Whether the index places that tensor in a shard that is not there.
+  bool in_absent_shard(std::string_view name) const { return find_absent(name) != nullptr; }
+  std::string file_name(const TensorInfo& tensor) const;
+
+ private:
+  // A tensor that the index places in a shard that is not there.
+  struct AbsentTensor {
+    std::string name;
+    std::uint32_t shard = 0;  // index into absent_shards_
+  };
+
+  Catalogue() = default;
+  void read_headers(const std::vector<std::string>& shards,
+                    const std::vector<std::string>& indexed);
+  void sort_names();
+  const AbsentTensor* find_absent(std::string_view name) const;
+  void check_index(ShardIndex& index);  // takes names out of it
+
+  std::filesystem::path folder_;
+  std::vector<std::filesystem::path> files_;
+  std::vector<TensorInfo> tensors_;
+  // Sorted, not hashed: names are chosen by strangers, and a hash can be made to collide.
+  std::vector<std::uint32_t> by_name_;
+  std::vector<AbsentTensor> absent_;  // sorted by name
+  std::vector<std::string> absent_shards_;
+};
+
+}  // namespace dsfp4::checkpoint

@@ -1,0 +1,69 @@
+// Roles: which tensors make up layer 12's o_proj, or expert 7's up-projection and its scales.
+// Formats are recognised from the tensors themselves; shapes are checked against the config.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "checkpoint/catalogue.h"
+#include "checkpoint/config.h"
+#include "format/weight.h"
+
+namespace dsfp4::checkpoint {
+
+/// A weight matrix as the files hold it. Pointers are into the Catalogue, which must outlive this.
+struct WeightSource {
+  format::WeightFormat format = format::WeightFormat::kF32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  const TensorInfo* data = nullptr;
+  const TensorInfo* scales = nullptr;        // null where the format has none
+  const TensorInfo* global_scale = nullptr;  // NVFP4 only: a scalar, F32 or BF16
+  bool global_scale_is_reciprocal = false;   // compressed-tensors' weight_global_scale
+
+  bool present() const { return data != nullptr; }
+  /// Bytes that lie in the files: data + scales (the scalars are not counted).
+  std::uint64_t bytes() const;
+};
+
+struct MlpSource {
+  WeightSource gate_proj, up_proj, down_proj;
+};
+
+struct AttentionSource {
+  WeightSource q_proj;  // only where q_lora_rank is 0; else the two below
+  WeightSource q_a_proj, q_b_proj;
+  const TensorInfo* q_a_layernorm = nullptr;
+  WeightSource kv_a_proj_with_mqa, kv_b_proj, o_proj;
+  const TensorInfo* kv_a_layernorm = nullptr;
+};
+
+struct LayerSource {
+  const TensorInfo* input_layernorm = nullptr;
+  const TensorInfo* post_attention_layernorm = nullptr;
+  AttentionSource self_attn;
+  MlpSource mlp;  // dense layers only
+  // MoE layers only:
+  WeightSource gate;                                    // [n_routed_experts, hidden], F32 or BF16
+  const TensorInfo* e_score_correction_bias = nullptr;  // noaux_tc only, F32 (BF16 accepted)
+  std::vector<MlpSource> experts;                       // n_routed_experts
+  MlpSource shared_experts;                             // absent if n_shared_experts is 0
+};
+
+struct ModelLayout {
+  WeightSource embed_tokens;  // F32 or BF16 [vocab, hidden]
+  WeightSource lm_head;       // [vocab, hidden]; the embedding where tie_word_embeddings
+  const TensorInfo* norm = nullptr;
+  std::vector<LayerSource> layers;  // num_hidden_layers; MTP layers are not listed
+};
+
+/// Recognises the weight of module `module` ("model.layers.3.mlp.down_proj") and checks that it is
+/// [rows, cols]. Throws CheckpointError that names the tensor at fault.
+WeightSource resolve_weight(const Catalogue& catalogue, const std::string& module,
+                            std::int64_t rows, std::int64_t cols);
+
+/// All roles of the model. Throws CheckpointError for a missing tensor or a wrong shape or dtype.
+ModelLayout resolve_layout(const Catalogue& catalogue, const ModelConfig& config);
+
+}  // namespace dsfp4::checkpoint

@@ -1,0 +1,16 @@
+// What hf_quant_config.json and config.json's quantization_config say of the formats. The formats
+// themselves are recognised from the tensors (layout.h); here only what they cannot show is
+// checked.
+#pragma once
+
+#include <filesystem>
+
+#include "checkpoint/fields.h"
+
+namespace dsfp4::checkpoint {
+
+/// Both may be missing. Throws CheckpointError for a malformed one and UnsupportedError for FP8
+/// tiles other than 128x128 and NVFP4 groups other than 16.
+void check_quantization(const std::filesystem::path& folder, const Fields& config);
+
+}  // namespace dsfp4::checkpoint

@@ -1,0 +1,175 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+
+#include "base/thread_pool.h"
+#include "dsfp4/error.h"
+#include "engine/sampler.h"
+
+namespace dsfp4::engine {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+int thread_count(int threads) {
+  if (threads < 0 || threads > kMaxThreads) {
+    throw ParameterError("threads", "must be 0 (all cores) to " + std::to_string(kMaxThreads) +
+                                        ", not " + std::to_string(threads));
+  }
+  return threads == 0 ? available_cores() : threads;
+}
+
+std::unique_ptr<ops::Backend> make_backend(const std::string& device, int threads) {
+  if (device == "cpu") return ops::make_cpu_backend(threads);
+  if (device == "reference") return ops::make_reference_backend(threads);
+  throw ParameterError("device", "'" + device + "' is not one of cpu, reference");
+}
+
+std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
+  if (wanted < 0 || wanted > model_limit) {
+    throw ParameterError("max_context", "must be 1 to " + std::to_string(model_limit) +
+                                            " tokens, or 0 for the most, not " +
+                                            std::to_string(wanted));
+  }
+  return wanted == 0 ? model_limit : wanted;
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
+    : config_(checkpoint::read_config(folder)),
+      max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
+      backend_(make_backend(options.device, thread_count(options.threads))),
+      loaded_(load_weights(folder, config_, thread_count(options.threads), options.progress)),
+      decoder_(model::make_spec(config_), loaded_.weights, *backend_),
+      scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations"),
+      cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(),
+             backend_->kv_format()) {}
+
+void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
+  if (ids.empty()) throw ParameterError(parameter, "must hold at least one token id");
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= spec().vocab_size) {
+      throw ParameterError(parameter, "token id " + std::to_string(ids[i]) + " at position " +
+                                          std::to_string(i) + " is outside the vocabulary of " +
+                                          std::to_string(spec().vocab_size));
+    }
+  }
+  const auto count = static_cast<std::int64_t>(ids.size());
+  if (count > max_context_) throw ContextLengthError(count, max_context_);
+}
+
+template <typename Use>
+void Engine::step(Sequence& sequence, model::Batch batch, const Use& use) {
+  const auto rows = static_cast<std::int64_t>(batch.ids.size());
+  const ops::SequenceRows part = sequence.next_rows(0, rows);
+  batch.sequences = {&part, 1};
+  const model::ScratchScope scope(scratch_);
+  use(decoder_.forward(batch, scratch_));
+  sequence.advance(rows);
+}
+
+void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
+                     const ForwardOptions& options) {
+  check_ids(ids, "ids");
+  const auto count = static_cast<std::int64_t>(ids.size());
+  const auto pairs = static_cast<std::size_t>(spec().moe_layers() * count * spec().router.top_k);
+  if (logits.size() != ids.size() * static_cast<std::size_t>(spec().vocab_size)) {
+    throw ParameterError("logits", "must hold vocab_size values for each token");
+  }
+  if (!options.forced_experts.empty() && options.forced_experts.size() != pairs) {
+    throw ParameterError("experts", "must be [moe_layers, tokens, num_experts_per_tok], " +
+                                        std::to_string(pairs) + " in all, not " +
+                                        std::to_string(options.forced_experts.size()));
+  }
+  if (!options.chosen_experts.empty() && options.chosen_experts.size() != pairs) {
+    throw ParameterError("chosen_experts", "must be [moe_layers, tokens, num_experts_per_tok]");
+  }
+
+  const std::lock_guard turn(turn_);
+  Sequence sequence(cache_);
+  const std::int64_t chunk = options.decode ? 1 : kPrefillChunk;
+  for (std::int64_t at = 0; at < count; at += chunk) {
+    const std::int64_t rows = std::min(chunk, count - at);
+    const auto first_pair = static_cast<std::size_t>(at * spec().router.top_k);
+    model::Batch batch;
+    batch.phase = options.decode ? model::Phase::kDecode : model::Phase::kPrefill;
+    batch.ids = ids.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows));
+    if (!options.forced_experts.empty()) {
+      batch.forced_experts = options.forced_experts.data() + first_pair;
+    }
+    if (!options.chosen_experts.empty()) {
+      batch.chosen_experts = options.chosen_experts.data() + first_pair;
+    }
+    batch.expert_layer_stride = count * spec().router.top_k;
+    step(sequence, batch, [&](ops::ConstMatrix hidden) {
+      const std::int64_t vocab = spec().vocab_size;
+      decoder_.head(hidden, {logits.data() + at * vocab, rows, vocab, vocab});
+    });
+  }
+}
+
+void Engine::last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
+                         std::span<float> logits) {
+  model::Batch batch;
+  batch.phase = phase;
+  batch.ids = ids;
+  step(sequence, batch, [&](ops::Matrix hidden) {
+    const std::int64_t vocab = spec().vocab_size;
+    decoder_.head(hidden.slice(hidden.rows - 1, 1), {logits.data(), 1, vocab, vocab});
+  });
+}
+
+GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
+                                  const GenerateOptions& options, const TokenCallback& on_token) {
+  check_options(options, spec().vocab_size);
+  check_ids(prompt, "prompt");
+  const auto prompt_tokens = static_cast<std::int64_t>(prompt.size());
+  if (prompt_tokens + 1 > max_context_) throw ContextLengthError(prompt_tokens + 1, max_context_);
+  std::vector<std::int32_t> stop_ids(config().eos_token_ids.begin(), config().eos_token_ids.end());
+  if (options.stop_ids) stop_ids = *options.stop_ids;
+
+  const std::lock_guard turn(turn_);
+  GenerationResult result;
+  result.prompt_tokens = prompt_tokens;
+  Sequence sequence(cache_);
+  Sampler sampler(options);
+  std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
+
+  auto start = std::chrono::steady_clock::now();
+  for (std::size_t at = 0; at < prompt.size(); at += kPrefillChunk) {
+    const std::size_t rows = std::min<std::size_t>(kPrefillChunk, prompt.size() - at);
+    last_logits(sequence, model::Phase::kPrefill, prompt.subspan(at, rows), logits);
+  }
+  result.prefill_seconds = seconds_since(start);
+
+  start = std::chrono::steady_clock::now();
+  const std::int64_t most = std::min(options.max_tokens, max_context_ - prompt_tokens);
+  for (;;) {
+    const std::int32_t token = sampler.sample(logits);
+    if (std::ranges::find(stop_ids, token) != stop_ids.end()) {
+      result.finish_reason = FinishReason::kStop;
+      break;
+    }
+    result.tokens.push_back(token);
+    if (on_token && !on_token(token)) {
+      result.finish_reason = FinishReason::kCancelled;
+      break;
+    }
+    if (static_cast<std::int64_t>(result.tokens.size()) >= most) {
+      result.finish_reason = FinishReason::kLength;
+      break;
+    }
+    last_logits(sequence, model::Phase::kDecode, {&token, 1}, logits);
+  }
+  result.decode_seconds = seconds_since(start);
+  return result;
+}
+
+}  // namespace dsfp4::engine

@@ -1,0 +1,57 @@
+// Runs sequences through the decoder: prefill in chunks, decode token by token, sample.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "checkpoint/config.h"
+#include "dsfp4/model.h"
+#include "engine/kv_cache.h"
+#include "engine/loader.h"
+#include "memory/arena.h"
+#include "model/decoder.h"
+#include "ops/backend.h"
+
+namespace dsfp4::engine {
+
+/// Tokens of a prompt that pass the layers together; bounds scratch.
+inline constexpr std::int64_t kPrefillChunk = 256;
+
+class Engine {
+ public:
+  Engine(const std::filesystem::path& folder, const LoadOptions& options);
+
+  const checkpoint::ModelConfig& config() const noexcept { return config_; }
+  const model::ModelSpec& spec() const noexcept { return decoder_.spec(); }
+  std::int64_t max_context() const noexcept { return max_context_; }
+  std::uint64_t weight_bytes() const noexcept { return loaded_.weight_bytes; }
+
+  void forward(std::span<const std::int32_t> ids, std::span<float> logits,
+               const ForwardOptions& options);
+  GenerationResult generate(std::span<const std::int32_t> prompt, const GenerateOptions& options,
+                            const TokenCallback& on_token);
+
+ private:
+  /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
+  /// [ids.size(), hidden], valid during the call.
+  template <typename Use>
+  void step(Sequence& sequence, model::Batch batch, const Use& use);
+  /// Logits of the last of `ids`, which become the sequence's next tokens.
+  void last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
+                   std::span<float> logits);
+  void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;
+
+  checkpoint::ModelConfig config_;
+  std::int64_t max_context_;
+  std::unique_ptr<ops::Backend> backend_;
+  LoadedWeights loaded_;
+  model::Decoder decoder_;
+  memory::Arena scratch_;
+  KvCache cache_;
+  std::mutex turn_;  // callers take turns
+};
+
+}  // namespace dsfp4::engine

@@ -1,0 +1,205 @@
+#include "engine/loader.h"
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/catalogue.h"
+#include "checkpoint/layout.h"
+#include "dsfp4/error.h"
+#include "format/scalar.h"
+#include "memory/arena.h"
+#include "storage/reader.h"
+
+namespace dsfp4::engine {
+namespace {
+
+using checkpoint::Catalogue;
+using checkpoint::TensorInfo;
+using checkpoint::WeightSource;
+using memory::Arena;
+
+// Goes over a layout twice with the same code: first to count bytes, then, with an arena, to place
+// everything and note what is to be read where.
+class Placement {
+ public:
+  explicit Placement(const Catalogue& catalogue) : catalogue_(catalogue) {}
+
+  void use_arena(Arena& arena) { arena_ = &arena; }
+  std::size_t arena_bytes() const noexcept { return arena_bytes_; }
+  std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
+  const std::vector<storage::Extent>& extents() const noexcept { return extents_; }
+
+  void place(const WeightSource& source, format::WeightView& view) {
+    if (!source.present()) return;
+    view.format = source.format;
+    view.rows = source.rows;
+    view.cols = source.cols;
+    view.data = bytes_of(*source.data);
+    if (source.scales != nullptr) view.scales = bytes_of(*source.scales);
+    if (arena_ == nullptr) {
+      weight_bytes_ += source.bytes();
+    } else if (source.global_scale != nullptr) {
+      global_scales_.push_back({&source, &view, read_later(*source.global_scale)});
+    }
+  }
+
+  void place(const TensorInfo* vector, std::span<const float>& view) {
+    if (vector == nullptr) return;
+    const auto count = static_cast<std::size_t>(vector->shape.at(0));
+    arena_bytes_ += Arena::padded(count * sizeof(float));
+    if (arena_ == nullptr) return;
+    auto* values = arena_->take_array<float>(count);
+    view = {values, count};
+    vectors_.push_back({vector, values, read_later(*vector)});
+  }
+
+  // Once the extents are read: what is kept as FP32 is converted.
+  void finish() {
+    for (const Vector& vector : vectors_) {
+      to_floats(*vector.tensor, staging_[vector.staged].data(), vector.values,
+                static_cast<std::size_t>(vector.tensor->shape.at(0)));
+    }
+    for (const GlobalScale& scale : global_scales_) {
+      const TensorInfo& tensor = *scale.source->global_scale;
+      float value = 0.0f;
+      to_floats(tensor, staging_[scale.staged].data(), &value, 1);
+      if (!std::isfinite(value) || value <= 0.0f) {
+        throw CheckpointError(catalogue_.file_name(tensor), tensor.name,
+                              static_cast<std::int64_t>(tensor.offset),
+                              "the global scale is " + std::to_string(value) +
+                                  "; it must be positive and finite");
+      }
+      scale.view->global_scale =
+          scale.source->global_scale_is_reciprocal ? 1.0f / value : value;
+    }
+  }
+
+ private:
+  struct Vector {
+    const TensorInfo* tensor;
+    float* values;
+    std::size_t staged;
+  };
+  struct GlobalScale {
+    const WeightSource* source;
+    format::WeightView* view;
+    std::size_t staged;
+  };
+
+  const std::byte* bytes_of(const TensorInfo& tensor) {
+    arena_bytes_ += Arena::padded(tensor.bytes);
+    if (arena_ == nullptr) return nullptr;
+    std::byte* destination = arena_->take(tensor.bytes);
+    extents_.push_back({tensor.file, tensor.offset, tensor.bytes, destination});
+    return destination;
+  }
+
+  std::size_t read_later(const TensorInfo& tensor) {
+    staging_.emplace_back(tensor.bytes);
+    extents_.push_back({tensor.file, tensor.offset, tensor.bytes, staging_.back().data()});
+    return staging_.size() - 1;
+  }
+
+  static void to_floats(const TensorInfo& tensor, const std::byte* bytes, float* out,
+                        std::size_t count) {
+    if (tensor.dtype == format::DType::kF32) {
+      std::memcpy(out, bytes, count * sizeof(float));
+      return;
+    }
+    for (std::size_t i = 0; i < count; ++i) {  // the layout admits F32 and BF16 only
+      std::uint16_t code = 0;
+      std::memcpy(&code, bytes + i * sizeof(code), sizeof(code));
+      out[i] = format::bf16_to_float(code);
+    }
+  }
+
+  const Catalogue& catalogue_;
+  Arena* arena_ = nullptr;
+  std::size_t arena_bytes_ = 0;
+  std::uint64_t weight_bytes_ = 0;
+  std::vector<storage::Extent> extents_;
+  std::vector<std::vector<std::byte>> staging_;
+  std::vector<Vector> vectors_;
+  std::vector<GlobalScale> global_scales_;
+};
+
+void place_mlp(Placement& placement, const checkpoint::MlpSource& source,
+               model::MlpWeights& weights) {
+  placement.place(source.gate_proj, weights.gate_proj);
+  placement.place(source.up_proj, weights.up_proj);
+  placement.place(source.down_proj, weights.down_proj);
+}
+
+void place_layer(Placement& placement, const checkpoint::LayerSource& source,
+                 model::LayerWeights& weights) {
+  placement.place(source.input_layernorm, weights.input_layernorm);
+  placement.place(source.post_attention_layernorm, weights.post_attention_layernorm);
+  const checkpoint::AttentionSource& from = source.self_attn;
+  model::AttentionWeights& to = weights.self_attn;
+  placement.place(from.q_proj, to.q_proj);
+  placement.place(from.q_a_proj, to.q_a_proj);
+  placement.place(from.q_a_layernorm, to.q_a_layernorm);
+  placement.place(from.q_b_proj, to.q_b_proj);
+  placement.place(from.kv_a_proj_with_mqa, to.kv_a_proj_with_mqa);
+  placement.place(from.kv_a_layernorm, to.kv_a_layernorm);
+  placement.place(from.kv_b_proj, to.kv_b_proj);
+  placement.place(from.o_proj, to.o_proj);
+  place_mlp(placement, source.mlp, weights.mlp);
+  placement.place(source.gate, weights.gate);
+  placement.place(source.e_score_correction_bias, weights.e_score_correction_bias);
+  weights.experts.resize(source.experts.size());
+  for (std::size_t e = 0; e < source.experts.size(); ++e) {
+    place_mlp(placement, source.experts[e], weights.experts[e]);
+  }
+  place_mlp(placement, source.shared_experts, weights.shared_experts);
+}
+
+void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
+                 model::ModelWeights& weights) {
+  placement.place(layout.embed_tokens, weights.embed_tokens);
+  weights.layers.resize(layout.layers.size());
+  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
+    place_layer(placement, layout.layers[i], weights.layers[i]);
+  }
+  placement.place(layout.norm, weights.norm);
+  if (layout.lm_head.data == layout.embed_tokens.data) {
+    weights.lm_head = weights.embed_tokens;  // tied
+  } else {
+    placement.place(layout.lm_head, weights.lm_head);
+  }
+}
+
+}  // namespace
+
+LoadedWeights load_weights(const std::filesystem::path& folder,
+                           const checkpoint::ModelConfig& config, int threads,
+                           const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+  const Catalogue catalogue = Catalogue::open(folder);
+  const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
+
+  model::ModelWeights weights;
+  Placement counted(catalogue);
+  place_model(counted, layout, weights);
+  const std::size_t available = memory::available_memory();
+  if (counted.arena_bytes() > available) {
+    throw MemoryLimitError("the weights", counted.arena_bytes(), available);
+  }
+
+  Arena arena(counted.arena_bytes(), "the weights");
+  Placement placement(catalogue);
+  placement.use_arena(arena);
+  place_model(placement, layout, weights);
+
+  std::uint64_t total = 0;
+  for (const storage::Extent& extent : placement.extents()) total += extent.bytes;
+  const auto reader = storage::make_pread_reader(catalogue.files(), threads);
+  reader->read(placement.extents(), [&](std::uint64_t done) {
+    if (progress) progress(done, total);
+  });
+  placement.finish();
+  return {std::move(arena), std::move(weights), counted.weight_bytes()};
+}
+
+}  // namespace dsfp4::engine

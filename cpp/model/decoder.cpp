@@ -1,0 +1,83 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "model/rope.h"
+
+namespace dsfp4::model {
+namespace {
+
+using ops::Matrix;
+
+std::vector<std::int64_t> positions_of(std::span<const ops::SequenceRows> sequences) {
+  std::vector<std::int64_t> positions;
+  for (const ops::SequenceRows& sequence : sequences) {
+    for (std::int64_t r = 0; r < sequence.rows; ++r) positions.push_back(sequence.position + r);
+  }
+  return positions;
+}
+
+}  // namespace
+
+Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
+  const auto rows = static_cast<std::int64_t>(batch.ids.size());
+  const Matrix x = scratch_matrix(arena, rows, spec_.hidden_size);  // the residual stream
+  const ScratchScope scope(arena);
+  const Matrix normed = scratch_matrix(arena, rows, spec_.hidden_size);
+  const Matrix block = scratch_matrix(arena, rows, spec_.hidden_size);
+  const Matrix cos_sin = scratch_matrix(arena, rows, spec_.mla.qk_rope_head_dim);
+  fill_cos_sin(spec_.rope, positions_of(batch.sequences), cos_sin);
+
+  std::vector<ops::SequenceRows> sequences(batch.sequences.begin(), batch.sequences.end());
+  const Step step{batch.phase, sequences, cos_sin};
+  backend_.embed(weights_.embed_tokens, batch.ids, x);
+  for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
+    const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
+    backend_.rms_norm(x, weights.input_layernorm, spec_.rms_norm_eps, normed);
+    mla_attention(spec_, weights.self_attn, step, backend_, arena, normed, block);
+    backend_.add(block, x);
+
+    backend_.rms_norm(x, weights.post_attention_layernorm, spec_.rms_norm_eps, normed);
+    if (spec_.is_moe(layer)) {
+      moe(spec_, weights, expert_choice(batch, layer), backend_, arena, normed, block);
+    } else {
+      mlp(weights.mlp, backend_, arena, normed, block);
+    }
+    backend_.add(block, x);
+    for (ops::SequenceRows& sequence : sequences) sequence.kv.layer_offset += kv_layer_bytes();
+  }
+  backend_.rms_norm(x, weights_.norm, spec_.rms_norm_eps, x);
+  return x;
+}
+
+void Decoder::head(ops::ConstMatrix hidden, Matrix logits) const {
+  backend_.linear(weights_.lm_head, hidden, logits);
+}
+
+ExpertChoice Decoder::expert_choice(const Batch& batch, std::int64_t layer) const {
+  const std::int64_t offset = (layer - spec_.dense_layers) * batch.expert_layer_stride;
+  const std::size_t count = batch.ids.size() * static_cast<std::size_t>(spec_.router.top_k);
+  ExpertChoice choice;
+  if (batch.forced_experts != nullptr) choice.forced = {batch.forced_experts + offset, count};
+  if (batch.chosen_experts != nullptr) choice.chosen = {batch.chosen_experts + offset, count};
+  return choice;
+}
+
+std::size_t Decoder::scratch_bytes(std::int64_t rows) const {
+  const std::size_t stream =
+      3 * memory::Arena::padded(static_cast<std::size_t>(rows * spec_.hidden_size) *
+                                sizeof(float)) +
+      memory::Arena::padded(static_cast<std::size_t>(rows * spec_.mla.qk_rope_head_dim) *
+                            sizeof(float));
+  return stream + std::max({mla_scratch_bytes(spec_, rows),
+                            mlp_scratch_bytes(spec_.intermediate_size, rows),
+                            spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, rows) : 0});
+}
+
+std::size_t Decoder::kv_layer_bytes() const {
+  return static_cast<std::size_t>(ops::kKvBlockTokens * spec_.mla.cache_width()) *
+         ops::kv_value_bytes(backend_.kv_format());
+}
+
+}  // namespace dsfp4::model

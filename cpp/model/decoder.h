@@ -1,0 +1,53 @@
+// The decoder: embedding, the stack of layers, the final norm and the head.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "memory/arena.h"
+#include "model/layers.h"
+#include "model/spec.h"
+#include "model/weights.h"
+#include "ops/backend.h"
+
+namespace dsfp4::model {
+
+/// One step of the model: some tokens of one or more sequences.
+struct Batch {
+  Phase phase = Phase::kPrefill;
+  std::span<const std::int32_t> ids;             // [rows]
+  std::span<const ops::SequenceRows> sequences;  // cover the rows; kv.layer_offset is 0
+  /// Experts per MoE layer: layer l's rows begin l * expert_layer_stride entries in. May be null.
+  const std::int32_t* forced_experts = nullptr;
+  std::int32_t* chosen_experts = nullptr;
+  std::int64_t expert_layer_stride = 0;
+};
+
+class Decoder {
+ public:
+  /// The weights and the backend must outlive the decoder.
+  Decoder(ModelSpec spec, const ModelWeights& weights, ops::Backend& backend)
+      : spec_(std::move(spec)), weights_(weights), backend_(backend) {}
+
+  const ModelSpec& spec() const noexcept { return spec_; }
+
+  /// Runs all layers; returns the normed hidden states [rows, hidden], which lie in `arena` from
+  /// where it stood at the call. The tokens' latents are in the KV cache afterwards.
+  ops::Matrix forward(const Batch& batch, memory::Arena& arena) const;
+  /// logits [rows, vocab] = head(hidden).
+  void head(ops::ConstMatrix hidden, ops::Matrix logits) const;
+
+  /// Arena bytes that forward() needs for `rows` rows.
+  std::size_t scratch_bytes(std::int64_t rows) const;
+  /// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
+  std::size_t kv_layer_bytes() const;
+
+ private:
+  ExpertChoice expert_choice(const Batch& batch, std::int64_t layer) const;
+
+  ModelSpec spec_;
+  const ModelWeights& weights_;
+  ops::Backend& backend_;
+};
+
+}  // namespace dsfp4::model

@@ -1,0 +1,75 @@
+#include "model/layers.h"
+
+namespace dsfp4::model {
+namespace {
+
+using ops::ConstMatrix;
+using ops::Matrix;
+
+// q = W_UQ norm(W_DQ x), or W_Q x in V2-Lite; [rows, heads * (nope + rope)].
+void query(const ModelSpec& spec, const AttentionWeights& weights, ops::Backend& backend,
+           memory::Arena& arena, ConstMatrix x, Matrix q) {
+  if (spec.q_lora_rank == 0) {
+    backend.linear(weights.q_proj, x, q);
+    return;
+  }
+  const ScratchScope scope(arena);
+  const Matrix compressed = scratch_matrix(arena, x.rows, spec.q_lora_rank);
+  backend.linear(weights.q_a_proj, x, compressed);
+  backend.rms_norm(compressed, weights.q_a_layernorm, kLoraNormEps, compressed);
+  backend.linear(weights.q_b_proj, compressed, q);
+}
+
+// Absorbed attention: queries are mapped into the latent space, so that keys and values are never
+// expanded.
+void decode_attention(const ops::MlaShape& shape, const WeightView& kv_b_proj, const Step& step,
+                      ops::Backend& backend, memory::Arena& arena, ConstMatrix q, Matrix heads) {
+  const Matrix q_abs = scratch_matrix(arena, q.rows, shape.heads * shape.kv_lora_rank);
+  const Matrix attended = scratch_matrix(arena, q.rows, shape.heads * shape.kv_lora_rank);
+  backend.absorb_query(shape, kv_b_proj, q, q_abs);
+  backend.latent_attention(shape, step.sequences, q_abs, q, attended);
+  backend.expand_value(shape, kv_b_proj, attended, heads);
+}
+
+}  // namespace
+
+void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const Step& step,
+                   ops::Backend& backend, memory::Arena& arena, ConstMatrix x, Matrix out) {
+  const ScratchScope scope(arena);
+  const ops::MlaShape& shape = spec.mla;
+
+  const Matrix q = scratch_matrix(arena, x.rows, shape.heads * shape.qk_head_dim());
+  query(spec, weights, backend, arena, x, q);
+  backend.rope(q.columns(shape.qk_nope_head_dim, q.cols - shape.qk_nope_head_dim), shape.heads,
+               shape.qk_head_dim(), step.cos_sin);
+
+  // What the cache holds: the normed latent, then the key that all heads share, rotated.
+  const Matrix kv = scratch_matrix(arena, x.rows, shape.cache_width());
+  backend.linear(weights.kv_a_proj_with_mqa, x, kv);
+  const Matrix latent = kv.columns(0, shape.kv_lora_rank);
+  backend.rms_norm(latent, weights.kv_a_layernorm, kLoraNormEps, latent);
+  backend.rope(kv.columns(shape.kv_lora_rank, shape.qk_rope_head_dim), 1, 0, step.cos_sin);
+  backend.kv_append(step.sequences, kv);
+
+  const Matrix heads = scratch_matrix(arena, x.rows, shape.heads * shape.v_head_dim);
+  if (step.phase == Phase::kPrefill) {
+    backend.prefill_attention(shape, weights.kv_b_proj, step.sequences, q, heads);
+  } else {
+    decode_attention(shape, weights.kv_b_proj, step, backend, arena, q, heads);
+  }
+  backend.linear(weights.o_proj, heads, out);
+}
+
+std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows) {
+  const ops::MlaShape& shape = spec.mla;
+  std::size_t bytes = 0;
+  for (const std::int64_t cols :
+       {shape.heads * shape.qk_head_dim(), spec.q_lora_rank, shape.cache_width(),
+        shape.heads * shape.v_head_dim, shape.heads * shape.kv_lora_rank,
+        shape.heads * shape.kv_lora_rank}) {
+    bytes += memory::Arena::padded(static_cast<std::size_t>(rows * cols) * sizeof(float));
+  }
+  return bytes;
+}
+
+}  // namespace dsfp4::model

@@ -1,0 +1,75 @@
+#include "model/rope.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+namespace dsfp4::model {
+namespace {
+
+double yarn_mscale(double factor, double mscale) {
+  return factor <= 1.0 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
+}
+
+// The pair whose wave makes `turns` turns over the original context.
+double pair_with_turns(double turns, std::int64_t dim, double theta, std::int64_t context) {
+  return static_cast<double>(dim) *
+         std::log(static_cast<double>(context) / (turns * 2.0 * std::numbers::pi)) /
+         (2.0 * std::log(theta));
+}
+
+}  // namespace
+
+RopeSpec rope_spec(const checkpoint::ModelConfig& config) {
+  const std::int64_t dim = config.qk_rope_head_dim;
+  RopeSpec rope;
+  for (std::int64_t i = 0; i < dim; i += 2) {
+    const double exponent = static_cast<double>(i) / static_cast<double>(dim);
+    rope.inverse_frequency.push_back(std::pow(config.rope_theta, -exponent));
+  }
+  if (!config.yarn) return rope;
+
+  // Fast waves stay, slow waves are interpolated, a ramp lies between.
+  const checkpoint::YarnConfig& yarn = *config.yarn;
+  const std::int64_t context = yarn.original_max_position_embeddings;
+  const double low = std::max(
+      std::floor(pair_with_turns(yarn.beta_fast, dim, config.rope_theta, context)), 0.0);
+  double high =
+      std::min(std::ceil(pair_with_turns(yarn.beta_slow, dim, config.rope_theta, context)),
+               static_cast<double>(dim - 1));
+  if (low == high) high += 0.001;
+  for (std::size_t i = 0; i < rope.inverse_frequency.size(); ++i) {
+    const double ramp = std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
+    double& frequency = rope.inverse_frequency[i];
+    frequency = frequency / yarn.factor * ramp + frequency * (1.0 - ramp);
+  }
+  rope.amplitude = yarn.mscale != 0.0 && yarn.mscale_all_dim != 0.0
+                       ? yarn_mscale(yarn.factor, yarn.mscale) /
+                             yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+                       : yarn_mscale(yarn.factor, 1.0);
+  return rope;
+}
+
+float softmax_scale(const checkpoint::ModelConfig& config) {
+  double scale =
+      1.0 / std::sqrt(static_cast<double>(config.qk_nope_head_dim + config.qk_rope_head_dim));
+  if (config.yarn && config.yarn->mscale_all_dim != 0.0) {
+    const double m = yarn_mscale(config.yarn->factor, config.yarn->mscale_all_dim);
+    scale *= m * m;
+  }
+  return static_cast<float>(scale);
+}
+
+void fill_cos_sin(const RopeSpec& rope, std::span<const std::int64_t> positions,
+                  ops::Matrix cos_sin) {
+  for (std::size_t t = 0; t < positions.size(); ++t) {
+    float* row = cos_sin.row(static_cast<std::int64_t>(t));
+    for (std::size_t i = 0; i < rope.inverse_frequency.size(); ++i) {
+      const double angle = static_cast<double>(positions[t]) * rope.inverse_frequency[i];
+      row[2 * i] = static_cast<float>(std::cos(angle) * rope.amplitude);
+      row[2 * i + 1] = static_cast<float>(std::sin(angle) * rope.amplitude);
+    }
+  }
+}
+
+}  // namespace dsfp4::model

@@ -1,0 +1,189 @@
+// The operations that the model is written in. Every backend computes the same functions;
+// `reference` defines them, the others agree with it to a stated tolerance.
+//
+// Conventions: matrices are row-major FP32 in the backend's memory; a row is a token unless said
+// otherwise. Weights stay in their stored format. Backends other than `reference` round the inputs of
+// a matrix product to BF16 and accumulate in FP32. The order of every sum depends on nothing but
+// the shape of a single row, so a token's result does not depend on its company.
+// Ops of one backend object are called from one thread at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "format/weight.h"
+
+namespace dsfp4::ops {
+
+struct ConstMatrix {
+  const float* data = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;  // floats from one row to the next
+
+  const float* row(std::int64_t r) const { return data + r * stride; }
+};
+
+struct Matrix {
+  float* data = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t stride = 0;
+
+  float* row(std::int64_t r) const { return data + r * stride; }
+  Matrix slice(std::int64_t first, std::int64_t count) const {
+    return {row(first), count, cols, stride};
+  }
+  /// Columns [first, first + count) of every row.
+  Matrix columns(std::int64_t first, std::int64_t count) const {
+    return {data + first, rows, count, stride};
+  }
+  operator ConstMatrix() const { return {data, rows, cols, stride}; }  // NOLINT: a plain view
+};
+
+/// What a matrix product does to its activations.
+enum class Inputs : std::uint8_t {
+  kBf16,  // rounded to BF16 (not by `reference`)
+  kF32,   // as they are: the router
+};
+
+/// Geometry of multi-head latent attention.
+struct MlaShape {
+  std::int64_t heads = 0;
+  std::int64_t kv_lora_rank = 0;
+  std::int64_t qk_nope_head_dim = 0;
+  std::int64_t qk_rope_head_dim = 0;
+  std::int64_t v_head_dim = 0;
+  float softmax_scale = 0.0f;
+
+  std::int64_t qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
+  /// Values that the cache holds for a token and layer: the latent, then the rotated shared key.
+  std::int64_t cache_width() const { return kv_lora_rank + qk_rope_head_dim; }
+};
+
+enum class KvFormat : std::uint8_t { kF32, kBf16 };
+
+/// Bytes of one cached value.
+std::size_t kv_value_bytes(KvFormat format);
+
+/// Tokens in one block of the KV cache.
+inline constexpr std::int64_t kKvBlockTokens = 64;
+
+/// One sequence's cache in one layer: token t lies in blocks[t / kKvBlockTokens], `layer_offset`
+/// bytes in, as row t % kKvBlockTokens of [kKvBlockTokens, cache_width].
+struct KvView {
+  std::span<std::byte* const> blocks;
+  std::size_t layer_offset = 0;
+  KvFormat format = KvFormat::kF32;
+};
+
+/// The rows of a batch that belong to one sequence: tokens at `position`, `position` + 1, ...
+struct SequenceRows {
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+  std::int64_t position = 0;
+  KvView kv;
+
+  /// Tokens that the last row of this step may look at.
+  std::int64_t length() const { return position + rows; }
+};
+
+/// How a family chooses experts.
+struct RouterSpec {
+  enum class Scoring : std::uint8_t { kSoftmax, kSigmoid };
+  enum class GroupScore : std::uint8_t { kMax, kSumOfTop2 };
+
+  std::int64_t experts = 0;
+  std::int64_t top_k = 0;
+  std::int64_t groups = 1;
+  std::int64_t kept_groups = 1;  // == groups: no group limit
+  Scoring scoring = Scoring::kSoftmax;
+  GroupScore group_score = GroupScore::kMax;
+  bool normalize = false;  // weights divided by their sum + 1e-20
+  float scaling_factor = 1.0f;
+};
+
+/// Chosen experts, [tokens, top_k] row-major.
+struct Routing {
+  std::span<std::int32_t> experts;  // the router's own choice, best first, lower index on a tie
+  std::span<std::int32_t> used;     // what `weights` belong to: the own choice or the forced one
+  std::span<float> weights;
+};
+
+struct ExpertView {
+  format::WeightView gate_proj, up_proj, down_proj;
+};
+
+/// One expert and the (token, slot) pairs that chose it, each as token * top_k + slot.
+struct ExpertTask {
+  const ExpertView* expert = nullptr;
+  std::span<const std::int32_t> pairs;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string_view name() const = 0;
+  virtual KvFormat kv_format() const = 0;
+
+  /// out[t] = row ids[t] of `table` (F32 or BF16).
+  virtual void embed(const format::WeightView& table, std::span<const std::int32_t> ids,
+                     Matrix out) = 0;
+  /// y = x / sqrt(mean(x^2) + eps) * weight, row by row. y may be x.
+  virtual void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) = 0;
+  /// y = x W^T: x [tokens, W.cols], y [tokens, W.rows]. y must not overlap x.
+  virtual void linear(const format::WeightView& weight, ConstMatrix x, Matrix y,
+                      Inputs inputs = Inputs::kBf16) = 0;
+  /// gate = silu(gate) * up.
+  virtual void silu_mul(Matrix gate, ConstMatrix up) = 0;
+  virtual void zero(Matrix y) = 0;
+  /// y += x.
+  virtual void add(ConstMatrix x, Matrix y) = 0;
+  /// Rotates adjacent pairs: (a, b) -> (a cos - b sin, b cos + a sin). x holds cos_sin.cols / 2
+  /// pairs at each of `heads` places a row, `head_stride` floats apart; row t of cos_sin is
+  /// [cos_0, sin_0, cos_1, sin_1, ...].
+  virtual void rope(Matrix x, std::int64_t heads, std::int64_t head_stride,
+                    ConstMatrix cos_sin) = 0;
+
+  /// Stores each row [latent | rotated key] (x.cols = cache_width) at its token's place.
+  virtual void kv_append(std::span<const SequenceRows> batch, ConstMatrix x) = 0;
+  /// Prefill. Each head's keys and values are expanded from the cached latents by kv_b_proj
+  /// [heads * (nope + v), kv_lora_rank], then causal attention.
+  /// q: [tokens, heads * (nope + rope)]; out: [tokens, heads * v].
+  virtual void prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                                 std::span<const SequenceRows> batch, ConstMatrix q,
+                                 Matrix out) = 0;
+  /// Decode, first part: q_abs[h] = q_nope[h] W_UK[h]; q_abs: [tokens, heads * kv_lora_rank].
+  virtual void absorb_query(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                            ConstMatrix q, Matrix q_abs) = 0;
+  /// Second: p = softmax((q_abs . latent + q_pe . k_pe) * scale), out[h] = sum p * latent;
+  /// out: [tokens, heads * kv_lora_rank].
+  virtual void latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
+                                ConstMatrix q_abs, ConstMatrix q, Matrix out) = 0;
+  /// Third: out[h] = attended[h] W_UV[h]^T; out: [tokens, heads * v].
+  virtual void expand_value(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                            ConstMatrix attended, Matrix out) = 0;
+
+  /// Scores, choice and mixing weights from router logits [tokens, experts]. `bias` (empty if the
+  /// family has none) is added for the choice only. `forced` (empty: the own choice) is
+  /// [tokens, top_k]; its weights still come from the scores.
+  virtual void route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
+                     std::span<const std::int32_t> forced, Routing out) = 0;
+  /// For every pair p of every task: out[p] = down(silu(gate x) * up x), x = row p / top_k.
+  /// `hidden` is scratch [pairs, moe_intermediate_size]; out is [tokens * top_k, hidden_size].
+  virtual void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
+                       Matrix hidden, Matrix out) = 0;
+  /// y[t] += sum over slots k, ascending, of weights[t, k] * pairs[t * top_k + k].
+  virtual void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+                       Matrix y) = 0;
+};
+
+/// The scalar truth. `threads` > 1 splits independent outputs; no sum is split.
+std::unique_ptr<Backend> make_reference_backend(int threads);
+/// SIMD on `threads` cores; the instruction set is chosen by CPUID.
+std::unique_ptr<Backend> make_cpu_backend(int threads);
+
+}  // namespace dsfp4::ops

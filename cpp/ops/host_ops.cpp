@@ -1,0 +1,105 @@
+#include "ops/host_ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "dsfp4/error.h"
+#include "format/block.h"
+#include "ops/routing.h"
+
+namespace dsfp4::ops {
+
+void HostBackend::embed(const format::WeightView& table, std::span<const std::int32_t> ids,
+                        Matrix out) {
+  for (std::size_t t = 0; t < ids.size(); ++t) {
+    if (ids[t] < 0 || ids[t] >= table.rows) {
+      throw ParameterError("ids", "token id " + std::to_string(ids[t]) + " at position " +
+                                      std::to_string(t) + " is outside the vocabulary of " +
+                                      std::to_string(table.rows));
+    }
+    format::decode_row(table, ids[t],
+                       {out.row(static_cast<std::int64_t>(t)), static_cast<std::size_t>(out.cols)});
+  }
+}
+
+void HostBackend::zero(Matrix y) {
+  for (std::int64_t t = 0; t < y.rows; ++t) std::fill_n(y.row(t), y.cols, 0.0f);
+}
+
+void HostBackend::add(ConstMatrix x, Matrix y) {
+  for (std::int64_t t = 0; t < x.rows; ++t) {
+    const float* from = x.row(t);
+    float* to = y.row(t);
+    for (std::int64_t i = 0; i < x.cols; ++i) to[i] += from[i];
+  }
+}
+
+void HostBackend::rope(Matrix x, std::int64_t heads, std::int64_t head_stride,
+                       ConstMatrix cos_sin) {
+  for (std::int64_t t = 0; t < x.rows; ++t) {
+    const float* angle = cos_sin.row(t);
+    for (std::int64_t h = 0; h < heads; ++h) {
+      float* v = x.row(t) + h * head_stride;
+      for (std::int64_t i = 0; i < cos_sin.cols; i += 2) {
+        const float a = v[i];
+        const float b = v[i + 1];
+        v[i] = a * angle[i] - b * angle[i + 1];
+        v[i + 1] = b * angle[i] + a * angle[i + 1];
+      }
+    }
+  }
+}
+
+void HostBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) {
+  for (const SequenceRows& sequence : batch) {
+    const std::size_t row_bytes =
+        static_cast<std::size_t>(x.cols) * kv_value_bytes(sequence.kv.format);
+    for (std::int64_t r = 0; r < sequence.rows; ++r) {
+      const float* from = x.row(sequence.first_row + r);
+      std::byte* to = kv_row(sequence.kv, sequence.position + r, row_bytes);
+      if (sequence.kv.format == KvFormat::kF32) {
+        std::memcpy(to, from, row_bytes);
+        continue;
+      }
+      auto* codes = reinterpret_cast<std::uint16_t*>(to);
+      std::transform(from, from + x.cols, codes, format::float_to_bf16);
+    }
+  }
+}
+
+void HostBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
+                        std::span<const std::int32_t> forced, Routing out) {
+  check_router(spec, static_cast<std::size_t>(logits.cols), bias.size());
+  const auto k = static_cast<std::size_t>(spec.top_k);
+  for (const std::int32_t e : forced) {
+    if (e < 0 || e >= spec.experts) {
+      throw ParameterError("experts", "expert " + std::to_string(e) + " is not one of 0.." +
+                                          std::to_string(spec.experts - 1));
+    }
+  }
+  pool_.parallel_for(logits.rows, 8, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      const auto at = static_cast<std::size_t>(t) * k;
+      route_token(spec, {logits.row(t), static_cast<std::size_t>(logits.cols)}, bias,
+                  forced.empty() ? forced : forced.subspan(at, k), out.experts.subspan(at, k),
+                  out.used.subspan(at, k), out.weights.subspan(at, k));
+    }
+  });
+}
+
+void HostBackend::combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+                          Matrix y) {
+  pool_.parallel_for(y.rows, 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      float* to = y.row(t);
+      for (std::int64_t k = 0; k < top_k; ++k) {
+        const float weight = weights[static_cast<std::size_t>(t * top_k + k)];
+        const float* from = pairs.row(t * top_k + k);
+        for (std::int64_t i = 0; i < y.cols; ++i) to[i] += weight * from[i];
+      }
+    }
+  });
+}
+
+}  // namespace dsfp4::ops

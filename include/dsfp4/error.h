@@ -1,0 +1,96 @@
+// The error family. Every exception that leaves dsfp4 is one of these types; what() is one sentence
+// that names what is wrong and, where there is something to do about it, what to do.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace dsfp4 {
+
+/// Base of all errors thrown by the library.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// A file of a checkpoint is malformed, incomplete or contradicts another one.
+class CheckpointError : public Error {
+ public:
+  /// `tensor` is the tensor or field at fault, empty if none; `offset` is a byte offset in `file`,
+  /// or -1 where no single byte is at fault.
+  CheckpointError(std::string file, std::string tensor, std::int64_t offset,
+                  const std::string& problem);
+
+  const std::string& file() const noexcept { return file_; }
+  const std::string& tensor() const noexcept { return tensor_; }
+  std::int64_t offset() const noexcept { return offset_; }
+
+ private:
+  std::string file_;
+  std::string tensor_;
+  std::int64_t offset_;
+};
+
+/// The checkpoint is sound, but needs something that this version does not do.
+class UnsupportedError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// The operating system refused to read or write a file.
+class IoError : public Error {
+ public:
+  /// `error_number` is an errno value; `offset` is a byte offset in `file`, or -1.
+  IoError(std::string file, std::int64_t offset, int error_number, const std::string& problem);
+
+  const std::string& file() const noexcept { return file_; }
+  std::int64_t offset() const noexcept { return offset_; }
+  int error_number() const noexcept { return error_number_; }
+
+ private:
+  std::string file_;
+  std::int64_t offset_;
+  int error_number_;
+};
+
+/// An argument is outside its documented range.
+class ParameterError : public Error {
+ public:
+  ParameterError(std::string parameter, const std::string& problem);
+
+  const std::string& parameter() const noexcept { return parameter_; }
+
+ private:
+  std::string parameter_;
+};
+
+/// A sequence would grow beyond the context limit of the loaded model.
+class ContextLengthError : public Error {
+ public:
+  /// Both in tokens.
+  ContextLengthError(std::int64_t requested, std::int64_t limit);
+
+  std::int64_t requested() const noexcept { return requested_; }
+  std::int64_t limit() const noexcept { return limit_; }
+
+ private:
+  std::int64_t requested_;
+  std::int64_t limit_;
+};
+
+/// Memory that is needed is not there, or not within the limit that was given.
+class MemoryLimitError : public Error {
+ public:
+  /// `purpose` is what the memory is for ("the weights"); both numbers are in bytes.
+  MemoryLimitError(const std::string& purpose, std::uint64_t needed, std::uint64_t available);
+
+  std::uint64_t needed() const noexcept { return needed_; }
+  std::uint64_t available() const noexcept { return available_; }
+
+ private:
+  std::uint64_t needed_;
+  std::uint64_t available_;
+};
+
+}  // namespace dsfp4

@@ -1,0 +1,110 @@
+// The engine: load a checkpoint, run token ids through it, generate.
+//
+// Ownership: a Model owns its weights, caches and threads and gives them back when destroyed.
+// Threads: all calls on one Model may come from several threads; they take turns.
+// Errors: everything thrown is a dsfp4::Error (error.h); after an error the Model stays usable.
+// Nothing is printed.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace dsfp4 {
+
+struct LoadOptions {
+  /// "cpu" (SIMD) or "reference" (scalar, FP32 with FP64 sums; for checking, slow).
+  std::string device = "cpu";
+  /// Compute threads, 1 to 1024; 0 means one for each core that the process may use.
+  int threads = 0;
+  /// Longest sequence in tokens, prompt and answer together, 1 to the model's
+  /// max_position_embeddings; 0 means that.
+  std::int64_t max_context = 0;
+  /// Called while weights are read, in bytes. An exception thrown by it ends the load.
+  std::function<void(std::uint64_t done, std::uint64_t total)> progress;
+};
+
+struct GenerateOptions {
+  /// Most tokens to generate, at least 1.
+  std::int64_t max_tokens = 256;
+  /// 0 is greedy; else logits are divided by it. 0 to 100.
+  double temperature = 0.0;
+  /// Sample from the top_k likeliest tokens only; 0 is off.
+  std::int64_t top_k = 0;
+  /// Sample from the likeliest tokens whose probabilities add up to top_p only; over 0, to 1 (off).
+  double top_p = 1.0;
+  /// The same seed, prompt and options give the same tokens.
+  std::uint64_t seed = 0;
+  /// Tokens that end the answer (and are not part of it); none given: the model's end tokens.
+  std::optional<std::vector<std::int32_t>> stop_ids;
+};
+
+enum class FinishReason : std::uint8_t {
+  kStop,       // a stop token came
+  kLength,     // max_tokens or the context limit is reached
+  kCancelled,  // the callback said so
+};
+
+struct GenerationResult {
+  std::vector<std::int32_t> tokens;
+  FinishReason finish_reason = FinishReason::kLength;
+  std::int64_t prompt_tokens = 0;
+  double prefill_seconds = 0.0;
+  double decode_seconds = 0.0;
+};
+
+/// Called with each token as it is chosen, on the calling thread; false cancels the generation.
+using TokenCallback = std::function<bool(std::int32_t token)>;
+
+struct ForwardOptions {
+  /// Experts to use instead of the router's choice, [moe_layers, tokens, num_experts_per_tok];
+  /// empty: the router's. Mixing weights come from the router's scores either way.
+  std::span<const std::int32_t> forced_experts;
+  /// Receives the router's own choice, same shape, best first; empty: not wanted.
+  std::span<std::int32_t> chosen_experts;
+  /// Run the tokens one by one through the decode path.
+  bool decode = false;
+};
+
+class Model {
+ public:
+  /// Loads the checkpoint in `folder`: config.json and *.safetensors as published. Throws
+  /// CheckpointError, UnsupportedError, IoError, MemoryLimitError, ParameterError.
+  static Model load(const std::filesystem::path& folder, const LoadOptions& options = {});
+
+  Model(Model&&) noexcept;
+  Model& operator=(Model&&) noexcept;
+  ~Model();
+
+  std::int64_t vocab_size() const noexcept;
+  std::int64_t moe_layers() const noexcept;
+  std::int64_t num_experts_per_tok() const noexcept;
+  /// Tokens.
+  std::int64_t max_context() const noexcept;
+  /// Bytes of weights in memory, in their stored formats.
+  std::uint64_t weight_bytes() const noexcept;
+  const std::string& device() const noexcept;
+
+  /// Logits of every token of `ids` given those before it, row-major into `logits`
+  /// [ids.size(), vocab_size()]. Throws ParameterError for an id outside the vocabulary or a span
+  /// of the wrong size, ContextLengthError for too many ids.
+  void forward(std::span<const std::int32_t> ids, std::span<float> logits,
+               const ForwardOptions& options = {});
+
+  /// Continues `prompt` (at least one id; nothing is added to it).
+  GenerationResult generate(std::span<const std::int32_t> prompt,
+                            const GenerateOptions& options = {},
+                            const TokenCallback& on_token = {});
+
+ private:
+  struct Impl;
+  explicit Model(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace dsfp4

@@ -1,0 +1,96 @@
+"""Flags that several commands share, and the checks of their values."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from dsfp4.cli.progress import Progress
+from dsfp4.inference import DeepseekInference
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is not an integer from {low} to {high}")
+        return value
+
+    return parse
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """Return an argparse type: a number from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:  # also false for NaN
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+_MOST = 2**31 - 1
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what decides where and how the model runs."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "reference"],
+        help="auto is the fastest present; reference is plain, exact and slow",
+    )
+    group.add_argument(
+        "--threads", type=integer(0, 1024), default=0, metavar="N", help="0: one for each core"
+    )
+    group.add_argument(
+        "--max-context",
+        type=integer(0, _MOST),
+        default=0,
+        metavar="TOKENS",
+        help="0: as long as the model allows",
+    )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    """Add what decides how text is made; None means the checkpoint's recommendation."""
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--max-tokens", type=integer(1, _MOST), default=max_tokens, metavar="N", help="%(default)s"
+    )
+    group.add_argument(
+        "--temperature", type=real(0, 100), metavar="T", help="0 takes the likeliest token"
+    )
+    group.add_argument("--top-k", type=integer(0, _MOST), metavar="K", help="0 is off")
+    group.add_argument("--top-p", type=real(0, 1), metavar="P", help="1 is off")
+    group.add_argument(
+        "--seed", type=integer(0, 2**64 - 1), metavar="N", help="the same seed, the same text"
+    )
+
+
+def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
+    """Load `model` as the engine flags say, with progress on a terminal."""
+    with Progress("loading") as progress:
+        return DeepseekInference(
+            model,
+            arguments.device,
+            threads=arguments.threads,
+            max_context=arguments.max_context,
+            progress=progress,
+        )
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the keywords of generate() that the sampling flags gave."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    return {name: getattr(arguments, name) for name in names}

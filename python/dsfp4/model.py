@@ -1,0 +1,193 @@
+"""The model itself: ids in, logits or ids out."""
+
+import operator
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from dsfp4 import _core
+from dsfp4._arrays import as_output
+from dsfp4.demo import resolve_model
+from dsfp4.errors import ParameterError
+
+Logits = npt.NDArray[np.float32]  # [tokens, vocab]
+Experts = npt.NDArray[np.int32]  # [MoE layers, tokens, experts per token]
+Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def resolve_device(device: str) -> str:
+    """Return the device that `device` means: "auto" is the fastest backend present."""
+    return "cpu" if device == "auto" else device
+
+
+class Model:
+    """A checkpoint, loaded on one device.
+
+    `path` is a checkpoint folder or "demo"; `device` is "cpu", "reference" (scalar and slow: the
+    truth that the others are compared with) or "auto"; `threads` 0 is one for each core;
+    `max_context` is in tokens, 0 is the model's own limit; `progress` is called with bytes.
+    Raises the errors of `dsfp4.errors`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        *,
+        threads: int = 0,
+        max_context: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        folder = str(resolve_model(path))
+        self._config: dict[str, Any] = _core.read_config(folder)
+        self._core = _core.Model.load(
+            folder,
+            device=resolve_device(device),
+            threads=check_integer("threads", threads),
+            max_context=check_integer("max_context", max_context),
+            progress=progress,
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The fields of config.json, by their Hugging Face names."""
+        return self._config
+
+    @property
+    def device(self) -> str:
+        """The backend that computes."""
+        return self._core.device
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens of prompt and answer together."""
+        return self._core.max_context
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in memory."""
+        return self._core.weight_bytes
+
+    @overload
+    def forward(
+        self,
+        ids: Ids,
+        experts: npt.ArrayLike | None = None,
+        return_experts: Literal[False] = False,
+        decode: bool = False,
+    ) -> Logits: ...
+    @overload
+    def forward(
+        self,
+        ids: Ids,
+        experts: npt.ArrayLike | None = None,
+        *,
+        return_experts: Literal[True],
+        decode: bool = False,
+    ) -> tuple[Logits, Experts]: ...
+    def forward(
+        self,
+        ids: Ids,
+        experts: npt.ArrayLike | None = None,
+        return_experts: bool = False,
+        decode: bool = False,
+    ) -> Logits | tuple[Logits, Experts]:
+        """Return the logits, float32 [tokens, vocab], after each of `ids` from an empty context.
+
+        `experts`, integers [MoE layers, tokens, experts per token], forces the routers' choices;
+        `return_experts` also returns those made; `decode` feeds one token at a time through the
+        cache as generation does, instead of all at once.
+        """
+        forced = None
+        if experts is not None:
+            shape = "[MoE layers, tokens, experts per token]"
+            forced = check_integers("experts", experts, shape).astype(np.int32)
+        logits, chosen = map(
+            as_output, self._core.forward(check_integers("ids", ids), forced, decode)
+        )
+        return (logits, chosen) if return_experts else logits
+
+    def generate(
+        self,
+        ids: Ids,
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+        on_token: Callable[[int], bool] | None = None,
+    ) -> _core.GenerationResult:
+        """Continue `ids` by up to `max_tokens` ids.
+
+        `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 are off. `stop_ids` None
+        means the model's end ids. `on_token` sees each id as it is made; False from it cancels.
+        """
+        return self._core.generate(
+            check_integers("ids", ids),
+            max_tokens=check_integer("max_tokens", max_tokens),
+            temperature=check_real("temperature", temperature),
+            top_k=check_integer("top_k", top_k),
+            top_p=check_real("top_p", top_p),
+            seed=check_integer("seed", seed, bits=64),
+            stop_ids=None if stop_ids is None else check_integers("stop_ids", stop_ids).tolist(),
+            on_token=on_token,
+        )
+
+
+def check_integers(
+    parameter: str, values: npt.ArrayLike, shape: str = "[tokens]"
+) -> npt.NDArray[np.int64]:
+    """Return `values`, each from 0 to 2^31 - 1, as a contiguous array with the axes of `shape`.
+
+    Raises ParameterError for anything else.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError) as error:  # ragged, or wider than any integer type
+        raise ParameterError(
+            f"{parameter} must be integers {shape}: {error}", parameter=parameter
+        ) from error
+    is_integer = array.dtype.kind in "iu" or array.size == 0
+    if array.ndim != shape.count(",") + 1 or not is_integer:
+        raise ParameterError(
+            f"{parameter} must be integers {shape}, not {array.dtype} {list(array.shape)}",
+            parameter=parameter,
+        )
+    outside = (array < 0) | (array >= 2**31)
+    if outside.any():
+        raise ParameterError(
+            f"{parameter} must be from 0 to 2^31 - 1, not {array[outside][0]}", parameter=parameter
+        )
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def check_integer(parameter: str, value: Any, *, bits: int = 31) -> int:
+    """Return `value` as an int from 0 to 2^bits - 1. Raises ParameterError for anything else."""
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = -1
+    if isinstance(value, bool) or not 0 <= integer < 2**bits:
+        raise ParameterError(
+            f"{parameter} must be an integer from 0 to 2^{bits} - 1, not {value!r}",
+            parameter=parameter,
+        )
+    return integer
+
+
+def check_real(parameter: str, value: Any) -> float:
+    """Return `value` as a float; its range is the engine's to check. Raises ParameterError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise ParameterError(f"{parameter} must be a number, not {value!r}", parameter=parameter)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ParameterError(
+            f"{parameter} is out of range: {error}", parameter=parameter
+        ) from error

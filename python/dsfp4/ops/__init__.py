@@ -1,0 +1,13 @@
+"""The number formats and the single operations of the engine, on arrays.
+
+For tests and experiments: inputs are NumPy arrays or anything with ``__dlpack__`` on the CPU,
+results are NumPy arrays. Operations take ``backend="reference"`` (FP32 with FP64 sums, the
+definition) or ``"cpu"`` (SIMD).
+"""
+
+from dsfp4.ops.formats import *  # noqa: F403
+from dsfp4.ops.formats import __all__ as _formats
+from dsfp4.ops.layers import *  # noqa: F403
+from dsfp4.ops.layers import __all__ as _layers
+
+__all__ = [*_formats, *_layers]  # noqa: PLE0604

@@ -1,0 +1,198 @@
+"""The command line: output, exit codes, and what goes to which stream."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import dsfp4
+import pytest
+from dsfp4 import DeepseekInference
+from dsfp4.cli import main
+from dsfp4.cli.progress import Progress, format_bytes
+
+Capture = pytest.CaptureFixture[str]
+
+
+def dsfp4_command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dsfp4", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_version() -> None:
+    done = dsfp4_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"dsfp4 {dsfp4.__version__}\n")
+
+
+def test_demo_prints_question_answer_and_speed(capsys: Capture) -> None:
+    assert main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "> What is a file system?"
+    answer = " ".join(lines[1:-1])
+    assert len(answer.split()) > 10
+    assert "file" in answer
+    words = lines[-1].split()
+    assert int(words[0]) > 10
+    assert words[1:3] == ["tokens", "in"]
+    assert words[-2:] == ["on", "cpu"]
+    assert err == ""
+
+
+def test_run_prints_the_text_alone(capsys: Capture, demo: DeepseekInference) -> None:
+    arguments = ["--max-tokens", "12", "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9"]
+    assert main(["run", "demo", "And the king", *arguments, "--seed", "5"]) == 0
+    out, err = capsys.readouterr()
+    expected = demo.generate("And the king", 12, 0.9, top_k=20, top_p=0.9, seed=5)
+    assert out == expected + "\n"
+    assert err == ""
+
+
+def test_run_reads_the_prompt_from_stdin(demo: DeepseekInference) -> None:
+    arguments = ("--max-tokens", "6", "--temperature", "0", "--threads", "1", "--max-context", "64")
+    done = dsfp4_command("run", "demo", "-", *arguments, input="And the king")
+    assert done.stdout == demo.generate("And the king", 6, 0) + "\n"
+
+
+def test_info_for_people(capsys: Capture) -> None:
+    assert main(["info", "demo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("deepseek_v3: 8 layers, hidden size 256, 32 experts with 4 active")
+    rows = {line.split("  ")[0]: line for line in lines}
+    assert "672 nvfp4" in rows["routed experts"]  # 7 layers x 32 experts x 3
+    assert "40 fp8" in rows["attention"]  # 8 layers x 5
+    assert rows["total"].endswith("B")
+
+
+def test_info_for_programs(capsys: Capture, demo_model: Path) -> None:
+    assert main(["info", str(demo_model), "--json"]) == 0
+    description = json.loads(capsys.readouterr().out)
+    roles = {role["role"]: role for role in description["roles"]}
+    assert description["config"]["n_routed_experts"] == 32
+    # One expert of three [128, 256] matrices: half a byte a value and a scale byte for each 16.
+    expert = 3 * 128 * 256 * 9 // 16
+    assert roles["routed experts"]["bytes"] == 7 * 32 * expert
+    assert roles["routed experts"]["bytes_per_token"] == 7 * 4 * expert
+    assert sum(role["bytes"] for role in roles.values()) == description["total_bytes"]
+
+
+def test_quantize(
+    capsys: Capture, tmp_path: Path, random_checkpoint: Callable[[str], Path]
+) -> None:
+    source = str(random_checkpoint("v3-bf16-real"))
+    assert main(["quantize", source, str(tmp_path / "a"), "--attention", "fp8"]) == 0
+    out, err = capsys.readouterr()
+    assert "in 3 files" in out
+    assert "routed experts: relative RMS error 0.09" in out
+    assert err == ""
+    assert main(["quantize", source, str(tmp_path / "b"), "--threads", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["matrices"].keys() == {"bf16", "nvfp4"}
+
+
+def test_quantize_lists_what_it_kept(
+    capsys: Capture, tmp_path: Path, random_checkpoint: Callable[[str], Path]
+) -> None:
+    assert main(["quantize", str(random_checkpoint("v3-bf16-odd")), str(tmp_path / "a")]) == 0
+    kept = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept")]
+    assert any(line.endswith(": model.layers.0.mlp.gate_proj") for line in kept)
+
+
+FAILURES = [
+    ["run", "NOWHERE", "x"],
+    ["info", "NOWHERE"],
+    ["quantize", "NOWHERE", "OUT"],
+    ["run", "demo", "x", "--max-context", "1000000"],
+    ["run", "EMPTY", "x"],
+    ["info", "EMPTY"],
+]
+
+
+@pytest.mark.parametrize("arguments", FAILURES, ids=" ".join)
+def test_errors_are_one_line(capsys: Capture, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    names = {"NOWHERE", "EMPTY", "OUT"}
+    assert main([str(tmp_path / a) if a in names else a for a in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("dsfp4: error: ")
+    assert err.count("\n") == 1
+
+
+def test_errors_have_no_traceback() -> None:
+    done = dsfp4_command("run", "/no/such/folder", "x")
+    assert done.returncode == 1
+    assert done.stderr.startswith("dsfp4: error: '/no/such/folder' is not a folder")
+
+
+WRONG_USAGE = [
+    ([], "required: COMMAND"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["run", "demo"], "required: PROMPT"),
+    (["run", "demo", "x", "--max-tokens", "0"], "'0' is not an integer from 1 to 2147483647"),
+    (["run", "demo", "x", "--max-tokens", "many"], "'many' is not an integer"),
+    (["run", "demo", "x", "--temperature", "nan"], "'nan' is not a number from 0 to 100"),
+    (["run", "demo", "x", "--temperature", "hot"], "'hot' is not a number"),
+    (["run", "demo", "x", "--top-p", "1.1"], "'1.1' is not a number from 0 to 1"),
+    (["run", "demo", "x", "--seed", "-1"], "'-1' is not an integer from 0 to"),
+    (["run", "demo", "x", "--device", "tpu"], "invalid choice: 'tpu'"),
+    (["quantize", "a", "b", "--attention", "int8"], "invalid choice: 'int8'"),
+    (["demo", "--thread", "1"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), WRONG_USAGE, ids=str)
+def test_wrong_usage(capsys: Capture, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away() -> None:
+    command = f"{sys.executable} -m dsfp4 run demo x --max-tokens 200 --seed 1 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert len(done.stdout) <= 1
+    assert done.stderr == ""
+
+
+def test_ctrl_c(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dsfp4.cli.run.load", interrupt)
+    assert main(["run", "demo", "x"]) == 130
+    assert capsys.readouterr().err == "dsfp4: interrupted\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("ci", "shown"), [("", True), ("true", False)])
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, ci: str, shown: bool) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("CI", ci)
+    with Progress("loading") as progress:
+        progress(24_800_000, 368_000_000_000)
+    assert ("loading 24.8 MB of 368 GB, " in terminal.getvalue()) == shown
+    assert (terminal.getvalue() == "") != shown
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (24_772_608, "24.8 MB"),
+        (999_600, "1 MB"),
+        (423e9, "423 GB"),
+        (1.5e12, "1.5 TB"),
+    ],
+)
+def test_format_bytes(count: float, text: str) -> None:
+    assert format_bytes(count) == text

@@ -1,0 +1,172 @@
+"""DeepseekInference on the demo model, and the package that it comes in."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import dsfp4
+import pytest
+from dsfp4 import DeepseekInference
+from dsfp4.errors import CheckpointError, Dsfp4Error, ParameterError
+from dsfp4.sampling import Sampling, recommended_sampling
+
+PROMPT = "And the king said unto"
+
+
+def test_importing_the_package_is_cheap() -> None:
+    program = "import dsfp4, sys; print({'numpy', 'tokenizers', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+def test_the_package_has_no_other_attributes() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        dsfp4.no_such_name  # noqa: B018
+
+
+def test_text_is_the_decoded_tokens(demo: DeepseekInference) -> None:
+    text = demo.generate(PROMPT, max_tokens=12, temperature=0)
+    ids = demo.tokenizer.encode_prompt(PROMPT)
+    assert text == demo.tokenizer.decode(demo.model.generate(ids, max_tokens=12).tokens)
+
+
+def test_streamed_pieces_join_to_the_text(demo: DeepseekInference) -> None:
+    options: dict[str, Any] = {"max_tokens": 16, "temperature": 1.0, "seed": 7}
+    stream = demo.generate(PROMPT, stream=True, **options)
+    pieces = list(stream)
+    assert len(pieces) > 1
+    assert "".join(pieces) == demo.generate(PROMPT, **options)
+    assert stream.result is not None
+    assert demo.tokenizer.decode(stream.result.tokens) == "".join(pieces)
+
+
+def test_ids_are_used_as_they_are(demo: DeepseekInference) -> None:
+    ids = demo.tokenizer.encode_prompt(PROMPT)
+    assert demo.generate(ids, 8, 0) == demo.generate(PROMPT, 8, 0)
+
+
+def test_seeds(demo: DeepseekInference) -> None:
+    texts = [demo.generate(PROMPT, 24, 1.5, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert demo.generate(PROMPT, 24, 1.5) != demo.generate(PROMPT, 24, 1.5)
+
+
+def test_the_checkpoint_recommends_how_to_sample(demo: DeepseekInference, demo_model: Path) -> None:
+    assert recommended_sampling(demo_model) == Sampling(temperature=0.7, top_k=0, top_p=0.95)
+    explicit = demo.generate(PROMPT, 16, 0.7, top_k=0, top_p=0.95, seed=3)
+    assert demo.generate(PROMPT, 16, seed=3) == explicit
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, Sampling()),
+        ({}, Sampling()),
+        ({"temperature": 0.6, "top_p": 0.95}, Sampling(0.6, 0, 0.95)),
+        ({"temperature": 0.6, "do_sample": False, "top_k": 50}, Sampling(0.0, 50, 1.0)),
+        ({"temperature": None}, Sampling()),
+    ],
+)
+def test_recommendations(tmp_path: Path, config: Any, expected: Sampling) -> None:
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert recommended_sampling(tmp_path) == expected
+
+
+@pytest.mark.parametrize("bad", [{"temperature": "hot"}, {"top_p": 2}, {"top_k": -1}])
+def test_bad_recommendations_are_named(tmp_path: Path, bad: dict[str, Any]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(bad))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json") as error:
+        recommended_sampling(tmp_path)
+    assert error.value.tensor in bad
+
+
+def test_closing_a_stream_leaves_the_model_usable(demo: DeepseekInference) -> None:
+    expected = demo.generate(PROMPT, 8, 0)
+    with demo.generate(PROMPT, 2000, 1.0, seed=1, stream=True) as stream:
+        next(stream)
+    assert stream.result is not None
+    assert stream.result.finish_reason == "cancelled"
+    assert demo.generate(PROMPT, 8, 0) == expected
+
+
+def test_generating_while_a_stream_is_open(demo: DeepseekInference) -> None:
+    expected = demo.generate(PROMPT, 8, 0)
+    stream = demo.generate(PROMPT, 8, 0, stream=True)
+    first = next(stream)
+    assert demo.generate(PROMPT, 8, 0) == expected
+    assert first + "".join(stream) == expected
+
+
+def test_several_threads(demo: DeepseekInference) -> None:
+    expected = demo.generate(PROMPT, 12, 1.0, seed=4)
+    texts: list[str] = []
+
+    def work() -> None:
+        texts.append(demo.generate(PROMPT, 12, 1.0, seed=4))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [expected] * 4
+
+
+BAD_ARGUMENTS = [
+    {"temperature": -1},
+    {"temperature": float("nan")},
+    {"temperature": 10**400},
+    {"top_p": 0},
+    {"top_p": 1.5},
+    {"top_k": -1},
+    {"top_k": 1.5},
+    {"max_tokens": -1},
+    {"max_tokens": 2**63},
+    {"max_tokens": True},
+    {"seed": -1},
+    {"seed": 2**64},
+]
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=repr)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_arguments(demo: DeepseekInference, arguments: dict[str, Any], stream: bool) -> None:
+    with pytest.raises(ParameterError) as error:
+        "".join(demo.generate(PROMPT, stream=stream, **arguments))
+    assert error.value.parameter == next(iter(arguments))
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("prompt", [[], [4096], [-1], [0.5], "\ud800"], ids=repr)
+def test_bad_prompts(demo: DeepseekInference, prompt: Any) -> None:
+    with pytest.raises(ParameterError):
+        demo.generate(prompt, 4)
+
+
+def test_an_empty_prompt_without_a_begin_token(demo_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo_model, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    text = json.dumps(config | {"add_bos_token": False})
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    with DeepseekInference(folder) as model, pytest.raises(ParameterError, match="empty") as error:
+        model.generate("")
+    assert error.value.parameter == "prompt"
+
+
+def test_close_ends_everything(demo_model: Path) -> None:
+    with DeepseekInference(demo_model, max_context=128) as model:
+        assert model.model.max_context == 128
+        stream = model.generate(PROMPT, 100, 1.0, seed=1, stream=True)
+        next(stream)
+    assert list(stream) == []
+    with pytest.raises(Dsfp4Error, match="closed"):
+        model.generate(PROMPT)
+    model.close()

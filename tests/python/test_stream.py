@@ -1,0 +1,142 @@
+"""TextStream on generators made for the purpose: order, errors, and every way to stop early."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from dsfp4.stream import OnToken, TextStream
+
+DEADLINE = 60.0  # seconds; only reached when something is broken
+
+
+def decode(ids: Iterable[int]) -> Iterator[str]:
+    return map(chr, ids)
+
+
+class Endless:
+    """Generates until it is cancelled, and says that it ended."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def __call__(self, on_token: OnToken) -> Any:
+        while on_token(ord("x")):
+            pass
+        self.ended.set()
+        return "cancelled"
+
+
+def test_pieces_come_in_order_and_then_the_result() -> None:
+    def generate(on_token: OnToken) -> Any:
+        assert all(on_token(ord(character)) for character in "abc")
+        return "result"
+
+    stream = TextStream(generate, decode)
+    assert list(stream) == ["a", "b", "c"]
+    assert stream.result == "result"
+    assert list(stream) == []
+
+
+def test_an_error_reaches_the_consumer_after_the_text_before_it() -> None:
+    def generate(on_token: OnToken) -> Any:
+        on_token(ord("a"))
+        raise RuntimeError("broken")
+
+    stream = TextStream(generate, decode)
+    assert next(stream) == "a"
+    with pytest.raises(RuntimeError, match="broken"):
+        next(stream)
+    assert list(stream) == []
+    assert stream.result is None
+
+
+def test_the_worker_does_not_wait_for_the_consumer() -> None:
+    finished = threading.Event()
+
+    def generate(on_token: OnToken) -> Any:
+        for _ in range(10_000):
+            on_token(ord("x"))
+        finished.set()
+
+    stream = TextStream(generate, decode)
+    assert finished.wait(DEADLINE)
+    assert len("".join(stream)) == 10_000
+
+
+def _close(stream: TextStream) -> None:
+    stream.close()
+    stream.close()
+
+
+def _leave_with_block(stream: TextStream) -> None:
+    with stream:
+        pass
+
+
+@pytest.mark.parametrize("stop", [_close, _leave_with_block])
+def test_stopping_early_cancels_and_waits(stop: Callable[[TextStream], None]) -> None:
+    generate = Endless()
+    stream = TextStream(generate, decode)
+    assert next(stream) == "x"
+    stop(stream)
+    assert generate.ended.is_set()
+    assert stream.result == "cancelled"
+    assert list(stream) == []
+
+
+def test_a_forgotten_stream_is_cancelled() -> None:
+    generate = Endless()
+    stream = TextStream(generate, decode)
+    next(stream)
+    del stream
+    gc.collect()
+    assert generate.ended.wait(DEADLINE)
+
+
+def test_ctrl_c_cancels() -> None:
+    generate = Endless()
+    stream = TextStream(generate, decode)
+    pieces = 0
+    with pytest.raises(KeyboardInterrupt):
+        for _ in stream:
+            pieces += 1
+            if pieces == 3:
+                threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
+    stream.close()
+    assert generate.ended.is_set()
+    assert pieces >= 3
+
+
+def test_ctrl_c_while_waiting_for_the_first_piece() -> None:
+    cancelled = threading.Event()
+
+    def generate(on_token: OnToken) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)  # as if pressed during the prefill
+        while on_token(ord("x")):
+            pass
+        cancelled.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in TextStream(generate, lambda ids: (chr(id) for id in ids if id != ord("x"))):
+            pass
+    assert cancelled.is_set()
+
+
+def test_an_open_stream_does_not_hold_up_the_end_of_the_program() -> None:
+    program = (
+        "from dsfp4.stream import TextStream\n"
+        "def generate(on_token):\n"
+        "    while on_token(120): pass\n"
+        "stream = TextStream(generate, lambda ids: map(chr, ids))\n"
+        "print(next(stream))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x\n", "")

@@ -1,0 +1,16 @@
+# Finds what dsfp4 builds on; nothing is vendored. ./dev installs all of it on Debian and Ubuntu.
+find_package(Threads REQUIRED)
+find_package(nlohmann_json 3.10 REQUIRED)  # Debian: nlohmann-json3-dev; headers only, not shipped
+
+if(DSFP4_BUILD_PYTHON)
+  find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module
+               OPTIONAL_COMPONENTS Development.SABIModule)
+  execute_process(COMMAND "${Python_EXECUTABLE}" -m nanobind --cmake_dir
+                  OUTPUT_STRIP_TRAILING_WHITESPACE OUTPUT_VARIABLE nanobind_ROOT
+                  COMMAND_ERROR_IS_FATAL ANY)
+  find_package(nanobind CONFIG REQUIRED)  # PyPI: nanobind
+endif()
+
+if(DSFP4_BUILD_TESTS)
+  find_package(GTest REQUIRED)  # Debian: libgtest-dev
+endif()
