@@ -31,7 +31,7 @@ def measure(path: str, documents: list[dict[str, str]], first: int, device: str)
     tokenizer = Tokenizer(folder)
     totals: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for number, document in enumerate(documents):
-        ids = tokenizer.encode(document["text"])[:first]
+        ids = tokenizer.encode_prompt(document["text"])[:first]
         losses = token_losses(model, ids)
         kind = "chat" if "chat" in document["source"] else "prose"
         total, count = totals[kind]

@@ -65,10 +65,8 @@ std::vector<std::byte> bytes_of(const ConstArray<T>& array) {
   return {begin, begin + array.size() * sizeof(T)};
 }
 
-std::unique_ptr<EncodedMatrix> weight(const std::string& format, std::int64_t rows,
-                                      std::int64_t cols, const Bytes& data, const Bytes& scales,
-                                      float global_scale) {
-  auto matrix = std::make_unique<EncodedMatrix>();
+EncodedMatrix weight(const std::string& format, std::int64_t rows, std::int64_t cols,
+                     const Bytes& data, const Bytes& scales, float global_scale) {
   for (const WeightFormat candidate : {WeightFormat::kF32, WeightFormat::kBF16,
                                        WeightFormat::kFp8Block, WeightFormat::kNvfp4,
                                        WeightFormat::kMxfp4}) {
@@ -78,8 +76,7 @@ std::unique_ptr<EncodedMatrix> weight(const std::string& format, std::int64_t ro
             "has not the size of a " + format + " matrix of this shape");
     require(scales.size() == format::scale_bytes(candidate, rows, cols), "scales",
             "have not the size of a " + format + " matrix of this shape");
-    *matrix = {candidate, rows, cols, bytes_of(data), bytes_of(scales), global_scale};
-    return matrix;
+    return {candidate, rows, cols, bytes_of(data), bytes_of(scales), global_scale};
   }
   throw ParameterError("format", "'" + format + "' is not one of f32, bf16, fp8, nvfp4, mxfp4");
 }

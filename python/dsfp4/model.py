@@ -44,7 +44,7 @@ class Model:
     ) -> None:
         folder = str(resolve_model(path))
         self._config: dict[str, Any] = _core.read_config(folder)
-        self._core = _core.Model.load(
+        self._core = _core.Model(
             folder,
             device=resolve_device(device),
             threads=check_integer("threads", threads),

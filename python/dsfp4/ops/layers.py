@@ -62,10 +62,15 @@ class Weight:
 
     @classmethod
     def _make(
-        cls, name: str, shape: tuple[int, int], data: Any, scales: Any = (), scale: float = 1.0
+        cls,
+        name: str,
+        shape: tuple[int, int],
+        data: NDArray[Any],
+        scales: NDArray[Any] | None = None,
+        global_scale: float = 1.0,
     ) -> Weight:
-        scale_bytes = _bytes(np.asarray(scales, np.uint8) if len(scales) == 0 else scales)
-        return cls(_core.Weight.make(name, *shape, _bytes(data), scale_bytes, scale))
+        scales = np.zeros(0, np.uint8) if scales is None else scales
+        return cls(_core.Weight.make(name, *shape, _bytes(data), _bytes(scales), global_scale))
 
     @classmethod
     def f32(cls, values: Any) -> Weight:
