@@ -7,6 +7,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -36,11 +37,13 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
 }
 
 Model load(const std::string& path, const std::string& device, int threads,
-           std::int64_t max_context, const std::optional<nb::callable>& progress) {
+           std::int64_t max_context, const std::string& kv_cache_dtype,
+           const std::optional<nb::callable>& progress) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
   options.max_context = max_context;
+  options.kv_cache_dtype = kv_cache_dtype;
   if (progress) {
     options.progress = [&](std::uint64_t done, std::uint64_t total) {
       const nb::gil_scoped_acquire gil;
@@ -81,24 +84,36 @@ nb::tuple forward(Model& model, const Ids& ids,
 }
 
 GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens,
-                          double temperature, std::int64_t top_k, double top_p,
+                          double temperature, std::int64_t top_k, double top_p, double min_p,
+                          double repetition_penalty,
+                          std::vector<std::pair<std::int32_t, float>> logit_bias, int logprobs,
                           std::uint64_t seed, std::optional<std::vector<std::int32_t>> stop_ids,
-                          const std::optional<nb::callable>& on_token) {
+                          const std::optional<nb::callable>& on_token,
+                          const std::optional<nb::callable>& on_prefill) {
   GenerateOptions options;
   options.max_tokens = max_tokens;
   options.temperature = temperature;
   options.top_k = top_k;
   options.top_p = top_p;
+  options.min_p = min_p;
+  options.repetition_penalty = repetition_penalty;
+  options.logit_bias = std::move(logit_bias);
+  options.logprobs = logprobs;
   options.seed = seed;
   options.stop_ids = std::move(stop_ids);
   const std::vector<std::int32_t> prompt = ids_of(ids);
   const nb::gil_scoped_release released;
-  // The callback also lets a pending Ctrl-C through, so it is there even if Python gave none.
-  return model.generate(prompt, options, [&](std::int32_t token) {
+  // The callbacks also let a pending Ctrl-C through, so they are there even if Python gave none.
+  const auto call = [](const std::optional<nb::callable>& callback, auto... arguments) {
     const nb::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
-    return !on_token || nb::cast<bool>((*on_token)(token));
-  });
+    return !callback || nb::cast<bool>((*callback)(arguments...));
+  };
+  options.on_prefill = [&](std::int64_t done, std::int64_t total) {
+    return call(on_prefill, done, total);
+  };
+  return model.generate(prompt, options,
+                        [&](std::int32_t token) { return call(on_token, token); });
 }
 
 const char* finish_reason(const GenerationResult& result) {
@@ -116,9 +131,22 @@ const char* finish_reason(const GenerationResult& result) {
 }  // namespace
 
 void bind_model(nb::module_& m) {
+  nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
+      .def_prop_ro("id", [](const TokenLogprobs& t) { return t.chosen.id; })
+      .def_prop_ro("logprob", [](const TokenLogprobs& t) { return t.chosen.logprob; })
+      .def_prop_ro(
+          "top",
+          [](const TokenLogprobs& t) {
+            std::vector<std::pair<std::int32_t, float>> top;
+            for (const TokenLogprob& one : t.top) top.emplace_back(one.id, one.logprob);
+            return top;
+          },
+          "(id, logprob) of the likeliest tokens, best first.");
+
   nb::class_<GenerationResult>(m, "GenerationResult",
                                "What a generation gave. Times are in seconds.")
       .def_ro("tokens", &GenerationResult::tokens, "Generated ids, without the stop token.")
+      .def_ro("logprobs", &GenerationResult::logprobs, "One a token, if they were asked for.")
       .def_prop_ro("finish_reason", &finish_reason, "'stop', 'length' or 'cancelled'.")
       .def_ro("prompt_tokens", &GenerationResult::prompt_tokens)
       .def_ro("prefill_seconds", &GenerationResult::prefill_seconds)
@@ -126,7 +154,7 @@ void bind_model(nb::module_& m) {
 
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
-           nb::arg("max_context") = 0, nb::arg("progress") = nb::none())
+           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16", nb::arg("progress") = nb::none())
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)
       .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)
@@ -137,8 +165,10 @@ void bind_model(nb::module_& m) {
            nb::arg("decode") = false)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
-           nb::arg("seed") = 0, nb::arg("stop_ids") = nb::none(),
-           nb::arg("on_token") = nb::none());
+           nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,
+           nb::arg("logit_bias") = nb::list(), nb::arg("logprobs") = 0, nb::arg("seed") = 0,
+           nb::arg("stop_ids") = nb::none(), nb::arg("on_token") = nb::none(),
+           nb::arg("on_prefill") = nb::none());
 }
 
 }  // namespace dsfp4::bindings

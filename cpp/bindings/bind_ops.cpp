@@ -205,7 +205,7 @@ class PyBackend {
   /// ([tokens, kv_lora_rank + rope], keys rotated already).
   nb::object mla_attention(const ops::MlaShape& shape, const EncodedMatrix& kv_b_proj,
                            const Floats& q_array, const std::vector<Floats>& latents,
-                           const std::vector<std::int64_t>& rows, bool decode) {
+                           const std::vector<std::int64_t>& rows, bool decode, bool fp8_cache) {
     const ops::ConstMatrix q = matrix_of(q_array, "q");
     require(latents.size() == rows.size() && !rows.empty(), "rows", "must have one entry a sequence");
     require(q.cols == shape.heads * shape.qk_head_dim(), "q", "must be [rows, heads * qk_head_dim]");
@@ -222,10 +222,12 @@ class PyBackend {
       total_rows += rows[i];
     }
     require(total_rows == q.rows, "rows", "must add up to the rows of q");
+    const ops::KvFormat kv_format =
+        fp8_cache ? ops::KvFormat::kFp8 : backend_->default_kv_format();
     engine::KvCache cache(tokens, 1,
                           static_cast<std::size_t>(ops::kKvBlockTokens * shape.cache_width()) *
-                              ops::kv_value_bytes(backend_->kv_format()),
-                          backend_->kv_format());
+                              ops::kv_value_bytes(kv_format),
+                          kv_format);
     std::vector<std::unique_ptr<engine::Sequence>> sequences;
     std::vector<ops::SequenceRows> batch;
     std::int64_t first_row = 0;
@@ -308,7 +310,8 @@ void bind_ops(nb::module_& m) {
       .def("moe", &PyBackend::moe, nb::arg("experts"), nb::arg("x"), nb::arg("chosen"),
            nb::arg("weights"))
       .def("mla_attention", &PyBackend::mla_attention, nb::arg("shape"), nb::arg("kv_b_proj"),
-           nb::arg("q"), nb::arg("latents"), nb::arg("rows"), nb::arg("decode"));
+           nb::arg("q"), nb::arg("latents"), nb::arg("rows"), nb::arg("decode"),
+           nb::arg("fp8_cache"));
 }
 
 }  // namespace dsfp4::bindings

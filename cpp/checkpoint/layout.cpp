@@ -121,6 +121,8 @@ AttentionSource resolve_attention(const Catalogue& catalogue, const std::string&
       resolve_weight(catalogue, prefix + ".kv_b_proj",
                      heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank);
   source.o_proj = resolve_weight(catalogue, prefix + ".o_proj", hidden, heads * config.v_head_dim);
+  const std::string k_scale = prefix + ".k_proj.k_scale";
+  if (catalogue.find(k_scale) != nullptr) source.k_scale = require_scalar(catalogue, k_scale);
   return source;
 }
 

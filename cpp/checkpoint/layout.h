@@ -37,6 +37,7 @@ struct AttentionSource {
   const TensorInfo* q_a_layernorm = nullptr;
   WeightSource kv_a_proj_with_mqa, kv_b_proj, o_proj;
   const TensorInfo* kv_a_layernorm = nullptr;
+  const TensorInfo* k_scale = nullptr;  // of an FP8 KV cache; may be absent
 };
 
 struct LayerSource {

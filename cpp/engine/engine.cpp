@@ -27,6 +27,12 @@ std::unique_ptr<ops::Backend> make_backend(const std::string& device, int thread
   throw ParameterError("device", "'" + device + "' is not one of cpu, reference");
 }
 
+ops::KvFormat kv_format(const std::string& dtype, const ops::Backend& backend) {
+  if (dtype == "bf16") return backend.default_kv_format();
+  if (dtype == "fp8") return ops::KvFormat::kFp8;
+  throw ParameterError("kv_cache_dtype", "'" + dtype + "' is not one of bf16, fp8");
+}
+
 std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
   if (wanted < 0 || wanted > model_limit) {
     throw ParameterError("max_context", "must be 1 to " + std::to_string(model_limit) +
@@ -46,11 +52,11 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
     : config_(checkpoint::read_config(folder)),
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options.device, thread_count(options.threads))),
+      kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
       loaded_(load_weights(folder, config_, thread_count(options.threads), options.progress)),
-      decoder_(model::make_spec(config_), loaded_.weights, *backend_),
+      decoder_(model::make_spec(config_), loaded_.weights, *backend_, kv_format_),
       scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations"),
-      cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(),
-             backend_->kv_format()) {}
+      cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_) {}
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
   if (ids.empty()) throw ParameterError(parameter, "must hold at least one token id");
@@ -132,44 +138,67 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   check_ids(prompt, "prompt");
   const auto prompt_tokens = static_cast<std::int64_t>(prompt.size());
   if (prompt_tokens + 1 > max_context_) throw ContextLengthError(prompt_tokens + 1, max_context_);
-  std::vector<std::int32_t> stop_ids(config().eos_token_ids.begin(), config().eos_token_ids.end());
-  if (options.stop_ids) stop_ids = *options.stop_ids;
 
   const std::lock_guard turn(turn_);
   GenerationResult result;
   result.prompt_tokens = prompt_tokens;
   Sequence sequence(cache_);
-  Sampler sampler(options);
   std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
 
   auto start = std::chrono::steady_clock::now();
-  for (std::size_t at = 0; at < prompt.size(); at += kPrefillChunk) {
+  const bool go_on = prefill(sequence, prompt, options, logits);
+  result.prefill_seconds = seconds_since(start);
+  if (!go_on) {
+    result.finish_reason = FinishReason::kCancelled;
+    return result;
+  }
+  start = std::chrono::steady_clock::now();
+  decode(sequence, prompt, options, on_token, logits, result);
+  result.decode_seconds = seconds_since(start);
+  return result;
+}
+
+bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
+                     const GenerateOptions& options, std::span<float> logits) {
+  for (std::size_t at = 0; at < prompt.size();) {
     const std::size_t rows = std::min<std::size_t>(kPrefillChunk, prompt.size() - at);
     last_logits(sequence, model::Phase::kPrefill, prompt.subspan(at, rows), logits);
+    at += rows;
+    if (options.on_prefill && !options.on_prefill(static_cast<std::int64_t>(at),
+                                                  static_cast<std::int64_t>(prompt.size()))) {
+      return false;
+    }
   }
-  result.prefill_seconds = seconds_since(start);
+  return true;
+}
 
-  start = std::chrono::steady_clock::now();
-  const std::int64_t most = std::min(options.max_tokens, max_context_ - prompt_tokens);
+void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
+                    const GenerateOptions& options, const TokenCallback& on_token,
+                    std::span<float> logits, GenerationResult& result) {
+  std::vector<std::int32_t> stop_ids(config().eos_token_ids.begin(), config().eos_token_ids.end());
+  if (options.stop_ids) stop_ids = *options.stop_ids;
+  Sampler sampler(options, prompt, spec().vocab_size);
+  const std::int64_t most = std::min(options.max_tokens, max_context_ - result.prompt_tokens);
   for (;;) {
     const std::int32_t token = sampler.sample(logits);
     if (std::ranges::find(stop_ids, token) != stop_ids.end()) {
       result.finish_reason = FinishReason::kStop;
-      break;
+      return;
     }
     result.tokens.push_back(token);
+    if (options.logprobs > 0) {
+      result.logprobs.push_back(token_logprobs(logits, token, options.logprobs));
+    }
     if (on_token && !on_token(token)) {
       result.finish_reason = FinishReason::kCancelled;
-      break;
+      return;
     }
     if (static_cast<std::int64_t>(result.tokens.size()) >= most) {
       result.finish_reason = FinishReason::kLength;
-      break;
+      return;
     }
     last_logits(sequence, model::Phase::kDecode, {&token, 1}, logits);
   }
-  result.decode_seconds = seconds_since(start);
-  return result;
 }
 
 }  // namespace dsfp4::engine

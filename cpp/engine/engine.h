@@ -39,6 +39,13 @@ class Engine {
   /// [ids.size(), hidden], valid during the call.
   template <typename Use>
   void step(Sequence& sequence, model::Batch batch, const Use& use);
+  /// Runs the prompt; false if on_prefill cancelled it.
+  bool prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
+               const GenerateOptions& options, std::span<float> logits);
+  /// Samples and decodes until something ends it; fills the tokens and the finish reason.
+  void decode(Sequence& sequence, std::span<const std::int32_t> prompt,
+              const GenerateOptions& options, const TokenCallback& on_token,
+              std::span<float> logits, GenerationResult& result);
   /// Logits of the last of `ids`, which become the sequence's next tokens.
   void last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
                    std::span<float> logits);
@@ -47,6 +54,7 @@ class Engine {
   checkpoint::ModelConfig config_;
   std::int64_t max_context_;
   std::unique_ptr<ops::Backend> backend_;
+  ops::KvFormat kv_format_;
   LoadedWeights loaded_;
   model::Decoder decoder_;
   memory::Arena scratch_;

@@ -38,11 +38,14 @@ class Placement {
     view.cols = source.cols;
     view.data = bytes_of(*source.data);
     if (source.scales != nullptr) view.scales = bytes_of(*source.scales);
-    if (arena_ == nullptr) {
-      weight_bytes_ += source.bytes();
-    } else if (source.global_scale != nullptr) {
-      global_scales_.push_back({&source, &view, read_later(*source.global_scale)});
-    }
+    if (arena_ == nullptr) weight_bytes_ += source.bytes();
+    place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
+  }
+
+  // A scale: a scalar that is positive and finite. Where there is none, `value` stays as it is.
+  void place(const TensorInfo* scalar, float& value, bool reciprocal = false) {
+    if (scalar == nullptr || arena_ == nullptr) return;
+    scales_.push_back({scalar, &value, reciprocal, read_later(*scalar)});
   }
 
   void place(const TensorInfo* vector, std::span<const float>& view) {
@@ -61,18 +64,17 @@ class Placement {
       to_floats(*vector.tensor, staging_[vector.staged].data(), vector.values,
                 static_cast<std::size_t>(vector.tensor->shape.at(0)));
     }
-    for (const GlobalScale& scale : global_scales_) {
-      const TensorInfo& tensor = *scale.source->global_scale;
+    for (const Scale& scale : scales_) {
+      const TensorInfo& tensor = *scale.tensor;
       float value = 0.0f;
       to_floats(tensor, staging_[scale.staged].data(), &value, 1);
       if (!std::isfinite(value) || value <= 0.0f) {
         throw CheckpointError(catalogue_.file_name(tensor), tensor.name,
                               static_cast<std::int64_t>(tensor.offset),
-                              "the global scale is " + std::to_string(value) +
+                              "the scale is " + std::to_string(value) +
                                   "; it must be positive and finite");
       }
-      scale.view->global_scale =
-          scale.source->global_scale_is_reciprocal ? 1.0f / value : value;
+      *scale.value = scale.reciprocal ? 1.0f / value : value;
     }
   }
 
@@ -82,9 +84,10 @@ class Placement {
     float* values;
     std::size_t staged;
   };
-  struct GlobalScale {
-    const WeightSource* source;
-    format::WeightView* view;
+  struct Scale {
+    const TensorInfo* tensor;
+    float* value;
+    bool reciprocal;
     std::size_t staged;
   };
 
@@ -122,7 +125,7 @@ class Placement {
   std::vector<storage::Extent> extents_;
   std::vector<std::vector<std::byte>> staging_;
   std::vector<Vector> vectors_;
-  std::vector<GlobalScale> global_scales_;
+  std::vector<Scale> scales_;
 };
 
 void place_mlp(Placement& placement, const checkpoint::MlpSource& source,
@@ -146,6 +149,7 @@ void place_layer(Placement& placement, const checkpoint::LayerSource& source,
   placement.place(from.kv_a_layernorm, to.kv_a_layernorm);
   placement.place(from.kv_b_proj, to.kv_b_proj);
   placement.place(from.o_proj, to.o_proj);
+  placement.place(from.k_scale, to.k_scale);
   place_mlp(placement, source.mlp, weights.mlp);
   placement.place(source.gate, weights.gate);
   placement.place(source.e_score_correction_bias, weights.e_score_correction_bias);

@@ -26,11 +26,12 @@ class Random {
 
 class Sampler {
  public:
-  explicit Sampler(const GenerateOptions& options)
-      : options_(options), random_(options.seed) {}
+  /// `prompt` counts for the repetition penalty. The options must have passed check_options.
+  Sampler(const GenerateOptions& options, std::span<const std::int32_t> prompt,
+          std::int64_t vocab_size);
 
-  /// Temperature, then top_k, then top_p, then one draw; the lower id wins a tie. Throws Error if
-  /// every logit is NaN.
+  /// Repetition penalty, logit bias, temperature, top_k, top_p, min_p, then one draw; the lower id
+  /// wins a tie. Throws Error if every logit is NaN or forbidden.
   std::int32_t sample(std::span<const float> logits);
 
  private:
@@ -39,12 +40,20 @@ class Sampler {
     float logit;
     double probability;
   };
+  void collect(std::span<const float> logits);
+  std::int32_t choose();
   void keep_top_k();
   void keep_top_p();
+  void keep_min_p();
 
   GenerateOptions options_;
   Random random_;
+  std::vector<bool> seen_;    // by token id: in the prompt or the answer
+  std::vector<float> bias_;   // by token id; empty if there is none
   std::vector<Candidate> candidates_;
 };
+
+/// Log probabilities of `chosen` and of the `count` likeliest tokens under softmax(logits).
+TokenLogprobs token_logprobs(std::span<const float> logits, std::int32_t chosen, int count);
 
 }  // namespace dsfp4::engine

@@ -34,6 +34,10 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
+    for (ops::SequenceRows& sequence : sequences) {
+      sequence.kv.layer_offset = static_cast<std::size_t>(layer) * kv_layer_bytes();
+      sequence.kv.scale = weights.self_attn.k_scale;
+    }
     backend_.rms_norm(x, weights.input_layernorm, spec_.rms_norm_eps, normed);
     mla_attention(spec_, weights.self_attn, step, backend_, arena, normed, block);
     backend_.add(block, x);
@@ -45,7 +49,6 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
       mlp(weights.mlp, backend_, arena, normed, block);
     }
     backend_.add(block, x);
-    for (ops::SequenceRows& sequence : sequences) sequence.kv.layer_offset += kv_layer_bytes();
   }
   backend_.rms_norm(x, weights_.norm, spec_.rms_norm_eps, x);
   return x;
@@ -77,7 +80,7 @@ std::size_t Decoder::scratch_bytes(std::int64_t rows) const {
 
 std::size_t Decoder::kv_layer_bytes() const {
   return static_cast<std::size_t>(ops::kKvBlockTokens * spec_.mla.cache_width()) *
-         ops::kv_value_bytes(backend_.kv_format());
+         ops::kv_value_bytes(kv_format_);
 }
 
 }  // namespace dsfp4::model

@@ -16,7 +16,7 @@ namespace dsfp4::model {
 struct Batch {
   Phase phase = Phase::kPrefill;
   std::span<const std::int32_t> ids;             // [rows]
-  std::span<const ops::SequenceRows> sequences;  // cover the rows; kv.layer_offset is 0
+  std::span<const ops::SequenceRows> sequences;  // cover the rows; their kv.layer_offset and scale are set here
   /// Experts per MoE layer: layer l's rows begin l * expert_layer_stride entries in. May be null.
   const std::int32_t* forced_experts = nullptr;
   std::int32_t* chosen_experts = nullptr;
@@ -26,8 +26,9 @@ struct Batch {
 class Decoder {
  public:
   /// The weights and the backend must outlive the decoder.
-  Decoder(ModelSpec spec, const ModelWeights& weights, ops::Backend& backend)
-      : spec_(std::move(spec)), weights_(weights), backend_(backend) {}
+  Decoder(ModelSpec spec, const ModelWeights& weights, ops::Backend& backend,
+          ops::KvFormat kv_format)
+      : spec_(std::move(spec)), weights_(weights), backend_(backend), kv_format_(kv_format) {}
 
   const ModelSpec& spec() const noexcept { return spec_; }
 
@@ -48,6 +49,7 @@ class Decoder {
   ModelSpec spec_;
   const ModelWeights& weights_;
   ops::Backend& backend_;
+  ops::KvFormat kv_format_;
 };
 
 }  // namespace dsfp4::model

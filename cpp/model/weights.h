@@ -21,6 +21,7 @@ struct AttentionWeights {
   NormWeight q_a_layernorm;
   WeightView kv_a_proj_with_mqa, kv_b_proj, o_proj;
   NormWeight kv_a_layernorm;
+  float k_scale = 1.0f;  // of an FP8 KV cache
 };
 
 struct LayerWeights {

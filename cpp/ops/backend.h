@@ -64,7 +64,7 @@ struct MlaShape {
   std::int64_t cache_width() const { return kv_lora_rank + qk_rope_head_dim; }
 };
 
-enum class KvFormat : std::uint8_t { kF32, kBf16 };
+enum class KvFormat : std::uint8_t { kF32, kBf16, kFp8 };  // kFp8: E4M3 times KvView::scale
 
 /// Bytes of one cached value.
 std::size_t kv_value_bytes(KvFormat format);
@@ -78,6 +78,7 @@ struct KvView {
   std::span<std::byte* const> blocks;
   std::size_t layer_offset = 0;
   KvFormat format = KvFormat::kF32;
+  float scale = 1.0f;  // kFp8 only: the layer's k_scale
 };
 
 /// The rows of a batch that belong to one sequence: tokens at `position`, `position` + 1, ...
@@ -127,7 +128,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
   virtual std::string_view name() const = 0;
-  virtual KvFormat kv_format() const = 0;
+  /// The format that loses nothing against the backend's own arithmetic.
+  virtual KvFormat default_kv_format() const = 0;
 
   /// out[t] = row ids[t] of `table` (F32 or BF16).
   virtual void embed(const format::WeightView& table, std::span<const std::int32_t> ids,

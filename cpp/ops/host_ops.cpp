@@ -9,6 +9,25 @@
 #include "ops/routing.h"
 
 namespace dsfp4::ops {
+namespace {
+
+void store_latents(const KvView& kv, const float* from, std::int64_t count, std::byte* to) {
+  switch (kv.format) {
+    case KvFormat::kF32:
+      std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
+      return;
+    case KvFormat::kBf16:
+      std::transform(from, from + count, reinterpret_cast<std::uint16_t*>(to),
+                     format::float_to_bf16);
+      return;
+    case KvFormat::kFp8:
+      std::transform(from, from + count, reinterpret_cast<std::uint8_t*>(to),
+                     [&](float v) { return format::float_to_e4m3(v / kv.scale); });
+      return;
+  }
+}
+
+}  // namespace
 
 void HostBackend::embed(const format::WeightView& table, std::span<const std::int32_t> ids,
                         Matrix out) {
@@ -57,13 +76,8 @@ void HostBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) 
         static_cast<std::size_t>(x.cols) * kv_value_bytes(sequence.kv.format);
     for (std::int64_t r = 0; r < sequence.rows; ++r) {
       const float* from = x.row(sequence.first_row + r);
-      std::byte* to = kv_row(sequence.kv, sequence.position + r, row_bytes);
-      if (sequence.kv.format == KvFormat::kF32) {
-        std::memcpy(to, from, row_bytes);
-        continue;
-      }
-      auto* codes = reinterpret_cast<std::uint16_t*>(to);
-      std::transform(from, from + x.cols, codes, format::float_to_bf16);
+      store_latents(sequence.kv, from, x.cols,
+                    kv_row(sequence.kv, sequence.position + r, row_bytes));
     }
   }
 }

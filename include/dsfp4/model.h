@@ -13,6 +13,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace dsfp4 {
@@ -25,6 +26,9 @@ struct LoadOptions {
   /// Longest sequence in tokens, prompt and answer together, 1 to the model's
   /// max_position_embeddings; 0 means that.
   std::int64_t max_context = 0;
+  /// How the KV cache keeps latents: "bf16", or "fp8" (E4M3, half the memory, an error of about 3 %
+  /// a value). The reference device computes with an FP32 cache where this says "bf16".
+  std::string kv_cache_dtype = "bf16";
   /// Called while weights are read, in bytes. An exception thrown by it ends the load.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
 };
@@ -38,20 +42,44 @@ struct GenerateOptions {
   std::int64_t top_k = 0;
   /// Sample from the likeliest tokens whose probabilities add up to top_p only; over 0, to 1 (off).
   double top_p = 1.0;
+  /// Leave out tokens whose probability is below min_p times that of the likeliest; 0 (off) to 1.
+  double min_p = 0.0;
+  /// Positive logits of tokens that are in the prompt or the answer already are divided by this,
+  /// negative ones multiplied (Keskar et al. 2019); over 0, to 100; 1 is off.
+  double repetition_penalty = 1.0;
+  /// Added to the logits of single tokens, after the penalty; -infinity forbids a token.
+  std::vector<std::pair<std::int32_t, float>> logit_bias;
+  /// For each token, also report its log probability and those of the likeliest `logprobs` tokens;
+  /// 0 (off) to 20.
+  int logprobs = 0;
   /// The same seed, prompt and options give the same tokens.
   std::uint64_t seed = 0;
   /// Tokens that end the answer (and are not part of it); none given: the model's end tokens.
   std::optional<std::vector<std::int32_t>> stop_ids;
+  /// Called as the prompt is worked off, in tokens; false cancels.
+  std::function<bool(std::int64_t done, std::int64_t total)> on_prefill;
+};
+
+struct TokenLogprob {
+  std::int32_t id = 0;
+  /// Natural logarithm of the probability that the model itself gives (temperature 1, no penalty).
+  float logprob = 0.0f;
+};
+
+struct TokenLogprobs {
+  TokenLogprob chosen;
+  std::vector<TokenLogprob> top;  // the likeliest, best first
 };
 
 enum class FinishReason : std::uint8_t {
   kStop,       // a stop token came
   kLength,     // max_tokens or the context limit is reached
-  kCancelled,  // the callback said so
+  kCancelled,  // a callback said so
 };
 
 struct GenerationResult {
   std::vector<std::int32_t> tokens;
+  std::vector<TokenLogprobs> logprobs;  // one a token, if they were asked for
   FinishReason finish_reason = FinishReason::kLength;
   std::int64_t prompt_tokens = 0;
   double prefill_seconds = 0.0;

@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -29,7 +29,9 @@ class Model:
 
     `path` is a checkpoint folder or "demo"; `device` is "cpu", "reference" (scalar and slow: the
     truth that the others are compared with) or "auto"; `threads` 0 is one for each core;
-    `max_context` is in tokens, 0 is the model's own limit; `progress` is called with bytes.
+    `max_context` is in tokens, 0 is the model's own limit; `kv_cache_dtype` is "bf16" (FP32 on
+    "reference") or "fp8" (half the memory, an error of some percent in each cached value);
+    `progress` is called with bytes.
     Raises the errors of `dsfp4.errors`.
     """
 
@@ -40,6 +42,7 @@ class Model:
         *,
         threads: int = 0,
         max_context: int = 0,
+        kv_cache_dtype: str = "bf16",
         progress: Progress | None = None,
     ) -> None:
         folder = str(resolve_model(path))
@@ -49,6 +52,7 @@ class Model:
             device=resolve_device(device),
             threads=check_integer("threads", threads),
             max_context=check_integer("max_context", max_context),
+            kv_cache_dtype=kv_cache_dtype,
             progress=progress,
         )
 
@@ -119,14 +123,25 @@ class Model:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int = 0,
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
         on_token: Callable[[int], bool] | None = None,
+        on_prefill: Callable[[int, int], bool] | None = None,
     ) -> _core.GenerationResult:
         """Continue `ids` by up to `max_tokens` ids.
 
-        `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 are off. `stop_ids` None
-        means the model's end ids. `on_token` sees each id as it is made; False from it cancels.
+        `temperature`, 0 to 100: 0 takes the likeliest token. `top_k` (0 is off), `top_p` (over 0, 1
+        is off) and `min_p` (0 is off, a share of the likeliest token's probability) cut the tail.
+        `repetition_penalty` (over 0, 1 is off) divides the positive logits of ids that are in the
+        prompt or the answer and multiplies the negative ones; `logit_bias` adds to the logits of
+        single ids, -inf forbids one. `logprobs`, 0 to 20, asks for each id's log probability and
+        those of so many likeliest ids. The same `seed`, 0 to 2^64 - 1, gives the same ids.
+        `stop_ids` None means the model's end ids. `on_token` sees each id as it is made,
+        `on_prefill` the tokens of the prompt done and in all; False from either cancels.
         """
         return self._core.generate(
             check_integers("ids", ids),
@@ -134,9 +149,17 @@ class Model:
             temperature=check_real("temperature", temperature),
             top_k=check_integer("top_k", top_k),
             top_p=check_real("top_p", top_p),
+            min_p=check_real("min_p", min_p),
+            repetition_penalty=check_real("repetition_penalty", repetition_penalty),
+            logit_bias=[
+                (check_integer("logit_bias", id), check_real("logit_bias", bias))
+                for id, bias in (logit_bias or {}).items()
+            ],
+            logprobs=check_integer("logprobs", logprobs),
             seed=check_integer("seed", seed, bits=64),
             stop_ids=None if stop_ids is None else check_integers("stop_ids", stop_ids).tolist(),
             on_token=on_token,
+            on_prefill=on_prefill,
         )
 
 

@@ -1,5 +1,6 @@
 """Every op of both backends against the float64 oracle in fixtures/numpy_ops.py."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from fixtures import numpy_ops as oracle
@@ -193,6 +194,30 @@ def test_mla_attention(backend, decode, fmt, dims):
     assert relative_error(actual, np.concatenate(expected)) < limit
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("decode", [False, True])
+def test_mla_attention_with_fp8_cache(backend, decode):
+    heads, lora, nope, rope, value = 3, 48, 24, 20, 40
+    rng = np.random.default_rng(8)
+    kv_b, decoded = make_weight("bf16", normal(rng, heads * (nope + value), lora) / np.sqrt(lora))
+    shape = ops.MlaShape(heads, lora, nope, rope, value, 0.15)
+    q, latents = normal(rng, 70, heads * (nope + rope)), normal(rng, 70, lora + rope)
+    latents[5, 3] = 1000.0  # saturates
+    cached = latents.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    expected = oracle.mla_attention(
+        q.reshape(70, heads, -1).astype(np.float64),
+        cached[:, :lora],
+        cached[:, lora:],
+        decoded,
+        value,
+        0.15,
+    )
+    actual = ops.mla_attention(
+        shape, kv_b, q, [latents], [70], backend, decode=decode, fp8_cache=True
+    )
+    assert relative_error(actual, expected.reshape(70, -1)) < TOLERANCE[backend] * 2
+
+
 def test_wrong_shapes_name_the_parameter():
     weight = ops.Weight.f32(np.ones((4, 8), np.float32))
     with pytest.raises(ValueError, match="'x'"):
@@ -201,7 +226,7 @@ def test_wrong_shapes_name_the_parameter():
         ops.linear(weight, np.ones((2, 8), np.float32), backend="abacus")
     with pytest.raises(ValueError, match="'ids'"):
         ops.embed(weight, [4])
-    with pytest.raises(ValueError, match="'data'"):
+    with pytest.raises(ValueError, match="'scales'"):
         ops.Weight.nvfp4(np.ones((4, 7), np.uint8), np.ones((4, 1), np.uint8), 1.0)
     with pytest.raises(ValueError, match="'experts'"):
         ops.route(ops.RouterSpec(4, 2), np.ones((1, 4), np.float32), experts=[[0, 4]])

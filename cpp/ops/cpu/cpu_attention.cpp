@@ -23,7 +23,11 @@ const float* cached_row(const Kernels& kernels, const KvView& kv, std::int64_t s
                         std::int64_t width, float* buffer) {
   const std::byte* row = kv_row(kv, s, static_cast<std::size_t>(width) * kv_value_bytes(kv.format));
   if (kv.format == KvFormat::kF32) return reinterpret_cast<const float*>(row);
-  kernels.bf16_to_float(reinterpret_cast<const std::uint16_t*>(row), buffer, width);
+  if (kv.format == KvFormat::kBf16) {
+    kernels.bf16_to_float(reinterpret_cast<const std::uint16_t*>(row), buffer, width);
+  } else {
+    kernels.e4m3_to_float(reinterpret_cast<const std::uint8_t*>(row), kv.scale, buffer, width);
+  }
   return buffer;
 }
 

@@ -13,7 +13,7 @@ class CpuBackend final : public HostBackend {
   CpuBackend(int threads, const Kernels& kernels) : HostBackend(threads), kernels_(kernels) {}
 
   std::string_view name() const override { return "cpu"; }
-  KvFormat kv_format() const override { return KvFormat::kBf16; }
+  KvFormat default_kv_format() const override { return KvFormat::kBf16; }
 
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
   void linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) override;

@@ -19,6 +19,8 @@ struct Kernels {
   /// y += a * x.
   void (*axpy)(float a, const float* x, float* y, std::int64_t n);
   void (*bf16_to_float)(const std::uint16_t* x, float* y, std::int64_t n);
+  /// y = E4M3 value of x * scale.
+  void (*e4m3_to_float)(const std::uint8_t* x, float scale, float* y, std::int64_t n);
   /// y = x rounded to BF16 (to nearest even), kept as FP32. x and y may be the same.
   void (*round_to_bf16)(const float* x, float* y, std::int64_t n);
 };

@@ -72,6 +72,10 @@ void decode_fp4_group(const std::uint8_t* packed, float scale, float* out) {
   for (int i = 0; i < size; ++i) out[i] = values[i] * scale;
 }
 
+void e4m3_to_float(const std::uint8_t* x, float scale, float* y, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) y[i] = kE4m3Values.value[x[i]] * scale;
+}
+
 void decode_fp8_row(const WeightView& weight, std::int64_t row, float* out) {
   const auto* codes = reinterpret_cast<const std::uint8_t*>(weight.data) + row * weight.cols;
   const std::int64_t tiles = (weight.cols + format::kFp8Tile - 1) / format::kFp8Tile;
@@ -82,7 +86,7 @@ void decode_fp8_row(const WeightView& weight, std::int64_t row, float* out) {
     const std::int64_t begin = tile * format::kFp8Tile;
     const std::int64_t end =
         begin + format::kFp8Tile < weight.cols ? begin + format::kFp8Tile : weight.cols;
-    for (std::int64_t i = begin; i < end; ++i) out[i] = kE4m3Values.value[codes[i]] * scale;
+    e4m3_to_float(codes + begin, scale, out + begin, end - begin);
   }
 }
 
@@ -181,7 +185,7 @@ void round_to_bf16(const float* x, float* y, std::int64_t n) {
 }
 
 constexpr Kernels make_kernels(const char* isa) {
-  return {isa, decode_row, dot_tokens, axpy, bf16_to_float, round_to_bf16};
+  return {isa, decode_row, dot_tokens, axpy, bf16_to_float, e4m3_to_float, round_to_bf16};
 }
 
 }  // namespace

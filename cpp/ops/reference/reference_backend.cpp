@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "format/block.h"
+#include "format/scalar.h"
 #include "ops/host_ops.h"
 
 namespace dsfp4::ops {
@@ -36,6 +37,18 @@ std::vector<float> decoded_row(const WeightView& weight, std::int64_t row) {
   return values;
 }
 
+float cached_value(const KvView& kv, const std::byte* row, std::int64_t i) {
+  switch (kv.format) {
+    case KvFormat::kF32:
+      return reinterpret_cast<const float*>(row)[i];
+    case KvFormat::kBf16:
+      return format::bf16_to_float(reinterpret_cast<const std::uint16_t*>(row)[i]);
+    case KvFormat::kFp8:
+      return format::e4m3_to_float(reinterpret_cast<const std::uint8_t*>(row)[i]) * kv.scale;
+  }
+  return 0.0f;
+}
+
 // One sequence's cached rows [length, width], as floats.
 std::vector<float> cached(const SequenceRows& sequence, std::int64_t width) {
   std::vector<float> rows;
@@ -44,11 +57,7 @@ std::vector<float> cached(const SequenceRows& sequence, std::int64_t width) {
   const std::size_t row_bytes = static_cast<std::size_t>(width) * kv_value_bytes(kv.format);
   for (std::int64_t t = 0; t < sequence.length(); ++t) {
     const std::byte* row = kv_row(kv, t, row_bytes);
-    for (std::int64_t i = 0; i < width; ++i) {
-      rows.push_back(kv.format == KvFormat::kF32
-                         ? reinterpret_cast<const float*>(row)[i]
-                         : format::bf16_to_float(reinterpret_cast<const std::uint16_t*>(row)[i]));
-    }
+    for (std::int64_t i = 0; i < width; ++i) rows.push_back(cached_value(kv, row, i));
   }
   return rows;
 }
@@ -58,7 +67,7 @@ class ReferenceBackend final : public HostBackend {
   using HostBackend::HostBackend;
 
   std::string_view name() const override { return "reference"; }
-  KvFormat kv_format() const override { return KvFormat::kF32; }
+  KvFormat default_kv_format() const override { return KvFormat::kF32; }
 
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override {
     for (std::int64_t t = 0; t < x.rows; ++t) {

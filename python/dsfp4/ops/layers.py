@@ -208,15 +208,16 @@ def mla_attention(
     backend: str = "reference",
     *,
     decode: bool = False,
+    fp8_cache: bool = False,
     threads: int = 1,
 ) -> Floats:
     """Causal latent attention of the last rows[i] tokens of sequence i: [sum(rows), heads * v].
 
     q: [sum(rows), heads * (nope + rope)], rotated; latents[i]: [tokens, kv_lora_rank + rope], normed
-    and rotated. ``decode`` takes the absorbed path.
+    and rotated. ``decode`` takes the absorbed path; ``fp8_cache`` keeps the latents in E4M3.
     """
     core = _backend(backend, threads)
     cached = [_floats(latent) for latent in latents]
     return as_output(
-        core.mla_attention(shape, kv_b_proj._core, _floats(q), cached, list(rows), decode)
+        core.mla_attention(shape, kv_b_proj._core, _floats(q), cached, list(rows), decode, fp8_cache)
     )

@@ -25,20 +25,20 @@ GenerateOptions warm(double temperature, std::int64_t top_k = 0, double top_p = 
 
 std::map<std::int32_t, int> draw(const GenerateOptions& options, const std::vector<float>& logits,
                                  int count) {
-  Sampler sampler(options);
+  Sampler sampler(options, {}, static_cast<std::int64_t>(logits.size()));
   std::map<std::int32_t, int> times;
   for (int i = 0; i < count; ++i) ++times[sampler.sample(logits)];
   return times;
 }
 
 TEST(Sampler, GreedyTakesTheBestAndTheLowerIdOfATie) {
-  Sampler sampler(warm(0.0));
+  Sampler sampler(warm(0.0), {}, 3);
   EXPECT_EQ(sampler.sample(std::vector<float>{1.0f, 3.0f, 3.0f}), 1);
   EXPECT_EQ(sampler.sample(std::vector<float>{std::nanf(""), -5.0f, -kInf}), 1);
 }
 
 TEST(Sampler, AllNanIsAnError) {
-  Sampler sampler(warm(0.0));
+  Sampler sampler(warm(0.0), {}, 4);
   EXPECT_THROW(sampler.sample(std::vector<float>(4, std::nanf(""))), Error);
 }
 
@@ -62,10 +62,54 @@ TEST(Sampler, TopKAndTopPCutTheTail) {
   EXPECT_EQ(draw(warm(1.0, 0, 0.75), logits, 2000).size(), 2u);  // needs the second
 }
 
+TEST(Sampler, MinPIsRelativeToTheLikeliest) {
+  const std::vector<float> logits = {std::log(1.0f), std::log(8.0f), std::log(2.0f)};
+  GenerateOptions options = warm(1.0);
+  options.min_p = 0.2;
+  EXPECT_EQ(draw(options, logits, 2000).count(0), 0u);
+  EXPECT_EQ(draw(options, logits, 2000).count(2), 1u);
+  options.min_p = 1.0;
+  EXPECT_EQ(draw(options, logits, 200).size(), 1u);
+}
+
+TEST(Sampler, RepetitionPenaltyKnowsPromptAndAnswer) {
+  GenerateOptions options = warm(0.0);
+  options.repetition_penalty = 2.0;
+  const std::vector<std::int32_t> prompt = {0};
+  Sampler sampler(options, prompt, 4);
+  const std::vector<float> logits = {4.0f, 3.0f, 1.0f, -1.0f};
+  EXPECT_EQ(sampler.sample(logits), 1);  // 0 counts 2 now
+  EXPECT_EQ(sampler.sample(logits), 0);  // 1 counts 1.5
+  const std::vector<float> negative = {-1.0f, -1.5f, -9.0f, -1.9f};
+  EXPECT_EQ(sampler.sample(negative), 3);  // 0 counts -2, 1 counts -3
+}
+
+TEST(Sampler, LogitBiasForbidsAndForces) {
+  GenerateOptions options = warm(0.0);
+  options.logit_bias = {{1, -kInf}, {2, 1.5f}};
+  Sampler sampler(options, {}, 3);
+  EXPECT_EQ(sampler.sample(std::vector<float>{1.0f, 9.0f, 0.0f}), 2);
+  options.logit_bias = {{0, -kInf}, {1, -kInf}, {2, -kInf}};
+  Sampler nothing(options, {}, 3);
+  EXPECT_THROW(nothing.sample(std::vector<float>{1.0f, 9.0f, 0.0f}), Error);
+}
+
+TEST(Sampler, LogprobsAreOfTheRawDistribution) {
+  const std::vector<float> logits = {std::log(1.0f), std::log(8.0f), std::nanf(""), std::log(2.0f)};
+  const TokenLogprobs result = token_logprobs(logits, 0, 2);
+  EXPECT_EQ(result.chosen.id, 0);
+  EXPECT_NEAR(result.chosen.logprob, std::log(1.0 / 11.0), 1e-6);
+  ASSERT_EQ(result.top.size(), 2u);
+  EXPECT_EQ(result.top[0].id, 1);
+  EXPECT_NEAR(result.top[0].logprob, std::log(8.0 / 11.0), 1e-6);
+  EXPECT_EQ(result.top[1].id, 3);
+  EXPECT_EQ(token_logprobs(logits, 0, 20).top.size(), 4u);
+}
+
 TEST(Sampler, SameSeedSameTokens) {
   const std::vector<float> logits(50, 0.0f);
-  Sampler a(warm(1.0));
-  Sampler b(warm(1.0));
+  Sampler a(warm(1.0), {}, 50);
+  Sampler b(warm(1.0), {}, 50);
   for (int i = 0; i < 100; ++i) EXPECT_EQ(a.sample(logits), b.sample(logits));
 }
 
@@ -93,6 +137,20 @@ TEST(Sampler, OptionsOutOfRangeNameTheParameter) {
   options.max_tokens = 0;
   EXPECT_EQ(parameter(options), "max_tokens");
   options.max_tokens = 1;
+  options.min_p = 1.1;
+  EXPECT_EQ(parameter(options), "min_p");
+  options.min_p = 0.0;
+  options.repetition_penalty = 0.0;
+  EXPECT_EQ(parameter(options), "repetition_penalty");
+  options.repetition_penalty = 1.0;
+  options.logprobs = 21;
+  EXPECT_EQ(parameter(options), "logprobs");
+  options.logprobs = 0;
+  options.logit_bias = {{100, 1.0f}};
+  EXPECT_EQ(parameter(options), "logit_bias");
+  options.logit_bias = {{1, kInf}};
+  EXPECT_EQ(parameter(options), "logit_bias");
+  options.logit_bias = {};
   options.stop_ids = {100};
   EXPECT_EQ(parameter(options), "stop_ids");
 }

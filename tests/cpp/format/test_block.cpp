@@ -103,7 +103,7 @@ TEST(Block, BadArgumentsNameTheParameter) {
   EXPECT_EQ(parameter([&] { encode_fp8_block(values, 2, 16); }), "values");
   std::vector<float> out(7);
   const EncodedMatrix matrix = encode_bf16(ramp(16), 2, 8);
-  EXPECT_EQ(parameter([&] { decode_row(matrix.view(), 0, out); }), "row");
+  EXPECT_EQ(parameter([&] { decode_row(matrix.view(), 0, out); }), "out");
 }
 
 }  // namespace

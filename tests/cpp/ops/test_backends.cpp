@@ -68,7 +68,7 @@ class Attention : public ::testing::Test {
 
   // [tokens, heads * v] for all rows in one call, or each sequence in a call of its own.
   std::vector<float> run(Backend& backend, bool decode, bool together) {
-    engine::KvCache cache(400, 2, kKvBlockTokens * 68 * 4, backend.kv_format());
+    engine::KvCache cache(400, 2, kKvBlockTokens * 68 * 4, backend.default_kv_format());
     engine::Sequence sequences[2] = {engine::Sequence(cache), engine::Sequence(cache)};
     OwnedMatrix out(7, 3 * 40);
     std::vector<SequenceRows> batch;
