@@ -7,11 +7,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from machine import machine
 
 from dsfp4 import Model
 from dsfp4.demo import resolve_model
 from dsfp4.tokenizer import Tokenizer
+from machine import machine
 
 Totals = dict[str, tuple[float, int]]
 

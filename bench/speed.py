@@ -4,9 +4,9 @@ import argparse
 import statistics
 
 import numpy as np
-from machine import machine
 
 from dsfp4 import Model
+from machine import machine
 
 
 def main() -> None:

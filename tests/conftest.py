@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from fixtures.cases import CASES
 from fixtures.random_checkpoint import write_checkpoint
 

@@ -53,8 +53,9 @@ ParameterError::ParameterError(std::string parameter, const std::string& problem
     : Error("parameter '" + parameter + "': " + problem), parameter_(std::move(parameter)) {}
 
 ContextLengthError::ContextLengthError(std::int64_t requested, std::int64_t limit)
-    : Error("the sequence needs " + std::to_string(requested) + " tokens and the context limit is " +
-            std::to_string(limit) + "; shorten the prompt, lower max_tokens or raise max_context"),
+    : Error("the sequence needs " + std::to_string(requested) +
+            " tokens and the context limit is " + std::to_string(limit) +
+            "; shorten the prompt, lower max_tokens or raise max_context"),
       requested_(requested),
       limit_(limit) {}
 

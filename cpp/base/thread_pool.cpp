@@ -1,8 +1,7 @@
 #include "base/thread_pool.h"
 
-#include <sched.h>
-
 #include <algorithm>
+#include <sched.h>
 #include <utility>
 
 #include "dsfp4/error.h"

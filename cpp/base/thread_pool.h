@@ -25,8 +25,8 @@ class ThreadPool {
 
   int size() const noexcept { return static_cast<int>(workers_.size()) + 1; }
 
-  /// Runs `body` over [0, count) in pieces of at most `grain` >= 1 indices, and returns when all are
-  /// done. Which thread takes which piece is left open, so a piece must not depend on another.
+  /// Runs `body` over [0, count) in pieces of at most `grain` >= 1 indices, and returns when all
+  /// are done. Which thread takes which piece is left open, so a piece must not depend on another.
   /// The first exception of a body is rethrown here, after the others have stopped. Calls from
   /// several threads take turns; a call from inside a body runs on the thread that makes it.
   void parallel_for(std::int64_t count, std::int64_t grain, const Body& body);

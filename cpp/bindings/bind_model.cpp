@@ -66,8 +66,8 @@ nb::tuple forward(Model& model, const Ids& ids,
   options.chosen_experts = chosen;
   options.decode = decode;
   if (experts) {
-    if (experts->ndim() != 3 || experts->shape(0) != layers ||
-        experts->shape(1) != tokens.size() || experts->shape(2) != top_k) {
+    if (experts->ndim() != 3 || experts->shape(0) != layers || experts->shape(1) != tokens.size() ||
+        experts->shape(2) != top_k) {
       throw ParameterError("experts", "must have shape [" + std::to_string(layers) + ", " +
                                           std::to_string(tokens.size()) + ", " +
                                           std::to_string(top_k) +
@@ -83,9 +83,8 @@ nb::tuple forward(Model& model, const Ids& ids,
                         own_array(std::move(chosen), {layers, tokens.size(), top_k}));
 }
 
-GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens,
-                          double temperature, std::int64_t top_k, double top_p, double min_p,
-                          double repetition_penalty,
+GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens, double temperature,
+                          std::int64_t top_k, double top_p, double min_p, double repetition_penalty,
                           std::vector<std::pair<std::int32_t, float>> logit_bias, int logprobs,
                           std::uint64_t seed, std::optional<std::vector<std::int32_t>> stop_ids,
                           const std::optional<nb::callable>& on_token,
@@ -107,13 +106,16 @@ GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens,
   const auto call = [](const std::optional<nb::callable>& callback, auto... arguments) {
     const nb::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
-    return !callback || nb::cast<bool>((*callback)(arguments...));
+    if (!callback) return true;
+    const nb::object answer = (*callback)(arguments...);
+    const int go_on = answer.is_none() ? 1 : PyObject_IsTrue(answer.ptr());
+    if (go_on < 0) throw nb::python_error();
+    return go_on != 0;
   };
   options.on_prefill = [&](std::int64_t done, std::int64_t total) {
     return call(on_prefill, done, total);
   };
-  return model.generate(prompt, options,
-                        [&](std::int32_t token) { return call(on_token, token); });
+  return model.generate(prompt, options, [&](std::int32_t token) { return call(on_token, token); });
 }
 
 const char* finish_reason(const GenerationResult& result) {
@@ -154,7 +156,8 @@ void bind_model(nb::module_& m) {
 
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
-           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16", nb::arg("progress") = nb::none())
+           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
+           nb::arg("progress") = nb::none())
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)
       .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)

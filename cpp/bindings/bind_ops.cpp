@@ -67,9 +67,9 @@ std::vector<std::byte> bytes_of(const ConstArray<T>& array) {
 
 EncodedMatrix weight(const std::string& format, std::int64_t rows, std::int64_t cols,
                      const Bytes& data, const Bytes& scales, float global_scale) {
-  for (const WeightFormat candidate : {WeightFormat::kF32, WeightFormat::kBF16,
-                                       WeightFormat::kFp8Block, WeightFormat::kNvfp4,
-                                       WeightFormat::kMxfp4}) {
+  for (const WeightFormat candidate :
+       {WeightFormat::kF32, WeightFormat::kBF16, WeightFormat::kFp8Block, WeightFormat::kNvfp4,
+        WeightFormat::kMxfp4}) {
     if (format::weight_format_name(candidate) != format) continue;
     require(rows >= 0 && cols >= 0, "shape", "must not be negative");
     require(data.size() == format::data_bytes(candidate, rows, cols), "data",
@@ -172,8 +172,7 @@ class PyBackend {
       const ops::ExpertView& e = experts.back();
       require(e.gate_proj.cols == x.cols && e.up_proj.cols == x.cols &&
                   e.gate_proj.rows == e.up_proj.rows && e.down_proj.cols == e.gate_proj.rows &&
-                  e.down_proj.rows == x.cols &&
-                  e.gate_proj.rows == experts.front().gate_proj.rows,
+                  e.down_proj.rows == x.cols && e.gate_proj.rows == experts.front().gate_proj.rows,
               "experts", "shapes do not fit together");
     }
     require(chosen.ndim() == 2 && chosen.shape(0) == static_cast<std::size_t>(x.rows) &&
@@ -207,8 +206,10 @@ class PyBackend {
                            const Floats& q_array, const std::vector<Floats>& latents,
                            const std::vector<std::int64_t>& rows, bool decode, bool fp8_cache) {
     const ops::ConstMatrix q = matrix_of(q_array, "q");
-    require(latents.size() == rows.size() && !rows.empty(), "rows", "must have one entry a sequence");
-    require(q.cols == shape.heads * shape.qk_head_dim(), "q", "must be [rows, heads * qk_head_dim]");
+    require(latents.size() == rows.size() && !rows.empty(), "rows",
+            "must have one entry a sequence");
+    require(q.cols == shape.heads * shape.qk_head_dim(), "q",
+            "must be [rows, heads * qk_head_dim]");
     require(kv_b_proj.rows == shape.heads * (shape.qk_nope_head_dim + shape.v_head_dim) &&
                 kv_b_proj.cols == shape.kv_lora_rank,
             "kv_b_proj", "must be [heads * (nope + v), kv_lora_rank]");
@@ -222,8 +223,7 @@ class PyBackend {
       total_rows += rows[i];
     }
     require(total_rows == q.rows, "rows", "must add up to the rows of q");
-    const ops::KvFormat kv_format =
-        fp8_cache ? ops::KvFormat::kFp8 : backend_->default_kv_format();
+    const ops::KvFormat kv_format = fp8_cache ? ops::KvFormat::kFp8 : backend_->default_kv_format();
     engine::KvCache cache(tokens, 1,
                           static_cast<std::size_t>(ops::kKvBlockTokens * shape.cache_width()) *
                               ops::kv_value_bytes(kv_format),
@@ -261,8 +261,7 @@ class PyBackend {
 
 ops::RouterSpec router_spec(std::int64_t experts, std::int64_t top_k, std::int64_t groups,
                             std::int64_t kept_groups, const std::string& scoring,
-                            const std::string& group_score, bool normalize,
-                            float scaling_factor) {
+                            const std::string& group_score, bool normalize, float scaling_factor) {
   require(scoring == "softmax" || scoring == "sigmoid", "scoring", "must be softmax or sigmoid");
   require(group_score == "max" || group_score == "top2", "group_score", "must be max or top2");
   return {experts,
@@ -289,10 +288,10 @@ void bind_ops(nb::module_& m) {
         return std::string(format::weight_format_name(matrix.format));
       });
   nb::class_<ops::RouterSpec>(m, "RouterSpec")
-      .def_static("make", &router_spec, nb::arg("experts"), nb::arg("top_k"),
-                  nb::arg("groups") = 1, nb::arg("kept_groups") = 1,
-                  nb::arg("scoring") = "softmax", nb::arg("group_score") = "max",
-                  nb::arg("normalize") = false, nb::arg("scaling_factor") = 1.0f);
+      .def_static("make", &router_spec, nb::arg("experts"), nb::arg("top_k"), nb::arg("groups") = 1,
+                  nb::arg("kept_groups") = 1, nb::arg("scoring") = "softmax",
+                  nb::arg("group_score") = "max", nb::arg("normalize") = false,
+                  nb::arg("scaling_factor") = 1.0f);
   nb::class_<ops::MlaShape>(m, "MlaShape")
       .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float>(),
            nb::arg("heads"), nb::arg("kv_lora_rank"), nb::arg("qk_nope_head_dim"),

@@ -28,8 +28,7 @@ Sequence::~Sequence() {
 }
 
 ops::SequenceRows Sequence::next_rows(std::int64_t first_row, std::int64_t rows) {
-  const auto wanted =
-      static_cast<std::size_t>(ceil_div(length_ + rows, ops::kKvBlockTokens));
+  const auto wanted = static_cast<std::size_t>(ceil_div(length_ + rows, ops::kKvBlockTokens));
   blocks_.reserve(wanted);
   while (blocks_.size() < wanted) blocks_.push_back(cache_.take());
   return {first_row, rows, length_, {blocks_, 0, cache_.format()}};

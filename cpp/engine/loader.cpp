@@ -69,10 +69,9 @@ class Placement {
       float value = 0.0f;
       to_floats(tensor, staging_[scale.staged].data(), &value, 1);
       if (!std::isfinite(value) || value <= 0.0f) {
-        throw CheckpointError(catalogue_.file_name(tensor), tensor.name,
-                              static_cast<std::int64_t>(tensor.offset),
-                              "the scale is " + std::to_string(value) +
-                                  "; it must be positive and finite");
+        throw CheckpointError(
+            catalogue_.file_name(tensor), tensor.name, static_cast<std::int64_t>(tensor.offset),
+            "the scale is " + std::to_string(value) + "; it must be positive and finite");
       }
       *scale.value = scale.reciprocal ? 1.0f / value : value;
     }

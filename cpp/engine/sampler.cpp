@@ -104,8 +104,7 @@ std::int32_t Sampler::choose() {
   const double largest = candidates_.front().logit;
   for (Candidate& c : candidates_) {
     // Equal infinities would give NaN.
-    c.probability =
-        c.logit == largest ? 1.0 : std::exp((c.logit - largest) / options_.temperature);
+    c.probability = c.logit == largest ? 1.0 : std::exp((c.logit - largest) / options_.temperature);
   }
   keep_top_p();
   keep_min_p();

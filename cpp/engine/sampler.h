@@ -48,8 +48,8 @@ class Sampler {
 
   GenerateOptions options_;
   Random random_;
-  std::vector<bool> seen_;    // by token id: in the prompt or the answer
-  std::vector<float> bias_;   // by token id; empty if there is none
+  std::vector<bool> seen_;   // by token id: in the prompt or the answer
+  std::vector<float> bias_;  // by token id; empty if there is none
   std::vector<Candidate> candidates_;
 };
 

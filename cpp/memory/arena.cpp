@@ -33,8 +33,8 @@ void Arena::Free::operator()(std::byte* memory) const noexcept {
 }
 
 Arena::Arena(std::size_t bytes, const char* purpose) : size_(padded(bytes)), purpose_(purpose) {
-  void* memory = ::operator new(std::max(size_, kAlignment), std::align_val_t{kAlignment},
-                                std::nothrow);
+  void* memory =
+      ::operator new(std::max(size_, kAlignment), std::align_val_t{kAlignment}, std::nothrow);
   if (memory == nullptr) throw MemoryLimitError(purpose, size_, available_memory());
   memory_.reset(static_cast<std::byte*>(memory));
 }

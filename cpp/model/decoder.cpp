@@ -73,9 +73,9 @@ std::size_t Decoder::scratch_bytes(std::int64_t rows) const {
                                 sizeof(float)) +
       memory::Arena::padded(static_cast<std::size_t>(rows * spec_.mla.qk_rope_head_dim) *
                             sizeof(float));
-  return stream + std::max({mla_scratch_bytes(spec_, rows),
-                            mlp_scratch_bytes(spec_.intermediate_size, rows),
-                            spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, rows) : 0});
+  return stream +
+         std::max({mla_scratch_bytes(spec_, rows), mlp_scratch_bytes(spec_.intermediate_size, rows),
+                   spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, rows) : 0});
 }
 
 std::size_t Decoder::kv_layer_bytes() const {

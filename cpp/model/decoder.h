@@ -15,8 +15,9 @@ namespace dsfp4::model {
 /// One step of the model: some tokens of one or more sequences.
 struct Batch {
   Phase phase = Phase::kPrefill;
-  std::span<const std::int32_t> ids;             // [rows]
-  std::span<const ops::SequenceRows> sequences;  // cover the rows; their kv.layer_offset and scale are set here
+  std::span<const std::int32_t> ids;  // [rows]
+  std::span<const ops::SequenceRows>
+      sequences;  // cover the rows; their kv.layer_offset and scale are set here
   /// Experts per MoE layer: layer l's rows begin l * expert_layer_stride entries in. May be null.
   const std::int32_t* forced_experts = nullptr;
   std::int32_t* chosen_experts = nullptr;

@@ -1,5 +1,5 @@
-// DeepSeek-V3, R1 and V3.1: sigmoid scores; a bias learned for load balance takes part in the choice
-// only; groups are ranked by the sum of their best two; the weights are normalised.
+// DeepSeek-V3, R1 and V3.1: sigmoid scores; a bias learned for load balance takes part in the
+// choice only; groups are ranked by the sum of their best two; the weights are normalised.
 #include "dsfp4/error.h"
 #include "model/spec.h"
 

@@ -52,8 +52,8 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
                    ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x,
                    ops::Matrix out);
 /// out = down(silu(gate x) * up x).
-void mlp(const MlpWeights& weights, ops::Backend& backend, memory::Arena& arena,
-         ops::ConstMatrix x, ops::Matrix out);
+void mlp(const MlpWeights& weights, ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x,
+         ops::Matrix out);
 /// Mixture of experts (DeepSeek-V3, section 2.1.2): out = routed + shared experts.
 void moe(const ModelSpec& spec, const LayerWeights& weights, const ExpertChoice& choice,
          ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x, ops::Matrix out);

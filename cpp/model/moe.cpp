@@ -23,8 +23,8 @@ std::vector<ops::ExpertTask> tasks_by_expert(std::span<const MlpWeights> experts
     const std::int32_t expert = used[static_cast<std::size_t>(pairs[begin])];
     std::size_t end = begin + 1;
     while (end < pairs.size() && used[static_cast<std::size_t>(pairs[end])] == expert) ++end;
-    tasks.push_back({&experts[static_cast<std::size_t>(expert)],
-                     pairs.subspan(begin, end - begin)});
+    tasks.push_back(
+        {&experts[static_cast<std::size_t>(expert)], pairs.subspan(begin, end - begin)});
     begin = end;
   }
   return tasks;
@@ -74,8 +74,8 @@ void moe(const ModelSpec& spec, const LayerWeights& weights, const ExpertChoice&
 }
 
 std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows) {
-  return 2 * memory::Arena::padded(static_cast<std::size_t>(rows * intermediate_size) *
-                                   sizeof(float));
+  return 2 *
+         memory::Arena::padded(static_cast<std::size_t>(rows * intermediate_size) * sizeof(float));
 }
 
 std::size_t moe_scratch_bytes(const ModelSpec& spec, std::int64_t rows) {

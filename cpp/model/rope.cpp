@@ -32,8 +32,8 @@ RopeSpec rope_spec(const checkpoint::ModelConfig& config) {
   // Fast waves stay, slow waves are interpolated, a ramp lies between.
   const checkpoint::YarnConfig& yarn = *config.yarn;
   const std::int64_t context = yarn.original_max_position_embeddings;
-  const double low = std::max(
-      std::floor(pair_with_turns(yarn.beta_fast, dim, config.rope_theta, context)), 0.0);
+  const double low =
+      std::max(std::floor(pair_with_turns(yarn.beta_fast, dim, config.rope_theta, context)), 0.0);
   double high =
       std::min(std::ceil(pair_with_turns(yarn.beta_slow, dim, config.rope_theta, context)),
                static_cast<double>(dim - 1));
@@ -43,10 +43,10 @@ RopeSpec rope_spec(const checkpoint::ModelConfig& config) {
     double& frequency = rope.inverse_frequency[i];
     frequency = frequency / yarn.factor * ramp + frequency * (1.0 - ramp);
   }
-  rope.amplitude = yarn.mscale != 0.0 && yarn.mscale_all_dim != 0.0
-                       ? yarn_mscale(yarn.factor, yarn.mscale) /
-                             yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-                       : yarn_mscale(yarn.factor, 1.0);
+  rope.amplitude =
+      yarn.mscale != 0.0 && yarn.mscale_all_dim != 0.0
+          ? yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+          : yarn_mscale(yarn.factor, 1.0);
   return rope;
 }
 

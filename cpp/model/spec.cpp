@@ -17,8 +17,8 @@ ModelSpec make_spec(const checkpoint::ModelConfig& config) {
   spec.moe_intermediate_size = config.moe_intermediate_size;
   spec.shared_intermediate_size = config.n_shared_experts * config.moe_intermediate_size;
   spec.rms_norm_eps = static_cast<float>(config.rms_norm_eps);
-  spec.mla = {config.num_attention_heads, config.kv_lora_rank,   config.qk_nope_head_dim,
-              config.qk_rope_head_dim,    config.v_head_dim, softmax_scale(config)};
+  spec.mla = {config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim,
+              config.qk_rope_head_dim,    config.v_head_dim,   softmax_scale(config)};
   spec.rope = rope_spec(config);
   if (config.n_routed_experts > 0) {
     if (config.model_type == "deepseek_v2") {

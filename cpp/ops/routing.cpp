@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <utility>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dsfp4/error.h"
@@ -26,9 +26,8 @@ std::vector<float> scores_of(const RouterSpec& spec, std::span<const float> logi
   const double largest = *std::max_element(logits.begin(), logits.end());
   double sum = 0.0;
   for (const float x : logits) sum += std::exp(x - largest);
-  std::transform(logits.begin(), logits.end(), scores.begin(), [&](float x) {
-    return static_cast<float>(std::exp(x - largest) / sum);
-  });
+  std::transform(logits.begin(), logits.end(), scores.begin(),
+                 [&](float x) { return static_cast<float>(std::exp(x - largest) / sum); });
   return scores;
 }
 

@@ -141,7 +141,7 @@ class Model:
         single ids, -inf forbids one. `logprobs`, 0 to 20, asks for each id's log probability and
         those of so many likeliest ids. The same `seed`, 0 to 2^64 - 1, gives the same ids.
         `stop_ids` None means the model's end ids. `on_token` sees each id as it is made,
-        `on_prefill` the tokens of the prompt done and in all; False from either cancels.
+        `on_prefill` the tokens of the prompt done and in all; either cancels by returning False.
         """
         return self._core.generate(
             check_integers("ids", ids),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from dsfp4 import DeepseekInference
 from dsfp4.demo import resolve_model
 

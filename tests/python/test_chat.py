@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from dsfp4.chat import ChatTemplate
 from dsfp4.errors import CheckpointError, UnsupportedError
 from dsfp4.tokenizer import Tokenizer

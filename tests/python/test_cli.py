@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import dsfp4
 import pytest
+
+import dsfp4
 from dsfp4 import DeepseekInference
 from dsfp4.cli import main
 from dsfp4.cli.progress import Progress, format_bytes

@@ -66,7 +66,9 @@ def test_encode_bf16():
 
 
 def test_mx_scale_code():
-    amax = np.abs(np.concatenate([random_floats(200_000), neighbours(6 * 2.0 ** np.arange(-20, 20))]))
+    amax = np.abs(
+        np.concatenate([random_floats(200_000), neighbours(6 * 2.0 ** np.arange(-20, 20))])
+    )
     amax = amax[amax > 0]
     code = ops.mx_scale_code(amax).astype(np.int64)
     scale = np.ldexp(1.0, code - 127)
@@ -145,7 +147,11 @@ def matrix_of(case, group):
     seed, rows, groups, exponent, zero_rows = case
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, groups * group)) * 10.0**exponent
-    x *= np.exp(rng.standard_normal((rows, groups, 1)).repeat(group, axis=1).reshape(x.shape[0], -1, 1)[:, :, 0])
+    x *= np.exp(
+        rng.standard_normal((rows, groups, 1))
+        .repeat(group, axis=1)
+        .reshape(x.shape[0], -1, 1)[:, :, 0]
+    )
     if zero_rows:
         x[0] = 0
     return x.astype(np.float32)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import dsfp4
 import numpy as np
 import pytest
+
+import dsfp4
 from fixtures.cases import CASES
 from fixtures.golden_vectors import Golden, chosen_otherwise, load_golden, relative_error
 

@@ -4,16 +4,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import dsfp4
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+import dsfp4
 from fixtures.golden_vectors import (
     GoldenText,
     chosen_otherwise,
     load_demo_golden,
     relative_error,
 )
-from numpy.typing import NDArray
 
 CLOSE_CALL = 1e-2  # a fast backend's router may choose otherwise below this reference margin
 PHASES = pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])

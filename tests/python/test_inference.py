@@ -8,8 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import dsfp4
 import pytest
+
+import dsfp4
 from dsfp4 import DeepseekInference
 from dsfp4.errors import CheckpointError, Dsfp4Error, ParameterError
 from dsfp4.sampling import Sampling, recommended_sampling

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dsfp4
 import numpy as np
 import pytest
+
+import dsfp4
 from dsfp4.errors import IoError, ParameterError
 
 

@@ -3,9 +3,9 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from fixtures import numpy_ops as oracle
 
 from dsfp4 import ops
+from fixtures import numpy_ops as oracle
 
 BACKENDS = ["reference", "cpu"]
 # reference: FP32 storage of FP64 sums. cpu: inputs rounded to BF16, FP32 sums.
@@ -186,9 +186,7 @@ def test_mla_attention(backend, decode, fmt, dims):
         )
         expected.append(out[-count:].reshape(count, -1))
     last = np.concatenate([x[-count:] for x, count in zip(q, rows, strict=True)])
-    actual = ops.mla_attention(
-        shape, kv_b, last, latents, rows, backend, decode=decode, threads=2
-    )
+    actual = ops.mla_attention(shape, kv_b, last, latents, rows, backend, decode=decode, threads=2)
     # cpu: the cache, too, is BF16
     limit = {"reference": 5e-6, "cpu": 1e-2}[backend]
     assert relative_error(actual, np.concatenate(expected)) < limit

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fixtures import numpy_ops as ops
 from fixtures.cases import CASES
 from fixtures.checkpoint_io import dequantized_weights

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import dsfp4
 import ml_dtypes
 import numpy as np
 import pytest
+
+import dsfp4
 from dsfp4.errors import CheckpointError, IoError, ParameterError, UnsupportedError
 from dsfp4.quantize import quantize
 from dsfp4.quantize.writer import ShardWriter, TensorSpec

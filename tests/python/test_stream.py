@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
+
 from dsfp4.stream import OnToken, TextStream
 
 DEADLINE = 60.0  # seconds; only reached when something is broken

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from dsfp4.errors import CheckpointError, IoError, ParameterError, UnsupportedError
-from dsfp4.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dsfp4.errors import CheckpointError, IoError, ParameterError, UnsupportedError
+from dsfp4.tokenizer import Tokenizer
 
 TEXTS = [
     "What is a file system?",

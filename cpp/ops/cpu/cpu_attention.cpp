@@ -34,8 +34,7 @@ const float* cached_row(const Kernels& kernels, const KvView& kv, std::int64_t s
 }  // namespace
 
 void CpuBackend::prefill_attention(const MlaShape& shape, const WeightView& kv_b_proj,
-                                   std::span<const SequenceRows> batch, ConstMatrix q,
-                                   Matrix out) {
+                                   std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) {
   const auto tasks = static_cast<std::int64_t>(batch.size()) * shape.heads;
   pool_.parallel_for(tasks, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {

@@ -35,8 +35,8 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
           const float* token = in.row(pair / top_k);
           float gate = 0.0f;
           float up = 0.0f;
-          kernels_.dot_tokens(gate_row, in.cols, token, 0, 1, global_scale(expert.gate_proj),
-                              &gate, 1);
+          kernels_.dot_tokens(gate_row, in.cols, token, 0, 1, global_scale(expert.gate_proj), &gate,
+                              1);
           kernels_.dot_tokens(up_row, in.cols, token, 0, 1, global_scale(expert.up_proj), &up, 1);
           float value = gate / (1.0f + std::exp(-gate)) * up;
           kernels_.round_to_bf16(&value, &value, 1);

@@ -31,8 +31,8 @@ const Kernels& choose() {
       throw ParameterError("DSFP4_ISA", "this CPU has no " + std::string(wanted));
     }
   }
-  throw ParameterError("DSFP4_ISA", "'" + std::string(wanted) +
-                                        "' is not one of avx512, avx2, baseline");
+  throw ParameterError("DSFP4_ISA",
+                       "'" + std::string(wanted) + "' is not one of avx512, avx2, baseline");
 }
 
 }  // namespace

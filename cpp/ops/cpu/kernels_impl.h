@@ -18,8 +18,8 @@ using format::WeightView;
 
 constexpr int kLanes = 16;
 // Aligned like a float: rows start anywhere.
-using Vec = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)),
-                                 may_alias));
+using Vec =
+    float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
 
 struct Fp4Pairs {
   float value[256][2];

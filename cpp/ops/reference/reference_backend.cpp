@@ -27,9 +27,7 @@ void softmax(std::vector<double>& scores) {
   for (double& s : scores) s /= sum;
 }
 
-float silu(float x) {
-  return static_cast<float>(x / (1.0 + std::exp(-static_cast<double>(x))));
-}
+float silu(float x) { return static_cast<float>(x / (1.0 + std::exp(-static_cast<double>(x)))); }
 
 std::vector<float> decoded_row(const WeightView& weight, std::int64_t row) {
   std::vector<float> values(static_cast<std::size_t>(weight.cols));
@@ -74,8 +72,7 @@ class ReferenceBackend final : public HostBackend {
       const double mean = dot(x.row(t), x.row(t), x.cols) / static_cast<double>(x.cols);
       const double scale = 1.0 / std::sqrt(mean + eps);
       for (std::int64_t i = 0; i < x.cols; ++i) {
-        y.row(t)[i] =
-            static_cast<float>(x.row(t)[i] * scale * weight[static_cast<std::size_t>(i)]);
+        y.row(t)[i] = static_cast<float>(x.row(t)[i] * scale * weight[static_cast<std::size_t>(i)]);
       }
     }
   }
@@ -150,9 +147,9 @@ class ReferenceBackend final : public HostBackend {
             std::vector<double> p;
             for (std::int64_t s = 0; s <= sequence.position + r; ++s) {
               const float* entry = cache.data() + s * width;
-              p.push_back((dot(absorbed, entry, lora) +
-                           dot(q_pe, entry + lora, shape.qk_rope_head_dim)) *
-                          shape.softmax_scale);
+              p.push_back(
+                  (dot(absorbed, entry, lora) + dot(q_pe, entry + lora, shape.qk_rope_head_dim)) *
+                  shape.softmax_scale);
             }
             softmax(p);
             weighted_sum(p, cache.data(), width, lora, out.row(t) + h * lora);
@@ -169,8 +166,7 @@ class ReferenceBackend final : public HostBackend {
     pool_.parallel_for(shape.heads * v, 8, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const std::int64_t h = i / v;
-        const std::int64_t row =
-            h * (shape.qk_nope_head_dim + v) + shape.qk_nope_head_dim + i % v;
+        const std::int64_t row = h * (shape.qk_nope_head_dim + v) + shape.qk_nope_head_dim + i % v;
         const std::vector<float> w_uv = decoded_row(kv_b_proj, row);
         for (std::int64_t t = 0; t < attended.rows; ++t) {
           out.row(t)[i] = static_cast<float>(dot(w_uv.data(), attended.row(t) + h * lora, lora));

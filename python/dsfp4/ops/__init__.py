@@ -10,4 +10,4 @@ from dsfp4.ops.formats import __all__ as _formats
 from dsfp4.ops.layers import *  # noqa: F403
 from dsfp4.ops.layers import __all__ as _layers
 
-__all__ = [*_formats, *_layers]  # noqa: PLE0604
+__all__ = [*_formats, *_layers]

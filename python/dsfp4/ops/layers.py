@@ -219,5 +219,7 @@ def mla_attention(
     core = _backend(backend, threads)
     cached = [_floats(latent) for latent in latents]
     return as_output(
-        core.mla_attention(shape, kv_b_proj._core, _floats(q), cached, list(rows), decode, fp8_cache)
+        core.mla_attention(
+            shape, kv_b_proj._core, _floats(q), cached, list(rows), decode, fp8_cache
+        )
     )

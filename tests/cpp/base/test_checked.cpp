@@ -1,9 +1,9 @@
-#include "base/checked.h"
-
 #include <cstdint>
 #include <limits>
 
 #include <gtest/gtest.h>
+
+#include "base/checked.h"
 
 namespace dsfp4 {
 namespace {

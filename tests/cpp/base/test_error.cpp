@@ -1,9 +1,9 @@
-#include "dsfp4/error.h"
-
 #include <cerrno>
 #include <string>
 
 #include <gtest/gtest.h>
+
+#include "dsfp4/error.h"
 
 namespace dsfp4 {
 namespace {
@@ -26,8 +26,7 @@ TEST(Error, IoErrorNamesErrno) {
 
 TEST(Error, MemoryLimitErrorGivesBothNumbers) {
   const MemoryLimitError error("the weights", 400'000'000'000, 96'000'000'000);
-  EXPECT_STREQ(error.what(),
-               "the weights need 400.000 GB of RAM and 96.000 GB are available");
+  EXPECT_STREQ(error.what(), "the weights need 400.000 GB of RAM and 96.000 GB are available");
 }
 
 }  // namespace

@@ -1,5 +1,3 @@
-#include "base/thread_pool.h"
-
 #include <atomic>
 #include <stdexcept>
 #include <thread>
@@ -7,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/thread_pool.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4 {
@@ -49,9 +48,8 @@ TEST_P(ThreadPoolOf, NestedCallsRunInPlace) {
   std::atomic<int> inner = 0;
   pool.parallel_for(8, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      pool.parallel_for(8, 1, [&](std::int64_t b, std::int64_t e) {
-        inner += static_cast<int>(e - b);
-      });
+      pool.parallel_for(8, 1,
+                        [&](std::int64_t b, std::int64_t e) { inner += static_cast<int>(e - b); });
     }
   });
   EXPECT_EQ(inner.load(), 64);

@@ -1,10 +1,9 @@
-#include "engine/kv_cache.h"
-
 #include <set>
 
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "engine/kv_cache.h"
 
 namespace dsfp4::engine {
 namespace {

@@ -1,5 +1,3 @@
-#include "engine/sampler.h"
-
 #include <cmath>
 #include <limits>
 #include <map>
@@ -8,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "engine/sampler.h"
 
 namespace dsfp4::engine {
 namespace {

@@ -1,5 +1,3 @@
-#include "format/block.h"
-
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -7,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "format/block.h"
 #include "format/scalar.h"
 
 namespace dsfp4::format {

@@ -1,12 +1,11 @@
 // A few values by hand; tests/python/test_formats.py goes over all codes with ml_dtypes.
-#include "format/scalar.h"
-
 #include <cmath>
 #include <limits>
 
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "format/scalar.h"
 
 namespace dsfp4::format {
 namespace {

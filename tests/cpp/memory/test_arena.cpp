@@ -1,5 +1,3 @@
-#include "memory/arena.h"
-
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -7,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "memory/arena.h"
 
 namespace dsfp4::memory {
 namespace {
@@ -47,9 +46,7 @@ TEST(Arena, ImpossibleSizeIsATypedErrorWithThePurpose) {
   }
 }
 
-TEST(Arena, AvailableMemoryIsPlausible) {
-  EXPECT_GT(available_memory(), std::size_t{1} << 24);
-}
+TEST(Arena, AvailableMemoryIsPlausible) { EXPECT_GT(available_memory(), std::size_t{1} << 24); }
 
 }  // namespace
 }  // namespace dsfp4::memory

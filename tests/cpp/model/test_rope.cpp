@@ -1,8 +1,8 @@
-#include "model/rope.h"
-
 #include <cmath>
 
 #include <gtest/gtest.h>
+
+#include "model/rope.h"
 
 namespace dsfp4::model {
 namespace {

@@ -86,8 +86,8 @@ class Attention : public ::testing::Test {
     if (together) {
       attend(backend, decode, batch, q.view(), out.view());
     } else {
-      for (const SequenceRows& sequence : batch) attend(backend, decode, {&sequence, 1}, q.view(),
-                                                        out.view());
+      for (const SequenceRows& sequence : batch)
+        attend(backend, decode, {&sequence, 1}, q.view(), out.view());
     }
     return out.values;
   }

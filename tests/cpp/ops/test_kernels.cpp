@@ -1,6 +1,4 @@
 // Every kernel table that this CPU can run, held against the plain definitions of the formats.
-#include "ops/cpu/kernels.h"
-
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +10,7 @@
 
 #include "dsfp4/error.h"
 #include "format/scalar.h"
+#include "ops/cpu/kernels.h"
 #include "ops/random_weight.h"
 
 namespace dsfp4::ops::cpu {

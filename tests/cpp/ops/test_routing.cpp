@@ -1,5 +1,3 @@
-#include "ops/routing.h"
-
 #include <array>
 #include <cmath>
 #include <vector>
@@ -7,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "ops/routing.h"
 
 namespace dsfp4::ops {
 namespace {

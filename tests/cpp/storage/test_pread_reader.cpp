@@ -1,11 +1,10 @@
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -20,7 +19,8 @@ namespace fs = std::filesystem;
 
 class PreadReader : public testing::Test {
  protected:
-  PreadReader() : folder_(fs::temp_directory_path() / ("dsfp4-reader-" + std::to_string(getpid()))) {
+  PreadReader()
+      : folder_(fs::temp_directory_path() / ("dsfp4-reader-" + std::to_string(getpid()))) {
     fs::create_directories(folder_);
   }
   ~PreadReader() override { fs::remove_all(folder_); }
@@ -50,9 +50,8 @@ TEST_F(PreadReader, ReadsExtentsOfSeveralFilesInPieces) {
   std::vector<std::byte> whole(kLarge - 5);
   std::vector<std::byte> part(100);
   std::vector<std::byte> nothing(1, std::byte{7});
-  const std::vector<Extent> extents = {{0, 5, whole.size(), whole.data()},
-                                       {1, 900, 100, part.data()},
-                                       {1, 1000, 0, nothing.data()}};
+  const std::vector<Extent> extents = {
+      {0, 5, whole.size(), whole.data()}, {1, 900, 100, part.data()}, {1, 1000, 0, nothing.data()}};
   std::vector<std::uint64_t> progress;
   reader->read(extents, [&](std::uint64_t done) { progress.push_back(done); });
   expect_bytes(whole, 5, 1);
