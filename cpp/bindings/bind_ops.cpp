@@ -1,12 +1,11 @@
 // Single ops on arrays, backend selectable: what dsfp4.ops.layers builds on. For tests.
 #include <algorithm>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -14,6 +13,7 @@
 #include "bindings/bindings.h"
 #include "dsfp4/error.h"
 #include "engine/kv_cache.h"
+#include "engine/sampler.h"
 #include "format/block.h"
 #include "model/layers.h"
 #include "ops/backend.h"
@@ -276,9 +276,37 @@ ops::RouterSpec router_spec(std::int64_t experts, std::int64_t top_k, std::int64
           scaling_factor};
 }
 
+nb::object sample(const Floats& logits, std::size_t count, double temperature, std::int64_t top_k,
+                  double top_p, double min_p, double repetition_penalty,
+                  std::vector<std::pair<std::int32_t, float>> logit_bias,
+                  const std::vector<std::int32_t>& prompt, std::uint64_t seed) {
+  GenerateOptions options;
+  options.temperature = temperature;
+  options.top_k = top_k;
+  options.top_p = top_p;
+  options.min_p = min_p;
+  options.repetition_penalty = repetition_penalty;
+  options.logit_bias = std::move(logit_bias);
+  const auto vocab = static_cast<std::int64_t>(logits.size());
+  engine::check_options(options, vocab);
+  for (const std::int32_t id : prompt) require(id >= 0 && id < vocab, "prompt", "has a bad id");
+  std::vector<std::int32_t> ids(count);
+  {
+    const nb::gil_scoped_release released;
+    for (std::size_t i = 0; i < count; ++i) {
+      options.seed = seed + i;
+      ids[i] = engine::Sampler(options, prompt, vocab).sample({logits.data(), logits.size()});
+    }
+  }
+  return own_array(std::move(ids), {count});
+}
+
 }  // namespace
 
 void bind_ops(nb::module_& m) {
+  m.def("sample", &sample, nb::arg("logits"), nb::arg("count"), nb::arg("temperature"),
+        nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"), nb::arg("repetition_penalty"),
+        nb::arg("logit_bias"), nb::arg("prompt"), nb::arg("seed"));
   nb::class_<EncodedMatrix>(m, "Weight", "A weight matrix in its stored format.")
       .def_static("make", &weight, nb::arg("format"), nb::arg("rows"), nb::arg("cols"),
                   nb::arg("data"), nb::arg("scales"), nb::arg("global_scale") = 1.0f)

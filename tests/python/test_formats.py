@@ -171,7 +171,8 @@ def test_quantize_nvfp4(case):
     x = matrix_of(case, 16)
     packed, scales, g = ops.quantize_nvfp4(x)
     amax = np.abs(x).max()
-    assert g == (np.float32(amax) / np.float32(2688) or 1.0)
+    smallest = np.float32(1e-45)  # where the quotient underflows
+    assert g == (max(np.float32(amax) / np.float32(2688), smallest) if amax else 1.0)
     blocks = x.astype(np.float64).reshape(len(x), -1, 16)
     wanted = np.abs(blocks).max(axis=2) / (6 * g)
     expected = np.clip(wanted, 2.0**-9, 448).astype(np.float32).astype(E4M3)
@@ -218,11 +219,11 @@ def test_quantize_fp8_block(seed, rows, cols, exponent):
 def test_zero_rows_and_wrong_shapes():
     packed, scales, g = ops.quantize_nvfp4(np.zeros((0, 16), np.float32))
     assert packed.shape == (0, 8) and scales.shape == (0, 1) and g == 1.0
-    with pytest.raises(ValueError, match="'cols'"):
+    with pytest.raises(ValueError, match="multiple of 16"):
         ops.quantize_nvfp4(np.ones((2, 24), np.float32))
     with pytest.raises(ValueError, match="'x'"):
         ops.quantize_mxfp4(np.ones(32, np.float32))
-    with pytest.raises(ValueError, match="'values'"):
+    with pytest.raises(ValueError, match="must be finite"):
         ops.quantize_fp8_block(np.float32([[1, np.nan]]))
     with pytest.raises(ValueError, match="'scales'"):
         ops.dequantize_nvfp4(np.ones((1, 8), np.uint8), np.ones((1, 2), np.uint8), 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "route",
+    "sample",
     "silu_mul",
 ]
 
@@ -199,6 +200,40 @@ def moe(
     return as_output(core.moe(flat, _floats(x), as_input(chosen, np.int32), _floats(weights)))
 
 
+def sample(
+    logits: Any,
+    count: int = 1,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    prompt: Sequence[int] = (),
+    seed: int = 0,
+) -> NDArray[np.int32]:
+    """`count` independent draws from float32 logits [vocab], with seeds `seed`, `seed` + 1, ...
+
+    The options are those of `Model.generate`; `prompt` counts for the repetition penalty.
+    """
+    bias = list((logit_bias or {}).items())
+    return as_output(
+        _core.sample(
+            _floats(logits),
+            count,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            bias,
+            list(prompt),
+            seed,
+        )
+    )
+
+
 def mla_attention(
     shape: Any,
     kv_b_proj: Weight,
@@ -213,8 +248,8 @@ def mla_attention(
 ) -> Floats:
     """Causal latent attention of the last rows[i] tokens of sequence i: [sum(rows), heads * v].
 
-    q: [sum(rows), heads * (nope + rope)], rotated; latents[i]: [tokens, kv_lora_rank + rope], normed
-    and rotated. ``decode`` takes the absorbed path; ``fp8_cache`` keeps the latents in E4M3.
+    q: [sum(rows), heads * (nope + rope)], rotated; latents[i]: [tokens, kv_lora_rank + rope],
+    normed and rotated. ``decode`` takes the absorbed path; ``fp8_cache`` keeps the latents in E4M3.
     """
     core = _backend(backend, threads)
     cached = [_floats(latent) for latent in latents]

@@ -1,0 +1,74 @@
+"""Cancelling a generation at any point leaves nothing behind."""
+
+import numpy as np
+import pytest
+
+import dsfp4
+
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dsfp4.Model("demo")
+
+
+def run(model, **options):
+    return model.generate(range(3, 300), max_tokens=TOKENS, temperature=0.9, seed=7, **options)
+
+
+def cancel_after(count):
+    seen = []
+
+    def on_token(token):
+        seen.append(token)
+        return len(seen) < count
+
+    return on_token
+
+
+def check_cancellations(model, times):
+    whole = run(model, stop_ids=[]).tokens
+    assert len(whole) == TOKENS
+    for after in np.random.default_rng(times).integers(1, TOKENS, times):
+        result = run(model, stop_ids=[], on_token=cancel_after(after))
+        assert result.finish_reason == "cancelled"
+        assert result.tokens == whole[:after]
+    assert run(model, stop_ids=[]).tokens == whole
+
+
+def test_cancelled_at_random_tokens(model):
+    check_cancellations(model, 20)
+
+
+@pytest.mark.full
+def test_cancelled_a_thousand_times(model):
+    check_cancellations(model, 1000)
+
+
+def test_cancelled_during_prefill(model):
+    steps = []
+
+    def on_prefill(done, total):
+        steps.append((done, total))
+        return False
+
+    result = run(model, on_prefill=on_prefill)
+    assert result.finish_reason == "cancelled"
+    assert result.tokens == []
+    assert steps == [(256, 297)]  # stopped after the first chunk
+
+
+def test_exception_of_a_callback_reaches_the_caller(model):
+    def fail(token):
+        raise KeyError(token)
+
+    before = run(model).tokens
+    with pytest.raises(KeyError):
+        run(model, on_token=fail)
+    assert run(model).tokens == before
+
+
+def test_callbacks_may_return_nothing(model):
+    seen = []
+    assert run(model, on_token=seen.append).tokens == seen
