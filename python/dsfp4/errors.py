@@ -1,4 +1,4 @@
-"""The errors of dsfp4: all are Dsfp4Error, and each message is one sentence that says what to do."""
+"""The errors of dsfp4: all are Dsfp4Error; each message is a sentence that says what to do."""
 
 __all__ = [
     "CheckpointError",

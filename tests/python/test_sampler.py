@@ -56,7 +56,7 @@ def probabilities(
 
 
 def chi_square_limit(freedom, z=4.0):
-    """The value that chi-square exceeds as seldom as a normal variable exceeds z (Wilson-Hilferty)."""
+    """What chi-square exceeds as seldom as a normal variable exceeds z (Wilson-Hilferty)."""
     return freedom * (1 - 2 / (9 * freedom) + z * np.sqrt(2 / (9 * freedom))) ** 3
 
 
