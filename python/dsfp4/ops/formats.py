@@ -3,7 +3,8 @@
 Sources: OCP Microscaling Formats 1.0, OCP 8-bit floating point 1.0, NVIDIA's NVFP4 checkpoints,
 DeepSeek's FP8 checkpoints. Scalar functions take arrays of any shape, block functions matrices;
 all take NumPy arrays and whatever has DLPack, and give NumPy arrays. The core does the work without
-the GIL, so that threads can quantise several matrices at once. Raises ParameterError (a ValueError) for bad arguments.
+the GIL, so that threads can quantise several matrices at once. Raises ParameterError (a ValueError)
+for bad arguments.
 """
 
 from typing import Any
