@@ -140,6 +140,7 @@ void bind_model(nb::module_& m) {
           "top",
           [](const TokenLogprobs& t) {
             std::vector<std::pair<std::int32_t, float>> top;
+            top.reserve(t.top.size());
             for (const TokenLogprob& one : t.top) top.emplace_back(one.id, one.logprob);
             return top;
           },

@@ -33,17 +33,17 @@ void require(bool ok, const char* parameter, const std::string& problem) {
 
 /// A float matrix that owns its values and becomes the array that is returned.
 struct Result {
-  Result(std::int64_t rows, std::int64_t cols)
-      : values(static_cast<std::size_t>(rows * cols)), rows_(rows), cols_(cols) {}
+  Result(std::int64_t row_count, std::int64_t col_count)
+      : values(static_cast<std::size_t>(row_count * col_count)), rows(row_count), cols(col_count) {}
 
-  ops::Matrix view() { return {values.data(), rows_, cols_, cols_}; }
+  ops::Matrix view() { return {values.data(), rows, cols, cols}; }
   nb::object array() {
     return own_array(std::move(values),
-                     {static_cast<std::size_t>(rows_), static_cast<std::size_t>(cols_)});
+                     {static_cast<std::size_t>(rows), static_cast<std::size_t>(cols)});
   }
 
   std::vector<float> values;
-  std::int64_t rows_, cols_;
+  std::int64_t rows, cols;
 };
 
 ops::ConstMatrix matrix_of(const Floats& array, const char* parameter) {
@@ -125,7 +125,7 @@ class PyBackend {
   nb::object silu_mul(const Floats& gate_array, const Floats& up_array) {
     const ops::ConstMatrix up = matrix_of(up_array, "up");
     Result gate = copy_of(matrix_of(gate_array, "gate"));
-    require(gate.rows_ == up.rows && gate.cols_ == up.cols, "up", "must have gate's shape");
+    require(gate.rows == up.rows && gate.cols == up.cols, "up", "must have gate's shape");
     backend_->silu_mul(gate.view(), up);
     return gate.array();
   }
@@ -133,10 +133,10 @@ class PyBackend {
   nb::object rope(const Floats& x_array, std::int64_t heads, const Floats& cos_sin_array) {
     Result x = copy_of(matrix_of(x_array, "x"));
     const ops::ConstMatrix cos_sin = matrix_of(cos_sin_array, "cos_sin");
-    require(heads >= 1 && x.cols_ % heads == 0, "heads", "must divide the columns of x");
-    require(cos_sin.rows == x.rows_ && cos_sin.cols == x.cols_ / heads && cos_sin.cols % 2 == 0,
+    require(heads >= 1 && x.cols % heads == 0, "heads", "must divide the columns of x");
+    require(cos_sin.rows == x.rows && cos_sin.cols == x.cols / heads && cos_sin.cols % 2 == 0,
             "cos_sin", "must be [rows of x, dims of a head], dims even");
-    backend_->rope(x.view(), heads, x.cols_ / heads, cos_sin);
+    backend_->rope(x.view(), heads, x.cols / heads, cos_sin);
     return x.array();
   }
 

@@ -266,7 +266,7 @@ void JsonTreeBuilder::begin_array(std::size_t at) {
 void JsonTreeBuilder::end_array(std::size_t) { open_.pop_back(); }
 
 void JsonTreeBuilder::scalar(JsonScalar value, std::size_t at) {
-  std::visit([&](auto&& held) { add({std::move(held), at}); }, std::move(value));
+  std::visit([&](auto& held) { add({std::move(held), at}); }, value);
 }
 
 JsonValue parse_json_tree(std::string_view text, const std::string& file) {

@@ -72,8 +72,8 @@ def test_info_for_programs(capsys: Capture, demo_model: Path) -> None:
     description = json.loads(capsys.readouterr().out)
     roles = {role["role"]: role for role in description["roles"]}
     assert description["config"]["n_routed_experts"] == 32
-    # One expert of three [128, 256] matrices: half a byte a value, a scale byte for each 16, and the
-    # global scale.
+    # An expert has three [128, 256] matrices: half a byte a value, a scale byte for each 16, and
+    # the global scale.
     expert = 3 * (128 * 256 * 9 // 16 + 4)
     assert roles["routed experts"]["bytes"] == 7 * 32 * expert
     assert roles["routed experts"]["bytes_per_token"] == 7 * 4 * expert

@@ -16,7 +16,7 @@ namespace {
 using format::WeightFormat;
 using format::WeightView;
 
-constexpr int kLanes = 16;
+constexpr std::int64_t kLanes = 16;
 // Aligned like a float: rows start anywhere.
 using Vec =
     float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
@@ -25,12 +25,12 @@ struct Fp4Pairs {
   float value[256][2];
 };
 constexpr Fp4Pairs make_fp4_pairs() {
-  constexpr float magnitude[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  constexpr float kMagnitude[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   Fp4Pairs pairs{};
   for (int byte = 0; byte < 256; ++byte) {
     for (int half = 0; half < 2; ++half) {
       const int code = (byte >> (4 * half)) & 15;
-      pairs.value[byte][half] = (code & 8) != 0 ? -magnitude[code & 7] : magnitude[code & 7];
+      pairs.value[byte][half] = (code & 8) != 0 ? -kMagnitude[code & 7] : kMagnitude[code & 7];
     }
   }
   return pairs;
@@ -149,8 +149,8 @@ void dot_some(const float* w, std::int64_t n, const float* x, std::int64_t x_str
     const Vec both = sum[t][0] + sum[t][1];
     float lanes[kLanes];
     std::memcpy(lanes, &both, sizeof(lanes));
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
+      for (std::int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
     }
     float tail = 0.0f;
     for (std::int64_t j = i; j < n; ++j) tail += w[j] * x[t * x_stride + j];
