@@ -16,7 +16,11 @@ namespace {
 using format::WeightFormat;
 using format::WeightView;
 
-constexpr std::int64_t kLanes = 16;
+// The including file says how many floats a register holds and how many tokens share the
+// registers: DSFP4_LANES, DSFP4_TOKENS.
+constexpr std::int64_t kLanes = DSFP4_LANES;
+constexpr int kTokens = DSFP4_TOKENS;
+constexpr int kSums = 4;  // independent sums a token, to hide the latency of an addition
 // Aligned like a float: rows start anywhere.
 using Vec =
     float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
@@ -134,19 +138,18 @@ void decode_row(const WeightView& weight, std::int64_t row, float* out) {
 template <int count>
 void dot_some(const float* w, std::int64_t n, const float* x, std::int64_t x_stride, float scale,
               float* y, std::int64_t y_stride) {
-  Vec sum[count][2] = {};
+  Vec sum[count][kSums] = {};
   std::int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec w0 = *reinterpret_cast<const Vec*>(w + i);
-    const Vec w1 = *reinterpret_cast<const Vec*>(w + i + kLanes);
-    for (int t = 0; t < count; ++t) {
-      const float* at = x + t * x_stride + i;
-      sum[t][0] += w0 * *reinterpret_cast<const Vec*>(at);
-      sum[t][1] += w1 * *reinterpret_cast<const Vec*>(at + kLanes);
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
+    for (int k = 0; k < kSums; ++k) {
+      const Vec weights = *reinterpret_cast<const Vec*>(w + i + k * kLanes);
+      for (int t = 0; t < count; ++t) {
+        sum[t][k] += weights * *reinterpret_cast<const Vec*>(x + t * x_stride + i + k * kLanes);
+      }
     }
   }
   for (int t = 0; t < count; ++t) {
-    const Vec both = sum[t][0] + sum[t][1];
+    const Vec both = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
     float lanes[kLanes];
     std::memcpy(lanes, &both, sizeof(lanes));
     for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
@@ -161,8 +164,8 @@ void dot_some(const float* w, std::int64_t n, const float* x, std::int64_t x_str
 void dot_tokens(const float* w, std::int64_t n, const float* x, std::int64_t x_stride,
                 std::int64_t tokens, float scale, float* y, std::int64_t y_stride) {
   std::int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) {
-    dot_some<4>(w, n, x + t * x_stride, x_stride, scale, y + t * y_stride, y_stride);
+  for (; t + kTokens <= tokens; t += kTokens) {
+    dot_some<kTokens>(w, n, x + t * x_stride, x_stride, scale, y + t * y_stride, y_stride);
   }
   for (; t < tokens; ++t) {
     dot_some<1>(w, n, x + t * x_stride, x_stride, scale, y + t * y_stride, y_stride);
