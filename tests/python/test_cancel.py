@@ -13,8 +13,8 @@ def model():
     return dsfp4.Model("demo")
 
 
-def run(model, **options):
-    return model.generate(range(3, 300), max_tokens=TOKENS, temperature=0.9, seed=7, **options)
+def run(model, prompt=range(3, 11), **options):
+    return model.generate(prompt, max_tokens=TOKENS, temperature=0.9, seed=7, **options)
 
 
 def cancel_after(count):
@@ -53,7 +53,7 @@ def test_cancelled_during_prefill(model):
         steps.append((done, total))
         return False
 
-    result = run(model, on_prefill=on_prefill)
+    result = run(model, range(3, 300), on_prefill=on_prefill)
     assert result.finish_reason == "cancelled"
     assert result.tokens == []
     assert steps == [(256, 297)]  # stopped after the first chunk
