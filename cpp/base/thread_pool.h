@@ -1,5 +1,6 @@
-// The process's compute threads: a fixed team that splits index ranges. Between ranges a thread spins
-// for some ten microseconds before it sleeps: the ops of a decode step follow each other that fast.
+// The process's compute threads: a fixed team that splits index ranges. Between ranges a thread
+// spins for some ten microseconds before it sleeps: the ops of a decode step follow each other that
+// fast.
 #pragma once
 
 #include <atomic>

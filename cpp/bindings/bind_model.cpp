@@ -57,6 +57,8 @@ Model load(const std::string& path, const std::string& device, int threads,
 nb::tuple forward(Model& model, const Ids& ids,
                   const std::optional<ConstArray<std::int32_t>>& experts, bool decode) {
   const std::vector<std::int32_t> tokens = ids_of(ids);
+  const auto count = static_cast<std::int64_t>(tokens.size());
+  if (count > model.max_context()) throw ContextLengthError(count, model.max_context());
   const auto vocab = static_cast<std::size_t>(model.vocab_size());
   const auto layers = static_cast<std::size_t>(model.moe_layers());
   const auto top_k = static_cast<std::size_t>(model.num_experts_per_tok());

@@ -85,7 +85,8 @@ EncodedMatrix weight(const std::string& format, std::int64_t rows, std::int64_t 
 class PyBackend {
  public:
   PyBackend(const std::string& device, int threads) {
-    require(threads >= 1, "threads", "must be at least 1");
+    require(threads >= 1 && threads <= 1024, "threads",
+            "must be 1 to 1024, not " + std::to_string(threads));
     if (device == "cpu") {
       backend_ = ops::make_cpu_backend(threads);
     } else if (device == "reference") {
@@ -259,6 +260,19 @@ class PyBackend {
   std::unique_ptr<ops::Backend> backend_;
 };
 
+// Bounded so that no product of two of them overflows.
+void check_shape(const ops::MlaShape& shape) {
+  const auto check = [](std::int64_t value, const char* parameter) {
+    require(value >= 1 && value <= std::int64_t{1} << 20, parameter,
+            "must be 1 to 2^20, not " + std::to_string(value));
+  };
+  check(shape.heads, "heads");
+  check(shape.kv_lora_rank, "kv_lora_rank");
+  check(shape.qk_nope_head_dim, "qk_nope_head_dim");
+  check(shape.qk_rope_head_dim, "qk_rope_head_dim");
+  check(shape.v_head_dim, "v_head_dim");
+}
+
 ops::RouterSpec router_spec(std::int64_t experts, std::int64_t top_k, std::int64_t groups,
                             std::int64_t kept_groups, const std::string& scoring,
                             const std::string& group_score, bool normalize, float scaling_factor) {
@@ -321,9 +335,18 @@ void bind_ops(nb::module_& m) {
                   nb::arg("group_score") = "max", nb::arg("normalize") = false,
                   nb::arg("scaling_factor") = 1.0f);
   nb::class_<ops::MlaShape>(m, "MlaShape")
-      .def(nb::init<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float>(),
-           nb::arg("heads"), nb::arg("kv_lora_rank"), nb::arg("qk_nope_head_dim"),
-           nb::arg("qk_rope_head_dim"), nb::arg("v_head_dim"), nb::arg("softmax_scale"));
+      .def(
+          "__init__",
+          [](ops::MlaShape* self, std::int64_t heads, std::int64_t kv_lora_rank,
+             std::int64_t qk_nope_head_dim, std::int64_t qk_rope_head_dim, std::int64_t v_head_dim,
+             float softmax_scale) {
+            const ops::MlaShape shape{heads,      kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
+                                      v_head_dim, softmax_scale};
+            check_shape(shape);
+            new (self) ops::MlaShape(shape);
+          },
+          nb::arg("heads"), nb::arg("kv_lora_rank"), nb::arg("qk_nope_head_dim"),
+          nb::arg("qk_rope_head_dim"), nb::arg("v_head_dim"), nb::arg("softmax_scale"));
   nb::class_<PyBackend>(m, "Backend", "Computes single ops; see dsfp4.ops.")
       .def(nb::init<const std::string&, int>(), nb::arg("device"), nb::arg("threads") = 1)
       .def("linear", &PyBackend::linear, nb::arg("weight"), nb::arg("x"),

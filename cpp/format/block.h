@@ -24,12 +24,14 @@ struct EncodedMatrix {
 };
 
 /// The NVFP4 global scale of a tensor whose largest magnitude is `amax`: amax / (6 * 448), and 1
-/// for an all-zero tensor. Throws ParameterError if amax is negative, NaN or infinite.
+/// for an all-zero tensor; a quotient that underflows gives the smallest positive float. Throws
+/// ParameterError if amax is negative, NaN or infinite.
 float nvfp4_global_scale(float amax);
 
 /// values: FP32 [rows, cols] row-major. Throws ParameterError if cols is not a multiple of 16, if
 /// a value is NaN or infinite, or if global_scale is not a positive finite number.
 /// block scale = E4M3(clamp(amax_block / (6 g), 2^-9, 448)); element = E2M1(x / (scale g)).
+/// Every quotient is rounded once. A code whose value would be infinite as a float is not used.
 /// gate and up projections share one global scale, so the caller gives it.
 EncodedMatrix encode_nvfp4(std::span<const float> values, std::int64_t rows, std::int64_t cols,
                            float global_scale);

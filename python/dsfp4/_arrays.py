@@ -26,7 +26,10 @@ def as_input(values: Any, dtype: type[np.generic], name: str = "values") -> NDAr
             values = np.from_dlpack(values)
         except (BufferError, RuntimeError, TypeError) as error:
             raise parameter_error(name, f"cannot be read through DLPack: {error}") from error
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError, TypeError) as error:  # ragged, or not to be converted
+        raise parameter_error(name, f"must hold {np.dtype(dtype)} values: {error}") from error
     if array.dtype != dtype and array.size > 0:
         _check_conversion(array, dtype, name)
     return np.asarray(array, dtype=dtype, order="C")

@@ -1,6 +1,5 @@
 """The model itself: ids in, logits or ids out."""
 
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
@@ -9,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dsfp4 import _core
-from dsfp4._arrays import as_output
+from dsfp4._arrays import as_output, parameter_error
+from dsfp4._checks import check_integer, check_integers, check_real, check_text
 from dsfp4.demo import resolve_model
-from dsfp4.errors import ParameterError
 
 Logits = npt.NDArray[np.float32]  # [tokens, vocab]
 Experts = npt.NDArray[np.int32]  # [MoE layers, tokens, experts per token]
@@ -49,10 +48,10 @@ class Model:
         self._config: dict[str, Any] = _core.read_config(folder)
         self._core = _core.Model(
             folder,
-            device=resolve_device(device),
+            device=resolve_device(check_text("device", device)),
             threads=check_integer("threads", threads),
             max_context=check_integer("max_context", max_context),
-            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_dtype=check_text("kv_cache_dtype", kv_cache_dtype),
             progress=progress,
         )
 
@@ -151,10 +150,7 @@ class Model:
             top_p=check_real("top_p", top_p),
             min_p=check_real("min_p", min_p),
             repetition_penalty=check_real("repetition_penalty", repetition_penalty),
-            logit_bias=[
-                (check_integer("logit_bias", id), check_real("logit_bias", bias))
-                for id, bias in (logit_bias or {}).items()
-            ],
+            logit_bias=bias_pairs(logit_bias),
             logprobs=check_integer("logprobs", logprobs),
             seed=check_integer("seed", seed, bits=64),
             stop_ids=None if stop_ids is None else check_integers("stop_ids", stop_ids).tolist(),
@@ -163,54 +159,13 @@ class Model:
         )
 
 
-def check_integers(
-    parameter: str, values: npt.ArrayLike, shape: str = "[tokens]"
-) -> npt.NDArray[np.int64]:
-    """Return `values`, each from 0 to 2^31 - 1, as a contiguous array with the axes of `shape`.
-
-    Raises ParameterError for anything else.
-    """
-    try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError) as error:  # ragged, or wider than any integer type
-        raise ParameterError(
-            f"{parameter} must be integers {shape}: {error}", parameter=parameter
-        ) from error
-    is_integer = array.dtype.kind in "iu" or array.size == 0
-    if array.ndim != shape.count(",") + 1 or not is_integer:
-        raise ParameterError(
-            f"{parameter} must be integers {shape}, not {array.dtype} {list(array.shape)}",
-            parameter=parameter,
-        )
-    outside = (array < 0) | (array >= 2**31)
-    if outside.any():
-        raise ParameterError(
-            f"{parameter} must be from 0 to 2^31 - 1, not {array[outside][0]}", parameter=parameter
-        )
-    return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def check_integer(parameter: str, value: Any, *, bits: int = 31) -> int:
-    """Return `value` as an int from 0 to 2^bits - 1. Raises ParameterError for anything else."""
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        integer = -1
-    if isinstance(value, bool) or not 0 <= integer < 2**bits:
-        raise ParameterError(
-            f"{parameter} must be an integer from 0 to 2^{bits} - 1, not {value!r}",
-            parameter=parameter,
-        )
-    return integer
-
-
-def check_real(parameter: str, value: Any) -> float:
-    """Return `value` as a float; its range is the engine's to check. Raises ParameterError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise ParameterError(f"{parameter} must be a number, not {value!r}", parameter=parameter)
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ParameterError(
-            f"{parameter} is out of range: {error}", parameter=parameter
-        ) from error
+def bias_pairs(logit_bias: Mapping[int, float] | None) -> list[tuple[int, float]]:
+    """Return the pairs that the core takes. Raises ParameterError for what is no such mapping."""
+    if logit_bias is None:
+        return []
+    if not isinstance(logit_bias, Mapping):
+        raise parameter_error("logit_bias", f"must map ids to numbers, not be {logit_bias!r}")
+    return [
+        (check_integer("logit_bias", id), check_real("logit_bias", bias))
+        for id, bias in logit_bias.items()
+    ]

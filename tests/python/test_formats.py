@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsfp4 import ops
+from dsfp4.errors import ParameterError
 
 ALL = np.arange(256, dtype=np.uint8)
 E2M1 = ml_dtypes.float4_e2m1fn
@@ -28,14 +29,19 @@ def random_floats(count):
     return values[np.isfinite(values)]
 
 
+def assert_same(actual, expected):
+    """Equal, signs of zeros included; any NaN equals any NaN."""
+    np.testing.assert_array_equal(actual, expected)
+    number = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(actual)[number], np.signbit(expected)[number])
+
+
 def test_decode_every_code():
-    np.testing.assert_array_equal(ops.decode_e4m3(ALL), ALL.view(E4M3).astype(np.float32))
-    np.testing.assert_array_equal(ops.decode_e8m0(ALL), ALL.view(E8M0).astype(np.float32))
-    expected = (ALL & 15).astype(np.uint8).view(E2M1).astype(np.float32)
-    np.testing.assert_array_equal(ops.decode_e2m1(ALL), expected)
+    assert_same(ops.decode_e4m3(ALL), ALL.view(E4M3).astype(np.float32))
+    assert_same(ops.decode_e8m0(ALL), ALL.view(E8M0).astype(np.float32))
+    assert_same(ops.decode_e2m1(ALL), (ALL & 15).astype(np.uint8).view(E2M1).astype(np.float32))
     codes = np.arange(65536, dtype=np.uint16)
-    expected = codes.view(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(ops.decode_bf16(codes), expected)
+    assert_same(ops.decode_bf16(codes), codes.view(ml_dtypes.bfloat16).astype(np.float32))
 
 
 def test_encode_e2m1():
@@ -59,8 +65,13 @@ def test_encode_e4m3():
 
 
 def test_encode_bf16():
-    values = np.concatenate([random_floats(1_000_000), np.float32([np.inf, -np.inf, 0, -0.0])])
-    expected = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    # Every code, every middle of two, and the float32 next to each middle on both sides.
+    low_halves = np.uint32([0, 0x7FFF, 0x8000, 0x8001])
+    points = ((np.arange(65536, dtype=np.uint32) << 16)[:, None] | low_halves).reshape(-1)
+    points = points.view(np.float32)
+    values = np.concatenate([random_floats(1_000_000), points[~np.isnan(points)]])
+    with np.errstate(over="ignore"):
+        expected = values.astype(ml_dtypes.bfloat16).view(np.uint16)
     np.testing.assert_array_equal(ops.encode_bf16(values), expected)
     assert np.isnan(ops.decode_bf16(ops.encode_bf16([np.nan]))).all()
 
@@ -98,6 +109,38 @@ def test_shapes_are_kept_and_dlpack_is_read():
     np.testing.assert_array_equal(transposed, ops.decode_e4m3(codes).T)
 
 
+def test_scalars_stay_scalars_and_results_are_ones_own():
+    assert ops.decode_e4m3(np.uint8(0x38)).shape == ()
+    assert ops.encode_bf16(1.0) == 0x3F80
+    assert ops.decode_e8m0(np.zeros((3, 0), np.uint8)).shape == (3, 0)
+    codes = ops.encode_e4m3(np.ones(4, np.float32))
+    again = ops.encode_e4m3(np.ones(4, np.float32))
+    codes[:] = 0
+    assert np.all(again == 0x38)
+
+
+@pytest.mark.parametrize(
+    ("function", "values", "parameter"),
+    [
+        (ops.decode_e4m3, [0, 256], "codes"),
+        (ops.decode_e4m3, [-1], "codes"),
+        (ops.decode_e4m3, [1.0], "codes"),
+        (ops.decode_e4m3, np.ones(2, E4M3), "codes"),
+        (ops.decode_bf16, np.ones(2, ml_dtypes.bfloat16), "codes"),
+        (ops.encode_e4m3, [1j], "values"),
+        (ops.encode_e4m3, ["1"], "values"),
+        (ops.mx_scale_code, [1.0, -1.0], "amax"),
+        (ops.mx_scale_code, [np.inf], "amax"),
+        (ops.nvfp4_global_scale, -1.0, "amax"),
+        (ops.nvfp4_global_scale, np.nan, "amax"),
+    ],
+)
+def test_values_are_never_reinterpreted(function, values, parameter):
+    with pytest.raises(ParameterError) as caught:
+        function(values)
+    assert caught.value.parameter == parameter
+
+
 def every_byte_with_every_scale(groups_of_bytes):
     """(packed [256, 256], scales [256, 256 / groups]): row s has scale s and every byte."""
     packed = np.tile(ALL, (256, 1))
@@ -114,15 +157,14 @@ def test_nvfp4_every_byte_with_every_scale():
     for global_scale in (1.0, 0.0123, 3e-38):
         expected = unpack(packed) * np.repeat(scales.view(E4M3).astype(np.float32), 16, axis=1)
         expected = expected * np.float32(global_scale)
-        actual = ops.dequantize_nvfp4(packed, scales, global_scale)
-        np.testing.assert_array_equal(actual, expected)
+        assert_same(ops.dequantize_nvfp4(packed, scales, global_scale), expected)
 
 
 def test_mxfp4_every_byte_with_every_scale():
     packed, scales = every_byte_with_every_scale(16)
     with np.errstate(over="ignore"):
         expected = unpack(packed) * np.repeat(scales.view(E8M0).astype(np.float32), 32, axis=1)
-    np.testing.assert_array_equal(ops.dequantize_mxfp4(packed, scales), expected)
+    assert_same(ops.dequantize_mxfp4(packed, scales), expected)
 
 
 def test_fp8_every_code_and_edge_tiles():
@@ -130,7 +172,7 @@ def test_fp8_every_code_and_edge_tiles():
     scale_inv = np.float32([[1, 2, 0.5], [3, 4, 1e-5]])
     expected = codes.view(E4M3).astype(np.float32)
     tiled = np.repeat(np.repeat(scale_inv, 128, axis=0), 128, axis=1)[:130, :260]
-    np.testing.assert_array_equal(ops.dequantize_fp8_block(codes, scale_inv), expected * tiled)
+    assert_same(ops.dequantize_fp8_block(codes, scale_inv), expected * tiled)
 
 
 matrices = st.builds(
@@ -221,6 +263,107 @@ def test_quantize_fp8_block(seed, rows, cols, exponent):
             assert scale_inv[i // 128, j // 128] == scale
             expected = nearest_code(E4M3, tile.astype(np.float64) / scale)
             np.testing.assert_array_equal(codes[i : i + 128, j : j + 128], expected)
+
+
+# All of float32: subnormals, both zeros and the largest are among what hypothesis likes to draw.
+any_float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def assert_nearest(dtype, x, codes, scale):
+    """Each code's value is finite as float32, and no other finite one is nearer to x.
+
+    `scale` is float64 and exact, of x's shape.
+    """
+    every = ALL[: 16 if dtype is E2M1 else 256].view(dtype).astype(np.float64)
+    values = every * np.float64(scale)[:, :, None]
+    with np.errstate(over="ignore"):
+        values[~np.isfinite(values.astype(np.float32))] = np.inf
+    error = np.abs(values - np.float64(x)[:, :, None])
+    chosen = np.take_along_axis(error, codes[:, :, None].astype(np.int64), axis=2)[:, :, 0]
+    np.testing.assert_array_equal(chosen, error.min(axis=2))
+
+
+def split(packed):
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(any_float32, min_size=32, max_size=32),
+    st.none() | st.floats(width=32, min_value=2.0**-149, max_value=np.finfo(np.float32).max),
+)
+def test_nvfp4_codes_are_the_nearest_finite_ones(values, global_scale):
+    x = np.float32(values).reshape(2, 16)
+    packed, scales, g = ops.quantize_nvfp4(x, global_scale)
+    assert global_scale is None or g == global_scale
+    assert np.all(np.isin(scales, np.arange(1, 127)))  # 2^-9 to 448
+    scale = np.repeat(scales.view(E4M3).astype(np.float64), 16, axis=1) * g
+    assert_nearest(E2M1, x, split(packed), scale)
+    assert np.all(np.isfinite(ops.dequantize_nvfp4(packed, scales, g)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(any_float32, min_size=64, max_size=64))
+def test_mxfp4_codes_are_the_nearest_finite_ones(values):
+    x = np.float32(values).reshape(2, 32)
+    packed, scales = ops.quantize_mxfp4(x)
+    scale = np.ldexp(1.0, np.repeat(scales, 32, axis=1).astype(np.int64) - 127)
+    assert_nearest(E2M1, x, split(packed), scale)
+    assert np.all(np.isfinite(ops.dequantize_mxfp4(packed, scales)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(any_float32, min_size=1, max_size=20))
+def test_fp8_codes_are_the_nearest_ones(values):
+    x = np.float32(values).reshape(1, -1)
+    codes, scale_inv = ops.quantize_fp8_block(x)
+    e4m3 = codes & 0x7F
+    assert np.all(e4m3 != 0x7F)
+    assert_nearest(E4M3, x, codes, np.broadcast_to(scale_inv.astype(np.float64), x.shape))
+    decoded = ops.dequantize_fp8_block(codes, scale_inv)
+    assert np.all(np.isfinite(decoded))
+
+
+# (quantize, dequantize, largest error over amax, smallest step). MXFP4 has no scale under 2^-127,
+# and next to the largest float it takes 3 * 2^126, as 4 * 2^126 is no finite float.
+BLOCK_FORMATS = [
+    (ops.quantize_nvfp4, ops.dequantize_nvfp4, 0.2, 2.0**-149),
+    (ops.quantize_mxfp4, ops.dequantize_mxfp4, 0.2501, 2.0**-128),
+    (ops.quantize_fp8_block, ops.dequantize_fp8_block, 0.04, 2.0**-149),
+]
+
+
+@pytest.mark.parametrize("amax", [1e-44, 1e-40, 1e-36, 1e-20, 1.0, 1e20, 1e38, 3.4028234e38])
+@pytest.mark.parametrize(("quantize", "dequantize", "tolerance", "step"), BLOCK_FORMATS)
+def test_magnitudes_survive_quantising(quantize, dequantize, tolerance, step, amax):
+    x = (amax * np.linspace(-1, 1, 64)).astype(np.float32).reshape(2, 32)
+    y = dequantize(*quantize(x))
+    error = np.abs(y.astype(np.float64) - x.astype(np.float64))
+    assert error.max() <= tolerance * amax + step
+    np.testing.assert_array_equal(np.signbit(y), np.signbit(x))
+
+
+def test_zero_blocks_rows_and_tiles():
+    x = np.zeros((130, 160), np.float32)
+    x[0, 0] = 5.0
+    packed, scales, g = ops.quantize_nvfp4(x)
+    assert np.all(scales.reshape(-1)[1:] == 1)  # 2^-9, the least that is not zero
+    np.testing.assert_array_equal(ops.dequantize_nvfp4(packed, scales, g)[0, 1:], 0)
+    packed, scales = ops.quantize_mxfp4(x)
+    assert np.all(scales.reshape(-1)[1:] == 127)
+    codes, scale_inv = ops.quantize_fp8_block(x)
+    expected = np.float32([[np.float32(5) / np.float32(448), 1], [1, 1]])
+    np.testing.assert_array_equal(scale_inv, expected)
+    np.testing.assert_array_equal(codes.reshape(-1)[1:], 0)
+
+
+def test_a_given_global_scale_saturates_and_flushes():
+    x = np.zeros((1, 32), np.float32)
+    x[0, 0], x[0, 1], x[0, 16] = 1e30, -1e30, 1e-30
+    packed, scales, g = ops.quantize_nvfp4(x, 1.0)
+    np.testing.assert_array_equal(scales, [[0x7E, 0x01]])
+    y = ops.dequantize_nvfp4(packed, scales, g)
+    np.testing.assert_array_equal(y[0, [0, 1, 16]], [2688, -2688, 0])
 
 
 def test_zero_rows_and_wrong_shapes():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dsfp4 import _core
 from dsfp4._arrays import as_input, as_output, parameter_error
+from dsfp4._checks import check_real
 
 __all__ = [
     "decode_bf16",
@@ -86,7 +87,7 @@ def encode_bf16(values: Any) -> NDArray[np.uint16]:
 
 def nvfp4_global_scale(amax: float) -> float:
     """The global scale of a tensor with largest magnitude `amax`: amax / 2688, and 1 for 0."""
-    return float(_core.nvfp4_global_scale(amax))
+    return float(_core.nvfp4_global_scale(check_real("amax", amax, float32=True)))
 
 
 def _matrix(x: Any, group: int = 1) -> tuple[Floats, float]:
@@ -150,6 +151,7 @@ def quantize_nvfp4(x: Any, global_scale: float | None = None) -> tuple[Codes, Co
     x, amax = _matrix(x, 16)
     if global_scale is None:
         global_scale = nvfp4_global_scale(amax)
+    global_scale = check_real("global_scale", global_scale, float32=True)
     data, scales = _encode("nvfp4", x, global_scale)
     rows, cols = x.shape
     return data.reshape(rows, cols // 2), scales.reshape(rows, cols // 16), global_scale
@@ -160,7 +162,8 @@ def dequantize_nvfp4(packed: Any, scales: Any, global_scale: float) -> Floats:
 
     Takes packed uint8 [rows, cols/2] and scales uint8 [rows, cols/16].
     """
-    return _unpack("nvfp4", packed, scales, 16, global_scale)
+    factor = check_real("global_scale", global_scale, float32=True)
+    return _unpack("nvfp4", packed, scales, 16, factor)
 
 
 def quantize_mxfp4(x: Any) -> tuple[Codes, Codes]:

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsfp4 import _core
-from dsfp4._arrays import as_input, as_output
+from dsfp4._arrays import as_input, as_output, parameter_error
+from dsfp4._checks import check_integer, check_integers, check_real, check_text
+from dsfp4.model import bias_pairs
 
 __all__ = [
     "MlaShape",
@@ -27,17 +29,44 @@ __all__ = [
     "silu_mul",
 ]
 
-MlaShape = _core.MlaShape
 Floats = NDArray[np.float32]
+
+_MOST_DRAWS = 2**20
 
 
 @lru_cache(maxsize=8)
-def _backend(name: str, threads: int) -> Any:
+def _cached_backend(name: str, threads: int) -> Any:
     return _core.Backend(name, threads)
 
 
-def _floats(values: Any) -> Floats:
-    return as_input(values, np.float32)
+def _backend(name: str, threads: int) -> Any:
+    return _cached_backend(check_text("backend", name), check_integer("threads", threads))
+
+
+def _floats(values: Any, name: str) -> Floats:
+    return as_input(values, np.float32, name)
+
+
+class MlaShape(_core.MlaShape):
+    """The widths of latent attention. Each is 1 to 2^20; raises ParameterError for others."""
+
+    def __init__(
+        self,
+        heads: int,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        softmax_scale: float,
+    ) -> None:
+        super().__init__(
+            check_integer("heads", heads),
+            check_integer("kv_lora_rank", kv_lora_rank),
+            check_integer("qk_nope_head_dim", qk_nope_head_dim),
+            check_integer("qk_rope_head_dim", qk_rope_head_dim),
+            check_integer("v_head_dim", v_head_dim),
+            check_real("softmax_scale", softmax_scale, float32=True),
+        )
 
 
 def _bytes(values: Any) -> NDArray[np.uint8]:
@@ -65,18 +94,21 @@ class Weight:
     def _make(
         cls,
         name: str,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         data: NDArray[Any],
         scales: NDArray[Any] | None = None,
         global_scale: float = 1.0,
     ) -> Weight:
+        if len(shape) != 2:
+            raise parameter_error("shape", f"a weight has two dimensions, not {len(shape)}")
         scales = np.zeros(0, np.uint8) if scales is None else scales
+        global_scale = check_real("global_scale", global_scale, float32=True)
         return cls(_core.Weight.make(name, *shape, _bytes(data), _bytes(scales), global_scale))
 
     @classmethod
     def f32(cls, values: Any) -> Weight:
         """From float32 [out, in]."""
-        values = _floats(values)
+        values = _floats(values, "values")
         return cls._make("f32", values.shape, values)
 
     @classmethod
@@ -120,9 +152,16 @@ class RouterSpec:
         normalize: bool = False,
         scaling_factor: float = 1.0,
     ) -> None:
-        """Raises ParameterError for names that are not known."""
+        """Raises ParameterError for names that are not known and numbers out of range."""
         self._core = _core.RouterSpec.make(
-            experts, top_k, groups, kept_groups, scoring, group_score, normalize, scaling_factor
+            check_integer("experts", experts),
+            check_integer("top_k", top_k),
+            check_integer("groups", groups),
+            check_integer("kept_groups", kept_groups),
+            check_text("scoring", scoring),
+            check_text("group_score", group_score),
+            normalize,
+            check_real("scaling_factor", scaling_factor, float32=True),
         )
 
 
@@ -139,22 +178,24 @@ def linear(
     Backends other than ``reference`` round x to BF16 unless ``exact_inputs`` (the router).
     """
     core = _backend(backend, threads)
-    return as_output(core.linear(weight._core, _floats(x), exact_inputs))
+    return as_output(core.linear(weight._core, _floats(x, "x"), exact_inputs))
 
 
 def embed(table: Weight, ids: Any, backend: str = "reference") -> Floats:
     """Rows ``ids`` of an f32 or bf16 table [vocab, hidden]."""
-    return as_output(_backend(backend, 1).embed(table._core, as_input(ids, np.int32)))
+    return as_output(_backend(backend, 1).embed(table._core, as_input(ids, np.int32, "ids")))
 
 
 def rms_norm(x: Any, weight: Any, eps: float, backend: str = "reference") -> Floats:
     """x / sqrt(mean(x^2) + eps) * weight, row by row."""
-    return as_output(_backend(backend, 1).rms_norm(_floats(x), _floats(weight), eps))
+    core = _backend(backend, 1)
+    checked_eps = check_real("eps", eps, float32=True)
+    return as_output(core.rms_norm(_floats(x, "x"), _floats(weight, "weight"), checked_eps))
 
 
 def silu_mul(gate: Any, up: Any, backend: str = "reference") -> Floats:
     """silu(gate) * up."""
-    return as_output(_backend(backend, 1).silu_mul(_floats(gate), _floats(up)))
+    return as_output(_backend(backend, 1).silu_mul(_floats(gate, "gate"), _floats(up, "up")))
 
 
 def rope(x: Any, heads: int, cos_sin: Any, backend: str = "reference") -> Floats:
@@ -162,7 +203,9 @@ def rope(x: Any, heads: int, cos_sin: Any, backend: str = "reference") -> Floats
 
     Row t of ``cos_sin`` [tokens, dim] is [cos 0, sin 0, cos 1, sin 1, ...].
     """
-    return as_output(_backend(backend, 1).rope(_floats(x), heads, _floats(cos_sin)))
+    core = _backend(backend, 1)
+    checked_heads = check_integer("heads", heads)
+    return as_output(core.rope(_floats(x, "x"), checked_heads, _floats(cos_sin, "cos_sin")))
 
 
 def route(
@@ -177,7 +220,10 @@ def route(
     ``bias`` is added for the choice only; with ``experts`` the weights are those of the given ones.
     """
     chosen, weights = _backend(backend, 1).route(
-        spec._core, _floats(logits), _floats(bias), as_input(experts, np.int32)
+        spec._core,
+        _floats(logits, "logits"),
+        _floats(bias, "bias"),
+        as_input(experts, np.int32, "experts"),
     )
     return as_output(chosen), as_output(weights)
 
@@ -197,7 +243,8 @@ def moe(
     """
     flat = [weight._core for expert in experts for weight in expert]
     core = _backend(backend, threads)
-    return as_output(core.moe(flat, _floats(x), as_input(chosen, np.int32), _floats(weights)))
+    checked_chosen = as_input(chosen, np.int32, "chosen")
+    return as_output(core.moe(flat, _floats(x, "x"), checked_chosen, _floats(weights, "weights")))
 
 
 def sample(
@@ -213,23 +260,25 @@ def sample(
     prompt: Sequence[int] = (),
     seed: int = 0,
 ) -> NDArray[np.int32]:
-    """`count` independent draws from float32 logits [vocab], with seeds `seed`, `seed` + 1, ...
+    """`count`, to 2^20, independent draws from float32 logits [vocab], with seeds `seed`, ...
 
-    The options are those of `Model.generate`; `prompt` counts for the repetition penalty.
+    The next draw's seed is one more. The options are those of `Model.generate`; `prompt` counts for
+    the repetition penalty.
     """
-    bias = list((logit_bias or {}).items())
+    if check_integer("count", count) > _MOST_DRAWS:
+        raise parameter_error("count", f"must be at most {_MOST_DRAWS}, not {count}")
     return as_output(
         _core.sample(
-            _floats(logits),
+            _floats(logits, "logits"),
             count,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            bias,
-            list(prompt),
-            seed,
+            check_real("temperature", temperature),
+            check_integer("top_k", top_k),
+            check_real("top_p", top_p),
+            check_real("min_p", min_p),
+            check_real("repetition_penalty", repetition_penalty),
+            bias_pairs(logit_bias),
+            check_integers("prompt", prompt).tolist(),
+            check_integer("seed", seed, bits=64),
         )
     )
 
@@ -252,9 +301,10 @@ def mla_attention(
     normed and rotated. ``decode`` takes the absorbed path; ``fp8_cache`` keeps the latents in E4M3.
     """
     core = _backend(backend, threads)
-    cached = [_floats(latent) for latent in latents]
+    cached = [_floats(latent, "latents") for latent in latents]
+    checked_rows = check_integers("rows", rows, "[sequences]").tolist()
     return as_output(
         core.mla_attention(
-            shape, kv_b_proj._core, _floats(q), cached, list(rows), decode, fp8_cache
+            shape, kv_b_proj._core, _floats(q, "q"), cached, checked_rows, decode, fp8_cache
         )
     )

@@ -13,16 +13,18 @@ from typing import Any, get_args
 
 import dsfp4
 from dsfp4 import _core
+from dsfp4._checks import check_integer
 from dsfp4.demo import resolve_model
 from dsfp4.errors import IoError, ParameterError
 from dsfp4.jsonfile import read_json
-from dsfp4.model import Progress, check_integer
+from dsfp4.model import Progress
 from dsfp4.quantize.convert import Done, make_jobs
 from dsfp4.quantize.plan import BLOCK, Format, Plan, make_plan
 from dsfp4.quantize.source import Source
 from dsfp4.quantize.writer import ShardWriter
 
-_MOST_WORKERS = 16
+_MOST_WORKERS = 16  # unless the caller asks for more
+_MOST_THREADS = 1024
 _COPIED_FILES = (
     *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "generation_config.json"),
@@ -43,9 +45,9 @@ def quantize(
     Experts, shared experts and dense MLPs become NVFP4; `attention` says what becomes of the
     attention's linears: "keep" as they are, "fp8" (128 x 128 tiles) or "nvfp4". All else stays. A
     matrix whose input features are not a multiple of 16 is kept and listed. `destination` must be
-    empty or absent; if anything fails, what was written there is removed. `threads` 0 is one for
-    each core, 16 at most; `progress` is called with bytes of the source done and in all. Memory:
-    slabs of 1024 rows, one for each thread, however large the matrices are.
+    empty or absent; if anything fails, what was written there is removed. `threads`, to 1024, 0 is
+    one for each core, 16 at most; `progress` is called with bytes of the source done and in all.
+    Memory: slabs of 1024 rows, one for each thread, however large the matrices are.
 
     Returns bytes_in, bytes_out, files, matrices (format -> count), relative_rms_error (role ->
     fraction) and kept (modules left as they were for their shape). Raises the errors of
@@ -55,7 +57,12 @@ def quantize(
         raise ParameterError(
             f"attention must be keep, fp8 or nvfp4, not {attention!r}", parameter="attention"
         )
-    workers = check_integer("threads", threads) or min(os.cpu_count() or 1, _MOST_WORKERS)
+    if check_integer("threads", threads) > _MOST_THREADS:
+        raise ParameterError(
+            f"threads must be 0 (one for each core) to {_MOST_THREADS}, not {threads}",
+            parameter="threads",
+        )
+    workers = threads or min(os.cpu_count() or 1, _MOST_WORKERS)
     folder = resolve_model(source)
     _core.describe(str(folder))  # a source that could not be run is refused before any work
     layers = _core.read_config(str(folder))["num_hidden_layers"]

@@ -1,5 +1,7 @@
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
+#include <sys/resource.h>
 #include <thread>
 #include <vector>
 
@@ -75,6 +77,24 @@ TEST_P(ThreadPoolOf, SeveralCallersTakeTurns) {
 INSTANTIATE_TEST_SUITE_P(Threads, ThreadPoolOf, testing::Values(1, 2, 5));
 
 TEST(ThreadPool, RefusesNoThreads) { EXPECT_THROW(ThreadPool(0), ParameterError); }
+
+// With little address space left, the system has no stacks for so many threads.
+TEST(ThreadPoolDeathTest, SaysThatTheSystemHasNotSoManyThreads) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "a sanitizer needs the address space itself";
+#endif
+  const auto start_many = [] {
+    const rlimit limit{std::size_t{1} << 30, std::size_t{1} << 30};
+    if (setrlimit(RLIMIT_AS, &limit) != 0) std::_Exit(2);
+    try {
+      ThreadPool pool(1000);
+    } catch (const ParameterError& error) {
+      std::_Exit(error.parameter() == "threads" ? 0 : 3);
+    }
+    std::_Exit(4);
+  };
+  EXPECT_EXIT(start_many(), testing::ExitedWithCode(0), "");
+}
 
 }  // namespace
 }  // namespace dsfp4

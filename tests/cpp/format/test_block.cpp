@@ -68,16 +68,40 @@ TEST(Block, ZeroTensorsDecodeToZero) {
 TEST(Block, ExtremesStayFinite) {
   constexpr float kMax = std::numeric_limits<float>::max();
   const std::vector<float> huge(32, kMax);
-  std::vector<float> tiny(32, std::numeric_limits<float>::denorm_min());
-  for (const float v : decode(encode_nvfp4(huge, 1, 32, nvfp4_global_scale(kMax)).view())) {
-    EXPECT_NEAR(v / kMax, 1.0f, 1e-3f);
-  }
-  const float g = nvfp4_global_scale(tiny[0]);
-  for (const float v : decode(encode_nvfp4(tiny, 1, 32, g).view())) EXPECT_LE(v, 0x1.0p-9f);
-  for (const float v : decode(encode_mxfp4(tiny, 1, 32).view())) EXPECT_LT(v, 1e-37f);
-  for (const float v : decode(encode_fp8_block(tiny, 1, 32).view())) EXPECT_LT(v, 1e-37f);
+  // 4 * 2^126 would be nearer, and is infinite.
+  for (const float v : decode(encode_mxfp4(huge, 1, 32).view())) EXPECT_EQ(v, 0x1.8p127f);
+  for (const float v : decode(encode_fp8_block(huge, 1, 32).view())) EXPECT_EQ(v, kMax);
   // Far over what the given global scale can hold: saturates.
   for (const float v : decode(encode_nvfp4(huge, 1, 32, 1.0f).view())) EXPECT_EQ(v, 2688.0f);
+}
+
+TEST(Block, SubnormalsAreNotLostWhereTheScaleUnderflows) {
+  constexpr float kMin = std::numeric_limits<float>::denorm_min();
+  const std::vector<float> tiny(32, kMin);
+  // The quotients amax / 2688 and amax / 448 are 0 as floats.
+  EXPECT_EQ(nvfp4_global_scale(kMin), kMin);
+  EXPECT_EQ(decode(encode_nvfp4(tiny, 1, 32, kMin).view()), tiny);
+  EXPECT_EQ(decode(encode_fp8_block(tiny, 1, 32).view()), tiny);
+  // The smallest MX scale is 2^-127.
+  EXPECT_EQ(decode(encode_mxfp4(tiny, 1, 32).view()), std::vector<float>(32, 0.0f));
+}
+
+// A quotient next to the middle of two codes, rounded to float first, can become the middle.
+TEST(Block, QuotientsRoundOnce) {
+  std::vector<float> values(16, 0.0f);
+  values[0] = 2688.0f;
+  values[1] = 112.0f * 1.0000001f;  // just over a quarter of the scale
+  values[2] = 112.0f;
+  values[3] = 112.0f * 0.9999999f;
+  const EncodedMatrix fp4 = encode_nvfp4(values, 1, 16, 1.0f);
+  EXPECT_EQ(fp4.scales[0], std::byte{0x7e});
+  EXPECT_EQ(fp4.data[0], std::byte{0x17});
+  EXPECT_EQ(fp4.data[1], std::byte{0x00});
+  // The double next to the tie of 1 and 1.125 is the tie as a float.
+  EXPECT_EQ(double_to_e4m3(1.0625), 0x38);
+  EXPECT_EQ(double_to_e4m3(std::nextafter(1.0625, 2.0)), 0x39);
+  EXPECT_EQ(double_to_e4m3(std::nextafter(1.1875, 1.0)), 0x39);
+  EXPECT_EQ(double_to_e4m3(1.1875), 0x3a);
 }
 
 TEST(Block, BadArgumentsNameTheParameter) {

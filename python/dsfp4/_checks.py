@@ -1,0 +1,81 @@
+"""Checks of arguments, before the core sees them: each error is worded to name its parameter."""
+
+import operator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsfp4.errors import ParameterError
+
+__all__ = ["check_integer", "check_integers", "check_real", "check_text"]
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def check_integers(
+    parameter: str, values: npt.ArrayLike, shape: str = "[tokens]"
+) -> npt.NDArray[np.int64]:
+    """Return `values`, each from 0 to 2^31 - 1, as a contiguous array with the axes of `shape`.
+
+    Raises ParameterError for anything else.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError) as error:  # ragged, or wider than any integer type
+        raise ParameterError(
+            f"{parameter} must be integers {shape}: {error}", parameter=parameter
+        ) from error
+    is_integer = array.dtype.kind in "iu" or array.size == 0
+    if array.ndim != shape.count(",") + 1 or not is_integer:
+        raise ParameterError(
+            f"{parameter} must be integers {shape}, not {array.dtype} {list(array.shape)}",
+            parameter=parameter,
+        )
+    outside = (array < 0) | (array >= 2**31)
+    if outside.any():
+        raise ParameterError(
+            f"{parameter} must be from 0 to 2^31 - 1, not {array[outside][0]}", parameter=parameter
+        )
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def check_integer(parameter: str, value: Any, *, bits: int = 31) -> int:
+    """Return `value` as an int from 0 to 2^bits - 1. Raises ParameterError for anything else."""
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = -1
+    if isinstance(value, bool) or not 0 <= integer < 2**bits:
+        raise ParameterError(
+            f"{parameter} must be an integer from 0 to 2^{bits} - 1, not {value!r}",
+            parameter=parameter,
+        )
+    return integer
+
+
+def check_real(parameter: str, value: Any, *, float32: bool = False) -> float:
+    """Return `value` as a float; its range is the engine's to check. Raises ParameterError.
+
+    With `float32`, it must also be finite and fit.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise ParameterError(f"{parameter} must be a number, not {value!r}", parameter=parameter)
+    try:
+        real = float(value)
+    except OverflowError as error:
+        raise ParameterError(
+            f"{parameter} is out of range: {error}", parameter=parameter
+        ) from error
+    if float32 and not -_LARGEST_FLOAT32 <= real <= _LARGEST_FLOAT32:
+        raise ParameterError(
+            f"{parameter} must be finite and fit in a float32, not {value!r}", parameter=parameter
+        )
+    return real
+
+
+def check_text(parameter: str, value: Any) -> str:
+    """Return `value`, a string. Raises ParameterError for anything else."""
+    if not isinstance(value, str):
+        raise ParameterError(f"{parameter} must be a string, not {value!r}", parameter=parameter)
+    return value

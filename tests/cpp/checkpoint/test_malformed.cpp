@@ -1,0 +1,592 @@
+// Malformed checkpoints by hand: every numeric field with every bad kind of value, every place
+// where a file can end, and the limits of the JSON that is read. tests/python/test_checkpoint.py
+// has those that are one of a kind.
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+#include <sys/stat.h>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "checkpoint/catalogue.h"
+#include "checkpoint/config.h"
+#include "checkpoint/layout.h"
+#include "checkpoint/tiny_checkpoint.h"
+#include "dsfp4/error.h"
+#include "dsfp4/model.h"
+
+namespace dsfp4::testing {
+namespace {
+
+namespace fs = std::filesystem;
+
+// What a CheckpointError said; all empty if there was none.
+struct Refusal {
+  std::string file, tensor, message;
+  std::int64_t offset = -1;
+};
+
+class Malformed : public ::testing::Test {
+ protected:
+  Refusal open(const TinyCheckpoint& checkpoint) {
+    checkpoint.write(folder_.path());
+    return open();
+  }
+
+  Refusal open() {
+    try {
+      const auto config = checkpoint::read_config(folder_.path());
+      const auto catalogue = checkpoint::Catalogue::open(folder_.path());
+      checkpoint::resolve_layout(catalogue, config);
+    } catch (const CheckpointError& error) {
+      return {fs::path(error.file()).filename().string(), error.tensor(), error.what(),
+              error.offset()};
+    }
+    return {};
+  }
+
+  void expect_refused(const TinyCheckpoint& checkpoint, const std::string& file,
+                      const std::string& tensor, const std::string& words = "") {
+    const Refusal refusal = open(checkpoint);
+    EXPECT_EQ(refusal.file, file) << refusal.message;
+    EXPECT_EQ(refusal.tensor, tensor) << refusal.message;
+    EXPECT_NE(refusal.message.find(words), std::string::npos) << refusal.message;
+  }
+
+  TinyCheckpoint sound_ = make_tiny_checkpoint(TinyKind::kNvfp4);
+  ScratchFolder folder_;
+};
+
+constexpr const char* kIndex = "model.safetensors.index.json";
+constexpr const char* kShard = "model-00002-of-00002.safetensors";
+
+struct NumberField {
+  const char* name;
+  bool integer;
+};
+
+class ConfigNumbers : public Malformed, public ::testing::WithParamInterface<NumberField> {};
+
+TEST_P(ConfigNumbers, OfNoUseAreRefusedByName) {
+  const auto [name, integer] = GetParam();
+  std::vector<std::string> values = {"-1",
+                                     "-9223372036854775808",
+                                     "9223372036854775807",
+                                     "9223372036854775808",
+                                     "18446744073709551616",
+                                     "1e308",
+                                     "-1e308",
+                                     "\"4\"",
+                                     "\"\"",
+                                     "true",
+                                     "[]",
+                                     "[1]",
+                                     "{}"};
+  if (integer) values.insert(values.end(), {"1.5", "1.0", "1e1"});
+  const std::string path = name;
+  const std::size_t dot = path.find('.');
+  for (const std::string& value : values) {
+    SCOPED_TRACE(path + " = " + value);
+    TinyCheckpoint checkpoint = sound_;
+    JsonNode* object = &checkpoint.config;
+    if (dot != std::string::npos) object = object->find(path.substr(0, dot));
+    object->set(dot == std::string::npos ? path : path.substr(dot + 1), JsonNode::raw(value));
+    const Refusal refusal = open(checkpoint);
+    EXPECT_EQ(refusal.file, "config.json");
+    EXPECT_EQ(refusal.tensor, path);
+    EXPECT_GT(refusal.offset, 0) << refusal.message;
+  }
+}
+
+constexpr NumberField kNumberFields[] = {{"vocab_size", true},
+                                         {"hidden_size", true},
+                                         {"num_hidden_layers", true},
+                                         {"first_k_dense_replace", true},
+                                         {"num_attention_heads", true},
+                                         {"q_lora_rank", true},
+                                         {"kv_lora_rank", true},
+                                         {"qk_nope_head_dim", true},
+                                         {"qk_rope_head_dim", true},
+                                         {"v_head_dim", true},
+                                         {"intermediate_size", true},
+                                         {"moe_intermediate_size", true},
+                                         {"n_routed_experts", true},
+                                         {"n_shared_experts", true},
+                                         {"num_experts_per_tok", true},
+                                         {"n_group", true},
+                                         {"topk_group", true},
+                                         {"moe_layer_freq", true},
+                                         {"max_position_embeddings", true},
+                                         {"bos_token_id", true},
+                                         {"routed_scaling_factor", false},
+                                         {"rms_norm_eps", false},
+                                         {"rope_theta", false},
+                                         {"rope_scaling.factor", false},
+                                         {"rope_scaling.beta_fast", false},
+                                         {"rope_scaling.beta_slow", false},
+                                         {"rope_scaling.mscale", false},
+                                         {"rope_scaling.mscale_all_dim", false},
+                                         {"rope_scaling.original_max_position_embeddings", true},
+                                         {"rope_scaling.rope_theta", false},
+                                         {"partial_rotary_factor", false}};
+
+INSTANTIATE_TEST_SUITE_P(Fields, ConfigNumbers, ::testing::ValuesIn(kNumberFields),
+                         [](const ::testing::TestParamInfo<NumberField>& info) {
+                           std::string name = info.param.name;
+                           for (char& c : name) c = c == '.' ? '_' : c;
+                           return name;
+                         });
+
+TEST_F(Malformed, TypesOfOtherFields) {
+  for (const char* name : {"model_type", "hidden_act", "scoring_func", "topk_method"}) {
+    for (const char* value : {"1", "true", "[]", "{}"}) {
+      TinyCheckpoint checkpoint = sound_;
+      checkpoint.config.set(name, JsonNode::raw(value));
+      expect_refused(checkpoint, "config.json", name, "must be a string");
+    }
+  }
+  for (const char* name :
+       {"attention_bias", "mlp_bias", "norm_topk_prob", "tie_word_embeddings", "rope_interleave"}) {
+    for (const char* value : {"1", "0", "\"true\"", "[]", "{}"}) {
+      TinyCheckpoint checkpoint = sound_;
+      checkpoint.config.set(name, JsonNode::raw(value));
+      expect_refused(checkpoint, "config.json", name, "true or false");
+    }
+  }
+  for (const char* name : {"rope_scaling", "quantization_config"}) {
+    for (const char* value : {"1", "\"yarn\"", "[]", "true"}) {
+      TinyCheckpoint checkpoint = sound_;
+      checkpoint.config.set(name, JsonNode::raw(value));
+      expect_refused(checkpoint, "config.json", name, "must be an object");
+    }
+  }
+  for (const char* value : {"1", "\"DeepseekV3ForCausalLM\"", "[1]", "{}"}) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.config.set("architectures", JsonNode::raw(value));
+    expect_refused(checkpoint, "config.json", "architectures", "list of strings");
+  }
+}
+
+TEST_F(Malformed, EndTokens) {
+  for (const char* value : {"-1", "32", "9223372036854775808", "[32]", "[-1]", "[1.0]", "[[1]]",
+                            "[null]", "\"1\"", "{}"}) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.config.set("eos_token_id", JsonNode::raw(value));
+    expect_refused(checkpoint, "config.json", "eos_token_id");
+    checkpoint = sound_;
+    checkpoint.generation.set("eos_token_id", JsonNode::raw(value));
+    expect_refused(checkpoint, "generation_config.json", "eos_token_id");
+  }
+}
+
+TEST_F(Malformed, ExpertsAndGroups) {
+  const auto with = [&](const char* name, std::int64_t value) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.config.set(name, JsonNode::number(value));
+    return checkpoint;
+  };
+  expect_refused(with("n_group", 3), "config.json", "n_group", "divide");
+  expect_refused(with("n_group", 4), "config.json", "num_experts_per_tok", "at most the 1");
+  expect_refused(with("topk_group", 3), "config.json", "topk_group");
+  expect_refused(with("num_experts_per_tok", 3), "config.json", "num_experts_per_tok");
+  TinyCheckpoint single = with("n_group", 4);
+  single.config.set("topk_group", JsonNode::number(2));
+  expect_refused(single, "config.json", "n_group", "two experts a group");
+  // Sound numbers that the tensors contradict.
+  expect_refused(with("n_routed_experts", 6), kShard, "model.layers.1.mlp.gate.weight", "[6, 32]");
+  expect_refused(with("moe_intermediate_size", 32), kShard,
+                 "model.layers.1.mlp.experts.0.gate_proj.weight", "[32, 16]");
+  expect_refused(with("first_k_dense_replace", 2), folder_.path().filename().string(),
+                 "model.layers.1.mlp.gate_proj.weight", "missing");
+}
+
+TEST_F(Malformed, QuantizationOfBothFiles) {
+  for (const char* value : {"[128]", "[128, 128, 128]", "128", "[128, 128.0]", "[\"128\", 128]"}) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.config.find("quantization_config")->set("weight_block_size", JsonNode::raw(value));
+    expect_refused(checkpoint, "config.json", "quantization_config.weight_block_size");
+  }
+  for (const char* value : {"-2", "16.0", "\"16\"", "9223372036854775807"}) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.quantization.find("quantization")->set("group_size", JsonNode::raw(value));
+    expect_refused(checkpoint, "hf_quant_config.json", "quantization.group_size");
+    checkpoint = make_tiny_checkpoint(TinyKind::kCompressed);
+    checkpoint.config.find("quantization_config")
+        ->find("config_groups")
+        ->find("group_0")
+        ->find("weights")
+        ->set("group_size", JsonNode::raw(value));
+    expect_refused(checkpoint, "config.json",
+                   "quantization_config.config_groups.group_0.weights.group_size");
+  }
+  for (const char* value : {"1", "[]", "{\"a\":1}"}) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.config.find("quantization_config")->set("quantized_layers", JsonNode::raw(value));
+    const std::string field = "quantization_config.quantized_layers";
+    expect_refused(checkpoint, "config.json", value[0] == '{' ? field + ".a" : field);
+  }
+  // Sound, but of another kind than is run here.
+  TinyCheckpoint tiles = sound_;
+  tiles.config.find("quantization_config")->set("weight_block_size", JsonNode::array({64, 64}));
+  TinyCheckpoint groups = sound_;
+  groups.quantization.find("quantization")->set("group_size", JsonNode::number(32));
+  for (const TinyCheckpoint* checkpoint : {&tiles, &groups}) {
+    checkpoint->write(folder_.path());
+    EXPECT_THROW(checkpoint::read_config(folder_.path()), UnsupportedError);
+  }
+}
+
+// ---- where files end
+// -----------------------------------------------------------------------------
+
+// All of them in the full tier, every seventh in the quick one.
+std::size_t stride() { return std::getenv("DSFP4_FULL") != nullptr ? 1 : 7; }
+
+TEST_F(Malformed, JsonFilesCutAnywhere) {
+  sound_.write(folder_.path());
+  for (const auto& [name, bytes] : sound_.files()) {
+    if (name.ends_with(".safetensors")) continue;
+    for (std::size_t length = 0; length < bytes.size(); length += stride()) {
+      write_file(folder_.path() / name, std::string_view(bytes).substr(0, length));
+      const Refusal refusal = open();
+      ASSERT_EQ(refusal.file, name) << "cut at " << length;
+      ASSERT_LE(refusal.offset, static_cast<std::int64_t>(length)) << refusal.message;
+    }
+    write_file(folder_.path() / name, bytes);
+  }
+}
+
+TEST_F(Malformed, ShardCutAtEveryBoundary) {
+  sound_.write(folder_.path());
+  const std::string bytes = TinyCheckpoint::file_of(sound_.shards[1]);
+  const std::size_t data_begin = bytes.size() - sound_.shards[1].data.size();
+  std::vector<std::size_t> lengths;
+  for (std::size_t i = 0; i < data_begin; i += stride()) lengths.push_back(i);
+  for (const JsonNode::Member& tensor : sound_.shards[1].header.members) {
+    if (tensor.value.members.size() != 3) continue;
+    const JsonNode& end = tensor.value.members[2].value.members[1].value;
+    for (const std::size_t around : {0, 1, 2}) {
+      const std::size_t length = data_begin + std::stoul(end.token) + around - 1;
+      if (length < bytes.size()) lengths.push_back(length);
+    }
+  }
+  for (const std::size_t length : lengths) {
+    write_file(folder_.path() / kShard, std::string_view(bytes).substr(0, length));
+    const Refusal refusal = open();
+    ASSERT_EQ(refusal.file, kShard) << "cut at " << length;
+    ASSERT_NE(refusal.message.find("truncated"), std::string::npos) << refusal.message;
+  }
+}
+
+// ---- JSON
+// ----------------------------------------------------------------------------------------
+
+std::string nested(std::size_t lists) { return std::string(lists, '[') + std::string(lists, ']'); }
+
+TEST_F(Malformed, Nesting) {
+  TinyCheckpoint checkpoint = sound_;
+  checkpoint.config.set("extra", JsonNode::raw(nested(63)));  // in the root: 64 levels
+  checkpoint.index.set("extra", JsonNode::raw(nested(63)));
+  EXPECT_EQ(open(checkpoint).message, "");
+  for (const std::size_t depth : {64, 65, 100'000}) {
+    checkpoint = sound_;
+    checkpoint.config.set("extra", JsonNode::raw(nested(depth)));
+    expect_refused(checkpoint, "config.json", "", "deeper than 64");
+    checkpoint = sound_;
+    checkpoint.index.set("extra", JsonNode::raw(nested(depth)));
+    expect_refused(checkpoint, kIndex, "", "deeper than 64");
+    checkpoint = sound_;
+    checkpoint.shards[1].header.set("extra", JsonNode::raw(nested(depth)));
+    expect_refused(checkpoint, kShard, "", "deeper than 64");
+  }
+}
+
+TEST_F(Malformed, StringsAndNumbers) {
+  const std::string million(std::size_t{1} << 20, '1');
+  for (const std::string& value :
+       {'"' + million + '"', million, std::string("\"\xff\""), std::string("\"\xc0\x80\""),
+        std::string("\"\xed\xa0\x80\""), std::string("\"\xf4\x90\x80\x80\""),
+        std::string("\"\x01\""), std::string("\"\\ud800\""), std::string("\"\\x\""),
+        std::string("\"\0\"", 3), std::string("01"), std::string("1."), std::string("+1"),
+        std::string("NaN"), std::string("1e999"), std::string("nul"), std::string("1 2"),
+        std::string("\"a")}) {
+    for (int part = 0; part < 3; ++part) {
+      TinyCheckpoint checkpoint = sound_;
+      JsonNode& tree = part == 0   ? checkpoint.config
+                       : part == 1 ? checkpoint.index
+                                   : checkpoint.shards[1].header;
+      tree.set("extra", JsonNode::raw(value));
+      const Refusal refusal = open(checkpoint);
+      EXPECT_EQ(refusal.file, part == 0   ? "config.json"
+                              : part == 1 ? kIndex
+                                          : kShard)
+          << value.substr(0, 20);
+      EXPECT_GE(refusal.offset, 0) << refusal.message;
+    }
+  }
+}
+
+TEST_F(Malformed, KeysThatAreThereTwice) {
+  const auto twice = [](JsonNode& object, std::size_t i) {
+    object.members.push_back(object.members.at(i));
+  };
+  TinyCheckpoint checkpoint = sound_;
+  twice(checkpoint.config, 4);
+  expect_refused(checkpoint, "config.json", "vocab_size", "twice");
+  checkpoint = sound_;
+  twice(*checkpoint.config.find("rope_scaling"), 1);
+  expect_refused(checkpoint, "config.json", "factor", "twice");
+  checkpoint = sound_;
+  twice(checkpoint.index, 1);
+  expect_refused(checkpoint, kIndex, "weight_map", "twice");
+  checkpoint = sound_;
+  twice(*checkpoint.index.find("weight_map"), 0);
+  expect_refused(checkpoint, kIndex, "model.embed_tokens.weight", "twice");
+  checkpoint = sound_;
+  twice(*checkpoint.index.find("metadata"), 0);
+  expect_refused(checkpoint, kIndex, "total_size", "twice");
+  checkpoint = sound_;
+  twice(checkpoint.shards[1].header, 1);
+  expect_refused(checkpoint, kShard, "model.layers.1.input_layernorm.weight", "twice");
+  checkpoint = sound_;
+  twice(checkpoint.shards[1].header, 0);
+  expect_refused(checkpoint, kShard, "__metadata__", "twice");
+  checkpoint = sound_;
+  twice(*checkpoint.shards[1].header.find("__metadata__"), 0);
+  expect_refused(checkpoint, kShard, "__metadata__", "'format' is there twice");
+  for (std::size_t field = 0; field < 3; ++field) {
+    checkpoint = sound_;
+    twice(*checkpoint.shards[1].header.find("model.norm.weight"), field);
+    expect_refused(checkpoint, kShard, "model.norm.weight", "twice");
+  }
+}
+
+TEST_F(Malformed, TooMuchOfAnything) {
+  const auto many = [](std::size_t count, const std::string& value) {
+    JsonNode object = JsonNode::object({});
+    for (std::size_t i = 0; i < count; ++i) {
+      object.members.push_back({'"' + std::to_string(i) + '"', JsonNode::raw(value)});
+    }
+    return object;
+  };
+  TinyCheckpoint checkpoint = sound_;
+  checkpoint.config.set("extra", many(std::size_t{1} << 18, "0"));
+  expect_refused(checkpoint, "config.json", "", "values");
+  checkpoint = sound_;
+  checkpoint.shards[1].header.set("__metadata__", many((std::size_t{1} << 16) + 1, "\"\""));
+  expect_refused(checkpoint, kShard, "__metadata__", "too many keys");
+  checkpoint = sound_;
+  for (const JsonNode::Member& member : many(257, "0").members) {
+    checkpoint.index.members.push_back(member);
+  }
+  EXPECT_NE(open(checkpoint).message.find("too many keys"), std::string::npos);
+  checkpoint = sound_;
+  JsonNode& map = *checkpoint.index.find("weight_map");
+  for (int i = 0; i < 16385; ++i) {
+    map.members.push_back(
+        {"\"t" + std::to_string(i) + '"', JsonNode::text(std::to_string(i) + ".safetensors")});
+  }
+  EXPECT_NE(open(checkpoint).message.find("16384 shards"), std::string::npos);
+  for (const char* name : {"config.json", kIndex}) {  // a sparse file: it takes no room
+    sound_.write(folder_.path());
+    fs::resize_file(folder_.path() / name, (std::uintmax_t{256} << 20) + 1);
+    const Refusal refusal = open();
+    EXPECT_EQ(refusal.file, name);
+    EXPECT_NE(refusal.message.find("the limit is"), std::string::npos) << refusal.message;
+  }
+}
+
+// ---- names and files
+// -----------------------------------------------------------------------------
+
+TEST_F(Malformed, ShardNames) {
+  for (const std::string name :
+       {"..", ".", "", "/", "../x.safetensors", "a/b.safetensors", "/x.safetensors", "x.bin",
+        "x.safetensors/", "x.safetensors\\u0000", "\\u0000.safetensors", "x.SAFETENSORS"}) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.index.find("weight_map")->set("lm_head.weight", JsonNode::text(name));
+    expect_refused(checkpoint, kIndex, "lm_head.weight", "bare name");
+  }
+  TinyCheckpoint checkpoint = sound_;
+  const std::string longest(243, 'x');
+  checkpoint.index.find("weight_map")
+      ->set("lm_head.weight", JsonNode::text(longest + "x.safetensors"));
+  expect_refused(checkpoint, kIndex, "lm_head.weight", "a string of 256 bytes");
+  for (const char* value : {"1", "null", "[]", "{}", "true"}) {
+    checkpoint = sound_;
+    checkpoint.index.find("weight_map")->set("lm_head.weight", JsonNode::raw(value));
+    expect_refused(checkpoint, kIndex, "lm_head.weight", "weight_map must be");
+    checkpoint = sound_;
+    checkpoint.index.set("weight_map", JsonNode::raw(value));
+    if (value[0] != '{') expect_refused(checkpoint, kIndex, "weight_map", "must be an object");
+  }
+}
+
+TEST_F(Malformed, TensorsInTheWrongPlace) {
+  const std::string other = sound_.shards[0].name;
+  JsonNode* map = sound_.index.find("weight_map");
+  TinyCheckpoint checkpoint = sound_;
+  checkpoint.index.find("weight_map")->set("model.norm.weight", JsonNode::text(other));
+  expect_refused(checkpoint, kIndex, "model.norm.weight", "but it lies in");
+  checkpoint = sound_;
+  checkpoint.index.find("weight_map")->set("no.such.tensor", JsonNode::text(other));
+  expect_refused(checkpoint, other, "no.such.tensor", "does not have it");
+  checkpoint = sound_;
+  checkpoint.shards.push_back(
+      {"model-extra.safetensors", sound_.shards[1].header, sound_.shards[1].data});
+  const Refusal twice = open(checkpoint);
+  EXPECT_NE(twice.message.find("as well"), std::string::npos) << twice.message;
+  fs::remove(folder_.path() / "model-extra.safetensors");
+
+  sound_.write(folder_.path());
+  fs::remove(folder_.path() / kShard);
+  const auto catalogue = checkpoint::Catalogue::open(folder_.path());
+  EXPECT_TRUE(catalogue.in_absent_shard("model.norm.weight"));
+  Refusal absent = open();
+  EXPECT_EQ(absent.file, kShard);
+  EXPECT_NE(absent.message.find("download it"), std::string::npos) << absent.message;
+  map->remove("model.layers.1.input_layernorm.weight");
+  write_file(folder_.path() / kIndex, sound_.index.write());
+  absent = open();
+  EXPECT_NE(absent.message.find("its shards are not there"), std::string::npos) << absent.message;
+  fs::remove(folder_.path() / other);
+  absent = open();
+  EXPECT_NE(absent.message.find("none of the 2 shards"), std::string::npos) << absent.message;
+}
+
+TEST_F(Malformed, HolesOverlapsAndTails) {
+  const auto with = [&](auto change) {
+    TinyCheckpoint checkpoint = sound_;
+    change(checkpoint.shards[1]);
+    return checkpoint;
+  };
+  expect_refused(with([](TinyShard& shard) { shard.header.remove("model.norm.weight"); }), kShard,
+                 "lm_head.weight", "hole");
+  expect_refused(with([](TinyShard& shard) { shard.data += "1234567"; }), kShard, "",
+                 "7 trailing bytes");
+  expect_refused(with([](TinyShard& shard) {
+                   shard.header.set("second", *shard.header.find("model.norm.weight"));
+                 }),
+                 kShard, "second", "overlaps");
+  expect_refused(with([](TinyShard& shard) {
+                   shard.header.find("model.norm.weight")
+                       ->set("shape", JsonNode::array({std::int64_t{1} << 40, 1 << 30}));
+                 }),
+                 kShard, "model.norm.weight", "overflows");
+  expect_refused(with([](TinyShard& shard) { shard.header = JsonNode::raw(""); }), kShard, "",
+                 "must begin with");
+}
+
+TEST_F(Malformed, WeightsOfOtherKinds) {
+  TinyCheckpoint checkpoint = make_tiny_checkpoint(TinyKind::kCompressed);
+  const std::string module = "model.layers.0.mlp.up_proj";
+  checkpoint.shards[0].header.set(
+      module + ".weight", JsonNode::raw("{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}"));
+  expect_refused(checkpoint, "model.safetensors", module + ".weight_packed", "is there as");
+  for (const char* dtype : {"I16", "F16"}) {  // as wide as BF16
+    checkpoint = make_tiny_checkpoint(TinyKind::kBf16);
+    checkpoint.shards[0].header.find(module + ".weight")->set("dtype", JsonNode::text(dtype));
+    expect_refused(checkpoint, "model.safetensors", module + ".weight", dtype);
+    checkpoint = make_tiny_checkpoint(TinyKind::kBf16);
+    checkpoint.shards[0].header.find("model.norm.weight")->set("dtype", JsonNode::text(dtype));
+    expect_refused(checkpoint, "model.safetensors", "model.norm.weight", dtype);
+  }
+}
+
+TEST_F(Malformed, SoundConfigsOfOtherModels) {
+  const std::vector<std::pair<std::string, std::string>> fields = {
+      {"model_type", "\"llama\""},
+      {"architectures", "[\"LlamaForCausalLM\"]"},
+      {"attention_bias", "true"},
+      {"mlp_bias", "true"},
+      {"moe_layer_freq", "2"},
+      {"hidden_act", "\"gelu\""},
+      {"rope_interleave", "false"},
+      {"scoring_func", "\"relu\""},
+      {"topk_method", "\"random\""},
+      {"partial_rotary_factor", "0.5"},
+      {"rope_scaling", "{\"type\":\"linear\"}"},
+      {"rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"truncate\":false}"},
+      {"rope_scaling", "{\"type\":\"yarn\",\"factor\":4,\"attention_factor\":1}"}};
+  for (const auto& [name, value] : fields) {
+    TinyCheckpoint checkpoint = sound_;
+    checkpoint.config.set(name, JsonNode::raw(value));
+    checkpoint.write(folder_.path());
+    try {
+      checkpoint::read_config(folder_.path());
+      ADD_FAILURE() << name << " = " << value;
+    } catch (const UnsupportedError& error) {
+      EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
+    }
+  }
+}
+
+TEST_F(Malformed, WhatIsNoFile) {
+  const auto replaced = [&](const char* name, const auto& put) {
+    for (const auto& entry : fs::directory_iterator(folder_.path())) fs::remove_all(entry.path());
+    sound_.write(folder_.path());
+    fs::remove(folder_.path() / name);
+    put(folder_.path() / name);
+  };
+  for (const char* name :
+       {"config.json", "generation_config.json", "hf_quant_config.json", kIndex, kShard}) {
+    replaced(name, [](const fs::path& path) { fs::create_directory(path); });
+    EXPECT_NE(open().message.find("not a regular file"), std::string::npos) << name;
+    replaced(name, [](const fs::path& path) { ASSERT_EQ(::mkfifo(path.c_str(), 0600), 0); });
+    EXPECT_NE(open().message.find("not a regular file"), std::string::npos) << name;
+    replaced(name, [](const fs::path& path) { fs::create_symlink(path.filename(), path); });
+    try {
+      open();
+      ADD_FAILURE() << name;
+    } catch (const IoError& error) {
+      EXPECT_EQ(error.error_number(), ELOOP);
+      EXPECT_EQ(fs::path(error.file()).filename(), name);
+    }
+    replaced(name, [this](const fs::path& path) {
+      const fs::path target = path.parent_path() / "elsewhere";
+      for (const auto& [file, bytes] : sound_.files()) {
+        if (file == path.filename()) write_file(target, bytes);
+      }
+      fs::create_symlink("elsewhere", path);
+    });
+    EXPECT_EQ(open().message, "") << name;
+  }
+  EXPECT_THROW(checkpoint::Catalogue::open(folder_.path() / "absent"), IoError);
+  const ScratchFolder empty;
+  EXPECT_THROW(checkpoint::read_config(empty.path()), CheckpointError);
+  EXPECT_THROW(checkpoint::Catalogue::open(empty.path()), CheckpointError);
+}
+
+TEST_F(Malformed, Scales) {
+  const auto load_with = [&](const std::string& name, const std::string& bytes) -> std::string {
+    TinyCheckpoint checkpoint = make_tiny_checkpoint(TinyKind::kCompressed);
+    TinyShard& shard = checkpoint.shards[0];
+    JsonNode& begin = shard.header.find(name)->find("data_offsets")->members[0].value;
+    shard.data.replace(std::stoul(begin.token), 4, bytes);
+    const ScratchFolder folder;
+    checkpoint.write(folder.path());
+    try {
+      LoadOptions options;
+      options.threads = 1;
+      Model::load(folder.path(), options);
+    } catch (const CheckpointError& error) {
+      EXPECT_GT(error.offset(), 0);
+      return error.tensor();
+    }
+    return "";
+  };
+  for (const std::string name : {"model.layers.1.mlp.experts.3.up_proj.weight_global_scale",
+                                 "model.layers.0.self_attn.k_proj.k_scale"}) {
+    for (const char* bytes : {"\x00\x00\xc0\x7f", "\x00\x00\x80\x7f", "\x00\x00\x80\xff",
+                              "\x00\x00\x80\xbf", "\x00\x00\x00\x00", "\x00\x00\x00\x80"}) {
+      EXPECT_EQ(load_with(name, std::string(bytes, 4)), name);
+    }
+    EXPECT_EQ(load_with(name, std::string("\x00\x00\x80\x3f", 4)), "");
+  }
+}
+
+}  // namespace
+}  // namespace dsfp4::testing
