@@ -2,19 +2,41 @@
 
 import os
 import secrets
+import threading
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
+import numpy as np
+import numpy.typing as npt
+
+from dsfp4.chat import ChatTemplate, Message
 from dsfp4.demo import resolve_model
-from dsfp4.errors import Dsfp4Error, ParameterError
+from dsfp4.errors import Dsfp4Error, ParameterError, UnsupportedError
 from dsfp4.model import Model, Progress, check_integers
 from dsfp4.sampling import recommended_sampling
-from dsfp4.stream import OnToken, TextStream
+from dsfp4.stop import check_stop
+from dsfp4.stream import Put, TextStream
+from dsfp4.text import Text, TextBuilder
 from dsfp4.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from dsfp4 import _core
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """What generate() and chat() both take; DeepseekInference says what each means."""
+
+    top_k: int | None
+    top_p: float | None
+    min_p: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float] | None
+    logprobs: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_ids: Sequence[int] | None
+    thinking: bool | None
 
 
 class DeepseekInference:
@@ -22,9 +44,33 @@ class DeepseekInference:
 
     `model_path` is a checkpoint folder or "demo". `device` "auto" is the fastest backend present;
     `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit;
-    `progress` is called with the bytes loaded and the bytes in all. Raises the errors of
-    `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
-    context manager.
+    `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision; `progress`
+    is called with the bytes loaded and the bytes in all. Raises the errors of `dsfp4.errors`. May
+    be used by several threads: generations run one after the other. Is a context manager.
+
+    generate() and chat() take these options:
+
+    - `max_tokens`, 0 or more: the most tokens to write, thoughts included.
+    - `temperature`, 0 to 100: 0 takes the likeliest token. None is the checkpoint's recommendation,
+      as it is for the next two.
+    - `top_k`, 0 or more: only so many likeliest tokens; 0 is off.
+    - `top_p`, over 0, to 1: only the likeliest tokens that make up this probability; 1 is off.
+    - `min_p`, 0 to 1: only tokens with this share of the likeliest one's probability; 0 is off.
+    - `repetition_penalty`, over 0: above 1, tokens of prompt and answer become less likely again;
+      1 is off.
+    - `logit_bias`: for single ids, what is added to their logits; -inf forbids one.
+    - `logprobs`, 0 to 20: `Text.logprobs` has each token's log probability and so many likeliest
+      tokens; 0 is off.
+    - `seed`, 0 to 2^64 - 1: the same seed gives the same text. None is a new one each time.
+    - `stop`: a string or several. The answer ends before the first one; thoughts do not.
+    - `stop_ids`: ids that end the text, in place of the model's own end ids; [] is none.
+    - `thinking`: True or False switches the model's thoughts on or off, where its chat template
+      can; None is the template's choice.
+    - `stream`: return at once an iterator of pieces, each a string with `kind` "reasoning" or
+      "answer"; its `result` is the Text in the end.
+
+    An answer is a Text: a string, with `reasoning`, `finish_reason`, `tokens` and times beside.
+    Ctrl-C stops a generation, and leaves the object usable.
     """
 
     def __init__(
@@ -34,15 +80,23 @@ class DeepseekInference:
         *,
         threads: int = 0,
         max_context: int = 0,
+        kv_cache_dtype: str = "bf16",
         progress: Progress | None = None,
     ) -> None:
         self.folder = resolve_model(model_path)
         self.tokenizer = Tokenizer(self.folder)
         self._recommended = recommended_sampling(self.folder)
         self._model: Model | None = Model(
-            self.folder, device, threads=threads, max_context=max_context, progress=progress
+            self.folder,
+            device,
+            threads=threads,
+            max_context=max_context,
+            kv_cache_dtype=kv_cache_dtype,
+            progress=progress,
         )
         self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+        self._template_lock = threading.Lock()
+        self._template: ChatTemplate | UnsupportedError | None = None  # None: not looked for yet
 
     @property
     def model(self) -> Model:
@@ -51,79 +105,176 @@ class DeepseekInference:
             raise Dsfp4Error("this DeepseekInference is closed; make a new one")
         return self._model
 
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's chat template, or None. Raises CheckpointError if it is malformed."""
+        template = self._find_template()
+        return template if isinstance(template, ChatTemplate) else None
+
     @overload
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | npt.NDArray[np.integer[Any]],
         max_tokens: int = 256,
         temperature: float | None = None,
         *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
+        raw: bool = False,
         stream: Literal[False] = False,
-    ) -> str: ...
+        **options: "Unpack[Options]",
+    ) -> Text: ...
     @overload
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | npt.NDArray[np.integer[Any]],
         max_tokens: int = 256,
         temperature: float | None = None,
         *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
+        raw: bool = False,
         stream: Literal[True],
+        **options: "Unpack[Options]",
     ) -> TextStream: ...
+    @overload
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: list[str],
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        *,
+        raw: bool = False,
+        stream: Literal[False] = False,
+        **options: "Unpack[Options]",
+    ) -> list[Text]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int] | npt.NDArray[np.integer[Any]] | list[str],
         max_tokens: int = 256,
         temperature: float | None = None,
         *,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int = 0,
         seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Sequence[int] | None = None,
+        thinking: bool | None = None,
+        raw: bool = False,
         stream: bool = False,
-    ) -> str | TextStream:
-        """Continue `prompt` by up to `max_tokens` tokens and return the new text.
+    ) -> Text | TextStream | list[Text]:
+        """Answer `prompt`, or each of a list of prompts.
 
-        A string is continued as it stands, with the begin token in front where the checkpoint
-        wants one; a sequence of ids is used as it is. `temperature` 0 takes the likeliest token;
-        `top_k` 0 and `top_p` 1 are off; each of the three is the checkpoint's recommendation unless
-        given. The same `seed`, 0 to 2^64 - 1, gives the same text; None is a new one each time.
-        With `stream`, returns at once an iterator over the pieces of the text. Ctrl-C cancels.
+        A string is a user's turn, where the checkpoint has a chat template. With `raw`, or without
+        a template, it is continued as it stands, with the begin token in front where the checkpoint
+        wants one. A sequence of ids is continued as it is. The class describes the other options;
+        a list cannot be streamed.
         """
-        model = self.model
-        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-        checked_ids = check_integers("prompt", ids)
-        if checked_ids.size == 0:
-            raise ParameterError("prompt is empty; give some text", parameter="prompt")
-        default = self._recommended
-
-        def run(on_token: OnToken) -> "_core.GenerationResult":
-            return model.generate(
-                checked_ids,
-                max_tokens=max_tokens,
-                temperature=default.temperature if temperature is None else temperature,
-                top_k=default.top_k if top_k is None else top_k,
-                top_p=default.top_p if top_p is None else top_p,
-                seed=secrets.randbits(64) if seed is None else seed,
-                on_token=on_token,
-            )
-
-        pieces = TextStream(run, self.tokenizer.decode_pieces)
-        self._streams.add(pieces)
+        if isinstance(prompt, list) and any(isinstance(item, str) for item in prompt):
+            if stream:
+                raise ParameterError(
+                    "a list of prompts cannot be streamed; stream them one by one",
+                    parameter="stream",
+                )
+            prompts = [
+                self._prompt(_check_prompt(item, i), raw, thinking) for i, item in enumerate(prompt)
+            ]
+        else:
+            prompts = [self._prompt(prompt, raw, thinking)]
+        start = self._starter(
+            stop,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            seed=seed,
+            stop_ids=stop_ids,
+        )
         if stream:
-            return pieces
-        with pieces:
-            return "".join(pieces)
+            return start(*prompts[0])
+        texts = [_whole(start(*item)) for item in prompts]
+        return texts if isinstance(prompt, list) and isinstance(prompt[0], str) else texts[0]
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stream: Literal[False] = False,
+        **options: "Unpack[Options]",
+    ) -> Text: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stream: Literal[True],
+        **options: "Unpack[Options]",
+    ) -> TextStream: ...
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int = 0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Sequence[int] | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stream: bool = False,
+    ) -> Text | TextStream:
+        """Write the assistant's next turn of a conversation.
+
+        `messages` are mappings with "role" ("system", "user", "assistant", "tool", "developer") and
+        "content", a string; nothing in them can become markup. `tools` are JSON schemas, where the
+        chat template knows tools. The class describes the other options. Raises ParameterError
+        naming messages[i], and UnsupportedError if the checkpoint has no chat template.
+        """
+        _ = self.model  # raises if closed
+        template = self._find_template()
+        if isinstance(template, UnsupportedError):
+            raise template
+        prompt = template.prompt(messages, tools=tools, thinking=thinking)
+        start = self._starter(
+            stop,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            seed=seed,
+            stop_ids=stop_ids,
+        )
+        pieces = start(check_integers("messages", prompt.ids), prompt.thinking)
+        return pieces if stream else _whole(pieces)
 
     def close(self) -> None:
         """Cancel what runs and free the weights. May be called twice."""
         for stream in list(self._streams):
             stream.close()
         self._model = None
+        if isinstance(self._template, ChatTemplate):
+            self._template.close()
 
     def __enter__(self) -> "DeepseekInference":
         """Return the object itself."""
@@ -132,3 +283,93 @@ class DeepseekInference:
     def __exit__(self, *exception: object) -> None:
         """Close it."""
         self.close()
+
+    def _find_template(self) -> ChatTemplate | UnsupportedError:
+        with self._template_lock:
+            if self._template is None:
+                try:
+                    self._template = ChatTemplate(self.folder, self.tokenizer)
+                except UnsupportedError as error:
+                    self._template = error
+            return self._template
+
+    def _prompt(
+        self, prompt: Any, raw: bool, thinking: bool | None
+    ) -> tuple[npt.NDArray[np.int64], bool | None]:
+        """Return the ids of `prompt` and whether they end in thoughts; None if it is no turn."""
+        _ = self.model  # raises if closed
+        is_text = isinstance(prompt, str)
+        if is_text and not raw and (template := self.chat_template) is not None:
+            turn = template.prompt([{"role": "user", "content": prompt}], thinking=thinking)
+            return check_integers("prompt", turn.ids), turn.thinking
+        if thinking is not None:
+            raise ParameterError(
+                "thinking needs a chat template, and a prompt that is a user's turn; leave it at "
+                "None",
+                parameter="thinking",
+            )
+        ids = self.tokenizer.encode_prompt(prompt) if is_text else prompt
+        checked = check_integers("prompt", ids)
+        if checked.size == 0:
+            raise ParameterError("prompt is empty; give some text", parameter="prompt")
+        return checked, None
+
+    def _starter(
+        self,
+        stop: str | Sequence[str] | None,
+        *,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int | None,
+        **options: Any,
+    ) -> Callable[[npt.NDArray[np.int64], bool | None], TextStream]:
+        """Return a function that starts a generation from ids, with the given options."""
+        model = self.model
+        default = self._recommended
+        strings = check_stop(stop)
+
+        def start(ids: npt.NDArray[np.int64], thinking: bool | None) -> TextStream:
+            def run(put: Put) -> Text:
+                builder = TextBuilder(self.tokenizer, thinking, strings)
+
+                def on_token(id: int) -> bool:
+                    return put(*builder.push(id)) and not builder.stopped
+
+                result = model.generate(
+                    ids,
+                    temperature=default.temperature if temperature is None else temperature,
+                    top_k=default.top_k if top_k is None else top_k,
+                    top_p=default.top_p if top_p is None else top_p,
+                    seed=secrets.randbits(64) if seed is None else seed,
+                    on_token=on_token,
+                    on_prefill=lambda done, total: put(),
+                    **options,
+                )
+                put(*builder.finish())
+                return builder.text(result)
+
+            stream = TextStream(run)
+            self._streams.add(stream)
+            return stream
+
+        return start
+
+
+def _check_prompt(prompt: Any, index: int) -> str:
+    if not isinstance(prompt, str):
+        raise ParameterError(
+            f"prompt[{index}] must be a string as others are, not {type(prompt).__name__}",
+            parameter="prompt",
+        )
+    return prompt
+
+
+def _whole(stream: TextStream) -> Text:
+    """Wait for the end of `stream`."""
+    with stream:
+        for _ in stream:
+            pass
+    if stream.result is None:
+        raise Dsfp4Error("the generation was cancelled by close()")
+    return stream.result

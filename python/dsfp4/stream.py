@@ -2,37 +2,37 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from dsfp4 import _core
-
-OnToken = Callable[[int], bool]
+from dsfp4.text import Piece, Text
 
 
-class TextStream(Iterator[str]):
-    """The text of one generation, as it is made.
+class Put(Protocol):
+    """Hands over the next pieces, if any; False asks for the end."""
 
-    `generate` is run at once in a worker thread, with a callback for each id; `decode` turns ids
-    into text. An error of the worker is raised to whoever iterates. Ending early, by close(), by
-    leaving a `with` block, by Ctrl-C or by forgetting the stream, cancels the generation within one
-    token. Not to be iterated by two threads at once.
+    def __call__(self, *pieces: Piece) -> bool:
+        """Hand over."""
+
+
+class TextStream(Iterator[Piece]):
+    """The text of one generation, as it is made: pieces of reasoning, then pieces of the answer.
+
+    `generate` is run at once in a worker thread; it puts the pieces and returns the whole. An error
+    of the worker is raised to whoever iterates. Ending early, by close(), by leaving a `with`
+    block, by Ctrl-C or by forgetting the stream, cancels the generation within one token. Not to
+    be iterated by two threads at once.
     """
 
-    def __init__(
-        self,
-        generate: Callable[[OnToken], "_core.GenerationResult"],
-        decode: Callable[[Iterable[int]], Iterator[str]],
-    ) -> None:
+    def __init__(self, generate: Callable[[Put], Text]) -> None:
         self._channel = _Channel()
         worker = threading.Thread(
             target=self._channel.work, args=(generate,), name="dsfp4-generate", daemon=True
         )
         # Also runs when the stream is forgotten and, before threads are torn down, at exit.
         self._stop = weakref.finalize(self, _cancel, self._channel, worker)
-        self._pieces = decode(self._channel.ids())
+        self._pieces = self._channel.pieces()
         try:
             worker.start()
         except BaseException:  # Ctrl-C, as start() waits for the thread to run
@@ -40,11 +40,11 @@ class TextStream(Iterator[str]):
             raise
 
     @property
-    def result(self) -> "_core.GenerationResult | None":
-        """Ids, times and the reason of the end; None while it runs or if it failed."""
+    def result(self) -> Text | None:
+        """The whole answer with reasoning, ids and times; None while it runs or if it failed."""
         return self._channel.result
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         """Wait for the next piece."""
         try:
             return next(self._pieces)
@@ -72,22 +72,23 @@ class _Channel:
     """What the worker and the stream share; it must not refer to the stream."""
 
     def __init__(self) -> None:
-        self.result: _core.GenerationResult | None = None
+        self.result: Text | None = None
         self.cancelled = threading.Event()
-        self._items: SimpleQueue[int | BaseException | None] = SimpleQueue()  # None: the end
+        self._items: SimpleQueue[Piece | BaseException | None] = SimpleQueue()  # None: the end
 
-    def work(self, generate: Callable[[OnToken], "_core.GenerationResult"]) -> None:
+    def work(self, generate: Callable[[Put], Text]) -> None:
         try:
-            self.result = generate(self._on_token)
+            self.result = generate(self._put)
             self._items.put(None)
         except BaseException as error:
             self._items.put(error)
 
-    def _on_token(self, id: int) -> bool:
-        self._items.put(id)
+    def _put(self, *pieces: Piece) -> bool:
+        for piece in pieces:
+            self._items.put(piece)
         return not self.cancelled.is_set()
 
-    def ids(self) -> Iterator[int]:
+    def pieces(self) -> Iterator[Piece]:
         while (item := self._items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item

@@ -1,7 +1,8 @@
 """The checkpoint's own byte-level tokenizer: text to ids, and ids to text as they arrive."""
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,17 @@ def _byte_alphabet() -> dict[str, int]:
 
 _ALPHABET = _byte_alphabet()
 
+# Around the model's thoughts. They are part of the text, also where they are marked as special.
+THINK_START = "<think>"
+THINK_END = "</think>"
+
 
 class Tokenizer:
     """Reads tokenizer.json and tokenizer_config.json of the checkpoint in `folder`.
 
-    Raises IoError or CheckpointError for files that are absent or malformed, and UnsupportedError
-    for a tokenizer that is not byte-level.
+    `markup` are the texts of the added tokens, which become one id each wherever they occur in
+    encode()'s text. Raises IoError or CheckpointError for files that are absent or malformed, and
+    UnsupportedError for a tokenizer that is not byte-level.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,9 +48,18 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"'{path}' is malformed: {error}", file=str(path)) from error
+        if _normalizes(vocabulary.get("normalizer")):
+            raise UnsupportedError(f"'{path}' has a normalizer, which DeepSeek's have not")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self.markup = [token.content for token in added.values()]
         self._special = {
-            id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+            id
+            for id, token in added.items()
+            if token.special and token.content not in (THINK_START, THINK_END)
         }
+        self._path = path
+        self._plain_tokenizer: tokenizers.Tokenizer | None = None
         config_path = folder / "tokenizer_config.json"
         config = read_optional_json(config_path)
         self.bos_token = _token_text(config.get("bos_token"))
@@ -68,6 +83,31 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of `text` where markup in it is plain text: none is an added token's."""
+        ids = self.encode(text)
+        if self._added.isdisjoint(ids):
+            return ids
+        if self._plain_tokenizer is None:
+            self._plain_tokenizer = _without_added_tokens(read_json(self._path))
+        plain: list[int] = self._plain_tokenizer.encode(text, add_special_tokens=False).ids
+        return plain
+
+    def encode_disguised(self, text: str, show: Callable[[str], str]) -> list[int]:
+        """Return the ids of `text`, in which markup counts; what lies between is shown, then plain.
+
+        See markup.py for what is disguised and why.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        done = 0
+        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id in self._added:
+                ids += self.encode_plain(show(text[done:start]))
+                ids.append(id)
+                done = end
+        return ids + self.encode_plain(show(text[done:]))
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a raw prompt, with the begin id in front if the checkpoint wants it."""
         ids = self.encode(text)
@@ -82,12 +122,16 @@ class Tokenizer:
 
         The pieces joined are the text of all ids together.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = self.decoder()
         for id in ids:
-            if piece := decoder.decode(self._bytes(id)):
+            if piece := decoder.push(id):
                 yield piece
-        if rest := decoder.decode(b"", final=True):
+        if rest := decoder.finish():
             yield rest
+
+    def decoder(self) -> "PieceDecoder":
+        """Return a decoder for the ids of one text."""
+        return PieceDecoder(self._bytes)
 
     def _bytes(self, id: int) -> bytes:
         # Ids beyond the vocabulary are padding of the embedding matrix; they have no text.
@@ -98,6 +142,41 @@ class Tokenizer:
             return bytes(_ALPHABET[character] for character in token)
         except KeyError:
             return bytes(token.encode())  # an added token, which is not spelt in the alphabet
+
+
+class PieceDecoder:
+    """Turns the ids of one text into characters, each as soon as its last byte is there."""
+
+    def __init__(self, to_bytes: Callable[[int], bytes]) -> None:
+        self._to_bytes = to_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """Return the characters that `id` completes."""
+        return self._decoder.decode(self._to_bytes(id))
+
+    def finish(self) -> str:
+        """Return U+FFFD if the text ended within a character."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _normalizes(normalizer: Any) -> bool:
+    """Tell whether `normalizer`, of tokenizer.json, changes any text."""
+    return bool(normalizer) and not (
+        normalizer.get("type") == "Sequence" and not normalizer.get("normalizers")
+    )
+
+
+def _without_added_tokens(vocabulary: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json that knows no added token and cannot spell one."""
+    added = {token["content"] for token in vocabulary["added_tokens"]}
+    model = vocabulary["model"]
+    model["vocab"] = {text: id for text, id in model["vocab"].items() if text not in added}
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    model["merges"] = [pair for pair in pairs if added.isdisjoint([*pair, "".join(pair)])]
+    return tokenizers.Tokenizer.from_str(
+        json.dumps(vocabulary | {"added_tokens": [], "post_processor": None})
+    )
 
 
 def _token_text(token: Any) -> str | None:

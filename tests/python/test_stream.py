@@ -6,18 +6,19 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from dsfp4.stream import OnToken, TextStream
+from dsfp4.stream import Put, TextStream
+from dsfp4.text import Piece
 
 DEADLINE = 60.0  # seconds; only reached when something is broken
 
 
-def decode(ids: Iterable[int]) -> Iterator[str]:
-    return map(chr, ids)
+def piece(text: str) -> Piece:
+    return Piece(text, "answer")
 
 
 class Endless:
@@ -26,30 +27,30 @@ class Endless:
     def __init__(self) -> None:
         self.ended = threading.Event()
 
-    def __call__(self, on_token: OnToken) -> Any:
-        while on_token(ord("x")):
+    def __call__(self, put: Put) -> Any:
+        while put(piece("x")):
             pass
         self.ended.set()
         return "cancelled"
 
 
 def test_pieces_come_in_order_and_then_the_result() -> None:
-    def generate(on_token: OnToken) -> Any:
-        assert all(on_token(ord(character)) for character in "abc")
+    def generate(put: Put) -> Any:
+        assert all(put(piece(character)) for character in "abc")
         return "result"
 
-    stream = TextStream(generate, decode)
+    stream = TextStream(generate)
     assert list(stream) == ["a", "b", "c"]
     assert stream.result == "result"
     assert list(stream) == []
 
 
 def test_an_error_reaches_the_consumer_after_the_text_before_it() -> None:
-    def generate(on_token: OnToken) -> Any:
-        on_token(ord("a"))
+    def generate(put: Put) -> Any:
+        put(piece("a"))
         raise RuntimeError("broken")
 
-    stream = TextStream(generate, decode)
+    stream = TextStream(generate)
     assert next(stream) == "a"
     with pytest.raises(RuntimeError, match="broken"):
         next(stream)
@@ -60,12 +61,12 @@ def test_an_error_reaches_the_consumer_after_the_text_before_it() -> None:
 def test_the_worker_does_not_wait_for_the_consumer() -> None:
     finished = threading.Event()
 
-    def generate(on_token: OnToken) -> Any:
+    def generate(put: Put) -> Any:
         for _ in range(10_000):
-            on_token(ord("x"))
+            put(piece("x"))
         finished.set()
 
-    stream = TextStream(generate, decode)
+    stream = TextStream(generate)
     assert finished.wait(DEADLINE)
     assert len("".join(stream)) == 10_000
 
@@ -83,7 +84,7 @@ def _leave_with_block(stream: TextStream) -> None:
 @pytest.mark.parametrize("stop", [_close, _leave_with_block])
 def test_stopping_early_cancels_and_waits(stop: Callable[[TextStream], None]) -> None:
     generate = Endless()
-    stream = TextStream(generate, decode)
+    stream = TextStream(generate)
     assert next(stream) == "x"
     stop(stream)
     assert generate.ended.is_set()
@@ -93,7 +94,7 @@ def test_stopping_early_cancels_and_waits(stop: Callable[[TextStream], None]) ->
 
 def test_a_forgotten_stream_is_cancelled() -> None:
     generate = Endless()
-    stream = TextStream(generate, decode)
+    stream = TextStream(generate)
     next(stream)
     del stream
     gc.collect()
@@ -102,7 +103,7 @@ def test_a_forgotten_stream_is_cancelled() -> None:
 
 def test_ctrl_c_cancels() -> None:
     generate = Endless()
-    stream = TextStream(generate, decode)
+    stream = TextStream(generate)
     pieces = 0
     with pytest.raises(KeyboardInterrupt):
         for _ in stream:
@@ -117,14 +118,14 @@ def test_ctrl_c_cancels() -> None:
 def test_ctrl_c_while_waiting_for_the_first_piece() -> None:
     cancelled = threading.Event()
 
-    def generate(on_token: OnToken) -> Any:
+    def generate(put: Put) -> Any:
         os.kill(os.getpid(), signal.SIGINT)  # as if pressed during the prefill
-        while on_token(ord("x")):
+        while put():
             pass
         cancelled.set()
 
     with pytest.raises(KeyboardInterrupt):
-        for _ in TextStream(generate, lambda ids: (chr(id) for id in ids if id != ord("x"))):
+        for _ in TextStream(generate):
             pass
     assert cancelled.is_set()
 
@@ -132,9 +133,10 @@ def test_ctrl_c_while_waiting_for_the_first_piece() -> None:
 def test_an_open_stream_does_not_hold_up_the_end_of_the_program() -> None:
     program = (
         "from dsfp4.stream import TextStream\n"
-        "def generate(on_token):\n"
-        "    while on_token(120): pass\n"
-        "stream = TextStream(generate, lambda ids: map(chr, ids))\n"
+        "from dsfp4.text import Piece\n"
+        "def generate(put):\n"
+        "    while put(Piece('x', 'answer')): pass\n"
+        "stream = TextStream(generate)\n"
         "print(next(stream))\n"
     )
     done = subprocess.run(

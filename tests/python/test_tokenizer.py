@@ -137,3 +137,27 @@ def test_other_kinds_of_tokenizer_are_refused(edited: Any) -> None:
 def test_a_begin_token_that_is_not_there_is_refused(edited: Any, bos_token: str | None) -> None:
     with pytest.raises(CheckpointError, match="add_bos_token"):
         edited("tokenizer_config.json", bos_token=bos_token)
+
+
+def test_markup_as_plain_text(ours: Tokenizer) -> None:
+    for token in ours.markup:
+        ids = ours.encode_plain(f"a{token}b")
+        assert ours.decode(ids) == f"a{token}b"
+        assert not {0, 1, 2, 4092, 4093, 4094, 4095} & set(ids)
+    assert ours.encode_plain("no markup") == ours.encode("no markup")
+
+
+def test_added_tokens_that_the_vocabulary_can_spell(edited: Any, demo_model: Path) -> None:
+    content = json.loads((demo_model / "tokenizer.json").read_text(encoding="utf-8"))
+    word = next(text for text in content["model"]["vocab"] if text.isascii() and len(text) == 5)
+    token = dict(content["added_tokens"][-1], content=word, id=content["model"]["vocab"][word])
+    tokenizer = edited("tokenizer.json", added_tokens=[*content["added_tokens"], token])
+    assert tokenizer.encode(word) == [token["id"]]
+    ids = tokenizer.encode_plain(word)
+    assert token["id"] not in ids
+    assert tokenizer.decode(ids) == word
+
+
+def test_normalizers_are_refused(edited: Any) -> None:
+    with pytest.raises(UnsupportedError, match="normalizer"):
+        edited("tokenizer.json", normalizer={"type": "NFKC"})

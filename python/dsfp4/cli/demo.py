@@ -1,14 +1,15 @@
 """`dsfp4 demo`: the built-in model answers a question."""
 
 import argparse
+import sys
 
-from dsfp4.chat import ChatTemplate
 from dsfp4.cli.options import add_engine_flags, load
-from dsfp4.cli.text import print_stream
+from dsfp4.cli.text import closing_line, print_stream
 from dsfp4.demo import DEMO
 
 _QUESTION = "What is a file system?"
-_SEED = 3
+_TEMPERATURE = 0.5
+_SEED = 0
 _MAX_TOKENS = 200
 
 
@@ -22,18 +23,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Load the model, print question and answer, and say how fast it was."""
+    """Load the model, print question, thoughts and answer, and say how fast it was."""
     with load(arguments, DEMO) as model:
-        template = ChatTemplate(model.folder, model.tokenizer)
-        prompt = template.render([{"role": "user", "content": _QUESTION}])
         print(f"> {_QUESTION}\n", flush=True)
-        stream = model.generate(
-            model.tokenizer.encode(prompt), _MAX_TOKENS, seed=_SEED, stream=True
-        )
-        with stream:
-            seconds = print_stream(stream)
-        tokens = len(stream.result.tokens) if stream.result else 0
-        print(
-            f"\n{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s on "
-            f"{model.model.device}"
-        )
+        with model.generate(
+            _QUESTION, _MAX_TOKENS, temperature=_TEMPERATURE, seed=_SEED, stream=True
+        ) as stream:
+            text = print_stream(stream)
+        if text is not None:
+            print(f"\n{closing_line(text, model.model.device)}", file=sys.stderr)

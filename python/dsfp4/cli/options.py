@@ -60,6 +60,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="0: as long as the model allows",
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="bf16",
+        choices=["bf16", "fp8"],
+        help="fp8 takes half the memory, at an error of some percent a value",
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -74,6 +80,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
     group.add_argument("--top-k", type=integer(0, _MOST), metavar="K", help="0 is off")
     group.add_argument("--top-p", type=real(0, 1), metavar="P", help="1 is off")
     group.add_argument(
+        "--min-p", type=real(0, 1), default=0.0, metavar="P", help="0 is off, the default"
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=real(0.01, 100),
+        default=1.0,
+        metavar="R",
+        help="1 is off, the default",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+    group.add_argument(
         "--seed", type=integer(0, 2**64 - 1), metavar="N", help="the same seed, the same text"
     )
 
@@ -86,11 +109,15 @@ def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
             arguments.device,
             threads=arguments.threads,
             max_context=arguments.max_context,
+            kv_cache_dtype=arguments.kv_cache_dtype,
             progress=progress,
         )
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of generate() that the sampling flags gave."""
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    names = (
+        *("max_tokens", "temperature", "top_k", "top_p"),
+        *("min_p", "repetition_penalty", "stop", "seed"),
+    )
     return {name: getattr(arguments, name) for name in names}
