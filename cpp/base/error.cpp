@@ -60,10 +60,20 @@ ContextLengthError::ContextLengthError(std::int64_t requested, std::int64_t limi
       limit_(limit) {}
 
 MemoryLimitError::MemoryLimitError(const std::string& purpose, std::uint64_t needed,
-                                   std::uint64_t available)
-    : Error(purpose + " need " + gigabytes(needed) + " of RAM and " + gigabytes(available) +
-            " are available"),
+                                   std::uint64_t available, const char* memory)
+    : Error(purpose + " need " + gigabytes(needed) + " of " + memory + " and " +
+            gigabytes(available) + " are available"),
       needed_(needed),
       available_(available) {}
+
+CudaError::CudaError(const std::string& problem, int code, std::string call, std::string source,
+                     int line)
+    : Error(call.empty() ? problem
+                         : call + " failed at " + source + ":" + std::to_string(line) + ": " +
+                               problem),
+      code_(code),
+      call_(std::move(call)),
+      source_(std::move(source)),
+      line_(line) {}
 
 }  // namespace dsfp4

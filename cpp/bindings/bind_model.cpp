@@ -15,6 +15,7 @@
 #include "bindings/bindings.h"
 #include "dsfp4/error.h"
 #include "dsfp4/model.h"
+#include "ops/cuda_plugin.h"
 
 namespace dsfp4::bindings {
 namespace {
@@ -37,13 +38,14 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
 }
 
 Model load(const std::string& path, const std::string& device, int threads,
-           std::int64_t max_context, const std::string& kv_cache_dtype,
+           std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
            const std::optional<nb::callable>& progress) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
   options.max_context = max_context;
   options.kv_cache_dtype = kv_cache_dtype;
+  options.memory_limit = memory_limit;
   if (progress) {
     options.progress = [&](std::uint64_t done, std::uint64_t total) {
       const nb::gil_scoped_acquire gil;
@@ -120,6 +122,15 @@ GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens,
   return model.generate(prompt, options, [&](std::int32_t token) { return call(on_token, token); });
 }
 
+std::optional<std::string> cuda_problem() {
+  try {
+    ops::cuda_device(0);
+  } catch (const CudaError& error) {
+    return error.what();
+  }
+  return std::nullopt;
+}
+
 const char* finish_reason(const GenerationResult& result) {
   switch (result.finish_reason) {
     case FinishReason::kStop:
@@ -135,6 +146,8 @@ const char* finish_reason(const GenerationResult& result) {
 }  // namespace
 
 void bind_model(nb::module_& m) {
+  m.def("cuda_problem", &cuda_problem,
+        "Why device 'cuda' cannot be used here, in one sentence; None if it can.");
   nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
       .def_prop_ro("id", [](const TokenLogprobs& t) { return t.chosen.id; })
       .def_prop_ro("logprob", [](const TokenLogprobs& t) { return t.chosen.logprob; })
@@ -160,7 +173,7 @@ void bind_model(nb::module_& m) {
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
            nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
-           nb::arg("progress") = nb::none())
+           nb::arg("memory_limit") = 0.0, nb::arg("progress") = nb::none())
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)
       .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)

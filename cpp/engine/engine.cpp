@@ -21,10 +21,22 @@ int thread_count(int threads) {
   return threads == 0 ? available_cores() : threads;
 }
 
-std::unique_ptr<ops::Backend> make_backend(const std::string& device, int threads) {
+std::unique_ptr<ops::Backend> make_backend(const LoadOptions& options) {
+  const std::string& device = options.device;
+  const int threads = thread_count(options.threads);
+  constexpr double kMostGigabytes = 1e6;
+  if (!(options.memory_limit >= 0.0 && options.memory_limit <= kMostGigabytes)) {
+    throw ParameterError("memory_limit", "must be over 0 and at most 1000000 GB of VRAM");
+  }
+  if (device == "cuda") {
+    return ops::make_cuda_backend(0, static_cast<std::uint64_t>(options.memory_limit * 1e9));
+  }
+  if (options.memory_limit != 0.0) {
+    throw ParameterError("memory_limit", "limits VRAM, and device '" + device + "' uses none");
+  }
   if (device == "cpu") return ops::make_cpu_backend(threads);
   if (device == "reference") return ops::make_reference_backend(threads);
-  throw ParameterError("device", "'" + device + "' is not one of cpu, reference");
+  throw ParameterError("device", "'" + device + "' is not one of cpu, cuda, reference");
 }
 
 ops::KvFormat kv_format(const std::string& dtype, const ops::Backend& backend) {
@@ -51,16 +63,43 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
     : config_(checkpoint::read_config(folder)),
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
-      backend_(make_backend(options.device, thread_count(options.threads))),
+      backend_(make_backend(options)),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(folder, config_, thread_count(options.threads), options.progress)),
+      loaded_(load_weights(folder, config_, *backend_, thread_count(options.threads),
+                           options.progress)),
       experts_(*backend_, config_.hidden_size, config_.moe_intermediate_size,
                [this](std::int64_t layer) -> std::span<const ops::ExpertView> {
                  return loaded_.weights.layers[static_cast<std::size_t>(layer)].experts;
                }),
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_, kv_format_),
-      scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations"),
-      cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_) {}
+      scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations",
+               backend_->allocator()),
+      logits_(backend_->host_visible()
+                  ? 0
+                  : static_cast<std::size_t>(kLogitRows * decoder_.spec().vocab_size) * sizeof(float),
+              "the logits", backend_->allocator()),
+      cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_,
+             backend_->allocator()) {
+  for (const model::LayerWeights& layer : loaded_.weights.layers) {
+    backend_->prepare_experts(layer.experts);
+  }
+}
+
+void Engine::head(ops::ConstMatrix hidden, float* logits) {
+  const std::int64_t vocab = spec().vocab_size;
+  if (backend_->host_visible()) {
+    decoder_.head(hidden, {logits, hidden.rows, vocab, vocab});
+    return;
+  }
+  const ops::ScratchScope scope(logits_);
+  const ops::Matrix there = ops::scratch_matrix(logits_, kLogitRows, vocab);
+  for (std::int64_t at = 0; at < hidden.rows; at += kLogitRows) {
+    const std::int64_t rows = std::min(kLogitRows, hidden.rows - at);
+    decoder_.head({hidden.row(at), rows, hidden.cols, hidden.stride}, there.slice(0, rows));
+    backend_->download(there.data, logits + at * vocab,
+                       static_cast<std::size_t>(rows * vocab) * sizeof(float));
+  }
+}
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
   if (ids.empty()) throw ParameterError(parameter, "must hold at least one token id");
@@ -119,8 +158,7 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
     }
     batch.expert_layer_stride = count * spec().router.top_k;
     step(sequence, batch, [&](ops::ConstMatrix hidden) {
-      const std::int64_t vocab = spec().vocab_size;
-      decoder_.head(hidden, {logits.data() + at * vocab, rows, vocab, vocab});
+      head(hidden, logits.data() + at * spec().vocab_size);
     });
   }
 }
@@ -131,8 +169,7 @@ void Engine::last_logits(Sequence& sequence, model::Phase phase, std::span<const
   batch.phase = phase;
   batch.ids = ids;
   step(sequence, batch, [&](ops::Matrix hidden) {
-    const std::int64_t vocab = spec().vocab_size;
-    decoder_.head(hidden.slice(hidden.rows - 1, 1), {logits.data(), 1, vocab, vocab});
+    head(hidden.slice(hidden.rows - 1, 1), logits.data());
   });
 }
 

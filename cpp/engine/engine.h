@@ -20,6 +20,8 @@ namespace dsfp4::engine {
 
 /// Tokens of a prompt that pass the layers together; bounds scratch.
 inline constexpr std::int64_t kPrefillChunk = 256;
+/// Rows of logits that a device keeps at a time.
+inline constexpr std::int64_t kLogitRows = 32;
 
 class Engine {
  public:
@@ -50,6 +52,8 @@ class Engine {
   /// Logits of the last of `ids`, which become the sequence's next tokens.
   void last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
                    std::span<float> logits);
+  /// logits (on the host) = head(hidden).
+  void head(ops::ConstMatrix hidden, float* logits);
   void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;
 
   checkpoint::ModelConfig config_;
@@ -60,6 +64,7 @@ class Engine {
   residency::ResidentExperts experts_;
   model::Decoder decoder_;
   memory::Arena scratch_;
+  memory::Arena logits_;  // where the backend's memory is not the host's
   KvCache cache_;
   std::mutex turn_;  // callers take turns
 };

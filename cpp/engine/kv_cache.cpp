@@ -6,11 +6,11 @@
 namespace dsfp4::engine {
 
 KvCache::KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_bytes,
-                 ops::KvFormat format)
+                 ops::KvFormat format, memory::Allocator& allocator)
     : block_bytes_(memory::Arena::padded(static_cast<std::size_t>(layers) * layer_bytes)),
       format_(format),
       arena_(static_cast<std::size_t>(ceil_div(tokens, ops::kKvBlockTokens)) * block_bytes_,
-             "the KV cache") {
+             "the KV cache", allocator) {
   const auto blocks = static_cast<std::size_t>(ceil_div(tokens, ops::kKvBlockTokens));
   free_.reserve(blocks);
   for (std::size_t i = 0; i < blocks; ++i) free_.push_back(arena_.take(block_bytes_));

@@ -12,7 +12,8 @@ namespace dsfp4::engine {
 class KvCache {
  public:
   /// Room for `tokens` tokens in all; a block is `layers` x `layer_bytes` bytes.
-  KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_bytes, ops::KvFormat format);
+  KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_bytes, ops::KvFormat format,
+          memory::Allocator& allocator = memory::host_allocator());
 
   ops::KvFormat format() const noexcept { return format_; }
   std::size_t free_blocks() const noexcept { return free_.size(); }

@@ -1,5 +1,6 @@
 #include "engine/loader.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -24,12 +25,15 @@ using memory::Arena;
 // everything and note what is to be read where.
 class Placement {
  public:
-  explicit Placement(const Catalogue& catalogue) : catalogue_(catalogue) {}
+  Placement(const Catalogue& catalogue, ops::Backend& backend)
+      : catalogue_(catalogue), backend_(backend) {}
 
   void use_arena(Arena& arena) { arena_ = &arena; }
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
+  /// What is read into the backend's memory, and what into the host's (for finish()).
   const std::vector<storage::Extent>& extents() const noexcept { return extents_; }
+  const std::vector<storage::Extent>& staged() const noexcept { return staged_; }
 
   void place(const WeightSource& source, format::WeightView& view) {
     if (!source.present()) return;
@@ -61,8 +65,9 @@ class Placement {
   // Once the extents are read: what is kept as FP32 is converted.
   void finish() {
     for (const Vector& vector : vectors_) {
-      to_floats(*vector.tensor, staging_[vector.staged].data(), vector.values,
-                static_cast<std::size_t>(vector.tensor->shape.at(0)));
+      std::vector<float> values(static_cast<std::size_t>(vector.tensor->shape.at(0)));
+      to_floats(*vector.tensor, staging_[vector.staged].data(), values.data(), values.size());
+      backend_.upload(values.data(), vector.values, values.size() * sizeof(float));
     }
     for (const Scale& scale : scales_) {
       const TensorInfo& tensor = *scale.tensor;
@@ -100,7 +105,7 @@ class Placement {
 
   std::size_t read_later(const TensorInfo& tensor) {
     staging_.emplace_back(tensor.bytes);
-    extents_.push_back({tensor.file, tensor.offset, tensor.bytes, staging_.back().data()});
+    staged_.push_back({tensor.file, tensor.offset, tensor.bytes, staging_.back().data()});
     return staging_.size() - 1;
   }
 
@@ -118,10 +123,12 @@ class Placement {
   }
 
   const Catalogue& catalogue_;
+  ops::Backend& backend_;
   Arena* arena_ = nullptr;
   std::size_t arena_bytes_ = 0;
   std::uint64_t weight_bytes_ = 0;
   std::vector<storage::Extent> extents_;
+  std::vector<storage::Extent> staged_;
   std::vector<std::vector<std::byte>> staging_;
   std::vector<Vector> vectors_;
   std::vector<Scale> scales_;
@@ -174,33 +181,83 @@ void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
   }
 }
 
+std::uint64_t bytes_of(const std::vector<storage::Extent>& extents) {
+  std::uint64_t bytes = 0;
+  for (const storage::Extent& extent : extents) bytes += extent.bytes;
+  return bytes;
+}
+
+// Reads extents whose destinations the host cannot touch: a buffer full at a time.
+template <typename Read>
+void read_through_host(const std::vector<storage::Extent>& extents, ops::Backend& backend,
+                       const Read& read) {
+  constexpr std::size_t kBuffer = 64u << 20;
+  std::vector<std::byte> buffer(kBuffer);
+  std::vector<storage::Extent> here;   // into the buffer
+  std::vector<std::byte*> destinations;
+  std::size_t used = 0;
+  const auto flush = [&] {
+    if (here.empty()) return;
+    read(here);
+    for (std::size_t i = 0; i < here.size(); ++i) {
+      backend.upload(here[i].destination, destinations[i], here[i].bytes);
+    }
+    here.clear();
+    destinations.clear();
+    used = 0;
+  };
+  for (const storage::Extent& extent : extents) {
+    for (std::uint64_t at = 0; at < extent.bytes;) {
+      if (used == kBuffer) flush();
+      const std::uint64_t piece = std::min<std::uint64_t>(extent.bytes - at, kBuffer - used);
+      here.push_back({extent.file, extent.offset + at, piece, buffer.data() + used});
+      destinations.push_back(extent.destination + at);
+      used += piece;
+      at += piece;
+    }
+  }
+  flush();
+}
+
 }  // namespace
 
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, int threads,
+                           const checkpoint::ModelConfig& config, ops::Backend& backend,
+                           int threads,
                            const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
 
   model::ModelWeights weights;
-  Placement counted(catalogue);
+  Placement counted(catalogue, backend);
   place_model(counted, layout, weights);
-  const std::size_t available = memory::available_memory();
-  if (counted.arena_bytes() > available) {
-    throw MemoryLimitError("the weights", counted.arena_bytes(), available);
+  if (backend.host_visible()) {  // a device's allocator knows its own limit
+    const std::size_t available = memory::available_memory();
+    if (counted.arena_bytes() > available) {
+      throw MemoryLimitError("the weights", counted.arena_bytes(), available);
+    }
   }
 
-  Arena arena(counted.arena_bytes(), "the weights");
-  Placement placement(catalogue);
+  Arena arena(counted.arena_bytes(), "the weights", backend.allocator());
+  Placement placement(catalogue, backend);
   placement.use_arena(arena);
   place_model(placement, layout, weights);
 
-  std::uint64_t total = 0;
-  for (const storage::Extent& extent : placement.extents()) total += extent.bytes;
+  const std::uint64_t total = bytes_of(placement.extents()) + bytes_of(placement.staged());
   const auto reader = storage::make_pread_reader(catalogue.files(), threads);
-  reader->read(placement.extents(), [&](std::uint64_t done) {
-    if (progress) progress(done, total);
-  });
+  std::uint64_t before = 0;
+  const auto read = [&](const std::vector<storage::Extent>& extents) {
+    reader->read(extents, [&](std::uint64_t done) {
+      if (progress) progress(before + done, total);
+    });
+    before += bytes_of(extents);
+  };
+  if (backend.host_visible()) {
+    read(placement.extents());
+  } else {
+    read_through_host(placement.extents(), backend, read);
+  }
+  read(placement.staged());
   placement.finish();
   return {std::move(arena), std::move(weights), counted.weight_bytes()};
 }

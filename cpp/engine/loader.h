@@ -17,10 +17,11 @@ struct LoadedWeights {
   std::uint64_t weight_bytes;  // stored bytes of the matrices
 };
 
-/// Throws CheckpointError, IoError, and MemoryLimitError when the weights need more than
-/// available_memory(). `threads` read at the same time.
+/// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and
+/// MemoryLimitError when they need more than there is. `threads` read at the same time.
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, int threads,
+                           const checkpoint::ModelConfig& config, ops::Backend& backend,
+                           int threads,
                            const std::function<void(std::uint64_t, std::uint64_t)>& progress);
 
 }  // namespace dsfp4::engine

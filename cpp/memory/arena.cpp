@@ -26,17 +26,30 @@ std::size_t number_in(const char* file, const std::string& key) {
   return std::numeric_limits<std::size_t>::max();
 }
 
+class HostAllocator final : public Allocator {
+ public:
+  std::byte* allocate(std::size_t bytes, const char* purpose) override {
+    void* memory = ::operator new(bytes, std::align_val_t{kAlignment}, std::nothrow);
+    if (memory == nullptr) throw MemoryLimitError(purpose, bytes, available_memory());
+    return static_cast<std::byte*>(memory);
+  }
+  void free(std::byte* memory, std::size_t) noexcept override {
+    ::operator delete(memory, std::align_val_t{kAlignment});
+  }
+};
+
 }  // namespace
 
-void Arena::Free::operator()(std::byte* memory) const noexcept {
-  ::operator delete(memory, std::align_val_t{kAlignment});
+Allocator& host_allocator() {
+  static HostAllocator allocator;
+  return allocator;
 }
 
-Arena::Arena(std::size_t bytes, const char* purpose) : size_(padded(bytes)), purpose_(purpose) {
-  void* memory =
-      ::operator new(std::max(size_, kAlignment), std::align_val_t{kAlignment}, std::nothrow);
-  if (memory == nullptr) throw MemoryLimitError(purpose, size_, available_memory());
-  memory_.reset(static_cast<std::byte*>(memory));
+Arena::Arena(std::size_t bytes, const char* purpose, Allocator& allocator)
+    : memory_(nullptr, Free{&allocator, std::max(padded(bytes), kAlignment)}),
+      size_(padded(bytes)),
+      purpose_(purpose) {
+  memory_.reset(allocator.allocate(memory_.get_deleter().bytes, purpose));
 }
 
 std::byte* Arena::take(std::size_t bytes) {

@@ -4,20 +4,23 @@
 #include <cstddef>
 #include <memory>
 
+#include "memory/allocator.h"
+
 namespace dsfp4::memory {
 
 class Arena {
  public:
-  static constexpr std::size_t kAlignment = 64;
+  /// A cache line on the host, a matrix's boundary on a device.
+  static constexpr std::size_t kAlignment = Allocator::kAlignment;
 
   /// Bytes that `bytes` take up in an arena.
   static constexpr std::size_t padded(std::size_t bytes) {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 
-  /// Throws MemoryLimitError if the system does not give `bytes` bytes for `purpose`
-  /// ("the weights").
-  Arena(std::size_t bytes, const char* purpose);
+  /// Throws MemoryLimitError if `allocator` does not give `bytes` bytes for `purpose`
+  /// ("the weights"). The allocator must outlive the arena.
+  Arena(std::size_t bytes, const char* purpose, Allocator& allocator = host_allocator());
 
   /// The next `bytes` bytes, aligned to kAlignment and not initialised. Throws MemoryLimitError if
   /// they are not left.
@@ -34,7 +37,9 @@ class Arena {
 
  private:
   struct Free {
-    void operator()(std::byte* memory) const noexcept;
+    Allocator* allocator;
+    std::size_t bytes;
+    void operator()(std::byte* memory) const noexcept { allocator->free(memory, bytes); }
   };
   std::unique_ptr<std::byte, Free> memory_;
   std::size_t size_;

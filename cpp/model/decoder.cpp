@@ -29,11 +29,14 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
   const Matrix normed = scratch_matrix(arena, rows, spec_.hidden_size);
   const Matrix block = scratch_matrix(arena, rows, spec_.hidden_size);
   const Matrix cos_sin = scratch_matrix(arena, rows, spec_.mla.qk_rope_head_dim);
-  fill_cos_sin(spec_.rope, positions_of(batch.sequences), cos_sin);
+  std::vector<float> angles(static_cast<std::size_t>(rows * cos_sin.cols));
+  fill_cos_sin(spec_.rope, positions_of(batch.sequences),
+               {angles.data(), rows, cos_sin.cols, cos_sin.cols});
 
   std::vector<ops::SequenceRows> sequences(batch.sequences.begin(), batch.sequences.end());
   const Step step{batch.phase, sequences, cos_sin};
   backend_.begin_step(batch.phase);
+  backend_.upload(angles.data(), cos_sin.data, angles.size() * sizeof(float));
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];

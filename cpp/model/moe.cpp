@@ -31,7 +31,9 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
   backend.linear(weights.gate, x, logits, ops::Inputs::kF32);
   const ops::Routing routing{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs)};
   backend.route(spec.router, logits, weights.e_score_correction_bias, choice.forced, routing);
-  if (!choice.chosen.empty()) std::ranges::copy(routing.experts, choice.chosen.begin());
+  if (!choice.chosen.empty()) {
+    backend.download(routing.experts.data(), choice.chosen.data(), choice.chosen.size_bytes());
+  }
 
   if (spec.shared_intermediate_size > 0) {
     mlp(weights.shared_experts, backend, arena, x, out);

@@ -10,11 +10,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 #include <string_view>
 
 #include "format/weight.h"
+#include "memory/allocator.h"
 
 namespace dsfp4::ops {
 
@@ -63,9 +65,9 @@ struct MlaShape {
   std::int64_t v_head_dim = 0;
   float softmax_scale = 0.0f;
 
-  std::int64_t qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
+  constexpr std::int64_t qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
   /// Values that the cache holds for a token and layer: the latent, then the rotated shared key.
-  std::int64_t cache_width() const { return kv_lora_rank + qk_rope_head_dim; }
+  constexpr std::int64_t cache_width() const { return kv_lora_rank + qk_rope_head_dim; }
 };
 
 enum class KvFormat : std::uint8_t { kF32, kBf16, kFp8 };  // kFp8: E4M3 times KvView::scale
@@ -111,7 +113,7 @@ struct RouterSpec {
   float scaling_factor = 1.0f;
 };
 
-/// Chosen experts, [tokens, top_k] row-major.
+/// Chosen experts, [tokens, top_k] row-major, in the backend's memory.
 struct Routing {
   std::span<std::int32_t> experts;  // the router's own choice, best first, lower index on a tie
   std::span<std::int32_t> used;     // what `weights` belong to: the own choice or the forced one
@@ -134,6 +136,20 @@ class Backend {
   virtual std::string_view name() const = 0;
   /// The format that loses nothing against the backend's own arithmetic.
   virtual KvFormat default_kv_format() const = 0;
+
+  /// Where this backend's matrices, weights and caches live: arenas for them take their block here.
+  virtual memory::Allocator& allocator() { return memory::host_allocator(); }
+  /// Whether the host may touch that memory directly; else only upload() and download() do.
+  virtual bool host_visible() const { return true; }
+  /// Copies from the host into the backend's memory, before the ops that follow; `from` may change
+  /// once this returns.
+  virtual void upload(const void* from, void* to, std::size_t bytes) {
+    std::memcpy(to, from, bytes);
+  }
+  /// Copies to the host, after the ops that went before; done when this returns.
+  virtual void download(const void* from, void* to, std::size_t bytes) {
+    std::memcpy(to, from, bytes);
+  }
 
   /// The ops that follow belong to a step of this phase: a backend may have a code path for each.
   virtual void begin_step(Phase phase) { static_cast<void>(phase); }
@@ -188,11 +204,30 @@ class Backend {
   /// y[t] += sum over slots k, ascending, of weights[t, k] * pairs[t * top_k + k].
   virtual void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
                        Matrix y) = 0;
+
+  /// y[t] += sum over slots k, ascending, of routing.weights[t, k] * experts[routing.used[t, k]](x)
+  /// with the routing where the backend keeps it; `hidden` and `routed` are scratch [pairs,
+  /// moe_intermediate_size] and [pairs, hidden_size]. False, and nothing done: this backend has no
+  /// such op, and the caller groups the pairs for experts() and combine() itself.
+  virtual bool routed_experts(std::span<const ExpertView> experts, const Routing& routing,
+                              std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
+                              Matrix y) {
+    static_cast<void>(experts), static_cast<void>(routing), static_cast<void>(top_k);
+    static_cast<void>(x), static_cast<void>(hidden), static_cast<void>(routed);
+    static_cast<void>(y);
+    return false;
+  }
+  /// Tells of experts, or of a change of them, before routed_experts() is called with them.
+  virtual void prepare_experts(std::span<const ExpertView> experts) { static_cast<void>(experts); }
 };
 
 /// The scalar truth. `threads` > 1 splits independent outputs; no sum is split.
 std::unique_ptr<Backend> make_reference_backend(int threads);
 /// SIMD on `threads` cores; the instruction set is chosen by CPUID.
 std::unique_ptr<Backend> make_cpu_backend(int threads);
+/// An NVIDIA GPU, counted from 0. `memory_limit` is in bytes and holds for everything that the
+/// process takes on the GPU, the context included; 0 is what is free. Throws CudaError where there
+/// is no usable GPU, driver or plugin.
+std::unique_ptr<Backend> make_cuda_backend(int index, std::uint64_t memory_limit);
 
 }  // namespace dsfp4::ops

@@ -13,13 +13,14 @@ void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Rou
   const std::int64_t pairs = x.rows * top_k;
   const auto count = static_cast<std::size_t>(pairs);
   const std::span<const ops::ExpertView> experts = experts_of_(layer);
+  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
+  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
+  if (backend_.routed_experts(experts, routing, top_k, x, hidden, routed, y)) return;
   std::vector<ops::ExpertTask> tasks;
   for (const ChosenExpert& chosen :
        group_by_expert(routing.used, std::span(arena.take_array<std::int32_t>(count), count))) {
     tasks.push_back({&experts[static_cast<std::size_t>(chosen.expert)], chosen.pairs});
   }
-  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
-  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
   backend_.experts(tasks, top_k, x, hidden, routed);
   backend_.combine(routed, routing.weights, top_k, y);
 }

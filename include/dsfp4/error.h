@@ -82,8 +82,10 @@ class ContextLengthError : public Error {
 /// Memory that is needed is not there, or not within the limit that was given.
 class MemoryLimitError : public Error {
  public:
-  /// `purpose` is what the memory is for ("the weights"); both numbers are in bytes.
-  MemoryLimitError(const std::string& purpose, std::uint64_t needed, std::uint64_t available);
+  /// `purpose` is what the memory is for ("the weights"); both numbers are in bytes; `memory` is
+  /// "RAM" or "VRAM".
+  MemoryLimitError(const std::string& purpose, std::uint64_t needed, std::uint64_t available,
+                   const char* memory = "RAM");
 
   std::uint64_t needed() const noexcept { return needed_; }
   std::uint64_t available() const noexcept { return available_; }
@@ -91,6 +93,26 @@ class MemoryLimitError : public Error {
  private:
   std::uint64_t needed_;
   std::uint64_t available_;
+};
+
+/// The GPU, its driver or the CUDA backend's library refused a call or cannot be used.
+class CudaError : public Error {
+ public:
+  /// `code` is a cudaError_t, 0 where no call failed (no driver, no plugin); then `call` and
+  /// `source` are empty.
+  explicit CudaError(const std::string& problem, int code = 0, std::string call = "",
+                     std::string source = "", int line = 0);
+
+  int code() const noexcept { return code_; }
+  const std::string& call() const noexcept { return call_; }
+  const std::string& source() const noexcept { return source_; }
+  int line() const noexcept { return line_; }
+
+ private:
+  int code_;
+  std::string call_;
+  std::string source_;
+  int line_;
 };
 
 }  // namespace dsfp4

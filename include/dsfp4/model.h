@@ -19,7 +19,8 @@
 namespace dsfp4 {
 
 struct LoadOptions {
-  /// "cpu" (SIMD) or "reference" (scalar, FP32 with FP64 sums; for checking, slow).
+  /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; all weights must fit in its memory) or "reference"
+  /// (scalar, FP32 with FP64 sums; for checking, slow).
   std::string device = "cpu";
   /// Compute threads, 1 to 1024; 0 means one for each core that the process may use.
   int threads = 0;
@@ -29,6 +30,9 @@ struct LoadOptions {
   /// How the KV cache keeps latents: "bf16", or "fp8" (E4M3, half the memory, an error of about 3 %
   /// a value). The reference device computes with an FP32 cache where this says "bf16".
   std::string kv_cache_dtype = "bf16";
+  /// GB (10^9 bytes) of VRAM that the process may take, the CUDA context included; over 0, or 0 for
+  /// what is free. Device "cuda" only.
+  double memory_limit = 0.0;
   /// Called while weights are read, in bytes. An exception thrown by it ends the load.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
 };

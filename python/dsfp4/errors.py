@@ -3,6 +3,7 @@
 __all__ = [
     "CheckpointError",
     "ContextLengthError",
+    "CudaError",
     "Dsfp4Error",
     "IoError",
     "MemoryLimitError",
@@ -71,3 +72,20 @@ class MemoryLimitError(Dsfp4Error, MemoryError):
         super().__init__(message)
         self.needed = needed
         self.available = available
+
+
+class CudaError(Dsfp4Error, RuntimeError):
+    """The GPU, its driver or the CUDA backend's library refused a call or cannot be used.
+
+    `code` is CUDA's error number; 0, with an empty `call`, where there is no GPU to call.
+    """
+
+    def __init__(
+        self, message: str, *, code: int = 0, call: str = "", source: str = "", line: int = 0
+    ) -> None:
+        """Keeps the facts as attributes."""
+        super().__init__(message)
+        self.code = code
+        self.call = call
+        self.source = source
+        self.line = line

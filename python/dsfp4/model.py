@@ -1,6 +1,7 @@
 """The model itself: ids in, logits or ids out."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -11,6 +12,7 @@ from dsfp4 import _core
 from dsfp4._arrays import as_output, parameter_error
 from dsfp4._checks import check_integer, check_integers, check_real, check_text
 from dsfp4.demo import resolve_model
+from dsfp4.errors import MemoryLimitError
 
 Logits = npt.NDArray[np.float32]  # [tokens, vocab]
 Experts = npt.NDArray[np.int32]  # [MoE layers, tokens, experts per token]
@@ -20,16 +22,30 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 def resolve_device(device: str) -> str:
     """Return the device that `device` means: "auto" is the fastest backend present."""
-    return "cpu" if device == "auto" else device
+    if device != "auto":
+        return device
+    return "cpu" if _core.cuda_problem() else "cuda"
+
+
+def check_limit(memory_limit: float | None) -> float:
+    """Return `memory_limit` as the core takes it. Raises ParameterError for what is no limit."""
+    if memory_limit is None:
+        return 0.0
+    limit = check_real("memory_limit", memory_limit)
+    if not limit > 0:
+        raise parameter_error("memory_limit", f"must be over 0 GB, not {memory_limit!r}")
+    return limit
 
 
 class Model:
     """A checkpoint, loaded on one device.
 
-    `path` is a checkpoint folder or "demo"; `device` is "cpu", "reference" (scalar and slow: the
-    truth that the others are compared with) or "auto"; `threads` 0 is one for each core;
+    `path` is a checkpoint folder or "demo"; `device` is "cpu", "cuda" (an NVIDIA GPU whose memory
+    holds all weights), "reference" (scalar and slow: the truth that the others are compared with)
+    or "auto", the fastest present: a GPU that is too small is passed over with a warning; `threads` 0 is one for each core;
     `max_context` is in tokens, 0 is the model's own limit; `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
+    `memory_limit` is in GB of VRAM, everything included; None is what is free;
     `progress` is called with bytes.
     Raises the errors of `dsfp4.errors`.
     """
@@ -42,18 +58,26 @@ class Model:
         threads: int = 0,
         max_context: int = 0,
         kv_cache_dtype: str = "bf16",
+        memory_limit: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         folder = str(resolve_model(path))
         self._config: dict[str, Any] = _core.read_config(folder)
-        self._core = _core.Model(
-            folder,
-            device=resolve_device(check_text("device", device)),
-            threads=check_integer("threads", threads),
-            max_context=check_integer("max_context", max_context),
-            kv_cache_dtype=check_text("kv_cache_dtype", kv_cache_dtype),
-            progress=progress,
-        )
+        options: dict[str, Any] = {
+            "threads": check_integer("threads", threads),
+            "max_context": check_integer("max_context", max_context),
+            "kv_cache_dtype": check_text("kv_cache_dtype", kv_cache_dtype),
+            "memory_limit": check_limit(memory_limit),
+            "progress": progress,
+        }
+        chosen = resolve_device(check_text("device", device))
+        try:
+            self._core = _core.Model(folder, device=chosen, **options)
+        except MemoryLimitError as error:
+            if device != "auto" or chosen != "cuda" or memory_limit is not None:
+                raise
+            warnings.warn(f"using the CPU: {error}", stacklevel=2)
+            self._core = _core.Model(folder, device="cpu", **options)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device",
         default="auto",
-        choices=["auto", "cpu", "reference"],
+        choices=["auto", "cpu", "cuda", "reference"],
         help="auto is the fastest present; reference is plain, exact and slow",
     )
     group.add_argument(
@@ -59,6 +59,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="TOKENS",
         help="0: as long as the model allows",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=real(0.001, 1e6),
+        metavar="GB",
+        help="VRAM that may be taken, everything included; default: what is free",
     )
     group.add_argument(
         "--kv-cache-dtype",
@@ -110,6 +116,7 @@ def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
             threads=arguments.threads,
             max_context=arguments.max_context,
             kv_cache_dtype=arguments.kv_cache_dtype,
+            memory_limit=arguments.memory_limit,
             progress=progress,
         )
 

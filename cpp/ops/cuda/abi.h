@@ -1,0 +1,149 @@
+// What the core and the CUDA plugin (libdsfp4_cuda.so) agree on: one table of functions. The core
+// has no CUDA in it and the plugin nothing of the core but plain structs, so either may be missing.
+//
+// Every function that returns bool gives false when it failed; failure() then says why. Matrices,
+// vectors and weights lie in device memory; what is said to be on the host does not. Work is
+// queued on the device's stream in call order; only the functions that say so wait.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ops/backend.h"
+
+namespace dsfp4::ops::cuda {
+
+/// Raised whenever the table or a struct in it changes.
+inline constexpr std::uint32_t kAbiVersion = 1;
+
+struct Device;  // the plugin's own
+
+/// The last failure of the calling thread.
+struct Failure {
+  int code = 0;  // cudaError_t
+  int line = 0;
+  const char* call = "";
+  const char* source = "";
+  const char* problem = "";
+};
+
+struct DeviceInfo {
+  char name[256] = {};
+  int count = 0;  // devices present
+  int major = 0, minor = 0;
+  int multiprocessors = 0;
+  int driver_version = 0, runtime_version = 0;  // 13000 is 13.0
+  std::uint64_t total_bytes = 0;
+  std::uint64_t free_bytes = 0;
+};
+
+/// One row (token) of a step: its place in the sequence and where its sequence's blocks begin in
+/// the table of block pointers.
+struct RowPlace {
+  std::int32_t position = 0;
+  std::int32_t first_block = 0;
+};
+
+/// The rows of a step and their caches, on the device but for the plain numbers.
+struct KvRows {
+  const RowPlace* rows = nullptr;
+  std::byte* const* blocks = nullptr;
+  std::int64_t count = 0;       // rows
+  std::int64_t max_length = 0;  // tokens that the longest row may look at
+  std::size_t layer_offset = 0;
+  KvFormat format = KvFormat::kBf16;
+  float scale = 1.0f;
+};
+
+/// The rows of a step that belong to one sequence, for prefill.
+struct SequencePart {
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+  std::int64_t position = 0;
+  std::int64_t first_block = 0;
+};
+
+/// Chosen experts on the device, [tokens, top_k].
+struct DeviceRouting {
+  std::int32_t* experts = nullptr;
+  std::int32_t* used = nullptr;
+  float* weights = nullptr;
+};
+
+struct Plugin {
+  std::uint32_t version;
+  std::uint32_t bytes;  // of this struct
+
+  const Failure* (*failure)();
+  /// Says what is there, without making a context; info->count 0 is no failure.
+  bool (*probe)(int index, DeviceInfo* info);
+  /// Makes a context on device `index` and a stream.
+  bool (*open)(int index, Device** device);
+  void (*close)(Device*);
+
+  bool (*memory)(Device*, std::uint64_t* free, std::uint64_t* total);
+  bool (*allocate)(Device*, std::size_t bytes, std::byte** memory);
+  bool (*free)(Device*, std::byte* memory);
+  /// Host memory for fast copies: mapped with huge pages, then registered.
+  bool (*allocate_pinned)(Device*, std::size_t bytes, std::byte** memory);
+  bool (*free_pinned)(Device*, std::byte* memory, std::size_t bytes);
+  /// Copies; `upload` may return before the copy has run if `pinned`, else the bytes may change at
+  /// once. `download` waits for it.
+  bool (*upload)(Device*, const void* host, void* to, std::size_t bytes, bool pinned);
+  bool (*download)(Device*, const void* from, void* host, std::size_t bytes);
+  bool (*synchronize)(Device*);
+
+  bool (*embed)(Device*, const format::WeightView* table, const std::int32_t* ids, Matrix out);
+  bool (*rms_norm)(Device*, ConstMatrix x, const float* weight, float eps, Matrix y);
+  bool (*silu_mul)(Device*, Matrix gate, ConstMatrix up);
+  bool (*zero)(Device*, Matrix y);
+  bool (*add)(Device*, ConstMatrix x, Matrix y);
+  bool (*rope)(Device*, Matrix x, std::int64_t heads, std::int64_t head_stride,
+               ConstMatrix cos_sin);
+  bool (*combine)(Device*, ConstMatrix pairs, const float* weights, std::int64_t top_k, Matrix y);
+  bool (*route)(Device*, const RouterSpec* spec, ConstMatrix logits, const float* bias,
+                const std::int32_t* forced, DeviceRouting out);
+
+  /// Bytes of `workspace` that linear() needs.
+  std::size_t (*linear_workspace)(Device*, const format::WeightView* weight, std::int64_t tokens);
+  bool (*linear)(Device*, const format::WeightView* weight, ConstMatrix x, Matrix y, Inputs inputs,
+                 std::byte* workspace);
+
+  bool (*kv_append)(Device*, const KvRows* kv, ConstMatrix x);
+  std::size_t (*prefill_workspace)(Device*, const MlaShape* shape, std::int64_t max_length,
+                                   std::int64_t rows);
+  bool (*prefill_attention)(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                            const KvRows* kv, SequencePart part, ConstMatrix q, Matrix out,
+                            std::byte* workspace);
+  bool (*absorb_query)(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                       ConstMatrix q, Matrix q_abs);
+  std::size_t (*latent_workspace)(Device*, const MlaShape* shape, std::int64_t rows,
+                                  std::int64_t max_length);
+  bool (*latent_attention)(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,
+                           ConstMatrix q, Matrix out, std::byte* workspace);
+  bool (*expand_value)(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                       ConstMatrix attended, Matrix out);
+
+  /// y[t] += weighted sum of the chosen experts. `table` [experts] lies on the device (its pointers
+  /// may change between steps), `first` is a copy of its first entry on the host: all experts of a
+  /// layer have one shape and one set of formats. hidden: [pairs, moe_intermediate_size]; routed:
+  /// [pairs, hidden_size].
+  std::size_t (*experts_workspace)(Device*, const ExpertView* first, std::int64_t experts,
+                                   std::int64_t tokens, std::int64_t top_k);
+  bool (*routed_experts)(Device*, const ExpertView* table, const ExpertView* first,
+                         std::int64_t experts, DeviceRouting routing, std::int64_t top_k,
+                         ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
+                         std::byte* workspace);
+
+  /// A decode step as a graph: what is queued between the two is recorded, not run.
+  bool (*begin_capture)(Device*);
+  bool (*end_capture)(Device*, void** graph);
+  bool (*launch_graph)(Device*, void* graph);
+  bool (*free_graph)(Device*, void* graph);
+};
+
+/// The plugin's one exported function: null if it does not speak `version`.
+using PluginEntry = const Plugin* (*)(std::uint32_t version);
+inline constexpr const char* kPluginEntry = "dsfp4_cuda_plugin";
+
+}  // namespace dsfp4::ops::cuda

@@ -1,0 +1,24 @@
+// Which attention kernel runs: by head sizes and the cache's format.
+#include "ops/cuda/kernels.h"
+
+namespace dsfp4::ops::cuda {
+
+std::size_t prefill_workspace(Device*, const MlaShape* shape, std::int64_t max_length,
+                              std::int64_t) {
+  return prefill_plain_workspace(*shape, max_length);
+}
+
+bool prefill_attention(Device* device, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                       const KvRows* kv, SequencePart part, ConstMatrix q, Matrix out,
+                       std::byte* workspace) {
+  return prefill_plain(device, *shape, *kv_b_proj, *kv, part, q, out, workspace);
+}
+
+std::size_t latent_workspace(Device*, const MlaShape*, std::int64_t, std::int64_t) { return 0; }
+
+bool latent_attention(Device* device, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,
+                      ConstMatrix q, Matrix out, std::byte*) {
+  return latent_plain(device, *shape, *kv, q_abs, q, out);
+}
+
+}  // namespace dsfp4::ops::cuda

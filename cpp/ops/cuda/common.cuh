@@ -1,0 +1,87 @@
+// What every file of the plugin shares: the device's state, and how failures are noted.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "ops/cuda/abi.h"
+
+namespace dsfp4::ops::cuda {
+
+struct Device {
+  int index = 0;
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // that a block may have
+  cudaStream_t stream = nullptr;
+  std::byte* ring = nullptr;  // pinned: small uploads pass through it
+  std::size_t ring_at = 0;
+};
+
+/// Notes a failure; always false.
+bool fail(cudaError_t code, const char* call, const char* source, int line);
+
+#define DSFP4_TRY(call)                                                                      \
+  do {                                                                                       \
+    const cudaError_t dsfp4_code = (call);                                                   \
+    if (dsfp4_code != cudaSuccess) return ::dsfp4::ops::cuda::fail(dsfp4_code, #call, __FILE__, __LINE__); \
+  } while (false)
+
+/// Whether the launch before was accepted.
+#define DSFP4_LAUNCHED(kernel)                                                    \
+  do {                                                                            \
+    const cudaError_t dsfp4_code = cudaGetLastError();                            \
+    if (dsfp4_code != cudaSuccess)                                                \
+      return ::dsfp4::ops::cuda::fail(dsfp4_code, kernel, __FILE__, __LINE__);    \
+  } while (false)
+
+inline unsigned blocks_for(std::int64_t count, std::int64_t per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
+constexpr std::size_t kWorkspaceAlignment = 256;
+inline std::size_t aligned(std::size_t bytes) {
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+/// Hands out a workspace from front to back; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  template <typename T>
+  T* take(std::int64_t count) {
+    T* taken = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += aligned(static_cast<std::size_t>(count) * sizeof(T));
+    return taken;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  std::size_t used_ = 0;
+};
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
+  }
+  return value;
+}
+
+__device__ __forceinline__ float round_bf16(float value) {
+  return __bfloat162float(__float2bfloat16_rn(value));
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+}  // namespace dsfp4::ops::cuda

@@ -1,0 +1,196 @@
+// Ops that only move or scale values. Each reads its inputs once and writes its output once; rows
+// are tokens, FP32.
+#include "ops/cuda/common.cuh"
+#include "ops/cuda/decode.cuh"
+#include "ops/cuda/kernels.h"
+
+namespace dsfp4::ops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <WeightFormat kFormat>
+__global__ void embed_kernel(WeightView table, const std::int32_t* ids, Matrix out) {
+  const std::int64_t id = ids[blockIdx.x];
+  float* to = out.data + blockIdx.x * out.stride;
+  for (std::int64_t i = threadIdx.x; i < out.cols; i += kThreads) {
+    to[i] = weight_value<kFormat>(table, id, i);
+  }
+}
+
+// One block a row. The sum's order depends on the row's width alone.
+__global__ void rms_norm_kernel(ConstMatrix x, const float* weight, float eps, Matrix y) {
+  const float* from = x.data + blockIdx.x * x.stride;
+  float* to = y.data + blockIdx.x * y.stride;
+  float sum = 0.0f;
+  for (std::int64_t i = threadIdx.x; i < x.cols; i += kThreads) sum += from[i] * from[i];
+  __shared__ float parts[kThreads / 32];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; ++w) sum += parts[w];
+  const float scale = rsqrtf(sum / static_cast<float>(x.cols) + eps);
+  for (std::int64_t i = threadIdx.x; i < x.cols; i += kThreads) to[i] = from[i] * scale * weight[i];
+}
+
+__global__ void silu_mul_kernel(Matrix gate, ConstMatrix up) {
+  const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  if (i >= gate.cols) return;
+  float* g = gate.data + blockIdx.y * gate.stride + i;
+  *g = silu(*g) * up.data[blockIdx.y * up.stride + i];
+}
+
+__global__ void zero_kernel(Matrix y) {
+  const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  if (i < y.cols) y.data[blockIdx.y * y.stride + i] = 0.0f;
+}
+
+__global__ void add_kernel(ConstMatrix x, Matrix y) {
+  const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  if (i < y.cols) y.data[blockIdx.y * y.stride + i] += x.data[blockIdx.y * x.stride + i];
+}
+
+__global__ void rope_kernel(Matrix x, std::int64_t heads, std::int64_t head_stride,
+                            ConstMatrix cos_sin) {
+  const std::int64_t pairs = cos_sin.cols / 2;
+  const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  if (i >= heads * pairs) return;
+  const std::int64_t pair = i % pairs;
+  float* v = x.data + blockIdx.y * x.stride + i / pairs * head_stride + 2 * pair;
+  const float* angle = cos_sin.data + blockIdx.y * cos_sin.stride + 2 * pair;
+  const float a = v[0];
+  const float b = v[1];
+  v[0] = a * angle[0] - b * angle[1];
+  v[1] = b * angle[0] + a * angle[1];
+}
+
+__global__ void combine_kernel(ConstMatrix pairs, const float* weights, std::int64_t top_k,
+                               Matrix y) {
+  const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  if (i >= y.cols) return;
+  const std::int64_t t = blockIdx.y;
+  float sum = y.data[t * y.stride + i];
+  for (std::int64_t k = 0; k < top_k; ++k) {
+    sum += weights[t * top_k + k] * pairs.data[(t * top_k + k) * pairs.stride + i];
+  }
+  y.data[t * y.stride + i] = sum;
+}
+
+// E4M3, nearest even, saturating; NaN stays NaN.
+__device__ unsigned char to_e4m3(float value) {
+  const unsigned sign = (__float_as_uint(value) >> 24) & 0x80u;
+  if (isnan(value)) return static_cast<unsigned char>(sign | 0x7fu);
+  const float magnitude = fminf(fabsf(value), 448.0f);
+  if (magnitude < 0x1p-6f) {  // steps of 2^-9
+    return static_cast<unsigned char>(sign | static_cast<unsigned>(rintf(magnitude * 512.0f)));
+  }
+  const unsigned bits = __float_as_uint(magnitude);
+  const unsigned kept = (bits + 0x7ffffu + ((bits >> 20) & 1u)) >> 20;
+  return static_cast<unsigned char>(sign | (kept - ((127u - 7u) << 3)));
+}
+
+__global__ void kv_append_kernel(KvRows kv, ConstMatrix x) {
+  const RowPlace place = kv.rows[blockIdx.x];
+  std::byte* block = kv.blocks[place.first_block + place.position / kKvBlockTokens];
+  const std::int64_t at = place.position % kKvBlockTokens * x.cols;
+  const float* from = x.data + blockIdx.x * x.stride;
+  for (std::int64_t i = threadIdx.x; i < x.cols; i += kThreads) {
+    if (kv.format == KvFormat::kBf16) {
+      reinterpret_cast<__nv_bfloat16*>(block + kv.layer_offset)[at + i] =
+          __float2bfloat16_rn(from[i]);
+    } else if (kv.format == KvFormat::kFp8) {
+      reinterpret_cast<unsigned char*>(block + kv.layer_offset)[at + i] =
+          to_e4m3(from[i] / kv.scale);
+    } else {
+      reinterpret_cast<float*>(block + kv.layer_offset)[at + i] = from[i];
+    }
+  }
+}
+
+dim3 grid_of(std::int64_t cols, std::int64_t rows) {
+  return {blocks_for(cols, kThreads), static_cast<unsigned>(rows), 1};
+}
+
+bool empty(ConstMatrix x) { return x.rows == 0 || x.cols == 0; }
+
+}  // namespace
+
+bool embed(Device* device, const WeightView* table, const std::int32_t* ids, Matrix out) {
+  if (empty(out)) return true;
+  const auto rows = static_cast<unsigned>(out.rows);
+  switch (table->format) {
+    case WeightFormat::kF32:
+      embed_kernel<WeightFormat::kF32><<<rows, kThreads, 0, device->stream>>>(*table, ids, out);
+      break;
+    case WeightFormat::kBF16:
+      embed_kernel<WeightFormat::kBF16><<<rows, kThreads, 0, device->stream>>>(*table, ids, out);
+      break;
+    case WeightFormat::kFp8Block:
+      embed_kernel<WeightFormat::kFp8Block>
+          <<<rows, kThreads, 0, device->stream>>>(*table, ids, out);
+      break;
+    case WeightFormat::kNvfp4:
+    case WeightFormat::kMxfp4:
+      return fail(cudaErrorInvalidValue, "embed of an FP4 table", __FILE__, __LINE__);
+  }
+  DSFP4_LAUNCHED("embed_kernel");
+  return true;
+}
+
+bool rms_norm(Device* device, ConstMatrix x, const float* weight, float eps, Matrix y) {
+  if (empty(x)) return true;
+  rms_norm_kernel<<<static_cast<unsigned>(x.rows), kThreads, 0, device->stream>>>(x, weight, eps,
+                                                                                  y);
+  DSFP4_LAUNCHED("rms_norm_kernel");
+  return true;
+}
+
+bool silu_mul(Device* device, Matrix gate, ConstMatrix up) {
+  if (empty(gate)) return true;
+  silu_mul_kernel<<<grid_of(gate.cols, gate.rows), kThreads, 0, device->stream>>>(gate, up);
+  DSFP4_LAUNCHED("silu_mul_kernel");
+  return true;
+}
+
+bool zero(Device* device, Matrix y) {
+  if (empty(y)) return true;
+  zero_kernel<<<grid_of(y.cols, y.rows), kThreads, 0, device->stream>>>(y);
+  DSFP4_LAUNCHED("zero_kernel");
+  return true;
+}
+
+bool add(Device* device, ConstMatrix x, Matrix y) {
+  if (empty(y)) return true;
+  add_kernel<<<grid_of(y.cols, y.rows), kThreads, 0, device->stream>>>(x, y);
+  DSFP4_LAUNCHED("add_kernel");
+  return true;
+}
+
+bool rope(Device* device, Matrix x, std::int64_t heads, std::int64_t head_stride,
+          ConstMatrix cos_sin) {
+  if (x.rows == 0 || cos_sin.cols == 0) return true;
+  rope_kernel<<<grid_of(heads * cos_sin.cols / 2, x.rows), kThreads, 0, device->stream>>>(
+      x, heads, head_stride, cos_sin);
+  DSFP4_LAUNCHED("rope_kernel");
+  return true;
+}
+
+bool combine(Device* device, ConstMatrix pairs, const float* weights, std::int64_t top_k,
+             Matrix y) {
+  if (empty(y)) return true;
+  combine_kernel<<<grid_of(y.cols, y.rows), kThreads, 0, device->stream>>>(pairs, weights, top_k,
+                                                                           y);
+  DSFP4_LAUNCHED("combine_kernel");
+  return true;
+}
+
+bool kv_append(Device* device, const KvRows* kv, ConstMatrix x) {
+  if (kv->count == 0) return true;
+  kv_append_kernel<<<static_cast<unsigned>(kv->count), kThreads, 0, device->stream>>>(*kv, x);
+  DSFP4_LAUNCHED("kv_append_kernel");
+  return true;
+}
+
+}  // namespace dsfp4::ops::cuda

@@ -1,0 +1,67 @@
+// The chosen experts of a layer, read through the device's table of experts.
+#include "ops/cuda/common.cuh"
+#include "ops/cuda/decode.cuh"
+#include "ops/cuda/kernels.h"
+
+namespace dsfp4::ops::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+
+// One warp a (pair, row): hidden = silu(gate x) * up x.
+__global__ void gate_up_plain_kernel(const ExpertView* table, const std::int32_t* used,
+                                     std::int64_t top_k, ConstMatrix x, Matrix hidden) {
+  const std::int64_t row = blockIdx.x * std::int64_t{kWarps} + threadIdx.x / 32;
+  if (row >= hidden.cols) return;
+  const std::int64_t pair = blockIdx.y;
+  const ExpertView& expert = table[used[pair]];
+  const float* token = x.data + pair / top_k * x.stride;
+  float gate = 0.0f;
+  float up = 0.0f;
+  for (std::int64_t i = threadIdx.x % 32; i < x.cols; i += 32) {
+    const float value = round_bf16(token[i]);
+    gate = fmaf(weight_value(expert.gate_proj, row, i), value, gate);
+    up = fmaf(weight_value(expert.up_proj, row, i), value, up);
+  }
+  gate = warp_sum(gate) * epilogue_scale(expert.gate_proj);
+  up = warp_sum(up) * epilogue_scale(expert.up_proj);
+  if (threadIdx.x % 32 == 0) hidden.data[pair * hidden.stride + row] = silu(gate) * up;
+}
+
+__global__ void down_plain_kernel(const ExpertView* table, const std::int32_t* used, Matrix hidden,
+                                  Matrix routed) {
+  const std::int64_t row = blockIdx.x * std::int64_t{kWarps} + threadIdx.x / 32;
+  if (row >= routed.cols) return;
+  const std::int64_t pair = blockIdx.y;
+  const WeightView& down = table[used[pair]].down_proj;
+  const float* from = hidden.data + pair * hidden.stride;
+  float sum = 0.0f;
+  for (std::int64_t i = threadIdx.x % 32; i < hidden.cols; i += 32) {
+    sum = fmaf(weight_value(down, row, i), round_bf16(from[i]), sum);
+  }
+  sum = warp_sum(sum) * epilogue_scale(down);
+  if (threadIdx.x % 32 == 0) routed.data[pair * routed.stride + row] = sum;
+}
+
+}  // namespace
+
+std::size_t experts_workspace(Device*, const ExpertView*, std::int64_t, std::int64_t,
+                              std::int64_t) {
+  return 0;
+}
+
+bool routed_experts(Device* device, const ExpertView* table, const ExpertView*, std::int64_t,
+                    DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
+                    Matrix routed, Matrix y, std::byte*) {
+  if (x.rows == 0) return true;
+  const auto pairs = static_cast<unsigned>(x.rows * top_k);
+  gate_up_plain_kernel<<<dim3(blocks_for(hidden.cols, kWarps), pairs), kWarps * 32, 0,
+                         device->stream>>>(table, routing.used, top_k, x, hidden);
+  DSFP4_LAUNCHED("gate_up_plain_kernel");
+  down_plain_kernel<<<dim3(blocks_for(routed.cols, kWarps), pairs), kWarps * 32, 0,
+                      device->stream>>>(table, routing.used, hidden, routed);
+  DSFP4_LAUNCHED("down_plain_kernel");
+  return combine(device, routed, routing.weights, top_k, y);
+}
+
+}  // namespace dsfp4::ops::cuda

@@ -1,0 +1,62 @@
+// The launchers of the plugin, one file a group; plugin.cu gathers them in the table. Contracts: see
+// ops/backend.h and ops/cuda/abi.h.
+#pragma once
+
+#include "ops/cuda/abi.h"
+
+namespace dsfp4::ops::cuda {
+
+// elementwise.cu
+bool embed(Device*, const format::WeightView* table, const std::int32_t* ids, Matrix out);
+bool rms_norm(Device*, ConstMatrix x, const float* weight, float eps, Matrix y);
+bool silu_mul(Device*, Matrix gate, ConstMatrix up);
+bool zero(Device*, Matrix y);
+bool add(Device*, ConstMatrix x, Matrix y);
+bool rope(Device*, Matrix x, std::int64_t heads, std::int64_t head_stride, ConstMatrix cos_sin);
+bool combine(Device*, ConstMatrix pairs, const float* weights, std::int64_t top_k, Matrix y);
+bool kv_append(Device*, const KvRows* kv, ConstMatrix x);
+
+// route.cu
+bool route(Device*, const RouterSpec* spec, ConstMatrix logits, const float* bias,
+           const std::int32_t* forced, DeviceRouting out);
+
+// linear.cu chooses among the kernels below.
+std::size_t linear_workspace(Device*, const format::WeightView* weight, std::int64_t tokens);
+bool linear(Device*, const format::WeightView* weight, ConstMatrix x, Matrix y, Inputs inputs,
+            std::byte* workspace);
+
+// linear_plain.cu: any shape and alignment.
+bool linear_plain(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y,
+                  Inputs inputs);
+
+// attention_plain.cu: any head size.
+std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length);
+bool prefill_plain(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
+                   const KvRows& kv, SequencePart part, ConstMatrix q, Matrix out,
+                   std::byte* workspace);
+bool latent_plain(Device*, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
+                  ConstMatrix q, Matrix out);
+bool absorb_query(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                  ConstMatrix q, Matrix q_abs);
+bool expand_value(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                  ConstMatrix attended, Matrix out);
+
+// attention.cu chooses.
+std::size_t prefill_workspace(Device*, const MlaShape* shape, std::int64_t max_length,
+                              std::int64_t rows);
+bool prefill_attention(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                       const KvRows* kv, SequencePart part, ConstMatrix q, Matrix out,
+                       std::byte* workspace);
+std::size_t latent_workspace(Device*, const MlaShape* shape, std::int64_t rows,
+                             std::int64_t max_length);
+bool latent_attention(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,
+                      ConstMatrix q, Matrix out, std::byte* workspace);
+
+// experts.cu
+std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t experts,
+                              std::int64_t tokens, std::int64_t top_k);
+bool routed_experts(Device*, const ExpertView* table, const ExpertView* first,
+                    std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
+                    Matrix hidden, Matrix routed, Matrix y, std::byte* workspace);
+
+}  // namespace dsfp4::ops::cuda

@@ -1,0 +1,305 @@
+#include "ops/cuda_backend.h"
+
+#include <algorithm>
+#include <string>
+
+#include "dsfp4/error.h"
+#include "ops/cuda_plugin.h"
+#include "ops/routing.h"
+
+namespace dsfp4::ops {
+namespace {
+
+constexpr int kOutOfMemory = 2;  // cudaErrorMemoryAllocation
+// Left for what the driver takes on its own: kernels loaded at their first use, local memory.
+constexpr std::uint64_t kDriverReserve = 64u << 20;
+
+cuda::DeviceRouting on_device(const Routing& routing) {
+  return {routing.experts.data(), routing.used.data(), routing.weights.data()};
+}
+
+}  // namespace
+
+void cuda_check(const cuda::Plugin& plugin, bool ok) {
+  if (ok) return;
+  const cuda::Failure& failure = *plugin.failure();
+  throw CudaError(failure.problem, failure.code, failure.call, failure.source, failure.line);
+}
+
+// ---- memory --------------------------------------------------------------------------------------
+
+std::uint64_t CudaAllocator::left() const {
+  std::uint64_t free = 0;
+  std::uint64_t total = 0;
+  cuda_check(plugin_, plugin_.memory(device_, &free, &total));
+  if (limit_ == 0) return free > kDriverReserve ? free - kDriverReserve : 0;
+  const std::uint64_t taken = used_ + kDriverReserve;
+  return std::min(free, limit_ > taken ? limit_ - taken : 0);
+}
+
+std::byte* CudaAllocator::allocate(std::size_t bytes, const char* purpose) {
+  const std::uint64_t available = left();
+  if (bytes > available) throw MemoryLimitError(purpose, bytes, available, "VRAM");
+  std::byte* memory = nullptr;
+  if (!plugin_.allocate(device_, bytes, &memory)) {
+    if (plugin_.failure()->code == kOutOfMemory) {
+      throw MemoryLimitError(purpose, bytes, available, "VRAM");
+    }
+    cuda_check(plugin_, false);
+  }
+  used_ += bytes;
+  return memory;
+}
+
+void CudaAllocator::free(std::byte* memory, std::size_t bytes) noexcept {
+  plugin_.free(device_, memory);
+  used_ -= bytes;
+}
+
+std::byte* CudaBackend::Buffer::reserve(memory::Allocator& allocator, std::size_t bytes) {
+  if (bytes <= bytes_) return memory_;
+  release(allocator);
+  memory_ = allocator.allocate(bytes, purpose_);
+  bytes_ = bytes;
+  return memory_;
+}
+
+void CudaBackend::Buffer::release(memory::Allocator& allocator) noexcept {
+  if (memory_ != nullptr) allocator.free(memory_, bytes_);
+  memory_ = nullptr;
+  bytes_ = 0;
+}
+
+CudaBackend::CudaBackend(int index, std::uint64_t memory_limit) : plugin_(cuda_plugin()) {
+  const cuda::DeviceInfo before = cuda_device(index);
+  check(plugin_.open(index, &device_));
+  std::uint64_t free = 0;
+  std::uint64_t total = 0;
+  check(plugin_.memory(device_, &free, &total));
+  const std::uint64_t context = before.free_bytes > free ? before.free_bytes - free : 0;
+  if (memory_limit != 0 && context + kDriverReserve > memory_limit) {
+    plugin_.close(device_);
+    throw MemoryLimitError("the CUDA context and its reserve", context + kDriverReserve,
+                           memory_limit, "VRAM");
+  }
+  allocator_ = std::make_unique<CudaAllocator>(plugin_, device_, memory_limit, context);
+}
+
+CudaBackend::~CudaBackend() {
+  plugin_.synchronize(device_);
+  for (Buffer* buffer : {&workspace_, &ids_, &forced_, &rows_, &blocks_}) {
+    buffer->release(*allocator_);
+  }
+  for (const auto& [key, table] : expert_tables_) {
+    allocator_->free(table, expert_counts_[key] * sizeof(ExpertView));
+  }
+  plugin_.close(device_);
+}
+
+void CudaBackend::upload(const void* from, void* to, std::size_t bytes) {
+  check(plugin_.upload(device_, from, to, bytes, false));
+}
+
+void CudaBackend::download(const void* from, void* to, std::size_t bytes) {
+  check(plugin_.download(device_, from, to, bytes));
+}
+
+// ---- what moves or scales values -----------------------------------------------------------------
+
+void CudaBackend::embed(const format::WeightView& table, std::span<const std::int32_t> ids,
+                        Matrix out) {
+  for (std::size_t t = 0; t < ids.size(); ++t) {
+    if (ids[t] < 0 || ids[t] >= table.rows) {
+      throw ParameterError("ids", "token id " + std::to_string(ids[t]) + " at position " +
+                                      std::to_string(t) + " is outside the vocabulary of " +
+                                      std::to_string(table.rows));
+    }
+  }
+  std::byte* on_gpu = ids_.reserve(*allocator_, std::max(ids.size_bytes(), std::size_t{4096}));
+  upload(ids.data(), on_gpu, ids.size_bytes());
+  check(plugin_.embed(device_, &table, reinterpret_cast<const std::int32_t*>(on_gpu), out));
+}
+
+void CudaBackend::rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) {
+  check(plugin_.rms_norm(device_, x, weight.data(), eps, y));
+}
+
+void CudaBackend::linear(const format::WeightView& weight, ConstMatrix x, Matrix y,
+                         Inputs inputs) {
+  std::byte* space = workspace(plugin_.linear_workspace(device_, &weight, x.rows));
+  check(plugin_.linear(device_, &weight, x, y, inputs, space));
+}
+
+void CudaBackend::silu_mul(Matrix gate, ConstMatrix up) {
+  check(plugin_.silu_mul(device_, gate, up));
+}
+
+void CudaBackend::zero(Matrix y) { check(plugin_.zero(device_, y)); }
+
+void CudaBackend::add(ConstMatrix x, Matrix y) { check(plugin_.add(device_, x, y)); }
+
+void CudaBackend::rope(Matrix x, std::int64_t heads, std::int64_t head_stride,
+                       ConstMatrix cos_sin) {
+  check(plugin_.rope(device_, x, heads, head_stride, cos_sin));
+}
+
+// ---- attention -----------------------------------------------------------------------------------
+
+cuda::KvRows CudaBackend::rows_of(std::span<const SequenceRows> batch) {
+  std::vector<cuda::RowPlace> rows;
+  std::vector<std::byte*> blocks;
+  first_blocks_.clear();
+  cuda::KvRows kv;
+  for (const SequenceRows& sequence : batch) {
+    const auto first = static_cast<std::int64_t>(blocks.size());
+    first_blocks_.push_back(first);
+    blocks.insert(blocks.end(), sequence.kv.blocks.begin(), sequence.kv.blocks.end());
+    if (static_cast<std::int64_t>(rows.size()) < sequence.first_row + sequence.rows) {
+      rows.resize(static_cast<std::size_t>(sequence.first_row + sequence.rows));
+    }
+    for (std::int64_t r = 0; r < sequence.rows; ++r) {
+      rows[static_cast<std::size_t>(sequence.first_row + r)] = {
+          static_cast<std::int32_t>(sequence.position + r), static_cast<std::int32_t>(first)};
+    }
+    kv.max_length = std::max(kv.max_length, sequence.length());
+  }
+  const std::size_t row_bytes = rows.size() * sizeof(cuda::RowPlace);
+  const std::size_t block_bytes = blocks.size() * sizeof(std::byte*);
+  std::byte* on_gpu_rows = rows_.reserve(*allocator_, std::max(row_bytes, std::size_t{4096}));
+  std::byte* on_gpu_blocks = blocks_.reserve(*allocator_, std::max(block_bytes, std::size_t{65536}));
+  const auto same_row = [](const cuda::RowPlace& a, const cuda::RowPlace& b) {
+    return a.position == b.position && a.first_block == b.first_block;
+  };
+  if (!std::ranges::equal(rows, host_rows_, same_row)) {  // the layers of a step share them
+    upload(rows.data(), on_gpu_rows, row_bytes);
+    host_rows_ = rows;
+  }
+  if (blocks != host_blocks_) {
+    upload(blocks.data(), on_gpu_blocks, block_bytes);
+    host_blocks_ = blocks;
+  }
+  kv.rows = reinterpret_cast<const cuda::RowPlace*>(on_gpu_rows);
+  kv.blocks = reinterpret_cast<std::byte* const*>(on_gpu_blocks);
+  kv.count = static_cast<std::int64_t>(rows.size());
+  kv.layer_offset = batch.front().kv.layer_offset;
+  kv.format = batch.front().kv.format;
+  kv.scale = batch.front().kv.scale;
+  return kv;
+}
+
+void CudaBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) {
+  if (batch.empty()) return;
+  const cuda::KvRows kv = rows_of(batch);
+  check(plugin_.kv_append(device_, &kv, x));
+}
+
+void CudaBackend::prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                                    std::span<const SequenceRows> batch, ConstMatrix q,
+                                    Matrix out) {
+  if (batch.empty()) return;
+  const cuda::KvRows kv = rows_of(batch);
+  std::byte* space =
+      workspace(plugin_.prefill_workspace(device_, &shape, kv.max_length, q.rows));
+  for (std::size_t i = 0; i < batch.size(); ++i) {
+    const cuda::SequencePart part{batch[i].first_row, batch[i].rows, batch[i].position,
+                                  first_blocks_[i]};
+    check(plugin_.prefill_attention(device_, &shape, &kv_b_proj, &kv, part, q, out, space));
+  }
+}
+
+void CudaBackend::absorb_query(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                               ConstMatrix q, Matrix q_abs) {
+  check(plugin_.absorb_query(device_, &shape, &kv_b_proj, q, q_abs));
+}
+
+void CudaBackend::latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
+                                   ConstMatrix q_abs, ConstMatrix q, Matrix out) {
+  if (batch.empty()) return;
+  const cuda::KvRows kv = rows_of(batch);
+  std::byte* space = workspace(plugin_.latent_workspace(device_, &shape, kv.count, kv.max_length));
+  check(plugin_.latent_attention(device_, &shape, &kv, q_abs, q, out, space));
+}
+
+void CudaBackend::expand_value(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                               ConstMatrix attended, Matrix out) {
+  check(plugin_.expand_value(device_, &shape, &kv_b_proj, attended, out));
+}
+
+// ---- mixture of experts --------------------------------------------------------------------------
+
+void CudaBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
+                        std::span<const std::int32_t> forced, Routing out) {
+  check_router(spec, static_cast<std::size_t>(logits.cols), bias.size());
+  for (const std::int32_t e : forced) {
+    if (e < 0 || e >= spec.experts) {
+      throw ParameterError("experts", "expert " + std::to_string(e) + " is not one of 0.." +
+                                          std::to_string(spec.experts - 1));
+    }
+  }
+  const std::int32_t* forced_on_gpu = nullptr;
+  if (!forced.empty()) {
+    std::byte* to = forced_.reserve(*allocator_, forced.size_bytes());
+    upload(forced.data(), to, forced.size_bytes());
+    forced_on_gpu = reinterpret_cast<const std::int32_t*>(to);
+  }
+  check(plugin_.route(device_, &spec, logits, bias.empty() ? nullptr : bias.data(), forced_on_gpu,
+                      on_device(out)));
+}
+
+void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
+                          Matrix hidden, Matrix out) {
+  for (const ExpertTask& task : tasks) {
+    for (const std::int32_t pair : task.pairs) {
+      const ConstMatrix token{x.row(pair / top_k), 1, x.cols, x.stride};
+      const ExpertView& expert = *task.expert;
+      std::byte* up_space = nullptr;
+      memory::Allocator& memory = *allocator_;
+      const std::size_t bytes = static_cast<std::size_t>(hidden.cols) * sizeof(float);
+      up_space = memory.allocate(bytes, "an expert's up projection");
+      const Matrix up{reinterpret_cast<float*>(up_space), 1, hidden.cols, hidden.cols};
+      linear(expert.gate_proj, token, hidden.slice(pair, 1), Inputs::kBf16);
+      linear(expert.up_proj, token, up, Inputs::kBf16);
+      silu_mul(hidden.slice(pair, 1), up);
+      linear(expert.down_proj, hidden.slice(pair, 1), out.slice(pair, 1), Inputs::kBf16);
+      check(plugin_.synchronize(device_));
+      memory.free(up_space, bytes);
+    }
+  }
+}
+
+void CudaBackend::combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+                          Matrix y) {
+  check(plugin_.combine(device_, pairs, weights.data(), top_k, y));
+}
+
+void CudaBackend::prepare_experts(std::span<const ExpertView> experts) {
+  if (experts.empty()) return;
+  std::byte*& table = expert_tables_[experts.data()];
+  std::size_t& count = expert_counts_[experts.data()];
+  if (table != nullptr && count != experts.size()) {
+    allocator_->free(table, count * sizeof(ExpertView));
+    table = nullptr;
+  }
+  if (table == nullptr) table = allocator_->allocate(experts.size_bytes(), "the table of experts");
+  count = experts.size();
+  upload(experts.data(), table, experts.size_bytes());
+}
+
+bool CudaBackend::routed_experts(std::span<const ExpertView> experts, const Routing& routing,
+                                 std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
+                                 Matrix y) {
+  if (!expert_tables_.contains(experts.data())) prepare_experts(experts);
+  const auto count = static_cast<std::int64_t>(experts.size());
+  std::byte* space =
+      workspace(plugin_.experts_workspace(device_, experts.data(), count, x.rows, top_k));
+  check(plugin_.routed_experts(
+      device_, reinterpret_cast<const ExpertView*>(expert_tables_.at(experts.data())),
+      experts.data(), count, on_device(routing), top_k, x, hidden, routed, y, space));
+  return true;
+}
+
+std::unique_ptr<Backend> make_cuda_backend(int index, std::uint64_t memory_limit) {
+  return std::make_unique<CudaBackend>(index, memory_limit);
+}
+
+}  // namespace dsfp4::ops

@@ -1,0 +1,119 @@
+// The backend on an NVIDIA GPU: what the model calls, in terms of the plugin's table.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "ops/backend.h"
+#include "ops/cuda/abi.h"
+
+namespace dsfp4::ops {
+
+/// Throws what the last failure of the plugin's table was, if `ok` is false.
+void cuda_check(const cuda::Plugin& plugin, bool ok);
+
+/// Device memory within a limit. The limit holds for what the whole process takes on the device:
+/// the context, and everything that came through here.
+class CudaAllocator final : public memory::Allocator {
+ public:
+  /// `context_bytes` are gone already.
+  CudaAllocator(const cuda::Plugin& plugin, cuda::Device* device, std::uint64_t limit,
+                std::uint64_t context_bytes)
+      : plugin_(plugin), device_(device), limit_(limit), used_(context_bytes) {}
+
+  std::byte* allocate(std::size_t bytes, const char* purpose) override;
+  void free(std::byte* memory, std::size_t bytes) noexcept override;
+
+  std::uint64_t used() const noexcept { return used_; }
+  std::uint64_t left() const;
+
+ private:
+  const cuda::Plugin& plugin_;
+  cuda::Device* device_;
+  std::uint64_t limit_;
+  std::uint64_t used_;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(int index, std::uint64_t memory_limit);
+  ~CudaBackend() override;
+  CudaBackend(const CudaBackend&) = delete;
+  CudaBackend& operator=(const CudaBackend&) = delete;
+
+  std::string_view name() const override { return "cuda"; }
+  KvFormat default_kv_format() const override { return KvFormat::kBf16; }
+  memory::Allocator& allocator() override { return *allocator_; }
+  bool host_visible() const override { return false; }
+  void upload(const void* from, void* to, std::size_t bytes) override;
+  void download(const void* from, void* to, std::size_t bytes) override;
+
+  void embed(const format::WeightView& table, std::span<const std::int32_t> ids,
+             Matrix out) override;
+  void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
+  void linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) override;
+  void silu_mul(Matrix gate, ConstMatrix up) override;
+  void zero(Matrix y) override;
+  void add(ConstMatrix x, Matrix y) override;
+  void rope(Matrix x, std::int64_t heads, std::int64_t head_stride, ConstMatrix cos_sin) override;
+
+  void kv_append(std::span<const SequenceRows> batch, ConstMatrix x) override;
+  void prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                         std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) override;
+  void absorb_query(const MlaShape& shape, const format::WeightView& kv_b_proj, ConstMatrix q,
+                    Matrix q_abs) override;
+  void latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
+                        ConstMatrix q_abs, ConstMatrix q, Matrix out) override;
+  void expand_value(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                    ConstMatrix attended, Matrix out) override;
+
+  /// `forced` is on the host; `bias` and `out` are on the device.
+  void route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
+             std::span<const std::int32_t> forced, Routing out) override;
+  /// As tasks, for tests: what the tasks leave out stays as it was in `out`.
+  void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
+               Matrix out) override;
+  void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+               Matrix y) override;
+  bool routed_experts(std::span<const ExpertView> experts, const Routing& routing,
+                      std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
+                      Matrix y) override;
+  void prepare_experts(std::span<const ExpertView> experts) override;
+
+ private:
+  /// Device memory that grows on demand and is kept.
+  class Buffer {
+   public:
+    explicit Buffer(const char* purpose) : purpose_(purpose) {}
+    std::byte* reserve(memory::Allocator& allocator, std::size_t bytes);
+    void release(memory::Allocator& allocator) noexcept;
+
+   private:
+    const char* purpose_;
+    std::byte* memory_ = nullptr;
+    std::size_t bytes_ = 0;
+  };
+
+  void check(bool ok) const { cuda_check(plugin_, ok); }
+  std::byte* workspace(std::size_t bytes) { return workspace_.reserve(*allocator_, bytes); }
+  /// The rows of `batch` with their blocks on the device; copied there unless they are already.
+  cuda::KvRows rows_of(std::span<const SequenceRows> batch);
+
+  const cuda::Plugin& plugin_;
+  cuda::Device* device_ = nullptr;
+  std::unique_ptr<CudaAllocator> allocator_;
+  Buffer workspace_{"the CUDA workspace"};
+  Buffer ids_{"the token ids"};
+  Buffer forced_{"the forced experts"};
+  Buffer rows_{"the rows of a step"};
+  Buffer blocks_{"the table of cache blocks"};
+  std::vector<cuda::RowPlace> host_rows_;       // what rows_ holds
+  std::vector<std::byte*> host_blocks_;         // what blocks_ holds
+  std::vector<std::int64_t> first_blocks_;      // one a sequence of the last batch
+  std::map<const ExpertView*, std::byte*> expert_tables_;
+  std::map<const ExpertView*, std::size_t> expert_counts_;
+};
+
+}  // namespace dsfp4::ops

@@ -1,0 +1,92 @@
+#include "ops/cuda_plugin.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <filesystem>
+
+#include "dsfp4/error.h"
+
+namespace dsfp4::ops {
+namespace {
+
+constexpr const char* kLibrary = "libdsfp4_cuda.so";
+constexpr int kOldestMajor = 8;  // Ampere
+
+// Beside the library or program that this code is in, or where DSFP4_CUDA_PLUGIN says.
+std::filesystem::path plugin_path() {
+  if (const char* path = std::getenv("DSFP4_CUDA_PLUGIN"); path != nullptr) return path;
+  Dl_info here{};
+  if (dladdr(reinterpret_cast<const void*>(&cuda_plugin), &here) == 0) return kLibrary;
+  return std::filesystem::path(here.dli_fname).parent_path() / kLibrary;
+}
+
+const cuda::Plugin& load_plugin() {
+  const std::filesystem::path path = plugin_path();
+  if (!std::filesystem::exists(path)) {
+    throw CudaError("device 'cuda' needs " + path.string() +
+                    ", which is not there: this build of dsfp4 has no CUDA backend; use device "
+                    "'cpu', or build with -DDSFP4_CUDA=ON");
+  }
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    throw CudaError("the CUDA backend " + path.string() + " cannot be loaded: " + dlerror());
+  }
+  const auto entry = reinterpret_cast<cuda::PluginEntry>(dlsym(library, cuda::kPluginEntry));
+  const cuda::Plugin* plugin = entry == nullptr ? nullptr : entry(cuda::kAbiVersion);
+  if (plugin == nullptr || plugin->bytes != sizeof(cuda::Plugin)) {
+    throw CudaError("the CUDA backend " + path.string() +
+                    " is of another version of dsfp4; install both from one wheel");
+  }
+  return *plugin;  // never unloaded: the runtime in it has threads and handlers of its own
+}
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace
+
+const cuda::Plugin& cuda_plugin() {
+  static const cuda::Plugin& plugin = load_plugin();  // a failed load is tried again
+  return plugin;
+}
+
+std::string cuda_refusal(const cuda::DeviceInfo& info, int index) {
+  if (info.driver_version == 0) {
+    return "device 'cuda' needs an NVIDIA GPU and its driver, and no driver is installed; use "
+           "device 'cpu'";
+  }
+  if (info.driver_version / 1000 < info.runtime_version / 1000) {
+    return "the NVIDIA driver is too old: it supports CUDA " + version_text(info.driver_version) +
+           " and this backend needs " + version_text(info.runtime_version / 1000 * 1000) +
+           "; update the driver or use device 'cpu'";
+  }
+  if (info.count == 0) {
+    return "device 'cuda' needs an NVIDIA GPU, and the driver sees none; use device 'cpu'";
+  }
+  if (index >= info.count) {
+    return "there is no GPU " + std::to_string(index) + "; the driver sees " +
+           std::to_string(info.count) + ", counted from 0";
+  }
+  if (info.major < kOldestMajor) {
+    return "the GPU " + std::string(info.name) + " is too old: its compute capability is " +
+           std::to_string(info.major) + "." + std::to_string(info.minor) +
+           " and this backend needs 8.0 (Ampere) or later; use device 'cpu'";
+  }
+  return {};
+}
+
+cuda::DeviceInfo cuda_device(int index) {
+  const cuda::Plugin& plugin = cuda_plugin();
+  cuda::DeviceInfo info;
+  if (!plugin.probe(index, &info)) {
+    const cuda::Failure& failure = *plugin.failure();
+    throw CudaError(failure.problem, failure.code, failure.call, failure.source, failure.line);
+  }
+  const std::string refusal = cuda_refusal(info, index);
+  if (!refusal.empty()) throw CudaError(refusal);
+  return info;
+}
+
+}  // namespace dsfp4::ops

@@ -1,0 +1,21 @@
+// The one place that loads libdsfp4_cuda.so: the rest of the core asks here for its table.
+#pragma once
+
+#include <string>
+
+#include "ops/cuda/abi.h"
+
+namespace dsfp4::ops {
+
+/// The plugin's table, loaded at the first call and kept. Throws CudaError with one clear sentence
+/// if the library is not there, is of another version, or cannot be loaded.
+const cuda::Plugin& cuda_plugin();
+
+/// What device `index` is. Throws CudaError with one clear sentence if there is no driver, no GPU,
+/// no GPU of this index, one too old (compute capability under 8.0), or too old a driver.
+cuda::DeviceInfo cuda_device(int index);
+
+/// The sentence why `info` cannot be used; empty if it can. For cuda_device() and its tests.
+std::string cuda_refusal(const cuda::DeviceInfo& info, int index);
+
+}  // namespace dsfp4::ops

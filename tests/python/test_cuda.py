@@ -1,0 +1,155 @@
+"""Device "cuda": what it says where there is no GPU, and the golden vectors where there is one."""
+
+import os
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dsfp4
+from dsfp4 import _core
+from dsfp4.errors import CudaError, MemoryLimitError, ParameterError
+from dsfp4.model import resolve_device
+from fixtures.cases import CASES
+from fixtures.golden_vectors import (
+    Golden,
+    GoldenText,
+    chosen_otherwise,
+    load_demo_golden,
+    load_golden,
+    relative_error,
+)
+
+PROBLEM = _core.cuda_problem()
+if PROBLEM and os.environ.get("DSFP4_REQUIRE_CUDA"):
+    raise RuntimeError(PROBLEM)
+with_gpu = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+without_gpu = pytest.mark.skipif(PROBLEM is None, reason="there is a GPU")
+
+CLOSE_CALL = 1e-2
+PHASES = pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+
+
+@without_gpu
+def test_without_a_gpu_one_clear_sentence() -> None:
+    with pytest.raises(CudaError) as caught:
+        dsfp4.Model("demo", device="cuda")
+    assert str(caught.value) == PROBLEM
+    assert caught.value.code == 0
+    assert "device 'cuda' needs" in PROBLEM
+    assert "device 'cpu'" in PROBLEM
+
+
+@without_gpu
+def test_without_a_gpu_auto_is_the_cpu() -> None:
+    assert resolve_device("auto") == "cpu"
+
+
+def test_a_missing_plugin_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if PROBLEM is None:
+        pytest.skip("the plugin is loaded already")
+    monkeypatch.setenv("DSFP4_CUDA_PLUGIN", str(tmp_path / "not-there.so"))
+    assert "not-there.so, which is not there" in (_core.cuda_problem() or "")
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setenv("DSFP4_CUDA_PLUGIN", str(broken))
+    assert "cannot be loaded" in (_core.cuda_problem() or "")
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), "1", True])
+def test_memory_limit_is_checked(limit: Any) -> None:
+    with pytest.raises(ParameterError, match="memory_limit"):
+        dsfp4.Model("demo", device="cuda", memory_limit=limit)
+
+
+def test_memory_limit_needs_a_gpu() -> None:
+    with pytest.raises(ParameterError, match="memory_limit"):
+        dsfp4.Model("demo", device="cpu", memory_limit=1)
+
+
+# --- with a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=CASES if PROBLEM is None else [])
+def golden(request: pytest.FixtureRequest, random_checkpoint: Callable[[str], Path]) -> Golden:
+    return load_golden(request.param, random_checkpoint(request.param))
+
+
+@pytest.fixture(scope="module")
+def cuda(golden: Golden, random_checkpoint: Callable[[str], Path]) -> Iterator[Any]:
+    yield dsfp4.Model(str(random_checkpoint(golden.name)), device="cuda", max_context=256)
+
+
+@with_gpu
+@PHASES
+def test_forced(cuda: Any, golden: Golden, decode: bool) -> None:
+    logits, experts = cuda.forward(
+        golden.ids, experts=golden.experts, return_experts=True, decode=decode
+    )
+    assert relative_error(logits, golden.logits) <= 2 * golden.bf16_error
+    assert not np.any(chosen_otherwise(experts, golden) & (golden.margin >= CLOSE_CALL))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[GoldenText]:
+    return load_demo_golden(Path(str(files("dsfp4"))) / "demo_model")
+
+
+@pytest.fixture(scope="module")
+def demo_on_gpu() -> Iterator[Any]:
+    yield dsfp4.Model("demo", device="cuda")
+
+
+@with_gpu
+@PHASES
+def test_demo_forced(demo_on_gpu: Any, texts: list[GoldenText], decode: bool) -> None:
+    for text in texts:
+        logits, experts = demo_on_gpu.forward(
+            text.ids, experts=text.experts, return_experts=True, decode=decode
+        )
+        error = relative_error(logits[text.positions], text.logits)
+        assert error <= 2 * text.bf16_error, text.name
+        assert not np.any(chosen_otherwise(experts, text) & (text.margin >= CLOSE_CALL)), text.name
+
+
+def _nats(logits: Any, ids: Any) -> Any:
+    rows = logits[:-1].astype(np.float64)
+    largest = rows.max(axis=1)
+    log_sum = np.log(np.exp(rows - largest[:, None]).sum(axis=1)) + largest
+    return log_sum - rows[np.arange(len(rows)), ids[1:]]
+
+
+@with_gpu
+@PHASES
+def test_demo_free(demo_on_gpu: Any, texts: list[GoldenText], decode: bool) -> None:
+    agree, nll, reference_nll = [], [], []
+    for text in texts:
+        logits = demo_on_gpu.forward(text.ids, decode=decode)
+        agree.append((logits.argmax(axis=1) == text.top)[text.gap > 0.1])
+        nll.append(_nats(logits, text.ids))
+        reference_nll.append(text.nll)
+    assert np.concatenate(agree).mean() >= 0.99
+    perplexity = np.exp(np.concatenate(nll).mean())
+    expected = np.exp(np.concatenate(reference_nll).astype(np.float64).mean())
+    assert abs(perplexity / expected - 1) <= 0.005
+
+
+@with_gpu
+def test_generates_the_same_text_each_time(demo_on_gpu: Any) -> None:
+    first = demo_on_gpu.generate([1, 2, 3], max_tokens=40, stop_ids=[]).tokens
+    assert len(first) == 40
+    assert demo_on_gpu.generate([1, 2, 3], max_tokens=40, stop_ids=[]).tokens == first
+    # What was generated, fed as a prompt, gives the same next token almost everywhere.
+    logits = demo_on_gpu.forward([1, 2, 3, *first[:-1]])
+    assert np.mean(logits[2:].argmax(axis=1) == np.array(first)) >= 0.9
+
+
+@with_gpu
+def test_memory_limit_is_refused_with_the_numbers() -> None:
+    with pytest.raises(MemoryLimitError) as caught:
+        dsfp4.Model("demo", device="cuda", memory_limit=0.3)
+    assert caught.value.needed > 0
+    assert "VRAM" in str(caught.value)
