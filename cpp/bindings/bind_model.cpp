@@ -15,6 +15,7 @@
 #include "bindings/bindings.h"
 #include "dsfp4/error.h"
 #include "dsfp4/model.h"
+#include "engine/bench_cuda.h"
 #include "ops/cuda_plugin.h"
 
 namespace dsfp4::bindings {
@@ -131,6 +132,25 @@ std::optional<std::string> cuda_problem() {
   return std::nullopt;
 }
 
+nb::list bench_cuda(const std::string& only) {
+  std::vector<engine::KernelTime> times;
+  {
+    const nb::gil_scoped_release released;
+    times = engine::bench_cuda(0, only);
+  }
+  nb::list rows;
+  for (const engine::KernelTime& time : times) {
+    nb::dict row;
+    row["name"] = time.name;
+    row["seconds"] = time.seconds;
+    row["bytes"] = time.bytes;
+    row["flops"] = time.flops;
+    row["floor"] = time.floor;
+    rows.append(row);
+  }
+  return rows;
+}
+
 const char* finish_reason(const GenerationResult& result) {
   switch (result.finish_reason) {
     case FinishReason::kStop:
@@ -148,6 +168,8 @@ const char* finish_reason(const GenerationResult& result) {
 void bind_model(nb::module_& m) {
   m.def("cuda_problem", &cuda_problem,
         "Why device 'cuda' cannot be used here, in one sentence; None if it can.");
+  m.def("bench_cuda", &bench_cuda, nb::arg("only") = "",
+        "Times the CUDA kernels: dicts of name, seconds, bytes, flops, floor.");
   nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
       .def_prop_ro("id", [](const TokenLogprobs& t) { return t.chosen.id; })
       .def_prop_ro("logprob", [](const TokenLogprobs& t) { return t.chosen.logprob; })

@@ -47,6 +47,7 @@ class CudaBackend final : public Backend {
   KvFormat default_kv_format() const override { return KvFormat::kBf16; }
   memory::Allocator& allocator() override { return *allocator_; }
   bool host_visible() const override { return false; }
+  cuda::Device* device() const noexcept { return device_; }
   void upload(const void* from, void* to, std::size_t bytes) override;
   void download(const void* from, void* to, std::size_t bytes) override;
 

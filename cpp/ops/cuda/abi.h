@@ -140,6 +140,14 @@ struct Plugin {
   bool (*end_capture)(Device*, void** graph);
   bool (*launch_graph)(Device*, void* graph);
   bool (*free_graph)(Device*, void* graph);
+
+  /// For floors: reads `bytes` bytes once; runs mma.sync alone, on registers, and says how many
+  /// operations that was. `sink` is 4 bytes that may be written.
+  bool (*read_all)(Device*, const std::byte* from, std::size_t bytes, std::byte* sink);
+  bool (*multiply_loop)(Device*, int rounds, std::byte* sink, double* flops);
+  /// Notes the time on the stream, in slot 0 or 1; and the time between two of them.
+  bool (*mark)(Device*, int slot);
+  bool (*elapsed)(Device*, int from, int to, float* milliseconds);
 };
 
 /// The plugin's one exported function: null if it does not speak `version`.

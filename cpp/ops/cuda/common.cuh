@@ -12,6 +12,8 @@
 
 namespace dsfp4::ops::cuda {
 
+constexpr int kMarks = 2;
+
 struct Device {
   int index = 0;
   int multiprocessors = 0;
@@ -19,6 +21,7 @@ struct Device {
   cudaStream_t stream = nullptr;
   std::byte* ring = nullptr;  // pinned: small uploads pass through it
   std::size_t ring_at = 0;
+  cudaEvent_t marks[kMarks] = {};
 };
 
 /// Notes a failure; always false.

@@ -43,17 +43,34 @@ __global__ void down_plain_kernel(const ExpertView* table, const std::int32_t* u
   if (threadIdx.x % 32 == 0) routed.data[pair * routed.stride + row] = sum;
 }
 
-}  // namespace
+// Up to here tokens seldom share an expert.
+constexpr std::int64_t kFew = 4;
 
-std::size_t experts_workspace(Device*, const ExpertView*, std::int64_t, std::int64_t,
-                              std::int64_t) {
-  return 0;
+bool is_large(const ExpertView& first, std::int64_t experts, std::int64_t tokens) {
+  return tokens > kFew && experts_large_fit(first, experts);
 }
 
-bool routed_experts(Device* device, const ExpertView* table, const ExpertView*, std::int64_t,
-                    DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-                    Matrix routed, Matrix y, std::byte*) {
+}  // namespace
+
+std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t experts,
+                              std::int64_t tokens, std::int64_t top_k) {
+  return is_large(*first, experts, tokens)
+             ? experts_large_workspace(*first, experts, tokens, top_k)
+             : 0;
+}
+
+bool routed_experts(Device* device, const ExpertView* table, const ExpertView* first,
+                    std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
+                    Matrix hidden, Matrix routed, Matrix y, std::byte* workspace) {
   if (x.rows == 0) return true;
+  if (is_large(*first, experts, x.rows)) {
+    return experts_large(device, table, *first, experts, routing, top_k, x, hidden, routed,
+                         workspace) &&
+           combine(device, routed, routing.weights, top_k, y);
+  }
+  if (experts_small_fit(device, *first, top_k)) {
+    return experts_small(device, table, *first, routing, top_k, x, hidden, y);
+  }
   const auto pairs = static_cast<unsigned>(x.rows * top_k);
   gate_up_plain_kernel<<<dim3(blocks_for(hidden.cols, kWarps), pairs), kWarps * 32, 0,
                          device->stream>>>(table, routing.used, top_k, x, hidden);

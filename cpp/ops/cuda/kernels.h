@@ -29,6 +29,28 @@ bool linear(Device*, const format::WeightView* weight, ConstMatrix x, Matrix y, 
 bool linear_plain(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y,
                   Inputs inputs);
 
+// linear_small.cu: rows in words of 16 bytes; best up to 8 tokens.
+bool linear_small(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y);
+
+// linear_large.cu: rows of whole chunks (32 BF16, 64 FP8, 128 FP4 columns); for many tokens.
+bool linear_large_fit(const format::WeightView& weight);
+std::size_t linear_large_workspace(const format::WeightView& weight, std::int64_t tokens);
+bool linear_large(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y,
+                  std::byte* workspace);
+bool experts_large_fit(const ExpertView& expert, std::int64_t experts);
+std::size_t experts_large_workspace(const ExpertView& expert, std::int64_t experts,
+                                    std::int64_t tokens, std::int64_t top_k);
+/// Fills `routed`; the weighted sum is combine()'s.
+bool experts_large(Device*, const ExpertView* table, const ExpertView& first, std::int64_t experts,
+                   DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
+                   Matrix routed, std::byte* workspace);
+
+// experts_small.cu: a few tokens; `fit` says whether these experts can be read that way.
+bool experts_small_fit(Device*, const ExpertView& expert, std::int64_t top_k);
+bool experts_small(Device*, const ExpertView* table, const ExpertView& first,
+                   DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
+                   Matrix y);
+
 // attention_plain.cu: any head size.
 std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length);
 bool prefill_plain(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
@@ -58,5 +80,11 @@ std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t exp
 bool routed_experts(Device*, const ExpertView* table, const ExpertView* first,
                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
                     Matrix hidden, Matrix routed, Matrix y, std::byte* workspace);
+
+// measure.cu
+bool read_all(Device*, const std::byte* from, std::size_t bytes, std::byte* sink);
+bool multiply_loop(Device*, int rounds, std::byte* sink, double* flops);
+bool mark(Device*, int slot);
+bool elapsed(Device*, int from, int to, float* milliseconds);
 
 }  // namespace dsfp4::ops::cuda

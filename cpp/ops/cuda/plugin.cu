@@ -91,6 +91,9 @@ bool open(int index, Device** device) {
 
 void close(Device* device) {
   cudaSetDevice(device->index);
+  for (cudaEvent_t event : device->marks) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
   cudaFreeHost(device->ring);
   cudaStreamDestroy(device->stream);
   delete device;
@@ -249,6 +252,10 @@ constexpr Plugin kPlugin{
     .end_capture = end_capture,
     .launch_graph = launch_graph,
     .free_graph = free_graph,
+    .read_all = read_all,
+    .multiply_loop = multiply_loop,
+    .mark = mark,
+    .elapsed = elapsed,
 };
 
 }  // namespace

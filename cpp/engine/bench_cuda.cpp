@@ -1,0 +1,336 @@
+#include "engine/bench_cuda.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <random>
+
+#include "engine/kv_cache.h"
+#include "memory/arena.h"
+#include "model/decoder.h"
+#include "ops/cuda_backend.h"
+#include "ops/cuda_plugin.h"
+#include "ops/scratch.h"
+#include "residency/resident_experts.h"
+
+namespace dsfp4::engine {
+namespace {
+
+using format::WeightFormat;
+using format::WeightView;
+using ops::Matrix;
+
+constexpr std::size_t kPool = std::size_t{1600} << 20;
+constexpr std::int64_t kHidden = 7168;
+constexpr std::int64_t kExpert = 2048;
+constexpr std::int64_t kTopK = 8;
+const ops::MlaShape kMla{128, 512, 128, 64, 128, 0.1352f};
+
+class Bench {
+ public:
+  Bench(int index, std::string only)
+      : only_(std::move(only)),
+        plugin_(ops::cuda_plugin()),
+        backend_(index, 0),
+        pool_(kPool, "the benchmark's weights", backend_.allocator()),
+        scales_(3 * kScaleBytes, "the benchmark's scales", backend_.allocator()),
+        arena_(std::size_t{2000} << 20, "the benchmark's activations", backend_.allocator()) {
+    fill();
+    read_rate_ = measure_reads();
+    flop_rate_ = measure_products();
+  }
+
+  void linear(WeightFormat format, std::int64_t rows, std::int64_t cols, std::int64_t tokens) {
+    const std::string name = "linear " + std::string(format::weight_format_name(format)) + " " +
+                             std::to_string(rows) + "x" + std::to_string(cols) + ", " +
+                             std::to_string(tokens) + " tokens";
+    const ops::ScratchScope scope(arena_);
+    const Matrix x = random(tokens, cols);
+    const Matrix y = ops::scratch_matrix(arena_, tokens, rows);
+    const auto bytes = static_cast<double>(format::data_bytes(format, rows, cols) +
+                                           format::scale_bytes(format, rows, cols));
+    const int rotate = rotations(bytes);
+    std::vector<WeightView> weights;
+    for (int i = 0; i < rotate; ++i) weights.push_back(weight(format, rows, cols));
+    time(name, rotate, bytes + 4.0 * static_cast<double>(tokens * (rows + cols)),
+         2.0 * static_cast<double>(rows * cols * tokens),
+         [&](int i) { backend_.linear(weights[static_cast<std::size_t>(i)], x, y, ops::Inputs::kBf16); });
+  }
+
+  void moe(WeightFormat format, std::int64_t tokens, std::int64_t experts) {
+    const std::string name = "experts " + std::string(format::weight_format_name(format)) + ", " +
+                             std::to_string(experts) + " experts, " + std::to_string(tokens) +
+                             " tokens";
+    const ops::ScratchScope scope(arena_);
+    const auto views = make_experts(format, experts);
+    const std::int64_t pairs = tokens * kTopK;
+    const auto count = static_cast<std::size_t>(pairs);
+    const Matrix x = random(tokens, kHidden);
+    const Matrix y = random(tokens, kHidden);
+    const Matrix hidden = ops::scratch_matrix(arena_, pairs, kExpert);
+    const Matrix routed = ops::scratch_matrix(arena_, pairs, kHidden);
+    auto* weights = arena_.take_array<float>(count);
+    const std::vector<float> even(count, 0.125f);
+    backend_.upload(even.data(), weights, count * sizeof(float));
+    std::vector<ops::Routing> routings;
+    const int rotate = tokens * kTopK < experts ? static_cast<int>(experts / pairs) : 1;
+    std::vector<bool> chosen(static_cast<std::size_t>(experts));
+    for (int i = 0; i < rotate; ++i) {
+      auto* used = arena_.take_array<std::int32_t>(count);
+      std::vector<std::int32_t> choice(count);
+      for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
+        std::vector<std::int32_t> order(static_cast<std::size_t>(experts));
+        for (std::size_t e = 0; e < order.size(); ++e) order[e] = static_cast<std::int32_t>(e);
+        if (rotate == 1) {
+          std::shuffle(order.begin(), order.end(), random_);
+        } else {
+          std::rotate(order.begin(), order.begin() + i * static_cast<std::ptrdiff_t>(pairs),
+                      order.end());
+        }
+        for (std::size_t k = 0; k < static_cast<std::size_t>(kTopK); ++k) {
+          choice[t * kTopK + k] = order[k];
+          if (i == 0) chosen[static_cast<std::size_t>(order[k])] = true;
+        }
+      }
+      backend_.upload(choice.data(), used, count * sizeof(std::int32_t));
+      routings.push_back({{used, count}, {used, count}, {weights, count}});
+    }
+    const auto active = static_cast<double>(std::count(chosen.begin(), chosen.end(), true));
+    const double bytes =
+        active * 3.0 *
+        static_cast<double>(format::data_bytes(format, kExpert, kHidden) +
+                            format::scale_bytes(format, kExpert, kHidden));
+    time(name, rotate, bytes, 6.0 * static_cast<double>(pairs * kHidden * kExpert), [&](int i) {
+      backend_.routed_experts(views, routings[static_cast<std::size_t>(i)], kTopK, x, hidden,
+                              routed, y);
+    });
+  }
+
+  void attention(ops::KvFormat format, std::int64_t context, std::int64_t sequences, bool decode) {
+    const std::string name = std::string(decode ? "MLA decode " : "MLA prefill ") +
+                             (format == ops::KvFormat::kFp8 ? "fp8 " : "bf16 ") +
+                             std::to_string(context) + " x " + std::to_string(sequences);
+    if (!wanted(name)) return;
+    const ops::ScratchScope scope(arena_);
+    const std::int64_t rows = decode ? sequences : context;
+    const std::size_t layer = static_cast<std::size_t>(ops::kKvBlockTokens * kMla.cache_width()) *
+                              ops::kv_value_bytes(format);
+    // Several layers, so that a small context is read from memory and not from the cache.
+    const double bytes = static_cast<double>(context * sequences) *
+                         static_cast<double>(kMla.cache_width()) *
+                         static_cast<double>(ops::kv_value_bytes(format));
+    const int layers = decode ? std::min(rotations(bytes), 40) : 1;
+    KvCache cache(context * sequences, layers, layer, format, backend_.allocator());
+    std::deque<Sequence> made;
+    std::vector<ops::SequenceRows> batch;
+    for (std::int64_t s = 0; s < sequences; ++s) {
+      made.emplace_back(cache);
+      const ops::SequenceRows all = made.back().next_rows(0, context);
+      fill_cache(all, layers, layer);
+      batch.push_back(all);
+      if (decode) {
+        batch.back().first_row = s;
+        batch.back().rows = 1;
+        batch.back().position = context - 1;
+      }
+    }
+    const Matrix q = random(rows, kMla.heads * kMla.qk_head_dim());
+    if (decode) {
+      const Matrix q_abs = random(rows, kMla.heads * kMla.kv_lora_rank);
+      const Matrix out = ops::scratch_matrix(arena_, rows, kMla.heads * kMla.kv_lora_rank);
+      time(name, layers, bytes, 278528.0 * static_cast<double>(context * sequences), [&](int i) {
+        for (ops::SequenceRows& s : batch) s.kv.layer_offset = static_cast<std::size_t>(i) * layer;
+        backend_.latent_attention(kMla, batch, q_abs, q, out);
+      });
+      return;
+    }
+    const WeightView kv_b = weight(WeightFormat::kBF16, kMla.heads * 256, kMla.kv_lora_rank);
+    const Matrix out = ops::scratch_matrix(arena_, rows, kMla.heads * kMla.v_head_dim);
+    const auto square = static_cast<double>(context * context);
+    time(name, 1, bytes, static_cast<double>(kMla.heads) * square * (192 + 128),
+         [&](int) { backend_.prefill_attention(kMla, kv_b, batch, q, out); });
+  }
+
+  std::vector<KernelTime> results;
+
+ private:
+  static constexpr std::size_t kScaleBytes = std::size_t{64} << 20;
+
+  bool wanted(const std::string& name) const { return name.find(only_) != std::string::npos; }
+
+  int rotations(double bytes) const {
+    return static_cast<int>(std::clamp(static_cast<double>(kPool) * 0.5 / bytes, 1.0, 64.0));
+  }
+
+  void fill() {
+    constexpr std::size_t kPiece = std::size_t{32} << 20;
+    std::vector<std::uint32_t> words(kPiece / 4);
+    for (auto& word : words) word = random_() & 0xbfffbfffu;  // finite as BF16, too
+    std::byte* pool = pool_.take(kPool);
+    for (std::size_t at = 0; at < kPool; at += kPiece) {
+      backend_.upload(words.data(), pool + at, std::min(kPiece, kPool - at));
+    }
+    pool_base_ = pool;
+    scale_base_ = scales_.take(3 * kScaleBytes);
+    std::vector<std::uint8_t> codes(kScaleBytes);
+    for (auto& code : codes) code = static_cast<std::uint8_t>(0x28 + random_() % 16);  // E4M3
+    backend_.upload(codes.data(), scale_base_, kScaleBytes);
+    for (auto& code : codes) code = static_cast<std::uint8_t>(118 + random_() % 4);  // E8M0
+    backend_.upload(codes.data(), scale_base_ + kScaleBytes, kScaleBytes);
+    std::vector<float> floats(kScaleBytes / 4);
+    for (auto& v : floats) v = 1e-3f * static_cast<float>(1 + random_() % 8);
+    backend_.upload(floats.data(), scale_base_ + 2 * kScaleBytes, kScaleBytes);
+  }
+
+  // The next matrix of the pool; it begins again where the pool ends.
+  WeightView weight(WeightFormat format, std::int64_t rows, std::int64_t cols) {
+    const std::size_t data = memory::Arena::padded(format::data_bytes(format, rows, cols));
+    const std::size_t scale = memory::Arena::padded(format::scale_bytes(format, rows, cols));
+    if (pool_at_ + data > kPool) pool_at_ = 0;
+    if (scale_at_ + scale > kScaleBytes) scale_at_ = 0;
+    const std::size_t kind = format == WeightFormat::kNvfp4   ? 0
+                             : format == WeightFormat::kMxfp4 ? 1
+                                                              : 2;
+    const WeightView view{format, rows, cols, pool_base_ + pool_at_,
+                          scale_base_ + kind * kScaleBytes + scale_at_, 1e-2f};
+    pool_at_ += data;
+    scale_at_ += scale;
+    return view;
+  }
+
+  std::vector<ops::ExpertView> make_experts(WeightFormat format, std::int64_t experts) {
+    std::vector<ops::ExpertView> views;
+    for (std::int64_t e = 0; e < experts; ++e) {
+      views.push_back({weight(format, kExpert, kHidden), weight(format, kExpert, kHidden),
+                       weight(format, kHidden, kExpert)});
+    }
+    return views;
+  }
+
+  Matrix random(std::int64_t rows, std::int64_t cols) {
+    const Matrix matrix = ops::scratch_matrix(arena_, rows, cols);
+    std::vector<float> values(static_cast<std::size_t>(rows * cols));
+    for (float& v : values) v = static_cast<float>(static_cast<std::int32_t>(random_())) * 0x1p-31f;
+    backend_.upload(values.data(), matrix.data, values.size() * sizeof(float));
+    return matrix;
+  }
+
+  void fill_cache(ops::SequenceRows all, int layers, std::size_t layer) {
+    const ops::ScratchScope scope(arena_);
+    const std::int64_t piece = std::min<std::int64_t>(all.rows, 8192);
+    const Matrix latents = random(piece, kMla.cache_width());
+    for (int i = 0; i < layers; ++i) {
+      for (std::int64_t at = 0; at < all.rows; at += piece) {
+        ops::SequenceRows part = all;
+        part.position = at;
+        part.rows = std::min(piece, all.rows - at);
+        part.kv.layer_offset = static_cast<std::size_t>(i) * layer;
+        part.kv.scale = 0.01f;
+        backend_.kv_append({&part, 1}, latents.slice(0, part.rows));
+      }
+    }
+  }
+
+  // Seconds of one call: the median over several runs of a graph of `rotate` calls.
+  double seconds_of(int rotate, const std::function<void(int)>& call) {
+    const auto check = [&](bool ok) { ops::cuda_check(plugin_, ok); };
+    ops::cuda::Device* device = backend_.device();
+    float milliseconds = 0.0f;
+    check(plugin_.synchronize(device));
+    for (int i = 0; i < rotate; ++i) call(i);
+    check(plugin_.mark(device, 0));
+    call(0);
+    check(plugin_.mark(device, 1));
+    check(plugin_.elapsed(device, 0, 1, &milliseconds));
+    if (milliseconds > 200.0f) return milliseconds * 1e-3;  // too slow to be worth repeating
+    const int repeat =
+        std::clamp(static_cast<int>(4.0f / (milliseconds * static_cast<float>(rotate))), 1, 8);
+    check(plugin_.begin_capture(device));
+    for (int r = 0; r < repeat; ++r) {
+      for (int i = 0; i < rotate; ++i) call(i);
+    }
+    void* graph = nullptr;
+    check(plugin_.end_capture(device, &graph));
+    std::vector<float> times;
+    for (int run = 0; run < 9; ++run) {
+      check(plugin_.mark(device, 0));
+      check(plugin_.launch_graph(device, graph));
+      check(plugin_.mark(device, 1));
+      check(plugin_.elapsed(device, 0, 1, &milliseconds));
+      times.push_back(milliseconds);
+    }
+    check(plugin_.free_graph(device, graph));
+    std::nth_element(times.begin(), times.begin() + 4, times.end());
+    return times[4] * 1e-3 / (rotate * repeat);
+  }
+
+  void time(const std::string& name, int rotate, double bytes, double flops,
+            const std::function<void(int)>& call) {
+    if (!wanted(name)) return;
+    const double seconds = seconds_of(rotate, call);
+    results.push_back(
+        {name, seconds, bytes, flops, std::max(bytes / read_rate_, flops / flop_rate_)});
+  }
+
+  double measure_reads() {
+    std::byte* sink = arena_.take(256);
+    const double seconds = seconds_of(1, [&](int) {
+      ops::cuda_check(plugin_, plugin_.read_all(backend_.device(), pool_base_, kPool, sink));
+    });
+    results.push_back({"read rate", seconds, static_cast<double>(kPool), 0.0, seconds});
+    return static_cast<double>(kPool) / seconds;
+  }
+
+  double measure_products() {
+    std::byte* sink = arena_.take(256);
+    double flops = 0.0;
+    const double seconds = seconds_of(1, [&](int) {
+      ops::cuda_check(plugin_, plugin_.multiply_loop(backend_.device(), 2000, sink, &flops));
+    });
+    results.push_back({"mma.sync rate", seconds, 0.0, flops, seconds});
+    return flops / seconds;
+  }
+
+  std::string only_;
+  std::mt19937 random_{1};
+  const ops::cuda::Plugin& plugin_;
+  ops::CudaBackend backend_;
+  memory::Arena pool_;
+  memory::Arena scales_;
+  memory::Arena arena_;
+  std::byte* pool_base_ = nullptr;
+  std::byte* scale_base_ = nullptr;
+  std::size_t pool_at_ = 0;
+  std::size_t scale_at_ = 0;
+  double read_rate_ = 1.0;
+  double flop_rate_ = 1.0;
+};
+
+constexpr WeightFormat kFormats[] = {WeightFormat::kNvfp4, WeightFormat::kMxfp4,
+                                     WeightFormat::kFp8Block, WeightFormat::kBF16};
+
+}  // namespace
+
+std::vector<KernelTime> bench_cuda(int index, const std::string& only) {
+  Bench bench(index, only);
+  for (const WeightFormat format : kFormats) bench.linear(format, 18432, kHidden, 1);
+  for (const WeightFormat format : kFormats) bench.linear(format, kHidden, 16384, 1);
+  for (const std::int64_t tokens : {2, 4, 8, 16, 32, 64, 512, 4096}) {
+    bench.linear(WeightFormat::kNvfp4, 18432, kHidden, tokens);
+  }
+  for (const WeightFormat format : kFormats) bench.linear(format, kHidden, kHidden, 4096);
+  for (const WeightFormat format : {WeightFormat::kNvfp4, WeightFormat::kMxfp4}) {
+    bench.moe(format, 1, 64);
+    for (const std::int64_t tokens : {4, 32, 512, 4096}) bench.moe(format, tokens, 256);
+  }
+  for (const ops::KvFormat format : {ops::KvFormat::kBf16, ops::KvFormat::kFp8}) {
+    bench.attention(format, 4096, 1, true);
+    bench.attention(format, 32768, 8, true);
+    bench.attention(format, 131072, 1, true);
+  }
+  bench.attention(ops::KvFormat::kBf16, 4096, 1, false);
+  return std::move(bench.results);
+}
+
+}  // namespace dsfp4::engine

@@ -1,0 +1,228 @@
+// Dense and grouped products of many tokens: launches of the kernel in large.cuh, the preparation
+// of its activations, and the grouping of (token, slot) pairs by expert.
+#include "ops/cuda/kernels.h"
+#include "ops/cuda/large.cuh"
+
+namespace dsfp4::ops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <WeightFormat kFormat>
+__global__ void prepare_kernel(ConstMatrix x, __nv_bfloat16* out) {
+  const float* from = x.data + blockIdx.y * x.stride;
+  __nv_bfloat16* to = out + blockIdx.y * x.cols;
+  const std::int64_t k = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  if (k < x.cols) to[activation_place<kFormat>(k)] = __float2bfloat16_rn(from[k]);
+}
+
+// One block. Counts the pairs of each expert, gives each expert a run of `sorted`, and cuts the
+// runs into tasks. The order within a run is of no consequence: a pair's sums do not depend on it.
+__global__ void __launch_bounds__(1024)
+    group_kernel(const std::int32_t* used, int pairs, int experts, std::int32_t* sorted,
+                 LargeTask* tasks, std::int32_t* task_count) {
+  extern __shared__ std::int32_t counts[];  // [experts], then where each run begins
+  std::int32_t* cursor = counts + experts;
+  for (int e = static_cast<int>(threadIdx.x); e < experts; e += 1024) counts[e] = 0;
+  __syncthreads();
+  for (int p = static_cast<int>(threadIdx.x); p < pairs; p += 1024) atomicAdd(&counts[used[p]], 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int at = 0;
+    int made = 0;
+    for (int e = 0; e < experts; ++e) {
+      cursor[e] = at;
+      for (int first = 0; first < counts[e]; first += kLargeTokens) {
+        tasks[made++] = {e, at + first, min(counts[e] - first, kLargeTokens)};
+      }
+      at += counts[e];
+    }
+    *task_count = made;
+  }
+  __syncthreads();
+  for (int p = static_cast<int>(threadIdx.x); p < pairs; p += 1024) {
+    sorted[atomicAdd(&cursor[used[p]], 1)] = p;
+  }
+}
+
+template <WeightFormat kFormat, int kTilesM, Large kWhat>
+bool launch(Device* device, const LargeArguments& arguments, std::int64_t row_blocks,
+            std::int64_t token_blocks) {
+  using Shape = LargeShape<kFormat, kTilesM>;
+  const auto kernel = large_kernel<kFormat, kTilesM, kWhat>;
+  DSFP4_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes));
+  kernel<<<dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks)),
+           kLargeWarps * 32, Shape::kBytes, device->stream>>>(arguments);
+  DSFP4_LAUNCHED("large_kernel");
+  return true;
+}
+
+template <WeightFormat kFormat>
+bool prepare(Device* device, ConstMatrix x, __nv_bfloat16* out) {
+  prepare_kernel<kFormat><<<dim3(blocks_for(x.cols, kThreads), static_cast<unsigned>(x.rows)),
+                            kThreads, 0, device->stream>>>(x, out);
+  DSFP4_LAUNCHED("prepare_kernel");
+  return true;
+}
+
+template <WeightFormat kFormat>
+bool dense(Device* device, const WeightView& weight, ConstMatrix x, Matrix y,
+           std::byte* workspace) {
+  auto* prepared = reinterpret_cast<__nv_bfloat16*>(workspace);
+  if (!prepare<kFormat>(device, x, prepared)) return false;
+  LargeArguments arguments{};
+  arguments.weight = weight;
+  arguments.x = prepared;
+  arguments.x_stride = x.cols;
+  arguments.tokens = x.rows;
+  arguments.rows = weight.rows;
+  arguments.cols = weight.cols;
+  arguments.y = y;
+  const std::int64_t token_blocks = (x.rows + kLargeTokens - 1) / kLargeTokens;
+  const std::int64_t tall = (weight.rows + LargeShape<kFormat, 4>::kRows - 1) /
+                            LargeShape<kFormat, 4>::kRows;
+  if (tall * token_blocks >= 2 * device->multiprocessors) {
+    return launch<kFormat, 4, Large::kDense>(device, arguments, tall, token_blocks);
+  }
+  return launch<kFormat, 1, Large::kDense>(
+      device, arguments,
+      (weight.rows + LargeShape<kFormat, 1>::kRows - 1) / LargeShape<kFormat, 1>::kRows,
+      token_blocks);
+}
+
+struct Grouped {
+  __nv_bfloat16* x;
+  __nv_bfloat16* hidden;
+  std::int32_t* sorted;
+  LargeTask* tasks;
+  std::int32_t* task_count;
+};
+
+std::int64_t most_tasks(std::int64_t experts, std::int64_t pairs) {
+  return std::min(experts, pairs) + pairs / kLargeTokens;
+}
+
+Grouped carve(Carver& carver, const ExpertView& expert, std::int64_t experts, std::int64_t tokens,
+              std::int64_t top_k) {
+  const std::int64_t pairs = tokens * top_k;
+  Grouped grouped{};
+  grouped.x = carver.take<__nv_bfloat16>(tokens * expert.gate_proj.cols);
+  grouped.hidden = carver.take<__nv_bfloat16>(pairs * expert.down_proj.cols);
+  grouped.sorted = carver.take<std::int32_t>(pairs);
+  grouped.tasks = carver.take<LargeTask>(most_tasks(experts, pairs));
+  grouped.task_count = carver.take<std::int32_t>(1);
+  return grouped;
+}
+
+template <WeightFormat kFormat>
+bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& first,
+                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k,
+                     ConstMatrix x, Matrix hidden, Matrix routed, const Grouped& grouped) {
+  const std::int64_t pairs = x.rows * top_k;
+  const std::int64_t tasks = most_tasks(experts, pairs);
+  group_kernel<<<1, 1024, static_cast<std::size_t>(2 * experts) * sizeof(std::int32_t),
+                 device->stream>>>(routing.used, static_cast<int>(pairs),
+                                   static_cast<int>(experts), grouped.sorted, grouped.tasks,
+                                   grouped.task_count);
+  DSFP4_LAUNCHED("group_kernel");
+  if (!prepare<kFormat>(device, x, grouped.x)) return false;
+  LargeArguments arguments{};
+  arguments.table = table;
+  arguments.tasks = grouped.tasks;
+  arguments.task_count = grouped.task_count;
+  arguments.sorted = grouped.sorted;
+  arguments.top_k = static_cast<int>(top_k);
+  arguments.x = grouped.x;
+  arguments.x_stride = x.cols;
+  arguments.rows = first.gate_proj.rows;
+  arguments.cols = x.cols;
+  arguments.y = hidden;
+  constexpr int kHiddenRows = LargeShape<kFormat, 4>::kRows / 2;
+  if (!launch<kFormat, 4, Large::kGateUp>(device, arguments,
+                                          (hidden.cols + kHiddenRows - 1) / kHiddenRows, tasks)) {
+    return false;
+  }
+  if (!prepare<kFormat>(device, hidden, grouped.hidden)) return false;
+  arguments.x = grouped.hidden;
+  arguments.x_stride = hidden.cols;
+  arguments.rows = first.down_proj.rows;
+  arguments.cols = hidden.cols;
+  arguments.y = routed;
+  return launch<kFormat, 4, Large::kDown>(
+      device, arguments,
+      (routed.cols + LargeShape<kFormat, 4>::kRows - 1) / LargeShape<kFormat, 4>::kRows, tasks);
+}
+
+bool whole_chunks(const WeightView& weight) {
+  const std::int64_t chunk = weight.format == WeightFormat::kBF16        ? 32
+                             : weight.format == WeightFormat::kFp8Block ? 64
+                                                                        : 128;
+  return has_words(weight) && weight.cols % chunk == 0 &&
+         reinterpret_cast<std::uintptr_t>(weight.scales) % 8 == 0;
+}
+
+}  // namespace
+
+bool linear_large_fit(const WeightView& weight) { return whole_chunks(weight); }
+
+std::size_t linear_large_workspace(const WeightView& weight, std::int64_t tokens) {
+  return static_cast<std::size_t>(tokens * weight.cols) * sizeof(__nv_bfloat16);
+}
+
+bool linear_large(Device* device, const WeightView& weight, ConstMatrix x, Matrix y,
+                  std::byte* workspace) {
+  switch (weight.format) {
+    case WeightFormat::kBF16:
+      return dense<WeightFormat::kBF16>(device, weight, x, y, workspace);
+    case WeightFormat::kFp8Block:
+      return dense<WeightFormat::kFp8Block>(device, weight, x, y, workspace);
+    case WeightFormat::kNvfp4:
+      return dense<WeightFormat::kNvfp4>(device, weight, x, y, workspace);
+    case WeightFormat::kMxfp4:
+      return dense<WeightFormat::kMxfp4>(device, weight, x, y, workspace);
+    case WeightFormat::kF32:
+      break;
+  }
+  return fail(cudaErrorInvalidValue, "linear_large of FP32 weights", __FILE__, __LINE__);
+}
+
+bool experts_large_fit(const ExpertView& expert, std::int64_t experts) {
+  const WeightFormat format = expert.gate_proj.format;
+  return expert.up_proj.format == format && expert.down_proj.format == format &&
+         experts <= 4096 && whole_chunks(expert.gate_proj) && whole_chunks(expert.up_proj) &&
+         whole_chunks(expert.down_proj);
+}
+
+std::size_t experts_large_workspace(const ExpertView& expert, std::int64_t experts,
+                                    std::int64_t tokens, std::int64_t top_k) {
+  Carver carver(nullptr);
+  carve(carver, expert, experts, tokens, top_k);
+  return carver.used();
+}
+
+bool experts_large(Device* device, const ExpertView* table, const ExpertView& first,
+                   std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
+                   Matrix hidden, Matrix routed, std::byte* workspace) {
+  Carver carver(workspace);
+  const Grouped grouped = carve(carver, first, experts, x.rows, top_k);
+  switch (first.gate_proj.format) {
+    case WeightFormat::kBF16:
+      return grouped_experts<WeightFormat::kBF16>(device, table, first, experts, routing, top_k, x,
+                                                  hidden, routed, grouped);
+    case WeightFormat::kFp8Block:
+      return grouped_experts<WeightFormat::kFp8Block>(device, table, first, experts, routing,
+                                                      top_k, x, hidden, routed, grouped);
+    case WeightFormat::kNvfp4:
+      return grouped_experts<WeightFormat::kNvfp4>(device, table, first, experts, routing, top_k,
+                                                   x, hidden, routed, grouped);
+    case WeightFormat::kMxfp4:
+      return grouped_experts<WeightFormat::kMxfp4>(device, table, first, experts, routing, top_k,
+                                                   x, hidden, routed, grouped);
+    case WeightFormat::kF32:
+      break;
+  }
+  return fail(cudaErrorInvalidValue, "experts_large of FP32 experts", __FILE__, __LINE__);
+}
+
+}  // namespace dsfp4::ops::cuda

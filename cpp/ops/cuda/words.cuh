@@ -1,0 +1,115 @@
+// Stored words to pairs of BF16, as the A operand of mma.sync.m16n8k16 wants them.
+//
+// A lane reads 16 bytes of a row; the four lanes of a quad read 64, a chunk. The order of the
+// columns within a product is free as long as both operands agree, so it is the one in which a word
+// decodes cheapest; column_place() puts activations in it. Values are decoded exactly: E2M1 and
+// E4M3 become subnormal BF16 numbers by moving their bits, and one multiplication by the block's
+// scale (times a power of two) makes them normal. What is left of the powers of two and NVFP4's
+// global scale is word_epilogue().
+//   NVFP4:  2^-126 w * 2^119 s           -> 2^7
+//   MXFP4:  2^-126 w * 2^100 s           -> 2^26   (s from 2^-99 to 2^27; beyond, it is clamped)
+//   FP8:    2^-120 w * 2^120             -> 1; the tile's FP32 scale goes to the sums
+#pragma once
+
+#include "ops/cuda/common.cuh"
+
+namespace dsfp4::ops::cuda {
+
+using format::WeightFormat;
+using format::WeightView;
+
+/// Values in a lane's 16 bytes, in a quad's chunk, and products of 16 columns in a chunk.
+template <WeightFormat kFormat>
+struct Words {
+  static constexpr int kLane = kFormat == WeightFormat::kBF16        ? 8
+                               : kFormat == WeightFormat::kFp8Block ? 16
+                                                                    : 32;
+  static constexpr int kChunk = 4 * kLane;
+  static constexpr int kSteps = kChunk / 16;
+  /// Bytes of block scales of a row in a chunk; 0: none here.
+  static constexpr int kScales = kFormat == WeightFormat::kNvfp4   ? 8
+                                 : kFormat == WeightFormat::kMxfp4 ? 4
+                                                                   : 0;
+};
+
+/// Where value `v` of a lane's 16 bytes comes in the order of decoding.
+template <WeightFormat kFormat>
+__host__ __device__ constexpr int decoded_place(int v) {
+  if constexpr (kFormat == WeightFormat::kBF16) {
+    return v;
+  } else if constexpr (kFormat == WeightFormat::kFp8Block) {  // pairs (0, 2), (1, 3) of four
+    const int in = v % 4;
+    return v - in + (in == 1 ? 2 : in == 2 ? 1 : in);
+  } else {  // pairs (0, 4), (1, 5), (2, 6), (3, 7) of eight
+    const int in = v % 8;
+    return v - in + (in < 4 ? 2 * in : 2 * (in - 4) + 1);
+  }
+}
+
+__device__ __forceinline__ unsigned times_bf16x2(unsigned a, unsigned b) {
+  unsigned product;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+}
+
+constexpr unsigned bf16_twice(unsigned bits) { return bits | (bits << 16); }
+constexpr unsigned kTwo120 = bf16_twice((127u + 120u) << 7);
+constexpr unsigned kTwo119 = bf16_twice((127u + 119u) << 7);
+
+/// Eight E2M1 codes: four pairs of 2^-126 w.
+__device__ __forceinline__ void decode_fp4(unsigned word, unsigned out[4]) {
+  constexpr unsigned kSign = 0x80008000u;
+  constexpr unsigned kRest = 0x01c001c0u;
+  out[0] = ((word << 12) & kSign) | ((word << 6) & kRest);
+  out[1] = ((word << 8) & kSign) | ((word << 2) & kRest);
+  out[2] = ((word << 4) & kSign) | ((word >> 2) & kRest);
+  out[3] = (word & kSign) | ((word >> 6) & kRest);
+}
+
+/// Four E4M3 codes: two pairs of w.
+__device__ __forceinline__ void decode_fp8(unsigned word, unsigned out[2]) {
+  constexpr unsigned kSign = 0x80008000u;
+  constexpr unsigned kRest = 0x07f007f0u;
+  out[0] = times_bf16x2(((word << 8) & kSign) | ((word << 4) & kRest), kTwo120);
+  out[1] = times_bf16x2((word & kSign) | ((word >> 4) & kRest), kTwo120);
+}
+
+/// An E4M3 block scale, times 2^119, twice.
+__device__ __forceinline__ unsigned nvfp4_scale(unsigned code) {
+  const unsigned bits = ((code & 0x80u) << 8) | ((code & 0x7fu) << 4);  // 2^-120 s
+  return times_bf16x2(times_bf16x2(bits | (bits << 16), kTwo120), kTwo119);
+}
+
+/// An E8M0 block scale, times 2^100, twice.
+__device__ __forceinline__ unsigned mxfp4_scale(unsigned code) {
+  const unsigned exponent = min(max(code + 100u, 1u), 254u);
+  return bf16_twice(exponent << 7);
+}
+
+/// What the sums are multiplied with in the end.
+__host__ __device__ inline float word_epilogue(const WeightView& weight) {
+  if (weight.format == WeightFormat::kNvfp4) return 128.0f * weight.global_scale;
+  return weight.format == WeightFormat::kMxfp4 ? 0x1p26f : 1.0f;
+}
+
+/// c += a b on 16 rows of the weight and 8 tokens.
+__device__ __forceinline__ void multiply(float c[4], const unsigned a[4], unsigned b0,
+                                         unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// Whether the rows of `weight` can be read in words of 16 bytes.
+inline bool has_words(const WeightView& weight) {
+  const auto address = reinterpret_cast<std::uintptr_t>(weight.data);
+  const std::int64_t lane = weight.format == WeightFormat::kBF16        ? 8
+                            : weight.format == WeightFormat::kFp8Block ? 16
+                                                                       : 32;
+  return weight.format != WeightFormat::kF32 && address % 16 == 0 && weight.cols % lane == 0 &&
+         reinterpret_cast<std::uintptr_t>(weight.scales) % 4 == 0;
+}
+
+}  // namespace dsfp4::ops::cuda
