@@ -22,19 +22,19 @@ TEST(Arena, HandsOutAlignedMemoryFrontToBack) {
 }
 
 TEST(Arena, RefusesMoreThanItHolds) {
-  Arena arena(128, "the test's values");
-  arena.take(65);
+  Arena arena(2 * Arena::kAlignment, "the test's values");
+  arena.take(Arena::kAlignment + 1);
   EXPECT_THROW(arena.take(1), MemoryLimitError);
   EXPECT_THROW(arena.take(std::numeric_limits<std::size_t>::max()), MemoryLimitError);
 }
 
 TEST(Arena, ReleaseGivesBackSinceTheMark) {
-  Arena arena(256, "the test's values");
-  arena.take(64);
+  Arena arena(3 * Arena::kAlignment, "the test's values");
+  arena.take(Arena::kAlignment);
   const std::size_t mark = arena.used();
-  std::byte* first = arena.take(128);
+  std::byte* first = arena.take(2 * Arena::kAlignment);
   arena.release(mark);
-  EXPECT_EQ(arena.take(128), first);
+  EXPECT_EQ(arena.take(2 * Arena::kAlignment), first);
 }
 
 TEST(Arena, ImpossibleSizeIsATypedErrorWithThePurpose) {
