@@ -14,10 +14,18 @@ bool prefill_attention(Device* device, const MlaShape* shape, const format::Weig
   return prefill_plain(device, *shape, *kv_b_proj, *kv, part, q, out, workspace);
 }
 
-std::size_t latent_workspace(Device*, const MlaShape*, std::int64_t, std::int64_t) { return 0; }
+std::size_t latent_workspace(Device* device, const MlaShape* shape, std::int64_t rows,
+                             std::int64_t max_length) {
+  return latent_fast_fit(device, *shape, KvFormat::kBf16)
+             ? latent_fast_workspace(device, *shape, rows, max_length)
+             : 0;
+}
 
 bool latent_attention(Device* device, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,
-                      ConstMatrix q, Matrix out, std::byte*) {
+                      ConstMatrix q, Matrix out, std::byte* workspace) {
+  if (latent_fast_fit(device, *shape, kv->format)) {
+    return latent_fast(device, *shape, *kv, q_abs, q, out, workspace);
+  }
   return latent_plain(device, *shape, *kv, q_abs, q, out);
 }
 

@@ -63,6 +63,13 @@ bool absorb_query(Device*, const MlaShape* shape, const format::WeightView* kv_b
 bool expand_value(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
                   ConstMatrix attended, Matrix out);
 
+// attention_decode.cu: 512 + 64 values a token, BF16 or FP8 cache.
+bool latent_fast_fit(Device*, const MlaShape& shape, KvFormat format);
+std::size_t latent_fast_workspace(Device*, const MlaShape& shape, std::int64_t rows,
+                                  std::int64_t max_length);
+bool latent_fast(Device*, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
+                 ConstMatrix q, Matrix out, std::byte* workspace);
+
 // attention.cu chooses.
 std::size_t prefill_workspace(Device*, const MlaShape* shape, std::int64_t max_length,
                               std::int64_t rows);

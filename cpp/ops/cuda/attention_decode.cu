@@ -1,0 +1,407 @@
+// Absorbed latent attention of DeepSeek's geometry (512 + 64 values a token), flash-decoding: the
+// cache is split over blocks, each keeps running sums for 64 heads, and a second kernel adds the
+// splits in order. Heads are the rows of mma.sync. Floor: the larger of the cache's bytes and
+// 278,528 operations a token for 128 heads.
+//
+// A block holds in shared memory the queries of its heads [64, 576] and tiles of 64 tokens
+// [64, 576], all BF16, in rows of 72 units of 16 bytes whose place is mixed with the row against
+// bank conflicts. Of 8 warps, each computes scores of 16 heads x 32 tokens, and each keeps the
+// output's 64 heads x 64 columns in registers. Probabilities take the place of the tile's rotated
+// keys once these are used.
+#include "ops/cuda/kernels.h"
+#include "ops/cuda/large.cuh"
+
+namespace dsfp4::ops::cuda {
+namespace {
+
+constexpr int kHeads = 64;
+constexpr int kTokens = 64;  // of a tile: one block of the cache
+constexpr int kLatent = 512;
+constexpr int kWidth = 576;
+constexpr int kRowBytes = kWidth * 2;
+constexpr int kTileBytes = kTokens * kRowBytes;
+constexpr int kRawBytes = kTokens * kWidth;  // FP8
+constexpr int kThreads = 256;
+constexpr int kWarps = 8;
+constexpr int kUnits = kWidth / 8;
+static_assert(kTokens == kKvBlockTokens);
+
+// Shared memory: queries, then two tiles (BF16), or one tile and two raw ones (FP8).
+constexpr int kSharedBytes = 3 * kTileBytes;
+static_assert(kTileBytes == 2 * kRawBytes);
+
+__device__ __forceinline__ int unit_offset(int row, int unit) {
+  return row * kRowBytes + (unit ^ (row & 7)) * 16;
+}
+
+__device__ __forceinline__ void load_transposed(unsigned out[4], const void* from) {
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(from));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared));
+}
+
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// What one block works on.
+struct Work {
+  std::int64_t row, first_head;
+  int split, visible, begin, end;  // tiles [begin, end)
+};
+
+struct Partial {  // [rows, splits, heads(, 512)]
+  float* sums;
+  float* largest;
+  float* total;
+};
+
+// Queries to shared memory, 8 values a unit.
+__device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& work,
+                                             ConstMatrix q_abs, ConstMatrix q, std::byte* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < kHeads * kUnits; i += kThreads) {
+    const int h = i / kUnits;
+    const int unit = i % kUnits;
+    const std::int64_t head = work.first_head + h;
+    uint4 packed{};
+    if (head < shape.heads) {
+      const float* from =
+          unit < kLatent / 8
+              ? q_abs.data + work.row * q_abs.stride + head * kLatent + unit * 8
+              : q.data + work.row * q.stride + head * shape.qk_head_dim() +
+                    shape.qk_nope_head_dim + (unit - kLatent / 8) * 8;
+      packed = {pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]),
+                pack_bf16(from[4], from[5]), pack_bf16(from[6], from[7])};
+    }
+    *reinterpret_cast<uint4*>(to + unit_offset(h, unit)) = packed;
+  }
+}
+
+template <bool kFp8>
+__device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
+                                          std::byte* to) {
+  const std::byte* from = kv.blocks[first_block + tile] + kv.layer_offset;
+  if constexpr (kFp8) {
+    for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
+      copy_async<16>(to + i * 16, from + i * 16);
+    }
+  } else {
+#pragma unroll 6
+    for (int i = static_cast<int>(threadIdx.x); i < kTokens * kUnits; i += kThreads) {
+      copy_async<16>(to + unit_offset(i / kUnits, i % kUnits), from + i * 16);
+    }
+  }
+}
+
+// E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
+__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
+    const uint4 words = *reinterpret_cast<const uint4*>(raw + i * 16);
+    const unsigned from[4] = {words.x, words.y, words.z, words.w};
+    unsigned out[8];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      unsigned pairs[2];  // (0, 2), (1, 3)
+      decode_fp8(from[w], pairs);
+      out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
+      out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
+    }
+    const int row = i / (kUnits / 2);
+    const int unit = i % (kUnits / 2) * 2;
+    *reinterpret_cast<uint4*>(to + unit_offset(row, unit)) = {out[0], out[1], out[2], out[3]};
+    *reinterpret_cast<uint4*>(to + unit_offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
+  }
+}
+
+// Tokens beyond `visible` may never have been written: their values must be finite.
+__device__ __forceinline__ void clear_tail(std::byte* tile, int first, int visible) {
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens * kUnits; i += kThreads) {
+    if (first + i / kUnits >= visible) {
+      *reinterpret_cast<uint4*>(tile + unit_offset(i / kUnits, i % kUnits)) = uint4{};
+    }
+  }
+}
+
+// Scores of heads [16 a, + 16) and tokens [32 b, + 32): scores[n] in mma's layout.
+__device__ __forceinline__ void score_tile(const std::byte* queries, const std::byte* tile, int a,
+                                           int b, float scores[4][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int q_row = a * 16 + lane % 16;
+  const int k_row = b * 32 + lane / 16 * 8 + lane % 8;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+  }
+#pragma unroll 4
+  for (int k = 0; k < kWidth / 16; ++k) {
+    unsigned left[4];
+    load_matrices(left, queries + unit_offset(q_row, 2 * k + lane / 16));
+    unsigned right[2][4];
+    load_matrices(right[0], tile + unit_offset(k_row, 2 * k + lane / 8 % 2));
+    load_matrices(right[1], tile + unit_offset(k_row + 16, 2 * k + lane / 8 % 2));
+    multiply(scores[0], left, right[0][0], right[0][1]);
+    multiply(scores[1], left, right[0][2], right[0][3]);
+    multiply(scores[2], left, right[1][0], right[1][1]);
+    multiply(scores[3], left, right[1][2], right[1][3]);
+  }
+}
+
+// sums += P V for columns [64 warp, + 64).
+__device__ __forceinline__ void add_values(const std::byte* tile, int warp, float sums[4][8][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) {
+    unsigned p[4][4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      load_matrices(p[m], tile + unit_offset(m * 16 + lane % 16, kLatent / 8 + 2 * k + lane / 16));
+    }
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      unsigned v[4];
+      load_transposed(v, tile + unit_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8,
+                                            warp * 8 + n + lane / 16));
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        multiply(sums[m][n], p[m], v[0], v[1]);
+        multiply(sums[m][n + 1], p[m], v[2], v[3]);
+      }
+    }
+  }
+}
+
+template <bool kFp8>
+__global__ void __launch_bounds__(kThreads, 1)
+    decode_kernel(MlaShape shape, KvRows kv, ConstMatrix q_abs, ConstMatrix q, int splits,
+                  Partial partial) {
+  extern __shared__ uint4 shared_units[];
+  auto* queries = reinterpret_cast<std::byte*>(shared_units);
+  std::byte* tiles = queries + kTileBytes;
+  __shared__ float tile_largest[2][kHeads];  // of each half of the tokens
+  __shared__ float correction[kHeads];
+  __shared__ float totals[2][kHeads];
+
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int a = warp % 4;
+  const int b = warp / 4;
+  Work work;
+  work.split = static_cast<int>(blockIdx.x);
+  work.first_head = std::int64_t{blockIdx.y} * kHeads;
+  work.row = blockIdx.z;
+  const RowPlace place = kv.rows[work.row];
+  work.visible = place.position + 1;
+  const int all = (work.visible + kTokens - 1) / kTokens;
+  const int each = (all + splits - 1) / splits;
+  work.begin = min(work.split * each, all);
+  work.end = min(work.begin + each, all);
+
+  const auto raw_stage = [&](int tile) {
+    return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
+  };
+  if (work.begin < work.end) load_tile<kFp8>(kv, place.first_block, work.begin, raw_stage(work.begin));
+  commit_copies();
+  load_queries(shape, work, q_abs, q, queries);
+
+  float sums[4][8][4];
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+    }
+  }
+  constexpr float kLog2E = 1.44269504f;
+  const float scale = shape.softmax_scale * kLog2E * (kFp8 ? kv.scale : 1.0f);
+  float largest[2] = {-INFINITY, -INFINITY};  // rows lane / 4 and + 8 of the warp's 16 heads
+  float total[2] = {};
+  for (int t = work.begin; t < work.end; ++t) {
+    wait_copies<0>();
+    __syncthreads();  // the tile is there, and the other stage is free
+    std::byte* tile = kFp8 ? tiles : raw_stage(t);
+    if constexpr (kFp8) {
+      convert_tile(raw_stage(t), tile);
+      __syncthreads();
+    }
+    if (t + 1 < work.end) load_tile<kFp8>(kv, place.first_block, t + 1, raw_stage(t + 1));
+    commit_copies();
+    if ((t + 1) * kTokens > work.visible) {
+      clear_tail(tile, t * kTokens, work.visible);
+      __syncthreads();
+    }
+
+    float scores[4][4];
+    score_tile(queries, tile, a, b, scores);
+    float best[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = t * kTokens + b * 32 + n * 8 + lane % 4 * 2 + i % 2;
+        scores[n][i] = token < work.visible ? scores[n][i] * scale : -INFINITY;
+        best[i / 2] = fmaxf(best[i / 2], scores[n][i]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 1));
+      best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffffu, best[r], 2));
+      if (lane % 4 == 0) tile_largest[b][a * 16 + r * 8 + lane / 4] = best[r];
+    }
+    __syncthreads();  // the tile's keys are used, its maxima known
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int head = a * 16 + r * 8 + lane / 4;
+      const float now =
+          fmaxf(largest[r], fmaxf(tile_largest[0][head], tile_largest[1][head]));
+      const float change = exp2f(largest[r] - now);  // a tile has a visible token: now is finite
+      largest[r] = now;
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float p0 = exp2f(scores[n][2 * r] - now);
+        const float p1 = exp2f(scores[n][2 * r + 1] - now);
+        sum += p0 + p1;
+        const int unit = kLatent / 8 + b * 4 + n;
+        *reinterpret_cast<unsigned*>(tile + unit_offset(head, unit) + lane % 4 * 4) =
+            pack_bf16(p0, p1);
+      }
+      total[r] = total[r] * change + sum;
+      if (b == 0 && lane % 4 == 0) correction[head] = change;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float low = correction[m * 16 + lane / 4];
+      const float high = correction[m * 16 + lane / 4 + 8];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        sums[m][n][0] *= low;
+        sums[m][n][1] *= low;
+        sums[m][n][2] *= high;
+        sums[m][n][3] *= high;
+      }
+    }
+    add_values(tile, warp, sums);
+  }
+
+  const std::int64_t base = (work.row * splits + work.split) * shape.heads;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
+    total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
+    if (lane % 4 == 0) totals[b][a * 16 + r * 8 + lane / 4] = total[r];
+  }
+  __syncthreads();
+  if (b == 0 && lane % 4 == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int h = a * 16 + r * 8 + lane / 4;
+      if (work.first_head + h >= shape.heads) continue;
+      partial.largest[base + work.first_head + h] = largest[r];
+      partial.total[base + work.first_head + h] = totals[0][h] + totals[1][h];
+    }
+  }
+  const float unscale = kFp8 ? kv.scale : 1.0f;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t head = work.first_head + m * 16 + half * 8 + lane / 4;
+      if (head >= shape.heads) continue;
+      float* to = partial.sums + (base + head) * kLatent + warp * 64 + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        *reinterpret_cast<float2*>(to + n * 8) = {sums[m][n][2 * half] * unscale,
+                                                  sums[m][n][2 * half + 1] * unscale};
+      }
+    }
+  }
+}
+
+// One block a (head, row): the splits, in order.
+__global__ void __launch_bounds__(kLatent / 4)
+    combine_kernel(std::int64_t heads, int splits, Partial partial, Matrix out) {
+  const std::int64_t head = blockIdx.x;
+  const std::int64_t row = blockIdx.y;
+  float largest = -INFINITY;
+  for (int s = 0; s < splits; ++s) {
+    largest = fmaxf(largest, partial.largest[(row * splits + s) * heads + head]);
+  }
+  float4 sum{};
+  float total = 0.0f;
+  for (int s = 0; s < splits; ++s) {
+    const std::int64_t at = (row * splits + s) * heads + head;
+    const float weight = exp2f(partial.largest[at] - largest);  // 0 for an empty split
+    total += weight * partial.total[at];
+    const float4 part = *reinterpret_cast<const float4*>(partial.sums + at * kLatent +
+                                                         threadIdx.x * 4);
+    sum.x += weight * part.x;
+    sum.y += weight * part.y;
+    sum.z += weight * part.z;
+    sum.w += weight * part.w;
+  }
+  const float inverse = 1.0f / total;
+  float* to = out.data + row * out.stride + head * kLatent + threadIdx.x * 4;
+  to[0] = sum.x * inverse;
+  to[1] = sum.y * inverse;
+  to[2] = sum.z * inverse;
+  to[3] = sum.w * inverse;
+}
+
+std::int64_t head_groups(const MlaShape& shape) { return (shape.heads + kHeads - 1) / kHeads; }
+
+// As many as keep every multiprocessor busy once.
+int splits_for(Device* device, const MlaShape& shape, std::int64_t rows, std::int64_t max_length) {
+  const std::int64_t tiles = (max_length + kTokens - 1) / kTokens;
+  const std::int64_t blocks = rows * head_groups(shape);
+  return static_cast<int>(
+      std::clamp<std::int64_t>(device->multiprocessors / blocks, 1, std::max<std::int64_t>(tiles, 1)));
+}
+
+Partial carve(Carver& carver, const MlaShape& shape, std::int64_t rows, int splits) {
+  const std::int64_t count = rows * splits * shape.heads;
+  Partial partial{};
+  partial.sums = carver.take<float>(count * kLatent);
+  partial.largest = carver.take<float>(count);
+  partial.total = carver.take<float>(count);
+  return partial;
+}
+
+}  // namespace
+
+bool latent_fast_fit(Device* device, const MlaShape& shape, KvFormat format) {
+  return shape.kv_lora_rank == kLatent && shape.qk_rope_head_dim == kWidth - kLatent &&
+         format != KvFormat::kF32 && device->shared_bytes >= kSharedBytes + 2048;
+}
+
+std::size_t latent_fast_workspace(Device* device, const MlaShape& shape, std::int64_t rows,
+                                  std::int64_t max_length) {
+  Carver carver(nullptr);
+  carve(carver, shape, rows, splits_for(device, shape, rows, max_length));
+  return carver.used();
+}
+
+bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
+                 ConstMatrix q, Matrix out, std::byte* workspace) {
+  const int splits = splits_for(device, shape, kv.count, kv.max_length);
+  Carver carver(workspace);
+  const Partial partial = carve(carver, shape, kv.count, splits);
+  const auto kernel = kv.format == KvFormat::kFp8 ? decode_kernel<true> : decode_kernel<false>;
+  DSFP4_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  kernel<<<dim3(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)),
+                static_cast<unsigned>(kv.count)),
+           kThreads, kSharedBytes, device->stream>>>(shape, kv, q_abs, q, splits, partial);
+  DSFP4_LAUNCHED("decode_kernel");
+  combine_kernel<<<dim3(static_cast<unsigned>(shape.heads), static_cast<unsigned>(kv.count)),
+                   kLatent / 4, 0, device->stream>>>(shape.heads, splits, partial, out);
+  DSFP4_LAUNCHED("combine_kernel");
+  return true;
+}
+
+}  // namespace dsfp4::ops::cuda
