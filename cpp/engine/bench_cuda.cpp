@@ -1,6 +1,8 @@
 #include "engine/bench_cuda.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -21,7 +23,7 @@ using format::WeightFormat;
 using format::WeightView;
 using ops::Matrix;
 
-constexpr std::size_t kPool = std::size_t{1600} << 20;
+constexpr std::size_t kPool = std::size_t{4400} << 20;
 constexpr std::int64_t kHidden = 7168;
 constexpr std::int64_t kExpert = 2048;
 constexpr std::int64_t kTopK = 8;
@@ -152,9 +154,119 @@ class Bench {
          [&](int) { backend_.prefill_attention(kMla, kv_b, batch, q, out); });
   }
 
+  // One token through `layers` layers of R1 (the first dense, attention and head BF16, the rest
+  // NVFP4), at position `context`, logits on the host: measured by the host's clock.
+  void model(std::int64_t layers, std::int64_t context) {
+    const std::string name = "model of " + std::to_string(layers) + " layers, a token at " +
+                             std::to_string(context);
+    if (!wanted(name)) return;
+    const ops::ScratchScope scope(arena_);
+    model::ModelSpec spec = r1_spec(layers);
+    double bytes = 0.0;
+    const model::ModelWeights weights = r1_weights(spec, bytes);
+    residency::ResidentExperts experts(backend_, kHidden, kExpert, [&](std::int64_t layer) {
+      return std::span<const ops::ExpertView>(
+          weights.layers[static_cast<std::size_t>(layer)].experts);
+    });
+    const model::Decoder decoder(spec, weights, backend_, experts, ops::KvFormat::kBf16);
+    KvCache cache(context + 1, layers, decoder.kv_layer_bytes(), ops::KvFormat::kBf16,
+                  backend_.allocator());
+    Sequence sequence(cache);
+    fill_cache(sequence.next_rows(0, context), static_cast<int>(layers), decoder.kv_layer_bytes());
+    sequence.advance(context);
+    bytes += static_cast<double>(context * layers * kMla.cache_width() * 2);
+    const Matrix logits = ops::scratch_matrix(arena_, 1, spec.vocab_size);
+    std::vector<float> on_host(static_cast<std::size_t>(spec.vocab_size));
+    std::vector<double> times;
+    for (std::int32_t i = 0; i < 60; ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      const ops::ScratchScope step(arena_);
+      const ops::SequenceRows row = sequence.next_rows(0, 1);
+      const std::int32_t id = i * 97;
+      model::Batch batch;
+      batch.phase = ops::Phase::kDecode;
+      batch.ids = {&id, 1};
+      batch.sequences = {&row, 1};
+      decoder.head(decoder.forward(batch, arena_), logits);
+      backend_.download(logits.data, on_host.data(), on_host.size() * sizeof(float));
+      times.push_back(
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    std::nth_element(times.begin() + 10, times.begin() + 35, times.end());
+    results.push_back({name, times[35], bytes, 0.0, bytes / read_rate_});
+  }
+
   std::vector<KernelTime> results;
 
  private:
+  static model::ModelSpec r1_spec(std::int64_t layers) {
+    model::ModelSpec spec;
+    spec.vocab_size = 129280;
+    spec.hidden_size = kHidden;
+    spec.layers = layers;
+    spec.dense_layers = 1;
+    spec.q_lora_rank = 1536;
+    spec.intermediate_size = 18432;
+    spec.moe_intermediate_size = kExpert;
+    spec.shared_intermediate_size = kExpert;
+    spec.mla = kMla;
+    for (int i = 0; i < 32; ++i) spec.rope.inverse_frequency.push_back(std::pow(1e4, -i / 32.0));
+    spec.router = {256, kTopK, 8, 4, ops::RouterSpec::Scoring::kSigmoid,
+                   ops::RouterSpec::GroupScore::kSumOfTop2, true, 2.5f};
+    return spec;
+  }
+
+  std::span<const float> ones(std::int64_t count) {
+    const std::vector<float> values(static_cast<std::size_t>(count), 1.0f);
+    auto* to = arena_.take_array<float>(values.size());
+    backend_.upload(values.data(), to, values.size() * sizeof(float));
+    return {to, values.size()};
+  }
+
+  // `bytes` counts what one token reads.
+  model::ModelWeights r1_weights(const model::ModelSpec& spec, double& bytes) {
+    const auto read = [&](WeightFormat format, std::int64_t rows, std::int64_t cols) {
+      bytes += static_cast<double>(format::data_bytes(format, rows, cols) +
+                                   format::scale_bytes(format, rows, cols));
+      return weight(format, rows, cols);
+    };
+    const auto mlp = [&](std::int64_t width) {
+      return model::MlpWeights{read(WeightFormat::kNvfp4, width, kHidden),
+                               read(WeightFormat::kNvfp4, width, kHidden),
+                               read(WeightFormat::kNvfp4, kHidden, width)};
+    };
+    constexpr WeightFormat kBf16 = WeightFormat::kBF16;
+    model::ModelWeights weights;
+    weights.lm_head = read(kBf16, spec.vocab_size, kHidden);
+    weights.embed_tokens = weights.lm_head;
+    weights.norm = ones(kHidden);
+    for (std::int64_t i = 0; i < spec.layers; ++i) {
+      model::LayerWeights layer;
+      layer.input_layernorm = weights.norm;
+      layer.post_attention_layernorm = weights.norm;
+      layer.self_attn.q_a_proj = read(kBf16, spec.q_lora_rank, kHidden);
+      layer.self_attn.q_b_proj = read(kBf16, kMla.heads * kMla.qk_head_dim(), spec.q_lora_rank);
+      layer.self_attn.q_a_layernorm = ones(spec.q_lora_rank);
+      layer.self_attn.kv_a_proj_with_mqa = read(kBf16, kMla.cache_width(), kHidden);
+      layer.self_attn.kv_a_layernorm = ones(kMla.kv_lora_rank);
+      layer.self_attn.kv_b_proj = read(kBf16, kMla.heads * 256, kMla.kv_lora_rank);
+      layer.self_attn.o_proj = read(kBf16, kHidden, kMla.heads * kMla.v_head_dim);
+      if (spec.is_moe(i)) {
+        layer.gate = read(kBf16, spec.router.experts, kHidden);
+        layer.e_score_correction_bias = ones(spec.router.experts);
+        layer.shared_experts = mlp(kExpert);
+        layer.experts = make_experts(WeightFormat::kNvfp4, spec.router.experts);
+        bytes += static_cast<double>(kTopK) * 3.0 *
+                 static_cast<double>(format::data_bytes(WeightFormat::kNvfp4, kExpert, kHidden) +
+                                     format::scale_bytes(WeightFormat::kNvfp4, kExpert, kHidden));
+      } else {
+        layer.mlp = mlp(spec.intermediate_size);
+      }
+      weights.layers.push_back(std::move(layer));
+    }
+    return weights;
+  }
+
   static constexpr std::size_t kScaleBytes = std::size_t{64} << 20;
 
   bool wanted(const std::string& name) const { return name.find(only_) != std::string::npos; }
@@ -330,6 +442,7 @@ std::vector<KernelTime> bench_cuda(int index, const std::string& only) {
     bench.attention(format, 131072, 1, true);
   }
   bench.attention(ops::KvFormat::kBf16, 4096, 1, false);
+  bench.model(4, 4000);
   return std::move(bench.results);
 }
 

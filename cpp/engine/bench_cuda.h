@@ -16,7 +16,7 @@ struct KernelTime {
 
 /// Device `index`. The first two results are the read rate and the rate of mma.sync on registers,
 /// measured here; weights are random and read from more memory than the cache holds. Takes about
-/// 3 GB of VRAM and some seconds. `only`: cases whose name holds this text (all if empty). Throws
+/// 7 GB of VRAM and some seconds. `only`: cases whose name holds this text (all if empty). Throws
 /// CudaError and MemoryLimitError.
 std::vector<KernelTime> bench_cuda(int index, const std::string& only);
 

@@ -83,6 +83,15 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
   for (const model::LayerWeights& layer : loaded_.weights.layers) {
     backend_->prepare_experts(layer.experts);
   }
+  const model::ModelSpec& model = decoder_.spec();
+  ops::Backend::Largest largest{model.mla,  std::min(kPrefillChunk, max_context_),
+                                max_context_, 0,
+                                model.router.top_k, {}};
+  largest.width = std::max({model.hidden_size, model.intermediate_size, model.q_lora_rank,
+                            model.shared_intermediate_size, model.moe_intermediate_size,
+                            model.mla.heads * model.mla.v_head_dim, model.mla.kv_lora_rank});
+  if (model.moe_layers() > 0) largest.experts = loaded_.weights.layers.back().experts;
+  backend_->reserve(largest);
 }
 
 void Engine::head(ops::ConstMatrix hidden, float* logits) {

@@ -37,6 +37,9 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
   const Step step{batch.phase, sequences, cos_sin};
   backend_.begin_step(batch.phase);
   backend_.upload(angles.data(), cos_sin.data, angles.size() * sizeof(float));
+  const bool recorded = batch.phase == Phase::kDecode && batch.forced_experts == nullptr &&
+                        batch.chosen_experts == nullptr;
+  if (recorded && backend_.begin_recorded(batch.ids, sequences)) return x;
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
@@ -58,6 +61,7 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
     backend_.add(block, x);
   }
   backend_.rms_norm(x, weights_.norm, spec_.rms_norm_eps, x);
+  if (recorded) backend_.end_recorded();
   return x;
 }
 

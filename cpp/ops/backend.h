@@ -154,6 +154,16 @@ class Backend {
   /// The ops that follow belong to a step of this phase: a backend may have a code path for each.
   virtual void begin_step(Phase phase) { static_cast<void>(phase); }
 
+  /// A step whose ops depend on the host through `ids` and `batch` alone may be recorded: between
+  /// this and end_recorded() come the same ops, on the same memory, for every step of the same
+  /// `rows`. True: an earlier recording has been queued, and the caller leaves the ops out.
+  virtual bool begin_recorded(std::span<const std::int32_t> ids,
+                              std::span<const SequenceRows> batch) {
+    static_cast<void>(ids), static_cast<void>(batch);
+    return false;
+  }
+  virtual void end_recorded() {}
+
   /// out[t] = row ids[t] of `table` (F32 or BF16).
   virtual void embed(const format::WeightView& table, std::span<const std::int32_t> ids,
                      Matrix out) = 0;
@@ -217,6 +227,16 @@ class Backend {
     static_cast<void>(y);
     return false;
   }
+  /// What the largest steps will be, so that all memory they need is taken now.
+  struct Largest {
+    MlaShape mla;
+    std::int64_t rows = 0;     // of a step
+    std::int64_t context = 0;  // tokens of a sequence
+    std::int64_t width = 0;    // columns of the widest weight
+    std::int64_t top_k = 0;
+    std::span<const ExpertView> experts;  // of any layer; may be empty
+  };
+  virtual void reserve(const Largest& largest) { static_cast<void>(largest); }
   /// Tells of experts, or of a change of them, before routed_experts() is called with them.
   virtual void prepare_experts(std::span<const ExpertView> experts) { static_cast<void>(experts); }
 };

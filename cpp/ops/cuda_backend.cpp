@@ -1,6 +1,9 @@
 #include "ops/cuda_backend.h"
 
 #include <algorithm>
+#include <bit>
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "dsfp4/error.h"
@@ -13,9 +16,22 @@ namespace {
 constexpr int kOutOfMemory = 2;  // cudaErrorMemoryAllocation
 // Left for what the driver takes on its own: kernels loaded at their first use, local memory.
 constexpr std::uint64_t kDriverReserve = 64u << 20;
+constexpr std::size_t kSmallBuffer = 64u << 10;
 
 cuda::DeviceRouting on_device(const Routing& routing) {
   return {routing.experts.data(), routing.used.data(), routing.weights.data()};
+}
+
+// What this process's context on a device takes: measured when it is made, by the first backend, and
+// kept as long as the process. Where that cannot be measured, a generous guess.
+std::uint64_t context_bytes(int index, std::uint64_t free_before, std::uint64_t free_after) {
+  static std::mutex guard;
+  static std::map<int, std::uint64_t> known;
+  constexpr std::uint64_t kGuess = 600'000'000;
+  const std::lock_guard lock(guard);
+  const std::uint64_t measured =
+      free_before == 0 ? kGuess : free_before - std::min(free_before, free_after);
+  return known.emplace(index, measured).first->second;
 }
 
 }  // namespace
@@ -76,7 +92,7 @@ CudaBackend::CudaBackend(int index, std::uint64_t memory_limit) : plugin_(cuda_p
   std::uint64_t free = 0;
   std::uint64_t total = 0;
   check(plugin_.memory(device_, &free, &total));
-  const std::uint64_t context = before.free_bytes > free ? before.free_bytes - free : 0;
+  const std::uint64_t context = context_bytes(index, before.free_bytes, free);
   if (memory_limit != 0 && context + kDriverReserve > memory_limit) {
     plugin_.close(device_);
     throw MemoryLimitError("the CUDA context and its reserve", context + kDriverReserve,
@@ -87,6 +103,7 @@ CudaBackend::CudaBackend(int index, std::uint64_t memory_limit) : plugin_(cuda_p
 
 CudaBackend::~CudaBackend() {
   plugin_.synchronize(device_);
+  for (auto& [key, recording] : recordings_) forget(recording);
   for (Buffer* buffer : {&workspace_, &ids_, &forced_, &rows_, &blocks_}) {
     buffer->release(*allocator_);
   }
@@ -104,6 +121,46 @@ void CudaBackend::download(const void* from, void* to, std::size_t bytes) {
   check(plugin_.download(device_, from, to, bytes));
 }
 
+// ---- recorded steps -------------------------------------------------------------------------------
+
+void CudaBackend::forget(Recording& recording) noexcept {
+  if (recording.graph != nullptr) plugin_.free_graph(device_, recording.graph);
+  recording.graph = nullptr;
+}
+
+bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
+                                 std::span<const SequenceRows> batch) {
+  if (capturing_) {  // an error ended the last step
+    void* graph = nullptr;
+    if (plugin_.end_capture(device_, &graph)) plugin_.free_graph(device_, graph);
+    capturing_ = false;
+  }
+  std::byte* on_gpu = ids_.reserve(*allocator_, std::max(ids.size_bytes(), kSmallBuffer));
+  upload(ids.data(), on_gpu, ids.size_bytes());
+  const cuda::KvRows kv = rows_of(batch);
+  recording_ = &recordings_[{kv.count, kv.max_length}];
+  if (recording_->graph != nullptr && recording_->buffers != buffers()) {
+    forget(*recording_);
+    recording_->steps = 0;
+  }
+  if (recording_->graph != nullptr) {
+    check(plugin_.launch_graph(device_, recording_->graph));
+    return true;
+  }
+  if (recording_->steps++ == 0) return false;
+  check(plugin_.begin_capture(device_));
+  capturing_ = true;
+  return false;
+}
+
+void CudaBackend::end_recorded() {
+  if (!capturing_) return;
+  capturing_ = false;
+  check(plugin_.end_capture(device_, &recording_->graph));
+  recording_->buffers = buffers();
+  check(plugin_.launch_graph(device_, recording_->graph));
+}
+
 // ---- what moves or scales values -----------------------------------------------------------------
 
 void CudaBackend::embed(const format::WeightView& table, std::span<const std::int32_t> ids,
@@ -115,8 +172,8 @@ void CudaBackend::embed(const format::WeightView& table, std::span<const std::in
                                       std::to_string(table.rows));
     }
   }
-  std::byte* on_gpu = ids_.reserve(*allocator_, std::max(ids.size_bytes(), std::size_t{4096}));
-  upload(ids.data(), on_gpu, ids.size_bytes());
+  std::byte* on_gpu = ids_.reserve(*allocator_, std::max(ids.size_bytes(), kSmallBuffer));
+  if (!capturing_) upload(ids.data(), on_gpu, ids.size_bytes());
   check(plugin_.embed(device_, &table, reinterpret_cast<const std::int32_t*>(on_gpu), out));
 }
 
@@ -165,8 +222,8 @@ cuda::KvRows CudaBackend::rows_of(std::span<const SequenceRows> batch) {
   }
   const std::size_t row_bytes = rows.size() * sizeof(cuda::RowPlace);
   const std::size_t block_bytes = blocks.size() * sizeof(std::byte*);
-  std::byte* on_gpu_rows = rows_.reserve(*allocator_, std::max(row_bytes, std::size_t{4096}));
-  std::byte* on_gpu_blocks = blocks_.reserve(*allocator_, std::max(block_bytes, std::size_t{65536}));
+  std::byte* on_gpu_rows = rows_.reserve(*allocator_, std::max(row_bytes, kSmallBuffer));
+  std::byte* on_gpu_blocks = blocks_.reserve(*allocator_, std::max(block_bytes, kSmallBuffer));
   const auto same_row = [](const cuda::RowPlace& a, const cuda::RowPlace& b) {
     return a.position == b.position && a.first_block == b.first_block;
   };
@@ -177,6 +234,10 @@ cuda::KvRows CudaBackend::rows_of(std::span<const SequenceRows> batch) {
   if (blocks != host_blocks_) {
     upload(blocks.data(), on_gpu_blocks, block_bytes);
     host_blocks_ = blocks;
+  }
+  if (phase_ == Phase::kDecode) {  // a recording is good up to the next power of two
+    kv.max_length = static_cast<std::int64_t>(
+        std::bit_ceil(static_cast<std::uint64_t>(std::max(kv.max_length, kKvBlockTokens))));
   }
   kv.rows = reinterpret_cast<const cuda::RowPlace*>(on_gpu_rows);
   kv.blocks = reinterpret_cast<std::byte* const*>(on_gpu_blocks);
@@ -270,6 +331,28 @@ void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k,
 void CudaBackend::combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
                           Matrix y) {
   check(plugin_.combine(device_, pairs, weights.data(), top_k, y));
+}
+
+void CudaBackend::reserve(const Largest& largest) {
+  const auto rows = static_cast<std::size_t>(largest.rows);
+  const auto longest = static_cast<std::int64_t>(
+      std::bit_ceil(static_cast<std::uint64_t>(std::max(largest.context, kKvBlockTokens))));
+  constexpr std::size_t kBf16 = 2;
+  std::size_t bytes = rows * static_cast<std::size_t>(largest.width) * kBf16;
+  bytes = std::max(bytes, plugin_.prefill_workspace(device_, &largest.mla, largest.context,
+                                                    largest.rows));
+  bytes = std::max(bytes, plugin_.latent_workspace(device_, &largest.mla, 1, longest));
+  if (!largest.experts.empty()) {
+    bytes = std::max(bytes, plugin_.experts_workspace(
+                                device_, largest.experts.data(),
+                                static_cast<std::int64_t>(largest.experts.size()), largest.rows,
+                                largest.top_k));
+  }
+  workspace(bytes);
+  ids_.reserve(*allocator_, std::max(rows * sizeof(std::int32_t), kSmallBuffer));
+  rows_.reserve(*allocator_, std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer));
+  const auto blocks = static_cast<std::size_t>(largest.context / kKvBlockTokens + 1);
+  blocks_.reserve(*allocator_, std::max(blocks * sizeof(std::byte*), kSmallBuffer));
 }
 
 void CudaBackend::prepare_experts(std::span<const ExpertView> experts) {

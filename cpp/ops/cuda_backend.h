@@ -1,9 +1,11 @@
 // The backend on an NVIDIA GPU: what the model calls, in terms of the plugin's table.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "ops/backend.h"
@@ -51,6 +53,11 @@ class CudaBackend final : public Backend {
   void upload(const void* from, void* to, std::size_t bytes) override;
   void download(const void* from, void* to, std::size_t bytes) override;
 
+  void begin_step(Phase phase) override { phase_ = phase; }
+  bool begin_recorded(std::span<const std::int32_t> ids,
+                      std::span<const SequenceRows> batch) override;
+  void end_recorded() override;
+
   void embed(const format::WeightView& table, std::span<const std::int32_t> ids,
              Matrix out) override;
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
@@ -82,6 +89,7 @@ class CudaBackend final : public Backend {
                       std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
                       Matrix y) override;
   void prepare_experts(std::span<const ExpertView> experts) override;
+  void reserve(const Largest& largest) override;
 
  private:
   /// Device memory that grows on demand and is kept.
@@ -89,6 +97,7 @@ class CudaBackend final : public Backend {
    public:
     explicit Buffer(const char* purpose) : purpose_(purpose) {}
     std::byte* reserve(memory::Allocator& allocator, std::size_t bytes);
+    std::byte* memory() const noexcept { return memory_; }
     void release(memory::Allocator& allocator) noexcept;
 
    private:
@@ -110,9 +119,24 @@ class CudaBackend final : public Backend {
   Buffer forced_{"the forced experts"};
   Buffer rows_{"the rows of a step"};
   Buffer blocks_{"the table of cache blocks"};
-  std::vector<cuda::RowPlace> host_rows_;       // what rows_ holds
-  std::vector<std::byte*> host_blocks_;         // what blocks_ holds
-  std::vector<std::int64_t> first_blocks_;      // one a sequence of the last batch
+  std::vector<cuda::RowPlace> host_rows_;   // what rows_ holds
+  std::vector<std::byte*> host_blocks_;     // what blocks_ holds
+  std::vector<std::int64_t> first_blocks_;  // one a sequence of the last batch
+
+  // Recorded decode steps. A recording holds addresses: it is good as long as the buffers stay.
+  struct Recording {
+    int steps = 0;  // that ran like this before it was recorded, so that all is allocated
+    void* graph = nullptr;
+    std::array<std::byte*, 4> buffers{};
+  };
+  std::array<std::byte*, 4> buffers() const {
+    return {workspace_.memory(), ids_.memory(), rows_.memory(), blocks_.memory()};
+  }
+  void forget(Recording& recording) noexcept;
+  Phase phase_ = Phase::kPrefill;
+  std::map<std::pair<std::int64_t, std::int64_t>, Recording> recordings_;  // rows, longest
+  Recording* recording_ = nullptr;                                         // the step's own
+  bool capturing_ = false;
   std::map<const ExpertView*, std::byte*> expert_tables_;
   std::map<const ExpertView*, std::size_t> expert_counts_;
 };

@@ -1,6 +1,8 @@
 """Device "cuda": what it says where there is no GPU, and the golden vectors where there is one."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -153,3 +155,35 @@ def test_memory_limit_is_refused_with_the_numbers() -> None:
         dsfp4.Model("demo", device="cuda", memory_limit=0.3)
     assert caught.value.needed > 0
     assert "VRAM" in str(caught.value)
+
+
+def _used_bytes() -> float:
+    """VRAM in use on the whole device."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    return float(subprocess.run(query, check=True, capture_output=True, text=True).stdout) * 2**20
+
+
+@with_gpu
+def test_memory_limit_is_never_exceeded() -> None:
+    program = """
+import sys, dsfp4
+model = dsfp4.Model("demo", device="cuda", memory_limit=float(sys.argv[1]))
+model.generate(list(range(1, 400)), max_tokens=20, stop_ids=[])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    before = _used_bytes()
+    limit = 2.0
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(limit)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        taken = _used_bytes() - before
+    finally:
+        process.communicate("")
+    assert 0 < taken <= limit * 1e9

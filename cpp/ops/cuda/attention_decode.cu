@@ -22,7 +22,6 @@ constexpr int kRowBytes = kWidth * 2;
 constexpr int kTileBytes = kTokens * kRowBytes;
 constexpr int kRawBytes = kTokens * kWidth;  // FP8
 constexpr int kThreads = 256;
-constexpr int kWarps = 8;
 constexpr int kUnits = kWidth / 8;
 static_assert(kTokens == kKvBlockTokens);
 
@@ -61,6 +60,7 @@ struct Partial {  // [rows, splits, heads(, 512)]
 // Queries to shared memory, 8 values a unit.
 __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& work,
                                              ConstMatrix q_abs, ConstMatrix q, std::byte* to) {
+#pragma unroll 6
   for (int i = static_cast<int>(threadIdx.x); i < kHeads * kUnits; i += kThreads) {
     const int h = i / kUnits;
     const int unit = i % kUnits;
@@ -72,8 +72,10 @@ __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& 
               ? q_abs.data + work.row * q_abs.stride + head * kLatent + unit * 8
               : q.data + work.row * q.stride + head * shape.qk_head_dim() +
                     shape.qk_nope_head_dim + (unit - kLatent / 8) * 8;
-      packed = {pack_bf16(from[0], from[1]), pack_bf16(from[2], from[3]),
-                pack_bf16(from[4], from[5]), pack_bf16(from[6], from[7])};
+      const float4 low = *reinterpret_cast<const float4*>(from);
+      const float4 high = *reinterpret_cast<const float4*>(from + 4);
+      packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
+                pack_bf16(high.z, high.w)};
     }
     *reinterpret_cast<uint4*>(to + unit_offset(h, unit)) = packed;
   }
@@ -81,15 +83,17 @@ __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& 
 
 template <bool kFp8>
 __device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
-                                          std::byte* to) {
+                                          int visible, std::byte* to) {
+  // Tokens that nobody has written are not read.
+  const int tokens = min(visible - tile * kTokens, kTokens);
   const std::byte* from = kv.blocks[first_block + tile] + kv.layer_offset;
   if constexpr (kFp8) {
-    for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * (kUnits / 2); i += kThreads) {
       copy_async<16>(to + i * 16, from + i * 16);
     }
   } else {
 #pragma unroll 6
-    for (int i = static_cast<int>(threadIdx.x); i < kTokens * kUnits; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * kUnits; i += kThreads) {
       copy_async<16>(to + unit_offset(i / kUnits, i % kUnits), from + i * 16);
     }
   }
@@ -202,7 +206,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto raw_stage = [&](int tile) {
     return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
   };
-  if (work.begin < work.end) load_tile<kFp8>(kv, place.first_block, work.begin, raw_stage(work.begin));
+  if (work.begin < work.end) {
+    load_tile<kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
+  }
   commit_copies();
   load_queries(shape, work, q_abs, q, queries);
 
@@ -227,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       convert_tile(raw_stage(t), tile);
       __syncthreads();
     }
-    if (t + 1 < work.end) load_tile<kFp8>(kv, place.first_block, t + 1, raw_stage(t + 1));
+    if (t + 1 < work.end) load_tile<kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
     commit_copies();
     if ((t + 1) * kTokens > work.visible) {
       clear_tail(tile, t * kTokens, work.visible);
@@ -324,26 +330,37 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // One block a (head, row): the splits, in order.
+constexpr int kMostSplits = 256;
+
 __global__ void __launch_bounds__(kLatent / 4)
     combine_kernel(std::int64_t heads, int splits, Partial partial, Matrix out) {
+  __shared__ float weights[kMostSplits];
   const std::int64_t head = blockIdx.x;
   const std::int64_t row = blockIdx.y;
-  float largest = -INFINITY;
-  for (int s = 0; s < splits; ++s) {
-    largest = fmaxf(largest, partial.largest[(row * splits + s) * heads + head]);
+  const std::int64_t first = row * splits * heads + head;
+  for (int s = static_cast<int>(threadIdx.x); s < splits; s += kLatent / 4) {
+    weights[s] = partial.largest[first + s * heads];
   }
+  __syncthreads();
+  float largest = -INFINITY;
+  for (int s = 0; s < splits; ++s) largest = fmaxf(largest, weights[s]);
+  __syncthreads();
+  for (int s = static_cast<int>(threadIdx.x); s < splits; s += kLatent / 4) {
+    weights[s] = exp2f(weights[s] - largest);  // 0 for an empty split
+  }
+  __syncthreads();
   float4 sum{};
   float total = 0.0f;
+#pragma unroll 8
   for (int s = 0; s < splits; ++s) {
-    const std::int64_t at = (row * splits + s) * heads + head;
-    const float weight = exp2f(partial.largest[at] - largest);  // 0 for an empty split
-    total += weight * partial.total[at];
-    const float4 part = *reinterpret_cast<const float4*>(partial.sums + at * kLatent +
-                                                         threadIdx.x * 4);
-    sum.x += weight * part.x;
-    sum.y += weight * part.y;
-    sum.z += weight * part.z;
-    sum.w += weight * part.w;
+    const float weight = weights[s];
+    const float4 part = *reinterpret_cast<const float4*>(
+        partial.sums + (first + s * heads) * kLatent + threadIdx.x * 4);
+    total = fmaf(weight, __ldg(partial.total + first + s * heads), total);
+    sum.x = fmaf(weight, part.x, sum.x);
+    sum.y = fmaf(weight, part.y, sum.y);
+    sum.z = fmaf(weight, part.z, sum.z);
+    sum.w = fmaf(weight, part.w, sum.w);
   }
   const float inverse = 1.0f / total;
   float* to = out.data + row * out.stride + head * kLatent + threadIdx.x * 4;
@@ -360,7 +377,8 @@ int splits_for(Device* device, const MlaShape& shape, std::int64_t rows, std::in
   const std::int64_t tiles = (max_length + kTokens - 1) / kTokens;
   const std::int64_t blocks = rows * head_groups(shape);
   return static_cast<int>(
-      std::clamp<std::int64_t>(device->multiprocessors / blocks, 1, std::max<std::int64_t>(tiles, 1)));
+      std::clamp<std::int64_t>(device->multiprocessors / blocks, 1,
+                               std::min<std::int64_t>(std::max<std::int64_t>(tiles, 1), kMostSplits)));
 }
 
 Partial carve(Carver& carver, const MlaShape& shape, std::int64_t rows, int splits) {

@@ -228,12 +228,14 @@ __global__ void expand_value_kernel(MlaShape shape, WeightView kv_b_proj, ConstM
   }
 }
 
-// Heads whose keys and values are expanded together: as many as fit in about 256 MB, at least one.
+// Heads are expanded together as far as their keys and values fit in this, and at least one.
+constexpr std::int64_t kExpandedValues = std::int64_t{64} << 20;
+
+std::int64_t head_values(const MlaShape& shape, std::int64_t length) {
+  return length * (shape.qk_head_dim() + shape.v_head_dim);
+}
 std::int64_t heads_at_once(const MlaShape& shape, std::int64_t length) {
-  const std::int64_t head_bytes =
-      length * (shape.qk_head_dim() + shape.v_head_dim) * std::int64_t{sizeof(float)};
-  return std::clamp<std::int64_t>((std::int64_t{256} << 20) / std::max<std::int64_t>(head_bytes, 1),
-                                  1, shape.heads);
+  return std::clamp<std::int64_t>(kExpandedValues / head_values(shape, length), 1, shape.heads);
 }
 
 bool check_width(Device* device, std::int64_t width, std::int64_t shared_floats) {
@@ -247,8 +249,9 @@ bool check_width(Device* device, std::int64_t width, std::int64_t shared_floats)
 }  // namespace
 
 std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length) {
-  return static_cast<std::size_t>(heads_at_once(shape, max_length) * max_length *
-                                  (shape.qk_head_dim() + shape.v_head_dim)) *
+  const std::int64_t one_head = head_values(shape, max_length);
+  return static_cast<std::size_t>(
+             std::max(one_head, std::min(shape.heads * one_head, kExpandedValues))) *
          sizeof(float);
 }
 
@@ -282,20 +285,18 @@ bool latent_plain(Device* device, const MlaShape& shape, const KvRows& kv, Const
   return true;
 }
 
-bool absorb_query(Device* device, const MlaShape* shape, const WeightView* kv_b_proj,
+bool absorb_plain(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
                   ConstMatrix q, Matrix q_abs) {
-  if (q.rows == 0) return true;
-  const dim3 grid(blocks_for(shape->kv_lora_rank, kThreads), static_cast<unsigned>(shape->heads));
-  absorb_kernel<<<grid, kThreads, 0, device->stream>>>(*shape, *kv_b_proj, q, q_abs);
+  const dim3 grid(blocks_for(shape.kv_lora_rank, kThreads), static_cast<unsigned>(shape.heads));
+  absorb_kernel<<<grid, kThreads, 0, device->stream>>>(shape, kv_b_proj, q, q_abs);
   DSFP4_LAUNCHED("absorb_kernel");
   return true;
 }
 
-bool expand_value(Device* device, const MlaShape* shape, const WeightView* kv_b_proj,
-                  ConstMatrix attended, Matrix out) {
-  if (attended.rows == 0) return true;
-  expand_value_kernel<<<blocks_for(shape->heads * shape->v_head_dim, kWarps), kThreads, 0,
-                        device->stream>>>(*shape, *kv_b_proj, attended, out);
+bool expand_value_plain(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
+                        ConstMatrix attended, Matrix out) {
+  expand_value_kernel<<<blocks_for(shape.heads * shape.v_head_dim, kWarps), kThreads, 0,
+                        device->stream>>>(shape, kv_b_proj, attended, out);
   DSFP4_LAUNCHED("expand_value_kernel");
   return true;
 }

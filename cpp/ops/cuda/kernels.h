@@ -58,10 +58,10 @@ bool prefill_plain(Device*, const MlaShape& shape, const format::WeightView& kv_
                    std::byte* workspace);
 bool latent_plain(Device*, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
                   ConstMatrix q, Matrix out);
-bool absorb_query(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+bool absorb_plain(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
                   ConstMatrix q, Matrix q_abs);
-bool expand_value(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
-                  ConstMatrix attended, Matrix out);
+bool expand_value_plain(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
+                        ConstMatrix attended, Matrix out);
 
 // attention_decode.cu: 512 + 64 values a token, BF16 or FP8 cache.
 bool latent_fast_fit(Device*, const MlaShape& shape, KvFormat format);
@@ -69,6 +69,23 @@ std::size_t latent_fast_workspace(Device*, const MlaShape& shape, std::int64_t r
                                   std::int64_t max_length);
 bool latent_fast(Device*, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
                  ConstMatrix q, Matrix out, std::byte* workspace);
+
+// head_products.cu: latents of a multiple of 256 values, BF16 or FP8; the router's exact product.
+bool head_products_fit(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                       ConstMatrix attended);
+bool absorb_fast(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
+                 ConstMatrix q, Matrix q_abs);
+bool expand_value_fast(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
+                       ConstMatrix attended, Matrix out);
+bool linear_exact_fit(const format::WeightView& weight, ConstMatrix x);
+bool linear_exact(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y);
+
+// attention_prefill.cu: keys 128 + 64, values 128, BF16 or FP8 cache.
+bool prefill_fast_fit(const MlaShape& shape, const format::WeightView& kv_b_proj, KvFormat format);
+std::size_t prefill_fast_workspace(const MlaShape& shape, std::int64_t max_length);
+bool prefill_fast(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
+                  const KvRows& kv, SequencePart part, ConstMatrix q, Matrix out,
+                  std::byte* workspace);
 
 // attention.cu chooses.
 std::size_t prefill_workspace(Device*, const MlaShape* shape, std::int64_t max_length,
@@ -78,6 +95,10 @@ bool prefill_attention(Device*, const MlaShape* shape, const format::WeightView*
                        std::byte* workspace);
 std::size_t latent_workspace(Device*, const MlaShape* shape, std::int64_t rows,
                              std::int64_t max_length);
+bool absorb_query(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                  ConstMatrix q, Matrix q_abs);
+bool expand_value(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
+                  ConstMatrix attended, Matrix out);
 bool latent_attention(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,
                       ConstMatrix q, Matrix out, std::byte* workspace);
 

@@ -48,6 +48,7 @@ struct LargeArguments {
   std::int64_t rows;    // of the weight
   std::int64_t cols;
   Matrix y;
+  __nv_bfloat16* rounded;  // kDense: if not null, the output as BF16, in place of y.data
 };
 
 template <WeightFormat kFormat, int kTilesM>
@@ -116,31 +117,35 @@ struct LargeRows {
   }
 };
 
-/// Decodes two products' worth (16-row tiles) of a lane's words: pairs of the low and high row.
+/// The weight's operand of product `step` of a chunk, from a lane's words of two rows.
 template <WeightFormat kFormat>
-__device__ __forceinline__ void decode_group(const uint4& low, const uint4& high, int group,
-                                             unsigned scale_low, unsigned scale_high,
-                                             unsigned l[4], unsigned h[4]) {
+__device__ __forceinline__ void decode_step(const uint4& low, const uint4& high, int step,
+                                            unsigned scale_low, unsigned scale_high,
+                                            unsigned a[4]) {
   const unsigned lw[4] = {low.x, low.y, low.z, low.w};
   const unsigned hw[4] = {high.x, high.y, high.z, high.w};
   if constexpr (kFormat == WeightFormat::kBF16) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      l[i] = lw[i];
-      h[i] = hw[i];
-    }
-  } else if constexpr (kFormat == WeightFormat::kFp8Block) {
-    decode_fp8(lw[2 * group], l);
-    decode_fp8(lw[2 * group + 1], l + 2);
-    decode_fp8(hw[2 * group], h);
-    decode_fp8(hw[2 * group + 1], h + 2);
+    a[0] = lw[2 * step];
+    a[1] = hw[2 * step];
+    a[2] = lw[2 * step + 1];
+    a[3] = hw[2 * step + 1];
   } else {
-    decode_fp4(lw[group], l);
-    decode_fp4(hw[group], h);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      l[i] = times_bf16x2(l[i], scale_low);
-      h[i] = times_bf16x2(h[i], scale_high);
+    unsigned l[2];
+    unsigned h[2];
+    if constexpr (kFormat == WeightFormat::kFp8Block) {
+      decode_fp8(lw[step], l);
+      decode_fp8(hw[step], h);
+      a[0] = l[0];
+      a[1] = h[0];
+      a[2] = l[1];
+      a[3] = h[1];
+    } else {
+      decode_fp4(lw[step / 2], step % 2, l);
+      decode_fp4(hw[step / 2], step % 2, h);
+      a[0] = times_bf16x2(l[0], scale_low);
+      a[1] = times_bf16x2(h[0], scale_high);
+      a[2] = times_bf16x2(l[1], scale_low);
+      a[3] = times_bf16x2(h[1], scale_high);
     }
   }
 }
@@ -156,7 +161,7 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
   extern __shared__ uint4 shared_units[];
   auto* shared = reinterpret_cast<std::byte*>(shared_units);
   __shared__ std::int32_t out_row[kLargeTokens];
-  __shared__ std::int64_t in_row[kLargeTokens];
+  __shared__ std::uint64_t in_offset[kLargeTokens];  // bytes
 
   int expert = 0;
   int count = 0;
@@ -175,7 +180,7 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
     count = static_cast<int>(min(a.tokens - first, std::int64_t{kLargeTokens}));
     if (tid < kLargeTokens) {
       out_row[tid] = static_cast<std::int32_t>(first) + min(tid, count - 1);
-      in_row[tid] = out_row[tid];
+      in_offset[tid] = static_cast<std::uint64_t>(out_row[tid]) * a.x_stride * 2;
     }
   } else {
     if (static_cast<int>(blockIdx.y) >= *a.task_count) return;
@@ -185,7 +190,9 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
     if (tid < kLargeTokens) {
       const std::int32_t pair = a.sorted[task.first + min(tid, count - 1)];
       out_row[tid] = pair;
-      in_row[tid] = kWhat == Large::kGateUp ? pair / a.top_k : pair;
+      in_offset[tid] =
+          static_cast<std::uint64_t>(kWhat == Large::kGateUp ? pair / a.top_k : pair) *
+          a.x_stride * 2;
     }
   }
   __syncthreads();
@@ -197,31 +204,57 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
   const int chunks = static_cast<int>(a.cols / W::kChunk);
   const std::int64_t row_bytes = a.cols / W::kLane * 16;
 
+  // Where this thread's copies come from. Weight rows: slab j has 32 rows, of which this thread
+  // copies unit tid % 4 of row tid / 4; a slab of kGateUp is of gate_proj or of up_proj.
+  constexpr int kSlabs = Shape::kRows / 32;
+  constexpr bool kPairs = kWhat == Large::kGateUp;
+  static_assert(!kPairs || kTilesM == 4);
+  const WeightView& first_weight = Rows::weight(a, expert, 0);
+  const WeightView& second_weight = kPairs ? a.table[expert].up_proj : first_weight;
+  const std::byte* const data[2] = {first_weight.data + tid % 4 * 16,
+                                    second_weight.data + tid % 4 * 16};
+  const std::byte* const scales[2] = {first_weight.scales, second_weight.scales};
+  const auto last_row = static_cast<std::uint32_t>(a.rows - 1);
+  const auto base_row =
+      static_cast<std::uint32_t>(row_block * (kPairs ? Shape::kRows / 2 : Shape::kRows));
+  const auto raw_stride = static_cast<std::uint32_t>(row_bytes);
+  const auto scale_stride = static_cast<std::uint32_t>(a.cols / W::kChunk * W::kScales);
+  // Tokens: copy j is of token tid / kUnits + j * kTokenStep.
+  constexpr int kTokenStep = kThreads / Shape::kUnits;
+  const int token0 = tid / Shape::kUnits;
+  const int token_to = token0 * Shape::kUnits * 16 +
+                       swizzled<Shape::kUnits>(token0, tid % Shape::kUnits) * 16;
+  const auto* token_from =
+      reinterpret_cast<const std::byte*>(a.x) + tid % Shape::kUnits * 16;
+
   const auto load_stage = [&](int chunk) {
     std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
-#pragma unroll 4
-    for (int i = tid; i < Shape::kRows * 4; i += kThreads) {
-      const int r = i / 4;
-      const std::byte* data = Rows::weight(a, expert, r).data;
-      copy_async<16>(stage + i * 16,
-                     data + Rows::row(a, row_block, r) * row_bytes + std::int64_t{chunk} * 64 + i % 4 * 16);
+#pragma unroll
+    for (int j = 0; j < kSlabs; ++j) {
+      const std::uint32_t row =
+          min(base_row + (kPairs ? j / 2 : j) * 32 + static_cast<std::uint32_t>(tid) / 4, last_row);
+      copy_async<16>(stage + j * 2048 + tid * 16,
+                     data[kPairs ? j % 2 : 0] + std::uint64_t{row} * raw_stride + chunk * 64);
     }
     if constexpr (W::kScales > 0) {
-      const std::int64_t row_scales = a.cols / W::kChunk * W::kScales;
-      for (int r = tid; r < Shape::kRows; r += kThreads) {
+#pragma unroll
+      for (int j = 0; j < (Shape::kRows + kThreads - 1) / kThreads; ++j) {
+        const int r = tid + j * kThreads;
+        if (r >= Shape::kRows) break;
+        const std::uint32_t in = kPairs ? r / 64 * 32 + r % 32 : r;
+        const std::uint32_t row = min(base_row + in, last_row);
         copy_async<W::kScales>(stage + Shape::kRawBytes + r * W::kScales,
-                               Rows::weight(a, expert, r).scales + Rows::row(a, row_block, r) * row_scales +
-                                   std::int64_t{chunk} * W::kScales);
+                               scales[kPairs ? r / 32 % 2 : 0] +
+                                   std::uint64_t{row} * scale_stride + chunk * W::kScales);
       }
     }
-    std::byte* tokens = stage + Shape::kRawBytes + Shape::kScaleBytes;
-#pragma unroll 4
-    for (int i = tid; i < tiles * 8 * Shape::kUnits; i += kThreads) {
-      const int token = i / Shape::kUnits;
-      const int unit = i % Shape::kUnits;
-      copy_async<16>(
-          tokens + (token * Shape::kUnits + swizzled<Shape::kUnits>(token, unit)) * 16,
-          a.x + in_row[token] * a.x_stride + std::int64_t{chunk} * W::kChunk + unit * 8);
+    std::byte* tokens = stage + Shape::kRawBytes + Shape::kScaleBytes + token_to;
+#pragma unroll
+    for (int j = 0; j < kLargeTokens / kTokenStep; ++j) {
+      if (token0 + j * kTokenStep < tiles * 8) {
+        copy_async<16>(tokens + j * kTokenStep * Shape::kUnits * 16,
+                       token_from + in_offset[token0 + j * kTokenStep] + chunk * W::kChunk * 2);
+      }
     }
   };
 
@@ -295,50 +328,47 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
         }
       }
     }
-    constexpr int kGroups = W::kSteps / 2;
+    unsigned scale_low[kTilesM] = {};
+    unsigned scale_high[kTilesM] = {};
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      unsigned b[2][kTilesN][2];
+    for (int step = 0; step < W::kSteps; ++step) {
+      if (kFormat == WeightFormat::kNvfp4 && step % (W::kSteps / 2) == 0) {
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
+        for (int m = 0; m < kTilesM; ++m) {  // a lane's words hold two groups
+          const int shift = step == 0 ? 0 : 8;
+          scale_low[m] = nvfp4_scale((low_scales[m] >> shift) & 0xffu);
+          scale_high[m] = nvfp4_scale((high_scales[m] >> shift) & 0xffu);
+        }
+      } else if (kFormat == WeightFormat::kMxfp4 && step == 0) {
 #pragma unroll
-        for (int n = 0; n < kTilesN; n += 2) {
-          if (n < tiles) {
-            // The second tile may lie beyond the tokens: then what is read is not used.
-            const int token = (n + lane / 16) * 8 + lane % 8;
-            const int unit = (group * 2 + step) * 2 + lane / 8 % 2;
-            unsigned four[4];
-            load_matrices(four, tokens + (token * Shape::kUnits +
-                                          swizzled<Shape::kUnits>(token, unit)) * 16);
-            b[step][n][0] = four[0];
-            b[step][n][1] = four[1];
-            b[step][n + 1][0] = four[2];
-            b[step][n + 1][1] = four[3];
-          }
+        for (int m = 0; m < kTilesM; ++m) {
+          scale_low[m] = low_scales[m];
+          scale_high[m] = high_scales[m];
+        }
+      }
+      unsigned b[kTilesN][2];
+#pragma unroll
+      for (int n = 0; n < kTilesN; n += 2) {
+        if (n < tiles) {
+          // The second tile may lie beyond the tokens: then what is read is not used.
+          const int token = (n + lane / 16) * 8 + lane % 8;
+          const int unit = step * 2 + lane / 8 % 2;
+          unsigned four[4];
+          load_matrices(four, tokens + (token * Shape::kUnits +
+                                        swizzled<Shape::kUnits>(token, unit)) * 16);
+          b[n][0] = four[0];
+          b[n][1] = four[1];
+          b[n + 1][0] = four[2];
+          b[n + 1][1] = four[3];
         }
       }
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        unsigned scale_low = 0;
-        unsigned scale_high = 0;
-        if constexpr (kFormat == WeightFormat::kNvfp4) {
-          scale_low = nvfp4_scale((low_scales[m] >> (group / 2 * 8)) & 0xffu);
-          scale_high = nvfp4_scale((high_scales[m] >> (group / 2 * 8)) & 0xffu);
-        } else if constexpr (kFormat == WeightFormat::kMxfp4) {
-          scale_low = low_scales[m];
-          scale_high = high_scales[m];
-        }
-        unsigned l[4];
-        unsigned h[4];
-        decode_group<kFormat>(low[m], high[m], group, scale_low, scale_high, l, h);
-        const unsigned a0[4] = {l[0], h[0], l[1], h[1]};
-        const unsigned a1[4] = {l[2], h[2], l[3], h[3]};
+        unsigned left[4];
+        decode_step<kFormat>(low[m], high[m], step, scale_low[m], scale_high[m], left);
 #pragma unroll
         for (int n = 0; n < kTilesN; ++n) {
-          if (n < tiles) {
-            multiply(sums[m][n], a0, b[0][n][0], b[0][n][1]);
-            multiply(sums[m][n], a1, b[1][n][0], b[1][n][1]);
-          }
+          if (n < tiles) multiply(sums[m][n], left, b[n][0], b[n][1]);
         }
       }
     }
@@ -374,7 +404,12 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
         if constexpr (kWhat == Large::kGateUp) {
           value = silu(value) * (sums[m + kTilesM / 2][n][i] * up_scale);
         }
-        a.y.data[out_row[token] * a.y.stride + row] = value;
+        const std::int64_t at = out_row[token] * a.y.stride + row;
+        if (kWhat == Large::kDense && a.rounded != nullptr) {
+          a.rounded[at] = __float2bfloat16_rn(value);
+        } else {
+          a.y.data[at] = value;
+        }
       }
     }
   }

@@ -22,6 +22,9 @@ std::size_t linear_workspace(Device*, const format::WeightView* weight, std::int
 bool linear(Device* device, const format::WeightView* weight, ConstMatrix x, Matrix y,
             Inputs inputs, std::byte* workspace) {
   if (x.rows == 0 || weight->rows == 0) return true;
+  if (inputs == Inputs::kF32 && linear_exact_fit(*weight, x)) {
+    return linear_exact(device, *weight, x, y);
+  }
   if (inputs == Inputs::kF32 || !has_words(*weight)) {
     return linear_plain(device, *weight, x, y, inputs);
   }

@@ -1,7 +1,9 @@
 // Dense and grouped products of many tokens: launches of the kernel in large.cuh, the preparation
 // of its activations, and the grouping of (token, slot) pairs by expert.
+#include "ops/cuda/decode.cuh"
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/large.cuh"
+#include "ops/cuda/prepared.cuh"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -67,19 +69,18 @@ bool prepare(Device* device, ConstMatrix x, __nv_bfloat16* out) {
 }
 
 template <WeightFormat kFormat>
-bool dense(Device* device, const WeightView& weight, ConstMatrix x, Matrix y,
-           std::byte* workspace) {
-  auto* prepared = reinterpret_cast<__nv_bfloat16*>(workspace);
-  if (!prepare<kFormat>(device, x, prepared)) return false;
+bool dense_prepared(Device* device, const WeightView& weight, const __nv_bfloat16* prepared,
+                    Matrix y, __nv_bfloat16* rounded) {
   LargeArguments arguments{};
   arguments.weight = weight;
   arguments.x = prepared;
-  arguments.x_stride = x.cols;
-  arguments.tokens = x.rows;
+  arguments.x_stride = weight.cols;
+  arguments.tokens = y.rows;
   arguments.rows = weight.rows;
   arguments.cols = weight.cols;
   arguments.y = y;
-  const std::int64_t token_blocks = (x.rows + kLargeTokens - 1) / kLargeTokens;
+  arguments.rounded = rounded;
+  const std::int64_t token_blocks = (y.rows + kLargeTokens - 1) / kLargeTokens;
   const std::int64_t tall = (weight.rows + LargeShape<kFormat, 4>::kRows - 1) /
                             LargeShape<kFormat, 4>::kRows;
   if (tall * token_blocks >= 2 * device->multiprocessors) {
@@ -89,6 +90,39 @@ bool dense(Device* device, const WeightView& weight, ConstMatrix x, Matrix y,
       device, arguments,
       (weight.rows + LargeShape<kFormat, 1>::kRows - 1) / LargeShape<kFormat, 1>::kRows,
       token_blocks);
+}
+
+template <WeightFormat kFormat>
+bool dense(Device* device, const WeightView& weight, ConstMatrix x, Matrix y,
+           std::byte* workspace) {
+  auto* prepared = reinterpret_cast<__nv_bfloat16*>(workspace);
+  return prepare<kFormat>(device, x, prepared) &&
+         dense_prepared<kFormat>(device, weight, prepared, y, nullptr);
+}
+
+// Cached latents of tokens 0, 1, ... as prepared rows, and their rotated keys as plain ones.
+template <WeightFormat kFormat>
+__global__ void gather_kernel(MlaShape shape, KvRows kv, std::int64_t first_block,
+                              __nv_bfloat16* latents, __nv_bfloat16* keys) {
+  const std::int64_t s = blockIdx.x;
+  const std::int64_t lora = shape.kv_lora_rank;
+  const std::int64_t width = shape.cache_width();
+  const std::byte* block = kv.blocks[first_block + s / kKvBlockTokens] + kv.layer_offset;
+  for (std::int64_t i = threadIdx.x; i < width; i += kThreads) {
+    const std::int64_t at = s % kKvBlockTokens * width + i;
+    __nv_bfloat16 value;
+    if (kv.format == KvFormat::kBf16) {
+      value = reinterpret_cast<const __nv_bfloat16*>(block)[at];
+    } else {
+      value = __float2bfloat16_rn(e4m3_value(reinterpret_cast<const unsigned char*>(block)[at]) *
+                                  kv.scale);
+    }
+    if (i < lora) {
+      latents[s * lora + activation_place<kFormat>(i)] = value;
+    } else {
+      keys[s * (width - lora) + i - lora] = value;
+    }
+  }
 }
 
 struct Grouped {
@@ -223,6 +257,49 @@ bool experts_large(Device* device, const ExpertView* table, const ExpertView& fi
       break;
   }
   return fail(cudaErrorInvalidValue, "experts_large of FP32 experts", __FILE__, __LINE__);
+}
+
+bool gather_latents(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
+                    const KvRows& kv, std::int64_t first_block, std::int64_t length,
+                    __nv_bfloat16* latents, __nv_bfloat16* keys) {
+  const auto launch_gather = [&](auto kernel) {
+    kernel<<<static_cast<unsigned>(length), kThreads, 0, device->stream>>>(shape, kv, first_block,
+                                                                           latents, keys);
+  };
+  switch (kv_b_proj.format) {
+    case WeightFormat::kBF16:
+      launch_gather(gather_kernel<WeightFormat::kBF16>);
+      break;
+    case WeightFormat::kFp8Block:
+      launch_gather(gather_kernel<WeightFormat::kFp8Block>);
+      break;
+    case WeightFormat::kNvfp4:
+    case WeightFormat::kMxfp4:
+      launch_gather(gather_kernel<WeightFormat::kNvfp4>);
+      break;
+    case WeightFormat::kF32:
+      return fail(cudaErrorInvalidValue, "gather_latents for FP32", __FILE__, __LINE__);
+  }
+  DSFP4_LAUNCHED("gather_kernel");
+  return true;
+}
+
+bool linear_prepared(Device* device, const WeightView& weight, const __nv_bfloat16* prepared,
+                     std::int64_t tokens, __nv_bfloat16* out) {
+  const Matrix shape{nullptr, tokens, weight.rows, weight.rows};
+  switch (weight.format) {
+    case WeightFormat::kBF16:
+      return dense_prepared<WeightFormat::kBF16>(device, weight, prepared, shape, out);
+    case WeightFormat::kFp8Block:
+      return dense_prepared<WeightFormat::kFp8Block>(device, weight, prepared, shape, out);
+    case WeightFormat::kNvfp4:
+      return dense_prepared<WeightFormat::kNvfp4>(device, weight, prepared, shape, out);
+    case WeightFormat::kMxfp4:
+      return dense_prepared<WeightFormat::kMxfp4>(device, weight, prepared, shape, out);
+    case WeightFormat::kF32:
+      break;
+  }
+  return fail(cudaErrorInvalidValue, "linear_prepared of FP32 weights", __FILE__, __LINE__);
 }
 
 }  // namespace dsfp4::ops::cuda

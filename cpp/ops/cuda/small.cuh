@@ -47,6 +47,9 @@ __device__ __forceinline__ void stage_token(const float* from, std::int64_t cols
   }
 }
 
+/// Sums of a warp that are added up independently, to hide the latency of a product.
+constexpr int kChains = 4;
+
 /// A lane's words of two rows (g and g + 8 of the 16) in one chunk.
 template <WeightFormat kFormat>
 struct Piece {
@@ -92,7 +95,7 @@ __device__ __forceinline__ Piece<kFormat> load_piece(const WeightView& weight, s
 template <WeightFormat kFormat>
 __device__ __forceinline__ void multiply_piece(const Piece<kFormat>& piece, int chunk,
                                                const __nv_bfloat16* x, std::int64_t stride,
-                                               int tokens, float sums[4]) {
+                                               int tokens, float sums[kChains][4]) {
   using W = Words<kFormat>;
   const int quad = static_cast<int>(threadIdx.x) % 4;
   const int token = static_cast<int>(threadIdx.x) % 32 / 4;
@@ -117,8 +120,10 @@ __device__ __forceinline__ void multiply_piece(const Piece<kFormat>& piece, int 
       const uint4 b = mine ? from[4 * w] : uint4{};
       unsigned l[4];
       unsigned h[4];
-      decode_fp4(low[w], l);
-      decode_fp4(high[w], h);
+      decode_fp4(low[w], 0, l);
+      decode_fp4(low[w], 1, l + 2);
+      decode_fp4(high[w], 0, h);
+      decode_fp4(high[w], 1, h + 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         l[i] = times_bf16x2(l[i], scale_low);
@@ -126,11 +131,11 @@ __device__ __forceinline__ void multiply_piece(const Piece<kFormat>& piece, int 
       }
       const unsigned a0[4] = {l[0], h[0], l[1], h[1]};
       const unsigned a1[4] = {l[2], h[2], l[3], h[3]};
-      multiply(sums, a0, b.x, b.y);
-      multiply(sums, a1, b.z, b.w);
+      multiply(sums[w % 2 * 2], a0, b.x, b.y);
+      multiply(sums[w % 2 * 2 + 1], a1, b.z, b.w);
     }
   } else if constexpr (kFormat == WeightFormat::kFp8Block) {
-    float tile[4] = {};
+    float tile[2][4] = {};
 #pragma unroll
     for (int w = 0; w < 4; w += 2) {  // two words: two products
       const uint4 b = mine ? from[4 * (w / 2)] : uint4{};
@@ -142,18 +147,18 @@ __device__ __forceinline__ void multiply_piece(const Piece<kFormat>& piece, int 
       decode_fp8(high[w + 1], h + 2);
       const unsigned a0[4] = {l[0], h[0], l[1], h[1]};
       const unsigned a1[4] = {l[2], h[2], l[3], h[3]};
-      multiply(tile, a0, b.x, b.y);
-      multiply(tile, a1, b.z, b.w);
+      multiply(tile[0], a0, b.x, b.y);
+      multiply(tile[1], a1, b.z, b.w);
     }
     const float scale = __uint_as_float(piece.low_scales);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = fmaf(scale, tile[i], sums[i]);
+    for (int i = 0; i < 4; ++i) sums[0][i] = fmaf(scale, tile[0][i] + tile[1][i], sums[0][i]);
   } else {
     const uint4 b = mine ? from[0] : uint4{};
     const unsigned a0[4] = {low[0], high[0], low[1], high[1]};
     const unsigned a1[4] = {low[2], high[2], low[3], high[3]};
-    multiply(sums, a0, b.x, b.y);
-    multiply(sums, a1, b.z, b.w);
+    multiply(sums[0], a0, b.x, b.y);
+    multiply(sums[1], a1, b.z, b.w);
   }
 }
 
@@ -163,7 +168,8 @@ __device__ __forceinline__ void multiply_piece(const Piece<kFormat>& piece, int 
 template <WeightFormat kFormat, int kAhead>
 __device__ __forceinline__ void multiply_rows(const WeightView& weight, std::int64_t row, int first,
                                               int step, const __nv_bfloat16* x, std::int64_t stride,
-                                              int tokens, float sums[4]) {
+                                              int tokens, float result[4]) {
+  float sums[kChains][4] = {};
   constexpr int kChunk = Words<kFormat>::kChunk;
   const int chunks = static_cast<int>((weight.cols + kChunk - 1) / kChunk);
   const std::int64_t lane_row = static_cast<int>(threadIdx.x) % 32 / 4;
@@ -185,6 +191,8 @@ __device__ __forceinline__ void multiply_rows(const WeightView& weight, std::int
     const Piece<kFormat> piece = load_piece<kFormat>(weight, low, high, chunk);
     multiply_piece<kFormat>(piece, chunk, x, stride, tokens, sums);
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) result[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
 }
 
 }  // namespace dsfp4::ops::cuda

@@ -56,14 +56,17 @@ constexpr unsigned bf16_twice(unsigned bits) { return bits | (bits << 16); }
 constexpr unsigned kTwo120 = bf16_twice((127u + 120u) << 7);
 constexpr unsigned kTwo119 = bf16_twice((127u + 119u) << 7);
 
-/// Eight E2M1 codes: four pairs of 2^-126 w.
-__device__ __forceinline__ void decode_fp4(unsigned word, unsigned out[4]) {
+/// The first (0) or second (1) half of the four pairs, 2^-126 w each, of eight E2M1 codes.
+__device__ __forceinline__ void decode_fp4(unsigned word, int half, unsigned out[2]) {
   constexpr unsigned kSign = 0x80008000u;
   constexpr unsigned kRest = 0x01c001c0u;
-  out[0] = ((word << 12) & kSign) | ((word << 6) & kRest);
-  out[1] = ((word << 8) & kSign) | ((word << 2) & kRest);
-  out[2] = ((word << 4) & kSign) | ((word >> 2) & kRest);
-  out[3] = (word & kSign) | ((word >> 6) & kRest);
+  if (half == 0) {
+    out[0] = ((word << 12) & kSign) | ((word << 6) & kRest);
+    out[1] = ((word << 8) & kSign) | ((word << 2) & kRest);
+  } else {
+    out[0] = ((word << 4) & kSign) | ((word >> 2) & kRest);
+    out[1] = (word & kSign) | ((word >> 6) & kRest);
+  }
 }
 
 /// Four E4M3 codes: two pairs of w.
