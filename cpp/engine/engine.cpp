@@ -53,7 +53,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options.device, thread_count(options.threads))),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(folder, config_, thread_count(options.threads), options.progress)),
+      loaded_(load_weights(folder, config_, options.progress)),
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, kv_format_),
       scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations"),
       cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_) {}
