@@ -37,20 +37,20 @@ void FileSet::open(File& file, bool direct) {
   const int refused = system_.status(file.descriptor, file.opened);
   if (refused < 0) throw IoError(file.path, -1, -refused, "its size cannot be read");
   if (!direct) return;
-  file.direct_descriptor = system_.open(file.path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
-  if (file.direct_descriptor >= 0) {
-    struct stat second {};
-    const int unknown = system_.status(file.direct_descriptor, second);
-    if (unknown < 0) throw IoError(file.path, -1, -unknown, "its size cannot be read");
-    if (second.st_ino != file.opened.st_ino || second.st_dev != file.opened.st_dev) {
-      throw IoError(file.path, -1, 0, "was replaced while it was opened");
-    }
-    file.direct = true;
-  } else if (file.direct_descriptor == -EINVAL || file.direct_descriptor == -EOPNOTSUPP) {
+  const int descriptor = system_.open(file.path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
+  if (descriptor == -EINVAL || descriptor == -EOPNOTSUPP) {
     say_not_direct(file.path);
-  } else {
-    throw IoError(file.path, -1, -file.direct_descriptor, "cannot be opened");
+    return;
   }
+  if (descriptor < 0) throw IoError(file.path, -1, -descriptor, "cannot be opened");
+  file.direct_descriptor = descriptor;
+  struct stat second {};
+  const int unknown = system_.status(descriptor, second);
+  if (unknown < 0) throw IoError(file.path, -1, -unknown, "its size cannot be read");
+  if (second.st_ino != file.opened.st_ino || second.st_dev != file.opened.st_dev) {
+    throw IoError(file.path, -1, 0, "was replaced while it was opened");
+  }
+  file.direct = true;
 }
 
 void FileSet::close_all() noexcept {

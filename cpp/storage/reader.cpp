@@ -48,6 +48,16 @@ void Reader::read(std::span<const Extent> extents, const ReadProgress& progress,
 
 std::unique_ptr<Reader> make_reader(const std::vector<std::filesystem::path>& files,
                                     const ReaderOptions& options) {
+  if (options.kind == ReaderKind::kPread) return make_pread_reader(files, options);
+  try {
+    return make_uring_reader(files, options);
+  } catch (const UnsupportedError& error) {
+    if (options.kind == ReaderKind::kUring) throw;
+    if (options.log) {
+      options.log(std::string(error.what()) + "; reading with " + std::to_string(options.depth) +
+                  " threads instead, which costs the processor more");
+    }
+  }
   return make_pread_reader(files, options);
 }
 
