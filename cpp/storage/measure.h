@@ -28,4 +28,18 @@ struct RawRate {
 RawRate measure_raw_rate(const std::vector<std::filesystem::path>& files,
                          const ReaderOptions& options, double seconds, std::uint64_t seed = 1);
 
+struct DemandLatency {
+  std::vector<double> idle_seconds;    // of each demand, with nothing else to read
+  std::vector<double> beside_seconds;  // of each demand that came during speculation
+  ReaderStats stats;                   // of the reader that did both
+};
+
+/// How long a demand for `experts` experts of `expert_bytes` contiguous bytes at random places takes,
+/// alone and while speculation has the queue, in turn, `rounds` times each. Throws ParameterError if
+/// the files are too small for it.
+DemandLatency measure_demand_beside_speculation(const std::vector<std::filesystem::path>& files,
+                                                const ReaderOptions& options,
+                                                std::uint64_t expert_bytes, int experts, int rounds,
+                                                std::uint64_t seed = 1);
+
 }  // namespace dsfp4::storage

@@ -170,7 +170,7 @@ struct ReaderOptions {
   std::chrono::milliseconds stall_warning{10'000};
   std::chrono::milliseconds stall_limit{60'000};
   /// Receives one plain sentence when something is slower than it could be. May be called from any
-  /// thread. May be empty.
+  /// thread. Empty: the log of the process (base/log.h).
   std::function<void(std::string_view)> log;
   /// What the reader asks of the operating system; null is the real one. For tests (system.h).
   System* system = nullptr;

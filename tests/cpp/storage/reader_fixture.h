@@ -121,7 +121,9 @@ class ReaderTest : public testing::TestWithParam<ReaderKind> {
   void SetUp() override {
     if (GetParam() != ReaderKind::kUring) return;
     try {
-      make_reader({}, {.kind = ReaderKind::kUring});
+      ReaderOptions uring;
+      uring.kind = ReaderKind::kUring;
+      make_reader({}, uring);
     } catch (const std::exception& error) {
       GTEST_SKIP() << error.what();
     }
