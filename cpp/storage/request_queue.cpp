@@ -414,6 +414,7 @@ void RequestQueue::retire(Lock& lock, Job& job) noexcept {
   free_jobs_.push_back(number(job));
   --request->in_flight;
   work_.notify_one();
+  if (request->completing) finished_.notify_all();  // shut_down() looks at each such job
   end_if_over(lock, request);
 }
 
