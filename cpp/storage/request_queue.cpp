@@ -326,6 +326,7 @@ Job* RequestQueue::take_locked(Lock& lock,
 
 Job* RequestQueue::take_retry(Lock& lock, System::Clock::time_point now,
                               std::optional<System::Clock::time_point>& next_due) noexcept {
+  bool retired = false;
   for (std::size_t i = 0; i < retries_.size();) {
     Job& job = jobs_[retries_[i]];
     const bool over = job.request->stopping.load();
@@ -344,7 +345,9 @@ Job* RequestQueue::take_retry(Lock& lock, System::Clock::time_point now,
     }
     retire(lock, job);
     i = 0;  // the lock was given up in between
+    retired = true;
   }
+  if (retired) next_due = now;  // and what came meanwhile has found nobody to wake
   return nullptr;
 }
 
