@@ -160,8 +160,8 @@ void bind_model(nb::module_& m) {
 
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
-           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
-           nb::arg("ram_limit") = 0, nb::arg("progress") = nb::none())
+           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16", nb::arg("ram_limit") = 0,
+           nb::arg("progress") = nb::none())
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)
       .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)

@@ -89,7 +89,7 @@ RawRate measure_raw_rate(const std::vector<std::filesystem::path>& files,
   Buffers buffers(static_cast<std::size_t>(options.depth) * 3 / 2 + 4, block);
   std::mt19937_64 random(seed);
   std::mutex mutex;
-  ReadResult failure;  // guarded by mutex
+  ReadResult failure;                               // guarded by mutex
   const auto reader = make_reader(files, options);  // ends before what its callbacks use
   RawRate rate;
   rate.reader = reader->name();

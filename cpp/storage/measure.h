@@ -10,10 +10,10 @@
 namespace dsfp4::storage {
 
 struct RawRate {
-  const char* reader = "";        // "io_uring" or "pread"
-  std::uint64_t bytes = 0;        // that were read
+  const char* reader = "";  // "io_uring" or "pread"
+  std::uint64_t bytes = 0;  // that were read
   double seconds = 0.0;
-  double cpu_seconds = 0.0;       // of this process, user and system
+  double cpu_seconds = 0.0;  // of this process, user and system
   double gb_per_second() const noexcept {
     return seconds > 0.0 ? static_cast<double>(bytes) * 1e-9 / seconds : 0.0;
   }
@@ -34,9 +34,9 @@ struct DemandLatency {
   ReaderStats stats;                   // of the reader that did both
 };
 
-/// How long a demand for `experts` experts of `expert_bytes` contiguous bytes at random places takes,
-/// alone and while speculation has the queue, in turn, `rounds` times each. Throws ParameterError if
-/// the files are too small for it.
+/// How long a demand for `experts` experts of `expert_bytes` contiguous bytes at random places
+/// takes, alone and while speculation has the queue, in turn, `rounds` times each. Throws
+/// ParameterError if the files are too small for it.
 DemandLatency measure_demand_beside_speculation(const std::vector<std::filesystem::path>& files,
                                                 const ReaderOptions& options,
                                                 std::uint64_t expert_bytes, int experts, int rounds,

@@ -68,8 +68,9 @@ class UringLoop {
       if (!queue_.settle(job, *given, false)) return;
     }
     const ReadCall& call = job.call;
-    Uring::Read read{call.descriptor, false, -1, call.buffer,
-                     static_cast<std::uint32_t>(call.bytes), call.offset};
+    Uring::Read read{
+        call.descriptor, false, -1, call.buffer, static_cast<std::uint32_t>(call.bytes),
+        call.offset};
     const bool own = call.descriptor == queue_.files().descriptor(call.file, job.direct);
     if (own && files_registered_) {
       read.descriptor = static_cast<int>(call.file) * 2 + (job.direct ? 1 : 0);

@@ -1,5 +1,3 @@
-#include "memory/slot_pool.h"
-
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -11,6 +9,7 @@
 #include "dsfp4/error.h"
 #include "memory/budget.h"
 #include "memory/limits.h"
+#include "memory/slot_pool.h"
 
 namespace dsfp4::memory {
 namespace {

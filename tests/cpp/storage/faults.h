@@ -28,11 +28,10 @@ enum class Fault {
   kStallThenGoesOn,  // long enough for a warning
   kStallForever,     // given up
 };
-constexpr Fault kAllFaults[] = {Fault::kIoErrorOnce, Fault::kIoErrorForever, Fault::kShort,
-                                Fault::kShortInBlock, Fault::kInterrupted,   Fault::kAgain,
-                                Fault::kNoMemory,     Fault::kTruncated,     Fault::kRewritten,
-                                Fault::kReplaced,     Fault::kStallThenGoesOn,
-                                Fault::kStallForever};
+constexpr Fault kAllFaults[] = {
+    Fault::kIoErrorOnce, Fault::kIoErrorForever, Fault::kShort,           Fault::kShortInBlock,
+    Fault::kInterrupted, Fault::kAgain,          Fault::kNoMemory,        Fault::kTruncated,
+    Fault::kRewritten,   Fault::kReplaced,       Fault::kStallThenGoesOn, Fault::kStallForever};
 
 /// Whether a load with this fault must give the right bytes, or must fail.
 inline bool must_succeed(Fault fault) {
@@ -81,24 +80,37 @@ class FaultAt final : public FaultSystem {
     if (number != at_ || fault_ == Fault::kNone) return std::nullopt;
     injected_ = true;
     switch (fault_) {
-      case Fault::kIoErrorOnce: return -EIO;
-      case Fault::kInterrupted: return -EINTR;
-      case Fault::kAgain: return -EAGAIN;
-      case Fault::kNoMemory: return -ENOMEM;
+      case Fault::kIoErrorOnce:
+        return -EIO;
+      case Fault::kInterrupted:
+        return -EINTR;
+      case Fault::kAgain:
+        return -EAGAIN;
+      case Fault::kNoMemory:
+        return -ENOMEM;
       case Fault::kShort:
-      case Fault::kShortInBlock: shorten_ = call.offset; return std::nullopt;
+      case Fault::kShortInBlock:
+        shorten_ = call.offset;
+        return std::nullopt;
       case Fault::kTruncated:
         if (::truncate(path_.c_str(), static_cast<off_t>(size() / 2)) != 0) std::abort();
         return std::nullopt;
-      case Fault::kRewritten: rewrite(path_); return std::nullopt;
+      case Fault::kRewritten:
+        rewrite(path_);
+        return std::nullopt;
       case Fault::kReplaced:
         std::filesystem::copy_file(path_, path_ + ".new");
         rewrite(path_ + ".new");
         std::filesystem::rename(path_ + ".new", path_);
         return std::nullopt;
-      case Fault::kStallThenGoesOn: clock_offset_ms += 20'000; break;
-      case Fault::kStallForever: clock_offset_ms += 100'000; break;
-      default: std::abort();
+      case Fault::kStallThenGoesOn:
+        clock_offset_ms += 20'000;
+        break;
+      case Fault::kStallForever:
+        clock_offset_ms += 100'000;
+        break;
+      default:
+        std::abort();
     }
     call.descriptor = pipe_[0];
     return std::nullopt;

@@ -115,7 +115,8 @@ class PhasedBuffer {
   std::size_t offset_;
 };
 
-/// A test for each kind of reader. Where io_uring is not permitted its half is skipped, and says so.
+/// A test for each kind of reader. Where io_uring is not permitted its half is skipped, and says
+/// so.
 class ReaderTest : public testing::TestWithParam<ReaderKind> {
  protected:
   void SetUp() override {

@@ -26,9 +26,10 @@ bool refuse() {
 
 void* allocate(std::size_t bytes, std::size_t alignment) noexcept {
   if (refuse()) return nullptr;
-  void* memory = alignment <= alignof(std::max_align_t)
-                     ? std::malloc(bytes)
-                     : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  void* memory =
+      alignment <= alignof(std::max_align_t)
+          ? std::malloc(bytes)
+          : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
   if (memory != nullptr) ++allocations_out;
   return memory;
 }

@@ -23,7 +23,8 @@ class ReaderFaults : public ReaderTest {
   std::vector<Extent> extents(PhasedBuffer& whole, PhasedBuffer& moved, PhasedBuffer& small) {
     std::vector<Extent> all = {{0, 100, whole.size(), whole.data(), true},
                                {1, 7, moved.size(), moved.data()}};
-    for (std::size_t i = 0; i < 10; ++i) all.push_back({1, 190'000 + i * 20, 4, small.data() + i * 4});
+    for (std::size_t i = 0; i < 10; ++i)
+      all.push_back({1, 190'000 + i * 20, 4, small.data() + i * 4});
     return all;
   }
 
@@ -59,8 +60,8 @@ class ReaderFaults : public ReaderTest {
       const ReadResult result = reader->wait(ticket);
       if (reads != nullptr) *reads = system.reads();
       const bool reached = system.injected();
-      EXPECT_EQ(result.status, reached && !must_succeed(fault) ? ReadStatus::kFailed
-                                                               : ReadStatus::kDone)
+      EXPECT_EQ(result.status,
+                reached && !must_succeed(fault) ? ReadStatus::kFailed : ReadStatus::kDone)
           << static_cast<int>(fault) << " at " << at << ": " << result.problem;
       if (result.status == ReadStatus::kDone) {
         EXPECT_TRUE(right()) << static_cast<int>(fault) << " at " << at;
@@ -72,7 +73,8 @@ class ReaderFaults : public ReaderTest {
       while (!ticket.quiet()) std::this_thread::yield();
       EXPECT_EQ(reader->stats().in_flight, 0u);
       EXPECT_EQ(reader->stats().in_flight_bytes, 0u);
-      if (fault == Fault::kReplaced || must_succeed(fault)) {  // the next request on the same reader
+      if (fault == Fault::kReplaced ||
+          must_succeed(fault)) {  // the next request on the same reader
         const std::vector<Extent> again = extents(whole, moved, small);
         reader->read(again);
         EXPECT_TRUE(right()) << "the next request";
@@ -155,7 +157,10 @@ TEST_P(ReaderFaults, OnlyTheRequestAtFaultFails) {
 
 TEST_P(ReaderFaults, AStalledReadIsWarnedAboutOnceThenGivenUpAndItsOwnerKept) {
   const auto path = files_.write("a", 20'000, 1);
-  FaultAt system(Fault::kStallForever, 2, path.string());
+  // The thread of the abandoned read closes the files, so the system outlives the test.
+  static std::vector<std::unique_ptr<FaultAt>> kept;
+  kept.push_back(std::make_unique<FaultAt>(Fault::kStallForever, 2, path.string()));
+  FaultAt& system = *kept.back();
   ReaderOptions faulty = options();
   faulty.system = &system;
   auto owner = std::make_shared<PhasedBuffer>(20'000, 0);
