@@ -163,7 +163,9 @@ DemandLatency measure_demand_beside_speculation(const std::vector<std::filesyste
   for (int round = 0; round < rounds; ++round) {
     latency.idle_seconds.push_back(demand());
     const ReadTicket guess = submit(guesses, Priority::kSpeculative);
-    while (guess.bytes_done() < expert_bytes / 4) std::this_thread::yield();
+    while (guess.bytes_done() < expert_bytes / 4) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
     latency.beside_seconds.push_back(demand());
     reader->wait(guess).throw_if_failed();
   }

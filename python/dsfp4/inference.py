@@ -45,9 +45,10 @@ class DeepseekInference:
     `model_path` is a checkpoint folder or "demo". `device` "auto" is the fastest backend present;
     `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit;
     `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision;
-    `ram_limit` is the most RAM of this process in GB (10^9 bytes), None what the machine can spare;
-    `progress` is called with the bytes loaded and the bytes in all. Raises the errors of `dsfp4.errors`. May
-    be used by several threads: generations run one after the other. Is a context manager.
+    `ram_limit` is the most RAM of this process in GB (10^9 bytes), None what the machine can
+    spare; `progress` is called with the bytes loaded and the bytes in all. Raises the errors of
+    `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
+    context manager.
 
     generate() and chat() take these options:
 

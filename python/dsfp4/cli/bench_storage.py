@@ -23,8 +23,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = commands.add_parser(
         "storage",
         help="how fast files are read, by block size and queue depth",
-        description="Reads random blocks of PATH, past the page cache, with each reader. Nothing is "
-        "written. The best rate is raw_ssd_gb_s.",
+        description="Reads random blocks of PATH, past the page cache, with each reader. Nothing "
+        "is written. The best rate is raw_ssd_gb_s.",
         allow_abbrev=False,
     )
     parser.add_argument("path", metavar="PATH", help="a large file, or a checkpoint folder")
