@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "dsfp4/api.h"
+
 namespace dsfp4 {
 
 struct LoadOptions {
@@ -99,7 +101,7 @@ struct ForwardOptions {
   bool decode = false;
 };
 
-class Model {
+class DSFP4_API Model {
  public:
   /// Loads the checkpoint in `folder`: config.json and *.safetensors as published. Throws
   /// CheckpointError, UnsupportedError, IoError, MemoryLimitError, ParameterError.

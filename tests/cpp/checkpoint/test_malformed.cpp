@@ -16,7 +16,6 @@
 #include "checkpoint/layout.h"
 #include "checkpoint/tiny_checkpoint.h"
 #include "dsfp4/error.h"
-#include "dsfp4/model.h"
 
 namespace dsfp4::testing {
 namespace {
@@ -558,34 +557,6 @@ TEST_F(Malformed, WhatIsNoFile) {
   const ScratchFolder empty;
   EXPECT_THROW(checkpoint::read_config(empty.path()), CheckpointError);
   EXPECT_THROW(checkpoint::Catalogue::open(empty.path()), CheckpointError);
-}
-
-TEST_F(Malformed, Scales) {
-  const auto load_with = [&](const std::string& name, const std::string& bytes) -> std::string {
-    TinyCheckpoint checkpoint = make_tiny_checkpoint(TinyKind::kCompressed);
-    TinyShard& shard = checkpoint.shards[0];
-    JsonNode& begin = shard.header.find(name)->find("data_offsets")->members[0].value;
-    shard.data.replace(std::stoul(begin.token), 4, bytes);
-    const ScratchFolder folder;
-    checkpoint.write(folder.path());
-    try {
-      LoadOptions options;
-      options.threads = 1;
-      Model::load(folder.path(), options);
-    } catch (const CheckpointError& error) {
-      EXPECT_GT(error.offset(), 0);
-      return error.tensor();
-    }
-    return "";
-  };
-  for (const std::string name : {"model.layers.1.mlp.experts.3.up_proj.weight_global_scale",
-                                 "model.layers.0.self_attn.k_proj.k_scale"}) {
-    for (const char* bytes : {"\x00\x00\xc0\x7f", "\x00\x00\x80\x7f", "\x00\x00\x80\xff",
-                              "\x00\x00\x80\xbf", "\x00\x00\x00\x00", "\x00\x00\x00\x80"}) {
-      EXPECT_EQ(load_with(name, std::string(bytes, 4)), name);
-    }
-    EXPECT_EQ(load_with(name, std::string("\x00\x00\x80\x3f", 4)), "");
-  }
 }
 
 }  // namespace
