@@ -74,7 +74,6 @@ def build(python: str, version: str, work: Path, audit: Path) -> tuple[Path, str
         "wheel",
         "-q",
         "--no-deps",
-        f"-Cbuild-dir={ROOT / 'build' / f'wheel-{version}'}",
         "-w",
         raw,
         ROOT,

@@ -68,7 +68,7 @@ TEST(LoaderScales, OfBlocks) {
   EXPECT_EQ(
       load_with(TinyKind::kNvfp4, "model.layers.1.mlp.experts.2.down_proj.weight_scale", 5, "\x7e"),
       "");
-  const std::string tiles = "model.layers.0.self_attn.o_proj.weight_scale_inv";
+  const std::string tiles = "model.layers.0.self_attn.q_a_proj.weight_scale_inv";
   for (const char* bytes : {"\x00\x00\xc0\x7f", "\x00\x00\x80\x7f", "\x00\x00\x80\xff"}) {
     EXPECT_NE(load_with(TinyKind::kNvfp4, tiles, 0, std::string(bytes, 4)), "");
   }
