@@ -1,5 +1,7 @@
 // The error family. Every exception that leaves dsfp4 is one of these types; what() is one sentence
-// that names what is wrong and, where there is something to do about it, what to do.
+// that names what is wrong and, where there is something to do about it, what to do. Each owns its
+// text and facts, so it may be kept. File names are as the caller gave the folder; all text is
+// UTF-8 as far as file names are.
 #pragma once
 
 #include <cstdint>
