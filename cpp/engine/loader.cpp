@@ -37,7 +37,10 @@ class Placement {
     view.rows = source.rows;
     view.cols = source.cols;
     view.data = bytes_of(*source.data);
-    if (source.scales != nullptr) view.scales = bytes_of(*source.scales);
+    if (source.scales != nullptr) {
+      view.scales = bytes_of(*source.scales);
+      if (arena_ != nullptr) block_scales_.emplace_back(source.scales, &view);
+    }
     if (arena_ == nullptr) weight_bytes_ += source.bytes();
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
   }
@@ -58,8 +61,15 @@ class Placement {
     vectors_.push_back({vector, values, read_later(*vector)});
   }
 
-  // Once the extents are read: what is kept as FP32 is converted.
+  // Once the extents are read: scales are checked, and what is kept as FP32 is converted.
   void finish() {
+    for (const auto& [tensor, view] : block_scales_) {
+      if (const auto bad = format::find_bad_scale(*view)) {
+        throw CheckpointError(catalogue_.file_name(*tensor), tensor->name,
+                              static_cast<std::int64_t>(tensor->offset + *bad),
+                              "this block scale is NaN or infinite; download the file again");
+      }
+    }
     for (const Vector& vector : vectors_) {
       to_floats(*vector.tensor, staging_[vector.staged].data(), vector.values,
                 static_cast<std::size_t>(vector.tensor->shape.at(0)));
@@ -68,12 +78,14 @@ class Placement {
       const TensorInfo& tensor = *scale.tensor;
       float value = 0.0f;
       to_floats(tensor, staging_[scale.staged].data(), &value, 1);
-      if (!std::isfinite(value) || value <= 0.0f) {
+      const float inverse = 1.0f / value;  // infinite for the smallest
+      if (!std::isfinite(value) || value <= 0.0f || (scale.reciprocal && !std::isfinite(inverse))) {
         throw CheckpointError(
             catalogue_.file_name(tensor), tensor.name, static_cast<std::int64_t>(tensor.offset),
-            "the scale is " + std::to_string(value) + "; it must be positive and finite");
+            "the scale is " + std::to_string(value) + "; it must be positive and finite" +
+                (scale.reciprocal ? ", and so must its reciprocal" : ""));
       }
-      *scale.value = scale.reciprocal ? 1.0f / value : value;
+      *scale.value = scale.reciprocal ? inverse : value;
     }
   }
 
@@ -125,6 +137,7 @@ class Placement {
   std::vector<std::vector<std::byte>> staging_;
   std::vector<Vector> vectors_;
   std::vector<Scale> scales_;
+  std::vector<std::pair<const TensorInfo*, const format::WeightView*>> block_scales_;
 };
 
 void place_mlp(Placement& placement, const checkpoint::MlpSource& source,

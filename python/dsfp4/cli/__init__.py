@@ -4,12 +4,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import dsfp4
 from dsfp4.cli import demo, info, quantize, run
 from dsfp4.errors import Dsfp4Error
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+class _PrintCmakeDir(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(Path(dsfp4.__file__).parent / "lib" / "cmake" / "dsfp4")
+        parser.exit()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -20,6 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dsfp4 {dsfp4.__version__}")
+    parser.add_argument(
+        "--cmake-dir",
+        action=_PrintCmakeDir,
+        nargs=0,
+        help="print the folder that CMake's find_package(dsfp4) needs as dsfp4_DIR, and exit",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (demo, run, info, quantize):
         command.add_command(commands)
