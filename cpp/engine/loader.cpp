@@ -8,6 +8,7 @@
 #include "checkpoint/catalogue.h"
 #include "checkpoint/layout.h"
 #include "dsfp4/error.h"
+#include "engine/hash_check.h"
 #include "format/scalar.h"
 #include "memory/arena.h"
 #include "storage/reader.h"
@@ -30,6 +31,7 @@ class Placement {
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
   const std::vector<storage::Extent>& extents() const noexcept { return extents_; }
+  const std::vector<ReadTensor>& tensors() const noexcept { return tensors_; }  // as extents()
 
   void place(const WeightSource& source, format::WeightView& view) {
     if (!source.present()) return;
@@ -107,12 +109,14 @@ class Placement {
     if (arena_ == nullptr) return nullptr;
     std::byte* destination = arena_->take(tensor.bytes);
     extents_.push_back({tensor.file, tensor.offset, tensor.bytes, destination});
+    tensors_.push_back({&tensor, destination});
     return destination;
   }
 
   std::size_t read_later(const TensorInfo& tensor) {
     staging_.emplace_back(tensor.bytes);
     extents_.push_back({tensor.file, tensor.offset, tensor.bytes, staging_.back().data()});
+    tensors_.push_back({&tensor, staging_.back().data()});
     return staging_.size() - 1;
   }
 
@@ -134,6 +138,7 @@ class Placement {
   std::size_t arena_bytes_ = 0;
   std::uint64_t weight_bytes_ = 0;
   std::vector<storage::Extent> extents_;
+  std::vector<ReadTensor> tensors_;
   std::vector<std::vector<std::byte>> staging_;
   std::vector<Vector> vectors_;
   std::vector<Scale> scales_;
@@ -214,6 +219,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   reader->read(placement.extents(), [&](std::uint64_t done) {
     if (progress) progress(done, total);
   });
+  check_hashes(catalogue, placement.tensors(), threads);
   placement.finish();
   return {std::move(arena), std::move(weights), counted.weight_bytes()};
 }
