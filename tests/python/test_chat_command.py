@@ -1,15 +1,17 @@
 """`dsfp4 chat`: turns, /commands, pipes, and a real terminal."""
 
+import io
 import json
 import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
+from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +153,6 @@ def test_help_names_every_command(session: Session) -> None:
 
 
 def chat(monkeypatch: Any, lines: str, *arguments: str) -> int:
-    import io
-
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     return main(["chat", "demo", "--seed", "1", "--max-tokens", "60", *arguments])
 
@@ -213,6 +213,7 @@ class Person:
             stderr=terminal_end,
             env=environment | {"HOME": str(home), "TERM": "dumb"},
             start_new_session=True,
+            preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
         )
         os.close(terminal_end)
         self.seen = ""
@@ -267,7 +268,7 @@ def test_ctrl_c_stops_an_answer(person: Person) -> None:
     person.type(f"{QUESTION}\n")
     person.wait_for("thinking")
     time.sleep(0.3)
-    os.killpg(person.process.pid, signal.SIGINT)
+    person.type("\x03")
     person.wait_for(">>> ")
     person.type("/reset\n")
     person.wait_for("(?s)the conversation is forgotten.*>>> ")
