@@ -1,12 +1,13 @@
 """Checks every byte of a checkpoint's tensors."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from dsfp4 import _core
 from dsfp4._checks import check_integer
 from dsfp4.demo import resolve_model
-from dsfp4.errors import ParameterError
+from dsfp4.errors import CheckpointError, ParameterError
 from dsfp4.model import Progress
 
 _MOST_THREADS = 1024
@@ -38,3 +39,18 @@ def verify(
         )
     workers = threads or len(os.sched_getaffinity(0))
     return _core.verify(str(resolve_model(path)), workers, bool(write), progress)
+
+
+def check_sound(folder: Path, threads: int) -> None:
+    """Where `folder` has checksums, compare them. Raises CheckpointError for the first problem."""
+    if not (folder / HASH_FILE).exists():
+        return
+    problems = verify(folder, threads=threads)["problems"]
+    if problems:
+        first = problems[0]
+        raise CheckpointError(
+            f"'{first['file']}': '{first['tensor']}' at byte {first['offset']}: {first['problem']}",
+            file=first["file"],
+            tensor=first["tensor"],
+            offset=first["offset"],
+        )

@@ -13,6 +13,7 @@ import pytest
 import dsfp4
 from dsfp4.cli import main
 from dsfp4.errors import CheckpointError, Dsfp4Error, ParameterError
+from dsfp4.quantize import quantize
 from dsfp4.verify import HASH_FILE, verify
 from fixtures.checkpoint_io import read_shard, write_shard
 
@@ -134,6 +135,20 @@ def test_loading_checks_every_kind_of_tensor(folder: Path, tensor: str) -> None:
     with pytest.raises(CheckpointError, match="checksum") as error:
         dsfp4.Model(folder)
     assert error.value.tensor == tensor
+
+
+def test_quantize_refuses_a_damaged_source(
+    random_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(random_checkpoint("v3-bf16-real"), tmp_path / "source"))
+    verify(source, write=True)
+    quantize(source, tmp_path / "sound")
+    assert not (tmp_path / "sound" / HASH_FILE).exists()  # other bytes, other checksums
+    path = flip(source, f"{EXPERT}.weight")
+    with pytest.raises(CheckpointError, match="checksum") as error:
+        quantize(source, tmp_path / "other")
+    assert (error.value.file, error.value.tensor) == (str(path), f"{EXPERT}.weight")
+    assert not (tmp_path / "other").exists()
 
 
 def test_writing_does_not_bless_what_changed(folder: Path) -> None:
