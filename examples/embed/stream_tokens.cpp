@@ -5,9 +5,9 @@
 #include <string>
 #include <vector>
 
-#include <dsfp4/error.h>
-#include <dsfp4/log.h>
-#include <dsfp4/model.h>
+#include "dsfp4/error.h"
+#include "dsfp4/log.h"
+#include "dsfp4/model.h"
 
 int main(int argc, char** argv) {
   if (argc < 4) {
