@@ -57,6 +57,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
       loaded_(load_weights(folder, config_,
                            {.reader = {},
+                            .threads = thread_count(options.threads),
                             .progress = options.progress,
                             .before_taking =
                                 [&](std::uint64_t weights, std::uint64_t staging) {

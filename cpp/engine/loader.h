@@ -20,6 +20,8 @@ struct LoadedWeights {
 
 struct LoadWeightsOptions {
   storage::ReaderOptions reader;
+  /// That check hashes where the checkpoint has them, at least 1.
+  int threads = 1;
   /// Called while weights are read, in bytes.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
   /// Called with what is about to be taken, in bytes; an exception thrown by it ends the load.
