@@ -60,9 +60,10 @@ ContextLengthError::ContextLengthError(std::int64_t requested, std::int64_t limi
       limit_(limit) {}
 
 MemoryLimitError::MemoryLimitError(const std::string& purpose, std::uint64_t needed,
-                                   std::uint64_t available, const char* memory)
+                                   std::uint64_t available, const std::string& advice,
+                                   const char* memory)
     : Error(purpose + " need " + gigabytes(needed) + " of " + memory + " and " +
-            gigabytes(available) + " are available"),
+            gigabytes(available) + " are available" + (advice.empty() ? "" : "; " + advice)),
       needed_(needed),
       available_(available) {}
 

@@ -35,9 +35,9 @@ class Bench {
       : only_(std::move(only)),
         plugin_(ops::cuda_plugin()),
         backend_(index, 0),
-        pool_(kPool, "the benchmark's weights", backend_.allocator()),
-        scales_(3 * kScaleBytes, "the benchmark's scales", backend_.allocator()),
-        arena_(std::size_t{2000} << 20, "the benchmark's activations", backend_.allocator()) {
+        pool_(kPool, "the benchmark's weights", backend_.memory()),
+        scales_(3 * kScaleBytes, "the benchmark's scales", backend_.memory()),
+        arena_(std::size_t{2000} << 20, "the benchmark's activations", backend_.memory()) {
     fill();
     read_rate_ = measure_reads();
     flop_rate_ = measure_products();
@@ -123,7 +123,7 @@ class Bench {
                          static_cast<double>(kMla.cache_width()) *
                          static_cast<double>(ops::kv_value_bytes(format));
     const int layers = decode ? std::min(rotations(bytes), 40) : 1;
-    KvCache cache(context * sequences, layers, layer, format, backend_.allocator());
+    KvCache cache(context * sequences, layers, layer, format, backend_.memory());
     std::deque<Sequence> made;
     std::vector<ops::SequenceRows> batch;
     for (std::int64_t s = 0; s < sequences; ++s) {
@@ -170,7 +170,7 @@ class Bench {
     });
     const model::Decoder decoder(spec, weights, backend_, experts, ops::KvFormat::kBf16);
     KvCache cache(context + 1, layers, decoder.kv_layer_bytes(), ops::KvFormat::kBf16,
-                  backend_.allocator());
+                  backend_.memory());
     Sequence sequence(cache);
     fill_cache(sequence.next_rows(0, context), static_cast<int>(layers), decoder.kv_layer_bytes());
     sequence.advance(context);

@@ -54,6 +54,8 @@ class Engine {
                    std::span<float> logits);
   /// logits (on the host) = head(hidden).
   void head(ops::ConstMatrix hidden, float* logits);
+  /// Throws MemoryLimitError if the model does not fit; all in bytes.
+  void check_memory(std::uint64_t ram_limit, std::uint64_t weights, std::uint64_t staging) const;
   void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;
 
   checkpoint::ModelConfig config_;

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "checkpoint/catalogue.h"
 #include "checkpoint/layout.h"
 #include "dsfp4/error.h"
+#include "engine/hash_check.h"
 #include "format/scalar.h"
 #include "memory/arena.h"
 #include "storage/reader.h"
@@ -33,7 +35,9 @@ class Placement {
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
   /// What is read into the backend's memory, and what into the host's (for finish()).
   const std::vector<storage::Extent>& extents() const noexcept { return extents_; }
+  const std::vector<ReadTensor>& tensors() const noexcept { return tensors_; }  // as extents()
   const std::vector<storage::Extent>& staged() const noexcept { return staged_; }
+  const std::vector<ReadTensor>& staged_tensors() const noexcept { return staged_tensors_; }
 
   void place(const WeightSource& source, format::WeightView& view) {
     if (!source.present()) return;
@@ -41,7 +45,10 @@ class Placement {
     view.rows = source.rows;
     view.cols = source.cols;
     view.data = bytes_of(*source.data);
-    if (source.scales != nullptr) view.scales = bytes_of(*source.scales);
+    if (source.scales != nullptr) {
+      view.scales = bytes_of(*source.scales);
+      if (arena_ != nullptr) block_scales_.emplace(source.scales, &view);
+    }
     if (arena_ == nullptr) weight_bytes_ += source.bytes();
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
   }
@@ -62,6 +69,19 @@ class Placement {
     vectors_.push_back({vector, values, read_later(*vector)});
   }
 
+  // Block scales that were read to `bytes`; other tensors pass.
+  void check_scales(const TensorInfo& tensor, const std::byte* bytes) const {
+    const auto found = block_scales_.find(&tensor);
+    if (found == block_scales_.end()) return;
+    format::WeightView view = *found->second;
+    view.scales = bytes;
+    if (const auto bad = format::find_bad_scale(view)) {
+      throw CheckpointError(catalogue_.file_name(tensor), tensor.name,
+                            static_cast<std::int64_t>(tensor.offset + *bad),
+                            "this block scale is NaN or infinite; download the file again");
+    }
+  }
+
   // Once the extents are read: what is kept as FP32 is converted.
   void finish() {
     for (const Vector& vector : vectors_) {
@@ -73,12 +93,14 @@ class Placement {
       const TensorInfo& tensor = *scale.tensor;
       float value = 0.0f;
       to_floats(tensor, staging_[scale.staged].data(), &value, 1);
-      if (!std::isfinite(value) || value <= 0.0f) {
+      const float inverse = 1.0f / value;  // infinite for the smallest
+      if (!std::isfinite(value) || value <= 0.0f || (scale.reciprocal && !std::isfinite(inverse))) {
         throw CheckpointError(
             catalogue_.file_name(tensor), tensor.name, static_cast<std::int64_t>(tensor.offset),
-            "the scale is " + std::to_string(value) + "; it must be positive and finite");
+            "the scale is " + std::to_string(value) + "; it must be positive and finite" +
+                (scale.reciprocal ? ", and so must its reciprocal" : ""));
       }
-      *scale.value = scale.reciprocal ? 1.0f / value : value;
+      *scale.value = scale.reciprocal ? inverse : value;
     }
   }
 
@@ -100,12 +122,14 @@ class Placement {
     if (arena_ == nullptr) return nullptr;
     std::byte* destination = arena_->take(tensor.bytes);
     extents_.push_back({tensor.file, tensor.offset, tensor.bytes, destination});
+    tensors_.push_back({&tensor, destination});
     return destination;
   }
 
   std::size_t read_later(const TensorInfo& tensor) {
     staging_.emplace_back(tensor.bytes);
     staged_.push_back({tensor.file, tensor.offset, tensor.bytes, staging_.back().data()});
+    staged_tensors_.push_back({&tensor, staging_.back().data()});
     return staging_.size() - 1;
   }
 
@@ -129,9 +153,12 @@ class Placement {
   std::uint64_t weight_bytes_ = 0;
   std::vector<storage::Extent> extents_;
   std::vector<storage::Extent> staged_;
+  std::vector<ReadTensor> tensors_;
+  std::vector<ReadTensor> staged_tensors_;
   std::vector<std::vector<std::byte>> staging_;
   std::vector<Vector> vectors_;
   std::vector<Scale> scales_;
+  std::unordered_map<const TensorInfo*, const format::WeightView*> block_scales_;
 };
 
 void place_mlp(Placement& placement, const checkpoint::MlpSource& source,
@@ -187,77 +214,83 @@ std::uint64_t bytes_of(const std::vector<storage::Extent>& extents) {
   return bytes;
 }
 
-// Reads extents whose destinations the host cannot touch: a buffer full at a time.
+// Reads what goes to memory that the host cannot touch, by way of a buffer: some whole tensors at a
+// time, which are checked there.
 template <typename Read>
-void read_through_host(const std::vector<storage::Extent>& extents, ops::Backend& backend,
-                       const Read& read) {
-  constexpr std::size_t kBuffer = 64u << 20;
-  std::vector<std::byte> buffer(kBuffer);
-  std::vector<storage::Extent> here;   // into the buffer
-  std::vector<std::byte*> destinations;
-  std::size_t used = 0;
-  const auto flush = [&] {
-    if (here.empty()) return;
-    read(here);
-    for (std::size_t i = 0; i < here.size(); ++i) {
-      backend.upload(here[i].destination, destinations[i], here[i].bytes);
-    }
-    here.clear();
-    destinations.clear();
-    used = 0;
-  };
-  for (const storage::Extent& extent : extents) {
-    for (std::uint64_t at = 0; at < extent.bytes;) {
-      if (used == kBuffer) flush();
-      const std::uint64_t piece = std::min<std::uint64_t>(extent.bytes - at, kBuffer - used);
-      here.push_back({extent.file, extent.offset + at, piece, buffer.data() + used});
-      destinations.push_back(extent.destination + at);
-      used += piece;
-      at += piece;
-    }
+void read_through_host(const Catalogue& catalogue, const Placement& placement,
+                       ops::Backend& backend, int threads, const Read& read) {
+  constexpr std::size_t kBuffer = 256u << 20;
+  std::size_t largest = kBuffer;
+  for (const storage::Extent& extent : placement.extents()) {
+    largest = std::max<std::size_t>(largest, extent.bytes);
   }
-  flush();
+  Arena buffer(std::min<std::size_t>(bytes_of(placement.extents()) + kBuffer, largest + kBuffer),
+               "the weights on their way");
+  const auto& extents = placement.extents();
+  for (std::size_t first = 0; first < extents.size();) {
+    std::vector<storage::Extent> here;
+    std::vector<ReadTensor> tensors;
+    std::size_t next = first;
+    buffer.release(0);
+    for (; next < extents.size(); ++next) {
+      const storage::Extent& extent = extents[next];
+      if (next > first && buffer.used() + Arena::padded(extent.bytes) > kBuffer) break;
+      std::byte* to = buffer.take(extent.bytes);
+      here.push_back({extent.file, extent.offset, extent.bytes, to});
+      tensors.push_back({placement.tensors()[next].tensor, to});
+    }
+    read(here);
+    check_hashes(catalogue, tensors, threads);
+    for (std::size_t i = 0; i < here.size(); ++i) {
+      placement.check_scales(*tensors[i].tensor, tensors[i].bytes);
+      backend.upload(tensors[i].bytes, extents[first + i].destination, here[i].bytes);
+    }
+    first = next;
+  }
 }
 
 }  // namespace
 
 LoadedWeights load_weights(const std::filesystem::path& folder,
                            const checkpoint::ModelConfig& config, ops::Backend& backend,
-                           int threads,
-                           const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+                           const LoadWeightsOptions& options) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
 
   model::ModelWeights weights;
   Placement counted(catalogue, backend);
   place_model(counted, layout, weights);
-  if (backend.host_visible()) {  // a device's allocator knows its own limit
-    const std::size_t available = memory::available_memory();
-    if (counted.arena_bytes() > available) {
-      throw MemoryLimitError("the weights", counted.arena_bytes(), available);
-    }
+  const auto reader = storage::make_reader(catalogue.files(), options.reader);
+  if (options.before_taking) {
+    options.before_taking(counted.arena_bytes(), reader->staging_bytes());
   }
 
-  Arena arena(counted.arena_bytes(), "the weights", backend.allocator());
+  Arena arena(counted.arena_bytes(), "the weights", backend.memory());
   Placement placement(catalogue, backend);
   placement.use_arena(arena);
   place_model(placement, layout, weights);
 
   const std::uint64_t total = bytes_of(placement.extents()) + bytes_of(placement.staged());
-  const auto reader = storage::make_pread_reader(catalogue.files(), threads);
   std::uint64_t before = 0;
   const auto read = [&](const std::vector<storage::Extent>& extents) {
     reader->read(extents, [&](std::uint64_t done) {
-      if (progress) progress(before + done, total);
+      if (options.progress) options.progress(before + done, total);
     });
     before += bytes_of(extents);
   };
   if (backend.host_visible()) {
-    read(placement.extents());
+    std::vector<storage::Extent> all = placement.extents();
+    all.insert(all.end(), placement.staged().begin(), placement.staged().end());
+    read(all);
+    check_hashes(catalogue, placement.tensors(), options.threads);
+    for (const ReadTensor& read_tensor : placement.tensors()) {
+      placement.check_scales(*read_tensor.tensor, read_tensor.bytes);
+    }
   } else {
-    read_through_host(placement.extents(), backend, read);
+    read_through_host(catalogue, placement, backend, options.threads, read);
+    read(placement.staged());
   }
-  read(placement.staged());
+  check_hashes(catalogue, placement.staged_tensors(), options.threads);
   placement.finish();
   return {std::move(arena), std::move(weights), counted.weight_bytes()};
 }

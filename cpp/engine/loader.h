@@ -8,6 +8,8 @@
 #include "checkpoint/config.h"
 #include "memory/arena.h"
 #include "model/weights.h"
+#include "ops/backend.h"
+#include "storage/reader.h"
 
 namespace dsfp4::engine {
 
@@ -17,11 +19,22 @@ struct LoadedWeights {
   std::uint64_t weight_bytes;  // stored bytes of the matrices
 };
 
-/// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and
-/// MemoryLimitError when they need more than there is. `threads` read at the same time.
+/// RAM through which weights pass to memory that the host cannot touch; more for a larger matrix.
+inline constexpr std::size_t kLoadBuffer = std::size_t{512} << 20;
+
+struct LoadWeightsOptions {
+  storage::ReaderOptions reader;
+  /// That check hashes where the checkpoint has them, at least 1.
+  int threads = 1;
+  /// Called while weights are read, in bytes.
+  std::function<void(std::uint64_t done, std::uint64_t total)> progress;
+  /// Called with what is about to be taken, in bytes; an exception thrown by it ends the load.
+  std::function<void(std::uint64_t weights, std::uint64_t staging)> before_taking;
+};
+
+/// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and MemoryLimitError when the system does not have the memory.
 LoadedWeights load_weights(const std::filesystem::path& folder,
                            const checkpoint::ModelConfig& config, ops::Backend& backend,
-                           int threads,
-                           const std::function<void(std::uint64_t, std::uint64_t)>& progress);
+                           const LoadWeightsOptions& options);
 
 }  // namespace dsfp4::engine

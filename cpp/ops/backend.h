@@ -16,7 +16,7 @@
 #include <string_view>
 
 #include "format/weight.h"
-#include "memory/allocator.h"
+#include "memory/source.h"
 
 namespace dsfp4::ops {
 
@@ -138,7 +138,7 @@ class Backend {
   virtual KvFormat default_kv_format() const = 0;
 
   /// Where this backend's matrices, weights and caches live: arenas for them take their block here.
-  virtual memory::Allocator& allocator() { return memory::host_allocator(); }
+  virtual memory::MemorySource& memory() { return memory::host_memory(); }
   /// Whether the host may touch that memory directly; else only upload() and download() do.
   virtual bool host_visible() const { return true; }
   /// Copies from the host into the backend's memory, before the ops that follow; `from` may change

@@ -13,7 +13,6 @@
 namespace dsfp4::ops {
 namespace {
 
-constexpr int kOutOfMemory = 2;  // cudaErrorMemoryAllocation
 // Left for what the driver takes on its own: kernels loaded at their first use, local memory.
 constexpr std::uint64_t kDriverReserve = 64u << 20;
 constexpr std::size_t kSmallBuffer = 64u << 10;
@@ -44,44 +43,44 @@ void cuda_check(const cuda::Plugin& plugin, bool ok) {
 
 // ---- memory --------------------------------------------------------------------------------------
 
-std::uint64_t CudaAllocator::left() const {
+std::size_t CudaMemory::available() const noexcept {
   std::uint64_t free = 0;
   std::uint64_t total = 0;
-  cuda_check(plugin_, plugin_.memory(device_, &free, &total));
+  if (!plugin_.memory(device_, &free, &total)) return 0;
   if (limit_ == 0) return free > kDriverReserve ? free - kDriverReserve : 0;
   const std::uint64_t taken = used_ + kDriverReserve;
   return std::min(free, limit_ > taken ? limit_ - taken : 0);
 }
 
-std::byte* CudaAllocator::allocate(std::size_t bytes, const char* purpose) {
-  const std::uint64_t available = left();
-  if (bytes > available) throw MemoryLimitError(purpose, bytes, available, "VRAM");
+std::byte* CudaMemory::allocate(std::size_t bytes) noexcept {
+  if (bytes > available()) return nullptr;
   std::byte* memory = nullptr;
-  if (!plugin_.allocate(device_, bytes, &memory)) {
-    if (plugin_.failure()->code == kOutOfMemory) {
-      throw MemoryLimitError(purpose, bytes, available, "VRAM");
-    }
-    cuda_check(plugin_, false);
-  }
+  if (!plugin_.allocate(device_, bytes, &memory)) return nullptr;
   used_ += bytes;
   return memory;
 }
 
-void CudaAllocator::free(std::byte* memory, std::size_t bytes) noexcept {
+void CudaMemory::release(std::byte* memory, std::size_t bytes) noexcept {
   plugin_.free(device_, memory);
   used_ -= bytes;
 }
 
-std::byte* CudaBackend::Buffer::reserve(memory::Allocator& allocator, std::size_t bytes) {
+std::byte* CudaMemory::take(std::size_t bytes, const char* purpose) {
+  std::byte* memory = allocate(bytes);
+  if (memory == nullptr) throw MemoryLimitError(purpose, bytes, available(), "", name());
+  return memory;
+}
+
+std::byte* CudaBackend::Buffer::reserve(CudaMemory& source, std::size_t bytes) {
   if (bytes <= bytes_) return memory_;
-  release(allocator);
-  memory_ = allocator.allocate(bytes, purpose_);
+  release(source);
+  memory_ = source.take(bytes, purpose_);
   bytes_ = bytes;
   return memory_;
 }
 
-void CudaBackend::Buffer::release(memory::Allocator& allocator) noexcept {
-  if (memory_ != nullptr) allocator.free(memory_, bytes_);
+void CudaBackend::Buffer::release(CudaMemory& source) noexcept {
+  if (memory_ != nullptr) source.release(memory_, bytes_);
   memory_ = nullptr;
   bytes_ = 0;
 }
@@ -96,19 +95,19 @@ CudaBackend::CudaBackend(int index, std::uint64_t memory_limit) : plugin_(cuda_p
   if (memory_limit != 0 && context + kDriverReserve > memory_limit) {
     plugin_.close(device_);
     throw MemoryLimitError("the CUDA context and its reserve", context + kDriverReserve,
-                           memory_limit, "VRAM");
+                           memory_limit, "", "VRAM");
   }
-  allocator_ = std::make_unique<CudaAllocator>(plugin_, device_, memory_limit, context);
+  device_memory_ = std::make_unique<CudaMemory>(plugin_, device_, memory_limit, context);
 }
 
 CudaBackend::~CudaBackend() {
   plugin_.synchronize(device_);
   for (auto& [key, recording] : recordings_) forget(recording);
   for (Buffer* buffer : {&workspace_, &ids_, &forced_, &rows_, &blocks_}) {
-    buffer->release(*allocator_);
+    buffer->release(*device_memory_);
   }
   for (const auto& [key, table] : expert_tables_) {
-    allocator_->free(table, expert_counts_[key] * sizeof(ExpertView));
+    device_memory_->release(table, expert_counts_[key] * sizeof(ExpertView));
   }
   plugin_.close(device_);
 }
@@ -135,7 +134,7 @@ bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
     if (plugin_.end_capture(device_, &graph)) plugin_.free_graph(device_, graph);
     capturing_ = false;
   }
-  std::byte* on_gpu = ids_.reserve(*allocator_, std::max(ids.size_bytes(), kSmallBuffer));
+  std::byte* on_gpu = ids_.reserve(*device_memory_, std::max(ids.size_bytes(), kSmallBuffer));
   upload(ids.data(), on_gpu, ids.size_bytes());
   const cuda::KvRows kv = rows_of(batch);
   recording_ = &recordings_[{kv.count, kv.max_length}];
@@ -172,7 +171,7 @@ void CudaBackend::embed(const format::WeightView& table, std::span<const std::in
                                       std::to_string(table.rows));
     }
   }
-  std::byte* on_gpu = ids_.reserve(*allocator_, std::max(ids.size_bytes(), kSmallBuffer));
+  std::byte* on_gpu = ids_.reserve(*device_memory_, std::max(ids.size_bytes(), kSmallBuffer));
   if (!capturing_) upload(ids.data(), on_gpu, ids.size_bytes());
   check(plugin_.embed(device_, &table, reinterpret_cast<const std::int32_t*>(on_gpu), out));
 }
@@ -222,8 +221,8 @@ cuda::KvRows CudaBackend::rows_of(std::span<const SequenceRows> batch) {
   }
   const std::size_t row_bytes = rows.size() * sizeof(cuda::RowPlace);
   const std::size_t block_bytes = blocks.size() * sizeof(std::byte*);
-  std::byte* on_gpu_rows = rows_.reserve(*allocator_, std::max(row_bytes, kSmallBuffer));
-  std::byte* on_gpu_blocks = blocks_.reserve(*allocator_, std::max(block_bytes, kSmallBuffer));
+  std::byte* on_gpu_rows = rows_.reserve(*device_memory_, std::max(row_bytes, kSmallBuffer));
+  std::byte* on_gpu_blocks = blocks_.reserve(*device_memory_, std::max(block_bytes, kSmallBuffer));
   const auto same_row = [](const cuda::RowPlace& a, const cuda::RowPlace& b) {
     return a.position == b.position && a.first_block == b.first_block;
   };
@@ -299,7 +298,7 @@ void CudaBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<co
   }
   const std::int32_t* forced_on_gpu = nullptr;
   if (!forced.empty()) {
-    std::byte* to = forced_.reserve(*allocator_, forced.size_bytes());
+    std::byte* to = forced_.reserve(*device_memory_, forced.size_bytes());
     upload(forced.data(), to, forced.size_bytes());
     forced_on_gpu = reinterpret_cast<const std::int32_t*>(to);
   }
@@ -314,16 +313,15 @@ void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k,
       const ConstMatrix token{x.row(pair / top_k), 1, x.cols, x.stride};
       const ExpertView& expert = *task.expert;
       std::byte* up_space = nullptr;
-      memory::Allocator& memory = *allocator_;
       const std::size_t bytes = static_cast<std::size_t>(hidden.cols) * sizeof(float);
-      up_space = memory.allocate(bytes, "an expert's up projection");
+      up_space = device_memory_->take(bytes, "an expert's up projection");
       const Matrix up{reinterpret_cast<float*>(up_space), 1, hidden.cols, hidden.cols};
       linear(expert.gate_proj, token, hidden.slice(pair, 1), Inputs::kBf16);
       linear(expert.up_proj, token, up, Inputs::kBf16);
       silu_mul(hidden.slice(pair, 1), up);
       linear(expert.down_proj, hidden.slice(pair, 1), out.slice(pair, 1), Inputs::kBf16);
       check(plugin_.synchronize(device_));
-      memory.free(up_space, bytes);
+      device_memory_->release(up_space, bytes);
     }
   }
 }
@@ -349,10 +347,10 @@ void CudaBackend::reserve(const Largest& largest) {
                                 largest.top_k));
   }
   workspace(bytes);
-  ids_.reserve(*allocator_, std::max(rows * sizeof(std::int32_t), kSmallBuffer));
-  rows_.reserve(*allocator_, std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer));
+  ids_.reserve(*device_memory_, std::max(rows * sizeof(std::int32_t), kSmallBuffer));
+  rows_.reserve(*device_memory_, std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer));
   const auto blocks = static_cast<std::size_t>(largest.context / kKvBlockTokens + 1);
-  blocks_.reserve(*allocator_, std::max(blocks * sizeof(std::byte*), kSmallBuffer));
+  blocks_.reserve(*device_memory_, std::max(blocks * sizeof(std::byte*), kSmallBuffer));
 }
 
 void CudaBackend::prepare_experts(std::span<const ExpertView> experts) {
@@ -360,10 +358,10 @@ void CudaBackend::prepare_experts(std::span<const ExpertView> experts) {
   std::byte*& table = expert_tables_[experts.data()];
   std::size_t& count = expert_counts_[experts.data()];
   if (table != nullptr && count != experts.size()) {
-    allocator_->free(table, count * sizeof(ExpertView));
+    device_memory_->release(table, count * sizeof(ExpertView));
     table = nullptr;
   }
-  if (table == nullptr) table = allocator_->allocate(experts.size_bytes(), "the table of experts");
+  if (table == nullptr) table = device_memory_->take(experts.size_bytes(), "the table of experts");
   count = experts.size();
   upload(experts.data(), table, experts.size_bytes());
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -18,24 +19,27 @@ void cuda_check(const cuda::Plugin& plugin, bool ok);
 
 /// Device memory within a limit. The limit holds for what the whole process takes on the device:
 /// the context, and everything that came through here.
-class CudaAllocator final : public memory::Allocator {
+class CudaMemory final : public memory::MemorySource {
  public:
   /// `context_bytes` are gone already.
-  CudaAllocator(const cuda::Plugin& plugin, cuda::Device* device, std::uint64_t limit,
-                std::uint64_t context_bytes)
+  CudaMemory(const cuda::Plugin& plugin, cuda::Device* device, std::uint64_t limit,
+             std::uint64_t context_bytes)
       : plugin_(plugin), device_(device), limit_(limit), used_(context_bytes) {}
 
-  std::byte* allocate(std::size_t bytes, const char* purpose) override;
-  void free(std::byte* memory, std::size_t bytes) noexcept override;
+  std::byte* allocate(std::size_t bytes) noexcept override;
+  void release(std::byte* memory, std::size_t bytes) noexcept override;
+  bool host_accessible() const noexcept override { return false; }
+  const char* name() const noexcept override { return "VRAM"; }
+  std::size_t available() const noexcept override;
 
-  std::uint64_t used() const noexcept { return used_; }
-  std::uint64_t left() const;
+  /// As allocate(), but throws MemoryLimitError with `purpose`.
+  std::byte* take(std::size_t bytes, const char* purpose);
 
  private:
   const cuda::Plugin& plugin_;
   cuda::Device* device_;
   std::uint64_t limit_;
-  std::uint64_t used_;
+  std::atomic<std::uint64_t> used_;
 };
 
 class CudaBackend final : public Backend {
@@ -47,7 +51,7 @@ class CudaBackend final : public Backend {
 
   std::string_view name() const override { return "cuda"; }
   KvFormat default_kv_format() const override { return KvFormat::kBf16; }
-  memory::Allocator& allocator() override { return *allocator_; }
+  memory::MemorySource& memory() override { return *device_memory_; }
   bool host_visible() const override { return false; }
   cuda::Device* device() const noexcept { return device_; }
   void upload(const void* from, void* to, std::size_t bytes) override;
@@ -96,9 +100,9 @@ class CudaBackend final : public Backend {
   class Buffer {
    public:
     explicit Buffer(const char* purpose) : purpose_(purpose) {}
-    std::byte* reserve(memory::Allocator& allocator, std::size_t bytes);
+    std::byte* reserve(CudaMemory& source, std::size_t bytes);
     std::byte* memory() const noexcept { return memory_; }
-    void release(memory::Allocator& allocator) noexcept;
+    void release(CudaMemory& source) noexcept;
 
    private:
     const char* purpose_;
@@ -107,13 +111,13 @@ class CudaBackend final : public Backend {
   };
 
   void check(bool ok) const { cuda_check(plugin_, ok); }
-  std::byte* workspace(std::size_t bytes) { return workspace_.reserve(*allocator_, bytes); }
+  std::byte* workspace(std::size_t bytes) { return workspace_.reserve(*device_memory_, bytes); }
   /// The rows of `batch` with their blocks on the device; copied there unless they are already.
   cuda::KvRows rows_of(std::span<const SequenceRows> batch);
 
   const cuda::Plugin& plugin_;
   cuda::Device* device_ = nullptr;
-  std::unique_ptr<CudaAllocator> allocator_;
+  std::unique_ptr<CudaMemory> device_memory_;
   Buffer workspace_{"the CUDA workspace"};
   Buffer ids_{"the token ids"};
   Buffer forced_{"the forced experts"};

@@ -45,9 +45,11 @@ class DeepseekInference:
     `model_path` is a checkpoint folder or "demo". `device` "auto" is the fastest backend present;
     `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit;
     `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision;
-    `memory_limit` is in GB of VRAM, everything included, and None is what is free; `progress` is
-    called with the bytes loaded and the bytes in all. Raises the errors of `dsfp4.errors`. May
-    be used by several threads: generations run one after the other. Is a context manager.
+    `memory_limit` is the most VRAM in GB (10^9 bytes), everything included, and None is what is
+    free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
+    `progress` is called with the bytes loaded and the bytes in all. Raises the errors of
+    `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
+    context manager.
 
     generate() and chat() take these options:
 
@@ -83,6 +85,7 @@ class DeepseekInference:
         max_context: int = 0,
         kv_cache_dtype: str = "bf16",
         memory_limit: float | None = None,
+        ram_limit: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.folder = resolve_model(model_path)
@@ -95,6 +98,7 @@ class DeepseekInference:
             max_context=max_context,
             kv_cache_dtype=kv_cache_dtype,
             memory_limit=memory_limit,
+            ram_limit=ram_limit,
             progress=progress,
         )
         self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()

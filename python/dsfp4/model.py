@@ -10,7 +10,13 @@ import numpy.typing as npt
 
 from dsfp4 import _core
 from dsfp4._arrays import as_output, parameter_error
-from dsfp4._checks import check_integer, check_integers, check_real, check_text
+from dsfp4._checks import (
+    check_gigabytes,
+    check_integer,
+    check_integers,
+    check_real,
+    check_text,
+)
 from dsfp4.demo import resolve_model
 from dsfp4.errors import MemoryLimitError
 
@@ -42,10 +48,12 @@ class Model:
 
     `path` is a checkpoint folder or "demo"; `device` is "cpu", "cuda" (an NVIDIA GPU whose memory
     holds all weights), "reference" (scalar and slow: the truth that the others are compared with)
-    or "auto", the fastest present: a GPU that is too small is passed over with a warning; `threads` 0 is one for each core;
-    `max_context` is in tokens, 0 is the model's own limit; `kv_cache_dtype` is "bf16" (FP32 on
+    or "auto", the fastest present: a GPU that is too small is passed over with a warning;
+    `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit; `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
-    `memory_limit` is in GB of VRAM, everything included; None is what is free;
+    `memory_limit` is the most VRAM in GB (10^9 bytes), everything included; None is what is free;
+    `ram_limit` is the most RAM of this process in GB, Python included; None leaves the machine, or
+    the control group, room to breathe;
     `progress` is called with bytes.
     Raises the errors of `dsfp4.errors`.
     """
@@ -59,6 +67,7 @@ class Model:
         max_context: int = 0,
         kv_cache_dtype: str = "bf16",
         memory_limit: float | None = None,
+        ram_limit: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         folder = str(resolve_model(path))
@@ -68,6 +77,7 @@ class Model:
             "max_context": check_integer("max_context", max_context),
             "kv_cache_dtype": check_text("kv_cache_dtype", kv_cache_dtype),
             "memory_limit": check_limit(memory_limit),
+            "ram_limit": check_gigabytes("ram_limit", ram_limit),
             "progress": progress,
         }
         chosen = resolve_device(check_text("device", device))

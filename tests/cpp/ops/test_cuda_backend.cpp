@@ -59,7 +59,7 @@ class Cuda : public ::testing::Test {
     backend_ = make_cuda_backend(0, 0);
     reference_ = make_reference_backend(2);
     arena_ = std::make_unique<memory::Arena>(std::size_t{512} << 20, "the tests",
-                                             backend_->allocator());
+                                             backend_->memory());
   }
 
   template <typename T>
@@ -240,7 +240,7 @@ class CudaAttention : public Cuda {
     const std::size_t layer = static_cast<std::size_t>(kKvBlockTokens * width) *
                               kv_value_bytes(kv_format);
     const std::int64_t room = c.earlier[0] + c.earlier[1] + rows + 4 * kKvBlockTokens;
-    engine::KvCache cache(room, 2, layer, kv_format, backend.allocator());
+    engine::KvCache cache(room, 2, layer, kv_format, backend.memory());
     const auto weight = random_weight(
         c.kv_b, c.shape.heads * (c.shape.qk_nope_head_dim + c.shape.v_head_dim),
         c.shape.kv_lora_rank, 10);
@@ -391,7 +391,7 @@ TEST_F(Cuda, MemoryLimitHolds) {
   EXPECT_THROW(make_cuda_backend(0, 1000), MemoryLimitError);
   const auto limited = make_cuda_backend(0, 3'000'000'000);
   try {
-    limited->allocator().allocate(std::size_t{3} << 30, "a test");
+    const memory::Arena arena(std::size_t{3} << 30, "a test", limited->memory());
     FAIL() << "3.2 GB within 3 GB";
   } catch (const MemoryLimitError& error) {
     EXPECT_EQ(error.needed(), std::size_t{3} << 30);
@@ -399,7 +399,7 @@ TEST_F(Cuda, MemoryLimitHolds) {
     EXPECT_NE(std::string(error.what()).find("VRAM"), std::string::npos);
   }
   try {
-    backend_->allocator().allocate(std::size_t{1} << 42, "a test");
+    const memory::Arena arena(std::size_t{1} << 42, "a test", backend_->memory());
     FAIL() << "4 TB";
   } catch (const MemoryLimitError& error) {
     EXPECT_GT(error.available(), 0u);
