@@ -1,7 +1,6 @@
 #include "ops/cpu/cpu_backend.h"
 
 #include <array>
-#include <cmath>
 
 namespace dsfp4::ops {
 namespace cpu {
@@ -36,31 +35,6 @@ void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Input
       kernels_.decode_row(weight, r, row);
       kernels_.dot_tokens(row, weight.cols, in.data, in.stride, in.rows, scale, y.data + r,
                           y.stride);
-    }
-  });
-}
-
-void CpuBackend::rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) {
-  pool_.parallel_for(x.rows, 16, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) {
-      const float* from = x.row(t);
-      float squares = 0.0f;
-      kernels_.dot_tokens(from, x.cols, from, 0, 1, 1.0f, &squares, 1);
-      const float scale = 1.0f / std::sqrt(squares / static_cast<float>(x.cols) + eps);
-      float* to = y.row(t);
-      for (std::int64_t i = 0; i < x.cols; ++i) {
-        to[i] = from[i] * scale * weight[static_cast<std::size_t>(i)];
-      }
-    }
-  });
-}
-
-void CpuBackend::silu_mul(Matrix gate, ConstMatrix up) {
-  pool_.parallel_for(gate.rows, 4, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) {
-      float* g = gate.row(t);
-      const float* u = up.row(t);
-      for (std::int64_t i = 0; i < gate.cols; ++i) g[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
     }
   });
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "ops/cpu/kernels.h"
+#include "ops/cpu/layer_kernels.h"
 #include "ops/host_ops.h"
 
 namespace dsfp4::ops::cpu {
@@ -18,6 +19,9 @@ class CpuBackend final : public HostBackend {
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
   void linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) override;
   void silu_mul(Matrix gate, ConstMatrix up) override;
+  void add(ConstMatrix x, Matrix y) override;
+  void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+               Matrix y) override;
 
   void prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
                          std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) override;
@@ -34,12 +38,9 @@ class CpuBackend final : public HostBackend {
  private:
   /// A copy of x with every value rounded to BF16, in `buffer`.
   ConstMatrix rounded(ConstMatrix x, std::vector<float>& buffer);
-  void prefill_head(const MlaShape& shape, const format::WeightView& kv_b_proj,
-                    const SequenceRows& sequence, std::int64_t head, ConstMatrix q, Matrix out);
-  void attend_head(const MlaShape& shape, const SequenceRows& sequence, std::int64_t row,
-                   std::int64_t head, ConstMatrix q_abs, ConstMatrix q, Matrix out);
 
   const Kernels& kernels_;
+  const LayerKernels& layer_ = layer_kernels_for(kernels_.isa);
   std::vector<float> inputs_;  // rounded activations of the op that is running
 };
 
