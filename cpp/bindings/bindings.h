@@ -9,6 +9,7 @@ void bind_errors(nanobind::module_& m);
 void bind_format(nanobind::module_& m);
 void bind_checkpoint(nanobind::module_& m);
 void bind_ops(nanobind::module_& m);
+void bind_bench(nanobind::module_& m);
 void bind_model(nanobind::module_& m);
 
 }  // namespace dsfp4::bindings

@@ -14,6 +14,7 @@ class CpuBackend final : public HostBackend {
   CpuBackend(int threads, const Kernels& kernels) : HostBackend(threads), kernels_(kernels) {}
 
   std::string_view name() const override { return "cpu"; }
+  std::string_view isa() const override { return kernels_.isa; }
   KvFormat default_kv_format() const override { return KvFormat::kBf16; }
 
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;

@@ -65,6 +65,11 @@ struct LayerKernels {
   void (*scale_by)(const float* x, float scale, const float* weight, float* y, std::int64_t n);
   /// gate = gate / (1 + exp(-gate)) * up. Each element's value depends on nothing else.
   void (*silu_mul)(float* gate, const float* up, std::int64_t n);
+
+  /// Does nothing but FP32 multiply-adds in registers, `steps` rounds of them, for measuring
+  /// what the processor can do at most. Returns the operations done (two a multiply-add); `sink`
+  /// gets a value that depends on all of them.
+  double (*multiply_in_registers)(std::int64_t steps, float* sink);
 };
 
 extern const LayerKernels kBaselineLayerKernels;
