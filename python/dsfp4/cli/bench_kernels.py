@@ -24,6 +24,8 @@ HEADS, LORA, NOPE, ROPE, VALUE = 128, 512, 128, 64, 128
 # be 6.3 GB; 512 tokens use each of these four times, far apart enough that no cache helps.
 SLOTS = 64
 
+READ_BYTES = 1 << 29  # at least, to measure the memory's read rate
+
 BYTES_PER_WEIGHT = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625, "mxfp4": 0.53125}
 CACHE_BYTES = {"bf16": 2, "fp8": 1}
 
@@ -91,7 +93,7 @@ class Bench:
         self.quick = quick
         self.runs = 5 if quick else 11
         self.rotation = 4 * last_level_cache()
-        size = max(self.rotation, 1 << 29)
+        size = max(self.rotation, READ_BYTES)
         self.read_rate = size / statistics.median(self.core.read_memory(size, 5))
         self.all_peaks = self.core.peaks()
         levels = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
