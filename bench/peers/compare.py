@@ -93,7 +93,9 @@ def kt_layer(fmt: str, threads: int, tokens: int, runs: int) -> list[float]:
     if not folder.exists():
         wheel = download(f"kt-kernel=={KT_KERNEL}")
         with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n.startswith(("kt_kernel/", "kt_kernel.libs/"))]
+            names = [
+                n for n in archive.namelist() if n.startswith(("kt_kernel/", "kt_kernel.libs/"))
+            ]
             archive.extractall(folder, names)
     command = [sys.executable, HERE / "kt_layer.py", folder, kt_variant(), fmt, str(threads)]
     output = run(*command, str(SLOTS), str(tokens), str(runs))
@@ -149,14 +151,18 @@ def main() -> None:
                     print(f"{name:34} {tokens:6} {why(error)}", flush=True)
                     continue
                 median = statistics.median(seconds)
-                read = min(tokens * TOP_K, SLOTS) * 3 * HIDDEN * INTERMEDIATE * BYTES_PER_WEIGHT[fmt]
+                read = (
+                    min(tokens * TOP_K, SLOTS) * 3 * HIDDEN * INTERMEDIATE * BYTES_PER_WEIGHT[fmt]
+                )
                 flops = 6.0 * HIDDEN * INTERMEDIATE * TOP_K * tokens
                 print(
                     f"{name:34} {tokens:6} {1e3 * median:9.2f} {read / median / 1e9:6.1f} "
                     f"{read / median / rate:7.2f} {flops / median / 1e9:8.1f}",
                     flush=True,
                 )
-    print("\nGB/s: the checkpoint's bytes of the chosen experts over the time, for all engines alike")
+    print(
+        "\nGB/s: the checkpoint's bytes of the chosen experts over the time, for all engines alike"
+    )
 
 
 if __name__ == "__main__":

@@ -39,12 +39,14 @@ std::vector<uint8_t> random_blocks(ggml_type type, size_t bytes) {
 
 ggml_backend_buffer_type_t repacked_buffers() {
   ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-  auto* extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(ggml_backend_reg_get_proc_address(
-      ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+  auto* extra =
+      reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(ggml_backend_reg_get_proc_address(
+          ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
   if (extra == nullptr) return nullptr;
   for (ggml_backend_buffer_type_t* type = extra(device); type != nullptr && *type != nullptr;
        ++type) {
-    if (std::string(ggml_backend_buft_name(*type)).find("REPACK") != std::string::npos) return *type;
+    if (std::string(ggml_backend_buft_name(*type)).find("REPACK") != std::string::npos)
+      return *type;
   }
   return nullptr;
 }
@@ -62,8 +64,7 @@ int main(int argc, char** argv) {
 
   ggml_backend_t backend = ggml_backend_cpu_init();
   ggml_backend_cpu_set_n_threads(backend, threads);
-  ggml_backend_buffer_type_t buffers =
-      repack ? repacked_buffers() : ggml_backend_cpu_buffer_type();
+  ggml_backend_buffer_type_t buffers = repack ? repacked_buffers() : ggml_backend_cpu_buffer_type();
   if (buffers == nullptr) return 3;
 
   ggml_context* weights = ggml_init({ggml_tensor_overhead() * 8, nullptr, true});

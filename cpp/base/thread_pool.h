@@ -1,11 +1,11 @@
-// The process's compute threads: one team of worker threads, however many pools, models and requests
-// there are. A ThreadPool is a handle that says how many of them its ranges may use.
+// The process's compute threads: one team of worker threads, however many pools, models and
+// requests there are. A ThreadPool is a handle that says how many of them its ranges may use.
 //
-// Cores: a team counts physical cores inside the affinity mask, one thread each (available_cores()).
-// Workers are pinned, each to one physical core; the thread that calls parallel_for works too, and
-// is left where the system puts it, because it is the caller's own. Workers beyond the cores are
-// not pinned, and none is with DSFP4_PIN=0 in the environment, which is the right thing on a machine
-// that other programs keep busy.
+// Cores: a team counts physical cores inside the affinity mask, one thread each
+// (available_cores()). Workers are pinned, each to one physical core; the thread that calls
+// parallel_for works too, and is left where the system puts it, because it is the caller's own.
+// Workers beyond the cores are not pinned, and none is with DSFP4_PIN=0 in the environment, which
+// is the right thing on a machine that other programs keep busy.
 //
 // NUMA: workers fill the cores in the order of the system's numbering, so a team smaller than a
 // node stays on few nodes. Memory is placed where it is first touched and a piece of a range may
@@ -40,10 +40,9 @@ class ThreadPool {
   /// inside a body runs on the thread that makes it. No memory is allocated.
   template <typename Body>
   void parallel_for(std::int64_t count, std::int64_t grain, const Body& body) {
-    run(count, grain,
-        {&body, [](const void* context, std::int64_t begin, std::int64_t end) {
-           (*static_cast<const Body*>(context))(begin, end);
-         }});
+    run(count, grain, {&body, [](const void* context, std::int64_t begin, std::int64_t end) {
+                         (*static_cast<const Body*>(context))(begin, end);
+                       }});
   }
 
  private:

@@ -7,6 +7,7 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "base/thread_pool.h"
@@ -31,9 +32,9 @@ void check(std::int64_t value, const char* parameter) {
 }
 
 WeightFormat format_named(const std::string& name) {
-  for (const WeightFormat format : {WeightFormat::kF32, WeightFormat::kBF16,
-                                    WeightFormat::kFp8Block, WeightFormat::kNvfp4,
-                                    WeightFormat::kMxfp4}) {
+  for (const WeightFormat format :
+       {WeightFormat::kF32, WeightFormat::kBF16, WeightFormat::kFp8Block, WeightFormat::kNvfp4,
+        WeightFormat::kMxfp4}) {
     if (format::weight_format_name(format) == name) return format;
   }
   throw ParameterError("format", "'" + name + "' is not one of f32, bf16, fp8, nvfp4, mxfp4");

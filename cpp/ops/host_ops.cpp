@@ -86,14 +86,13 @@ void HostBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) 
   for (const SequenceRows& sequence : batch) {
     const std::size_t row_bytes =
         static_cast<std::size_t>(x.cols) * kv_value_bytes(sequence.kv.format);
-    pool_.parallel_for(
-        sequence.rows, 4 * kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
-          for (std::int64_t r = begin; r < end; ++r) {
-            const float* from = x.row(sequence.first_row + r);
-            store_latents(sequence.kv, from, x.cols,
-                          kv_row(sequence.kv, sequence.position + r, row_bytes));
-          }
-        });
+    pool_.parallel_for(sequence.rows, 4 * kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t r = begin; r < end; ++r) {
+        const float* from = x.row(sequence.first_row + r);
+        store_latents(sequence.kv, from, x.cols,
+                      kv_row(sequence.kv, sequence.position + r, row_bytes));
+      }
+    });
   }
 }
 

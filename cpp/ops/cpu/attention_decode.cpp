@@ -4,8 +4,8 @@
 // s h (2 kv_lora_rank + rope) multiply-adds on s (kv_lora_rank + rope) cached values. At R1's 128
 // heads those are 242 multiply-adds a value, so that arithmetic, not the cache's bytes, is the
 // floor. A piece leaves maximum, sum and unscaled result of each head; they are joined in the order
-// of the pieces. Where pieces end depends on the length of the context alone, and heads do not meet,
-// so neither threads nor company change a sum.
+// of the pieces. Where pieces end depends on the length of the context alone, and heads do not
+// meet, so neither threads nor company change a sum.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -19,9 +19,9 @@ namespace {
 using format::WeightView;
 
 constexpr std::int64_t kPieceTokens = 512;
-constexpr std::int64_t kMostPieces = 64;                  // so that partial results stay small
+constexpr std::int64_t kMostPieces = 64;  // so that partial results stay small
 constexpr std::int64_t kPartialFloats = std::int64_t{1} << 23;  // 32 MiB of them at a time
-constexpr std::int64_t kWeightRows = 32;                  // rows of the weight decoded at a time
+constexpr std::int64_t kWeightRows = 32;  // rows of the weight decoded at a time
 
 /// One token's query and its place among the partial results.
 struct Row {
@@ -71,7 +71,8 @@ class Wave {
     // Fewer heads a task only if there are not enough pieces for the threads.
     const std::int64_t wanted = (2 * pool.size() + pieces_ - 1) / pieces_;
     const std::int64_t most = padded(shape_.heads, layer_.lanes) / (2 * layer_.lanes);
-    const std::int64_t groups = pool.size() == 1 ? 1 : std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(most, 1));
+    const std::int64_t groups =
+        pool.size() == 1 ? 1 : std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(most, 1));
     const std::int64_t heads = padded((shape_.heads + groups - 1) / groups, layer_.lanes);
     const std::int64_t parts = (shape_.heads + heads - 1) / heads;
     pool.parallel_for(pieces_ * parts, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -125,8 +126,8 @@ class Wave {
     }
     pack_columns(layer_, together, width, heads, width, 1.0f, 0, queries);
     const std::size_t result = partial(row, piece, first);
-    const QueryTile tile{heads, lanes, queries, maximum,
-                         sum,   &sums_[result * static_cast<std::size_t>(out_stride_)],
+    const QueryTile tile{heads,      lanes, queries,
+                         maximum,    sum,   &sums_[result * static_cast<std::size_t>(out_stride_)],
                          out_stride_};
     clear(tile);
     const std::int64_t end = std::min((piece + 1) * row.piece, row.visible);
@@ -169,7 +170,7 @@ class Wave {
   std::int64_t out_stride_;
   std::int64_t pieces_ = 0;
   std::vector<Row> rows_;
-  std::vector<Task> tasks_;                      // one a piece
+  std::vector<Task> tasks_;                    // one a piece
   std::vector<float> sums_, maxima_, totals_;  // of each piece and head: [out_stride_], 1, 1
 };
 

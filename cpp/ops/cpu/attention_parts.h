@@ -1,8 +1,8 @@
 // What prefill and decode share: one block of keys and values against a tile of queries, with an
 // online softmax. The keys of a block are rows of A, the queries lie side by side as the panels of
-// B, so that scores come out with a query in each SIMD lane and a softmax needs no sum across lanes.
-// Blocks begin at multiples of kKvBlockTokens of the sequence: what a query gets depends on its own
-// position alone, not on the borders of a chunk.
+// B, so that scores come out with a query in each SIMD lane and a softmax needs no sum across
+// lanes. Blocks begin at multiples of kKvBlockTokens of the sequence: what a query gets depends on
+// its own position alone, not on the borders of a chunk.
 #pragma once
 
 #include <cstdint>

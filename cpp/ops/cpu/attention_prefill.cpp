@@ -78,8 +78,12 @@ class PrefillTask {
   QueryTile tile_at(std::int64_t i) const {
     const std::int64_t first = i * kTileQueries;
     const std::int64_t queries = std::min(kTileQueries, sequence_.rows - first);
-    return {queries,        padded(queries, layer_.lanes), queries_ + i * packed_tile(),
-            maximum_ + first, sum_ + first,                out_ + first * value_pad_,
+    return {queries,
+            padded(queries, layer_.lanes),
+            queries_ + i * packed_tile(),
+            maximum_ + first,
+            sum_ + first,
+            out_ + first * value_pad_,
             value_pad_};
   }
 

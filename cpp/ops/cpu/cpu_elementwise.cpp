@@ -1,5 +1,6 @@
 // Norms, activations and sums: a few operations a value, so that one thread is enough for a token
-// and many tokens are bound by memory. Values are split over threads in pieces of some ten thousand.
+// and many tokens are bound by memory. Values are split over threads in pieces of some ten
+// thousand.
 #include <algorithm>
 #include <cmath>
 
@@ -16,14 +17,13 @@ void for_parts(ThreadPool& pool, std::int64_t rows, std::int64_t cols, const Bod
   if (rows == 0 || cols == 0) return;
   const std::int64_t parts = (cols - 1) / kPieceValues + 1;
   const std::int64_t width = std::min(cols, kPieceValues);
-  pool.parallel_for(
-      rows * parts, std::max<std::int64_t>(1, kPieceValues / width),
-      [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-          const std::int64_t first = i % parts * kPieceValues;
-          body(i / parts, first, std::min(kPieceValues, cols - first));
-        }
-      });
+  pool.parallel_for(rows * parts, std::max<std::int64_t>(1, kPieceValues / width),
+                    [&](std::int64_t begin, std::int64_t end) {
+                      for (std::int64_t i = begin; i < end; ++i) {
+                        const std::int64_t first = i % parts * kPieceValues;
+                        body(i / parts, first, std::min(kPieceValues, cols - first));
+                      }
+                    });
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 namespace dsfp4::ops::cpu {
 
 /// The two factors of a small matrix product C [m, n] (+)= A [m, k] B [k, n], all FP32.
-/// A's element (i, j) is a[i * a_row + j * a_col]; one of the two strides is 1. B comes in panels of
-/// LayerKernels::panel columns: panel p starts at b + p * b_panel and its rows are b_row apart.
+/// A's element (i, j) is a[i * a_row + j * a_col]; one of the two strides is 1. B comes in panels
+/// of LayerKernels::panel columns: panel p starts at b + p * b_panel and its rows are b_row apart.
 /// Columns are computed in whole registers: B is readable and C writable up to n rounded up to a
 /// multiple of LayerKernels::lanes; what stands there does not matter.
 struct SmallProduct {
@@ -26,8 +26,8 @@ struct SmallProduct {
 /// scores [keys, stride]: dot products in, exp(score * scale - new maximum) out, 0 where masked.
 /// Query i sees the keys below visible[i] (null: all). maximum and sum [lanes] carry over from step
 /// to step (-infinity and 0 at first); rescale [lanes] is what earlier sums have to be multiplied
-/// with. A query that has seen no key in any step, this one included, gets NaN. `lanes` is a multiple
-/// of LayerKernels::lanes. Each lane's sum runs over the keys in order.
+/// with. A query that has seen no key in any step, this one included, gets NaN. `lanes` is a
+/// multiple of LayerKernels::lanes. Each lane's sum runs over the keys in order.
 struct SoftmaxStep {
   float* scores;
   std::int64_t stride;

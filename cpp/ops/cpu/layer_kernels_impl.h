@@ -62,7 +62,8 @@ Vec exponential(Vec x) {
   return x < -87.3f ? Vec{} : value;
 }
 
-// ---- products ------------------------------------------------------------------------------------
+// ---- products
+// ------------------------------------------------------------------------------------
 
 template <int rows, int vectors, bool a_by_column, bool add>
 void tile(const SmallProduct& product, const float* a, const float* b, float* c) {
@@ -165,7 +166,8 @@ void dot(const float* w, std::int64_t k, const float* x, std::int64_t x_stride, 
   if (t < rows) dot_some<1>(w, k, x + t * x_stride, x_stride, scale, y + t * y_stride, y_stride);
 }
 
-// ---- softmax -------------------------------------------------------------------------------------
+// ---- softmax
+// -------------------------------------------------------------------------------------
 
 template <bool masked>
 void softmax_lanes(const SoftmaxStep& step, std::int64_t lane) {
@@ -203,7 +205,8 @@ void softmax_step(const SoftmaxStep& step) {
   }
 }
 
-// ---- conversions ---------------------------------------------------------------------------------
+// ---- conversions
+// ---------------------------------------------------------------------------------
 
 // n values of one type, kLanes at a time; the last ones through a padded copy, so that a value's
 // result does not depend on its place.
@@ -239,7 +242,8 @@ void e4m3_to_float(const std::uint8_t* x, float scale, float* y, std::int64_t n)
   });
 }
 
-// ---- element by element --------------------------------------------------------------------------
+// ---- element by element
+// --------------------------------------------------------------------------
 
 void scale_row(const float* x, float scale, float* y, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) y[i] = x[i] * scale;
@@ -274,7 +278,8 @@ void silu_mul(float* gate, const float* up, std::int64_t n) {
   std::memcpy(gate + i, last[0], bytes);
 }
 
-// ---- the processor's peak ------------------------------------------------------------------------
+// ---- the processor's peak
+// ------------------------------------------------------------------------
 
 double multiply_in_registers(std::int64_t steps, float* sink) {
   constexpr int kChains = 12;  // more than the latency times the number of multipliers
@@ -292,21 +297,9 @@ double multiply_in_registers(std::int64_t steps, float* sink) {
 }
 
 constexpr LayerKernels make_layer_kernels(std::string_view isa) {
-  return {isa,
-          kLanes,
-          kPanel,
-          multiply<false>,
-          multiply<true>,
-          softmax_step,
-          dot,
-          bf16_to_float,
-          e4m3_to_float,
-          scale_row,
-          add,
-          add_scaled,
-          scale_by,
-          silu_mul,
-          multiply_in_registers};
+  return {isa,          kLanes,     kPanel,        multiply<false>, multiply<true>,
+          softmax_step, dot,        bf16_to_float, e4m3_to_float,   scale_row,
+          add,          add_scaled, scale_by,      silu_mul,        multiply_in_registers};
 }
 
 }  // namespace

@@ -52,8 +52,7 @@ std::map<std::string, Seconds> KernelBench::decode_attention(const MlaShape& sha
     const std::int64_t copy = (run + 1) % copies;
     const format::WeightView weight = weights[static_cast<std::size_t>(copy)].view();
     const SequenceRows last{0, 1, context - 1, cache.view(copy)};
-    const double absorb =
-        seconds_of([&] { backend_->absorb_query(shape, weight, query, in); });
+    const double absorb = seconds_of([&] { backend_->absorb_query(shape, weight, query, in); });
     const double attend =
         seconds_of([&] { backend_->latent_attention(shape, {&last, 1}, in, query, latent); });
     const double expand = seconds_of([&] {

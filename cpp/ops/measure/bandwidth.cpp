@@ -26,17 +26,17 @@ std::uint64_t sum_of(const std::byte* from, std::int64_t bytes) {
 
 Seconds KernelBench::read_memory(std::size_t bytes, int runs) {
   constexpr std::int64_t kPiece = std::int64_t{1} << 20;
-  const auto memory = random_weight(pool_, format::WeightFormat::kFp8Block, 1,
-                                    static_cast<std::int64_t>(bytes), 1);
+  const auto memory =
+      random_weight(pool_, format::WeightFormat::kFp8Block, 1, static_cast<std::int64_t>(bytes), 1);
   std::atomic<std::uint64_t> sink{0};
   Seconds seconds;
   for (int run = -1; run < runs; ++run) {
     const double took = seconds_of([&] {
-      pool_.parallel_for(
-          static_cast<std::int64_t>(bytes), kPiece, [&](std::int64_t begin, std::int64_t end) {
-            sink.fetch_xor(sum_of(memory.data.data() + begin, end - begin),
-                           std::memory_order_relaxed);
-          });
+      pool_.parallel_for(static_cast<std::int64_t>(bytes), kPiece,
+                         [&](std::int64_t begin, std::int64_t end) {
+                           sink.fetch_xor(sum_of(memory.data.data() + begin, end - begin),
+                                          std::memory_order_relaxed);
+                         });
     });
     if (run >= 0) seconds.push_back(took);
   }

@@ -1,6 +1,6 @@
 // Times the ops of a backend on random operands at any shape, one call at a time, on operands that
-// rotate through more memory than the caches hold. Every method returns seconds, one value a run, in
-// the order of the runs; one more call before them warms up. Sizes are the caller's to choose:
+// rotate through more memory than the caches hold. Every method returns seconds, one value a run,
+// in the order of the runs; one more call before them warms up. Sizes are the caller's to choose:
 // they are not limited here.
 #pragma once
 
@@ -77,6 +77,5 @@ class KernelBench {
   std::unique_ptr<Backend> backend_;
   ThreadPool pool_;
 };
-
 
 }  // namespace dsfp4::ops::measure

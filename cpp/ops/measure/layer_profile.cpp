@@ -42,8 +42,14 @@ class Layer {
     own_.resize(pairs);
     used_.resize(pairs);
     mixing_.resize(pairs);
-    spec_ = {shape.experts, shape.top_k, 8, 4, RouterSpec::Scoring::kSigmoid,
-             RouterSpec::GroupScore::kSumOfTop2, true, 2.5f};
+    spec_ = {shape.experts,
+             shape.top_k,
+             8,
+             4,
+             RouterSpec::Scoring::kSigmoid,
+             RouterSpec::GroupScore::kSumOfTop2,
+             true,
+             2.5f};
   }
 
   std::vector<ProfiledOp> run(bool decode, int runs) {
@@ -83,7 +89,8 @@ class Layer {
   }
   ExpertView expert() {
     const std::int64_t width = shape_.moe_intermediate;
-    return {weight(shape_.expert, width, shape_.hidden), weight(shape_.expert, width, shape_.hidden),
+    return {weight(shape_.expert, width, shape_.hidden),
+            weight(shape_.expert, width, shape_.hidden),
             weight(shape_.expert, shape_.hidden, width)};
   }
   void fill_cache() {
@@ -124,8 +131,8 @@ class Layer {
     add_linear("kv_a_proj", weight(format, kv.cols, shape_.hidden), x, kv);
     add_norm("kv_a_layernorm", latent, latent);
     add("kv_append", 0, 0, [=, this] { backend_.kv_append({&sequence_, 1}, kv); });
-    const WeightView kv_b = weight(format, mla.heads * (mla.qk_nope_head_dim + mla.v_head_dim),
-                                   mla.kv_lora_rank);
+    const WeightView kv_b =
+        weight(format, mla.heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank);
     decode ? absorbed(kv_b, q, heads) : expanded(kv_b, q, heads);
     add_linear("o_proj", weight(format, shape_.hidden, heads.cols), heads, out);
   }
@@ -168,15 +175,17 @@ class Layer {
     const Matrix logits = matrix(shape_.experts);
     add_linear("router gate", weight(WeightFormat::kF32, shape_.experts, shape_.hidden), x, logits,
                Inputs::kF32);
-    add("route", 0, 0, [=, this] { backend_.route(spec_, logits, {}, {}, {own_, used_, mixing_}); });
+    add("route", 0, 0,
+        [=, this] { backend_.route(spec_, logits, {}, {}, {own_, used_, mixing_}); });
     const Matrix hidden = matrix(shape_.moe_intermediate, rows_ * shape_.top_k);
     const Matrix routed = matrix(shape_.hidden, rows_ * shape_.top_k);
-    const double one = bytes_of(shared_.gate_proj) + bytes_of(shared_.up_proj) +
-                       bytes_of(shared_.down_proj);
+    const double one =
+        bytes_of(shared_.gate_proj) + bytes_of(shared_.up_proj) + bytes_of(shared_.down_proj);
     const auto pairs = static_cast<double>(rows_ * shape_.top_k);
     // Every run other experts, in turn: as many different ones as the tokens can choose.
     const std::int64_t distinct = std::min(rows_ * shape_.top_k, shape_.experts);
-    add("experts", static_cast<double>(distinct) * one, pairs * 3 * multiply_adds(shared_.gate_proj),
+    add("experts", static_cast<double>(distinct) * one,
+        pairs * 3 * multiply_adds(shared_.gate_proj),
         [=, this] { backend_.experts(next_tasks(distinct), shape_.top_k, x, hidden, routed); });
     const Matrix gate = matrix(shape_.moe_intermediate);
     const Matrix up = matrix(shape_.moe_intermediate);

@@ -49,9 +49,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--threads", type=integer(0, 1024), default=0, metavar="N", help="0: one for each core"
     )
     parser.add_argument("--quick", action="store_true", help="few runs, and none that take seconds")
-    parser.add_argument(
-        "--profile", action="store_true", help="instead: one whole layer, op by op"
-    )
+    parser.add_argument("--profile", action="store_true", help="instead: one whole layer, op by op")
     parser.set_defaults(execute=execute)
 
 
@@ -99,9 +97,7 @@ class Bench:
         levels = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
         level = levels.index(self.isa) if self.isa in levels else 0
         self.peaks = {
-            name: rate
-            for name, (isa, rate) in self.all_peaks.items()
-            if levels.index(isa) <= level
+            name: rate for name, (isa, rate) in self.all_peaks.items() if levels.index(isa) <= level
         }
         self.fp32_peak = max(rate for name, rate in self.peaks.items() if name.startswith("fp32"))
         self.peak = max(self.peaks.values())
@@ -266,7 +262,8 @@ def print_results(results: Iterator[Result]) -> list[Result]:
     """Print rows as they come, and return them."""
     kept = []
     print(
-        f"\n{'op':32} {'format':10} {'tokens':>6} {'ms':>10} {'GB/s':>7} {'GFLOP/s':>8} {'floor':>6}"
+        f"\n{'op':32} {'format':10} {'tokens':>6} {'ms':>10} {'GB/s':>7} {'GFLOP/s':>8}"
+        f" {'floor':>6}"
     )
     for row in results:
         kept.append(row)

@@ -27,10 +27,10 @@ class Prompt {
         kv_b_(random_weight(format::WeightFormat::kBF16,
                             shape.heads * (shape.qk_nope_head_dim + shape.v_head_dim),
                             shape.kv_lora_rank, seed + 2)),
-        cache_(tokens, 1,
-               static_cast<std::size_t>(kKvBlockTokens * shape.cache_width()) *
-                   kv_value_bytes(format),
-               format),
+        cache_(
+            tokens, 1,
+            static_cast<std::size_t>(kKvBlockTokens * shape.cache_width()) * kv_value_bytes(format),
+            format),
         sequence_(cache_) {}
 
   /// Appends `rows` tokens and attends to all so far; the rows' heads.

@@ -42,8 +42,17 @@ std::vector<float> product(const LayerKernels& kernels, std::int64_t m, std::int
   const std::int64_t width = (n + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
   std::vector<float> b = random_values(k * width, 2);
   std::vector<float> c(static_cast<std::size_t>(m * width), 0.5f);
-  const SmallProduct p{a.data(), transposed ? 1 : k, transposed ? m : 1, b.data(), width,
-                       kernels.panel, c.data(), width, m, n, k};
+  const SmallProduct p{a.data(),
+                       transposed ? 1 : k,
+                       transposed ? m : 1,
+                       b.data(),
+                       width,
+                       kernels.panel,
+                       c.data(),
+                       width,
+                       m,
+                       n,
+                       k};
   (add ? kernels.multiply_add : kernels.multiply)(p);
   std::vector<float> actual;
   for (std::int64_t i = 0; i < m; ++i) {
@@ -86,10 +95,10 @@ TEST_P(LayerKernelsOf, SoftmaxInStepsEqualsSoftmaxAtOnce) {
   const auto step = [&](std::int64_t first, std::int64_t keys, bool mask) {
     // Lane i sees i % 5 more keys than one.
     for (std::size_t i = 0; i < visible.size(); ++i) visible[i] = 1 + static_cast<int>(i % 5);
-    std::vector<float> part(scores.begin() + first * lanes, scores.begin() + (first + keys) * lanes);
-    kernels_.softmax_step({part.data(), lanes, keys, lanes, 40.0f,
-                           mask ? visible.data() : nullptr, maximum.data(), sum.data(),
-                           rescale.data()});
+    std::vector<float> part(scores.begin() + first * lanes,
+                            scores.begin() + (first + keys) * lanes);
+    kernels_.softmax_step({part.data(), lanes, keys, lanes, 40.0f, mask ? visible.data() : nullptr,
+                           maximum.data(), sum.data(), rescale.data()});
     for (std::size_t i = 0; i < static_cast<std::size_t>(first * lanes); ++i) {
       weights[i] *= rescale[i % rescale.size()];
     }
