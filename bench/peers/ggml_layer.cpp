@@ -1,6 +1,7 @@
 // Times one MoE layer in ggml (llama.cpp's library) on random weights.
 // usage: ggml_layer TYPE(nvfp4|mxfp4) REPACK(0|1) THREADS EXPERTS TOKENS RUNS
 // Prints seconds, one run a line; exit code 3 if there is no repacked layout here.
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -26,13 +27,18 @@ std::vector<uint8_t> random_blocks(ggml_type type, size_t bytes) {
   const size_t block = type == GGML_TYPE_MXFP4 ? 17 : 36;
   std::vector<uint8_t> data(bytes);
   uint64_t state = 88172645463325252u;
-  for (size_t i = 0; i < bytes; ++i) {
+  const size_t period = std::min(bytes, 4 * block * (size_t{1} << 16));
+  for (size_t i = 0; i < period; ++i) {
     state ^= state << 13;
     state ^= state >> 7;
     state ^= state << 17;
     const auto random = static_cast<uint8_t>(state >> 32);
     const bool scale = i % block < scales;
     data[i] = !scale ? random : type == GGML_TYPE_MXFP4 ? 118 + random % 4 : 0x28 + random % 8;
+  }
+  // What follows repeats it: nothing here remembers bytes that it has seen.
+  for (size_t i = period; i < bytes; i += period) {
+    std::memcpy(&data[i], data.data(), std::min(period, bytes - i));
   }
   return data;
 }
