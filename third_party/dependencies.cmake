@@ -1,6 +1,7 @@
 # Finds what dsfp4 builds on; nothing is vendored. ./dev installs all of it on Debian and Ubuntu.
 find_package(Threads REQUIRED)
 find_package(nlohmann_json 3.10 REQUIRED)  # Debian: nlohmann-json3-dev; headers only, not shipped
+find_path(XXHASH_INCLUDE_DIR xxhash.h REQUIRED)  # Debian: libxxhash-dev; its header alone is used
 
 if(DSFP4_BUILD_PYTHON)
   find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module

@@ -54,7 +54,11 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       backend_(make_backend(options.device, thread_count(options.threads))),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
       loaded_(load_weights(folder, config_, thread_count(options.threads), options.progress)),
-      decoder_(model::make_spec(config_), loaded_.weights, *backend_, kv_format_),
+      experts_(*backend_, config_.hidden_size, config_.moe_intermediate_size,
+               [this](std::int64_t layer) -> std::span<const ops::ExpertView> {
+                 return loaded_.weights.layers[static_cast<std::size_t>(layer)].experts;
+               }),
+      decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_, kv_format_),
       scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations"),
       cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_) {}
 
@@ -76,7 +80,7 @@ void Engine::step(Sequence& sequence, model::Batch batch, const Use& use) {
   const auto rows = static_cast<std::int64_t>(batch.ids.size());
   const ops::SequenceRows part = sequence.next_rows(0, rows);
   batch.sequences = {&part, 1};
-  const model::ScratchScope scope(scratch_);
+  const ops::ScratchScope scope(scratch_);
   use(decoder_.forward(batch, scratch_));
   sequence.advance(rows);
 }

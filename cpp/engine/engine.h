@@ -14,6 +14,7 @@
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "ops/backend.h"
+#include "residency/resident_experts.h"
 
 namespace dsfp4::engine {
 
@@ -56,6 +57,7 @@ class Engine {
   std::unique_ptr<ops::Backend> backend_;
   ops::KvFormat kv_format_;
   LoadedWeights loaded_;
+  residency::ResidentExperts experts_;
   model::Decoder decoder_;
   memory::Arena scratch_;
   KvCache cache_;

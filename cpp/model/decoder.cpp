@@ -9,6 +9,8 @@ namespace dsfp4::model {
 namespace {
 
 using ops::Matrix;
+using ops::scratch_matrix;
+using ops::ScratchScope;
 
 std::vector<std::int64_t> positions_of(std::span<const ops::SequenceRows> sequences) {
   std::vector<std::int64_t> positions;
@@ -31,6 +33,7 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
 
   std::vector<ops::SequenceRows> sequences(batch.sequences.begin(), batch.sequences.end());
   const Step step{batch.phase, sequences, cos_sin};
+  backend_.begin_step(batch.phase);
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
@@ -44,7 +47,8 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
 
     backend_.rms_norm(x, weights.post_attention_layernorm, spec_.rms_norm_eps, normed);
     if (spec_.is_moe(layer)) {
-      moe(spec_, weights, expert_choice(batch, layer), backend_, arena, normed, block);
+      moe(spec_, layer, weights, expert_choice(batch, layer), backend_, experts_, arena, normed,
+          block);
     } else {
       mlp(weights.mlp, backend_, arena, normed, block);
     }
@@ -68,14 +72,11 @@ ExpertChoice Decoder::expert_choice(const Batch& batch, std::int64_t layer) cons
 }
 
 std::size_t Decoder::scratch_bytes(std::int64_t rows) const {
-  const std::size_t stream =
-      3 * memory::Arena::padded(static_cast<std::size_t>(rows * spec_.hidden_size) *
-                                sizeof(float)) +
-      memory::Arena::padded(static_cast<std::size_t>(rows * spec_.mla.qk_rope_head_dim) *
-                            sizeof(float));
+  const std::size_t stream = 3 * ops::scratch_bytes(rows * spec_.hidden_size) +
+                             ops::scratch_bytes(rows * spec_.mla.qk_rope_head_dim);
   return stream +
          std::max({mla_scratch_bytes(spec_, rows), mlp_scratch_bytes(spec_.intermediate_size, rows),
-                   spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, rows) : 0});
+                   spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, experts_, rows) : 0});
 }
 
 std::size_t Decoder::kv_layer_bytes() const {

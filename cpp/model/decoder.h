@@ -26,10 +26,14 @@ struct Batch {
 
 class Decoder {
  public:
-  /// The weights and the backend must outlive the decoder.
+  /// The weights, the backend and the experts must outlive the decoder.
   Decoder(ModelSpec spec, const ModelWeights& weights, ops::Backend& backend,
-          ops::KvFormat kv_format)
-      : spec_(std::move(spec)), weights_(weights), backend_(backend), kv_format_(kv_format) {}
+          residency::ExpertRunner& experts, ops::KvFormat kv_format)
+      : spec_(std::move(spec)),
+        weights_(weights),
+        backend_(backend),
+        experts_(experts),
+        kv_format_(kv_format) {}
 
   const ModelSpec& spec() const noexcept { return spec_; }
 
@@ -50,6 +54,7 @@ class Decoder {
   ModelSpec spec_;
   const ModelWeights& weights_;
   ops::Backend& backend_;
+  residency::ExpertRunner& experts_;
   ops::KvFormat kv_format_;
 };
 

@@ -9,12 +9,12 @@
 #include "model/spec.h"
 #include "model/weights.h"
 #include "ops/backend.h"
+#include "ops/scratch.h"
+#include "residency/expert_runner.h"
 
 namespace dsfp4::model {
 
-/// Prefill attends to keys and values expanded from the latents; decode works on the latents
-/// themselves. The phase, never a size, chooses the path.
-enum class Phase : std::uint8_t { kPrefill, kDecode };
+using ops::Phase;
 
 /// What every layer of one step shares.
 struct Step {
@@ -29,24 +29,6 @@ struct ExpertChoice {
   std::span<std::int32_t> chosen;
 };
 
-/// A matrix of scratch, not initialised.
-inline ops::Matrix scratch_matrix(memory::Arena& arena, std::int64_t rows, std::int64_t cols) {
-  return {arena.take_array<float>(static_cast<std::size_t>(rows * cols)), rows, cols, cols};
-}
-
-/// Gives back what was taken from an arena in this scope.
-class ScratchScope {
- public:
-  explicit ScratchScope(memory::Arena& arena) : arena_(arena), mark_(arena.used()) {}
-  ~ScratchScope() { arena_.release(mark_); }
-  ScratchScope(const ScratchScope&) = delete;
-  ScratchScope& operator=(const ScratchScope&) = delete;
-
- private:
-  memory::Arena& arena_;
-  std::size_t mark_;
-};
-
 /// Multi-head latent attention (DeepSeek-V2, section 2.1): x and out are [rows, hidden].
 void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const Step& step,
                    ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x,
@@ -54,13 +36,16 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
 /// out = down(silu(gate x) * up x).
 void mlp(const MlpWeights& weights, ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x,
          ops::Matrix out);
-/// Mixture of experts (DeepSeek-V3, section 2.1.2): out = routed + shared experts.
-void moe(const ModelSpec& spec, const LayerWeights& weights, const ExpertChoice& choice,
-         ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x, ops::Matrix out);
+/// Mixture of experts (DeepSeek-V3, section 2.1.2): out = shared + routed experts of model layer
+/// `layer`.
+void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
+         const ExpertChoice& choice, ops::Backend& backend, residency::ExpertRunner& experts,
+         memory::Arena& arena, ops::ConstMatrix x, ops::Matrix out);
 
 /// Scratch bytes that one layer takes from the arena for a step of `rows` rows.
 std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows);
 std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows);
-std::size_t moe_scratch_bytes(const ModelSpec& spec, std::int64_t rows);
+std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,
+                              std::int64_t rows);
 
 }  // namespace dsfp4::model

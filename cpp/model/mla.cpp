@@ -5,6 +5,8 @@ namespace {
 
 using ops::ConstMatrix;
 using ops::Matrix;
+using ops::scratch_matrix;
+using ops::ScratchScope;
 
 // q = W_UQ norm(W_DQ x), or W_Q x in V2-Lite; [rows, heads * (nope + rope)].
 void query(const ModelSpec& spec, const AttentionWeights& weights, ops::Backend& backend,
@@ -67,7 +69,7 @@ std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows) {
        {shape.heads * shape.qk_head_dim(), spec.q_lora_rank, shape.cache_width(),
         shape.heads * shape.v_head_dim, shape.heads * shape.kv_lora_rank,
         shape.heads * shape.kv_lora_rank}) {
-    bytes += memory::Arena::padded(static_cast<std::size_t>(rows * cols) * sizeof(float));
+    bytes += ops::scratch_bytes(rows * cols);
   }
   return bytes;
 }

@@ -44,6 +44,10 @@ struct Matrix {
   operator ConstMatrix() const { return {data, rows, cols, stride}; }  // NOLINT: a plain view
 };
 
+/// Prefill attends to keys and values expanded from the latents; decode works on the latents
+/// themselves. The phase, never a size, chooses the path.
+enum class Phase : std::uint8_t { kPrefill, kDecode };
+
 /// What a matrix product does to its activations.
 enum class Inputs : std::uint8_t {
   kBf16,  // rounded to BF16 (not by `reference`)
@@ -132,6 +136,9 @@ class Backend {
   virtual std::string_view isa() const { return {}; }
   /// The format that loses nothing against the backend's own arithmetic.
   virtual KvFormat default_kv_format() const = 0;
+
+  /// The ops that follow belong to a step of this phase: a backend may have a code path for each.
+  virtual void begin_step(Phase phase) { static_cast<void>(phase); }
 
   /// out[t] = row ids[t] of `table` (F32 or BF16).
   virtual void embed(const format::WeightView& table, std::span<const std::int32_t> ids,

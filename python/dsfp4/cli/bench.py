@@ -11,7 +11,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "bench",
         help="measure this machine",
         description="Measures what this machine reaches.",
-        allow_abbrev=False,
+        examples=("dsfp4 bench kernels --quick",),
     )
     measurements = parser.add_subparsers(title="measurements", metavar="WHAT", required=True)
     for measurement in (bench_kernels,):

@@ -40,8 +40,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "floor_ratio is the least time that the memory's read rate and the arithmetic's peak, both "
         "measured in this run with the same threads, allow, over the time taken: 1 is perfect. "
         f"Takes 4 GB of RAM: the MoE layers hold {SLOTS} of {EXPERTS} experts.",
-        epilog="example: dsfp4 bench kernels --quick",
-        allow_abbrev=False,
+        examples=(
+            "dsfp4 bench kernels --quick      under a minute",
+            "dsfp4 bench kernels --profile    where one layer's time goes",
+            "dsfp4 bench kernels --json",
+        ),
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--device", default="cpu", choices=["cpu", "reference"])

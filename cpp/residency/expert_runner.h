@@ -1,0 +1,27 @@
+// Runs the chosen experts of a MoE layer, wherever they are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "memory/arena.h"
+#include "ops/backend.h"
+
+namespace dsfp4::residency {
+
+/// Called once for each MoE layer of a step, from the thread that runs the step.
+class ExpertRunner {
+ public:
+  virtual ~ExpertRunner() = default;
+
+  /// y[t] += sum over slots k, ascending, of routing.weights[t, k] * expert(routing.used[t,
+  /// k])(x[t]) with the experts of model layer `layer`. x and y are [tokens, hidden_size];
+  /// `routing` is [tokens, top_k]; scratch comes from `arena` and is given back.
+  virtual void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
+                   std::int64_t top_k, memory::Arena& arena, ops::Matrix y) = 0;
+
+  /// Arena bytes that run() takes for `tokens` tokens.
+  virtual std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const = 0;
+};
+
+}  // namespace dsfp4::residency

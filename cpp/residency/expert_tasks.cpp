@@ -1,0 +1,26 @@
+#include "residency/expert_tasks.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <numeric>
+
+namespace dsfp4::residency {
+
+std::vector<ChosenExpert> group_by_expert(std::span<const std::int32_t> used,
+                                          std::span<std::int32_t> pairs) {
+  std::iota(pairs.begin(), pairs.end(), 0);
+  std::stable_sort(pairs.begin(), pairs.end(), [&](std::int32_t a, std::int32_t b) {
+    return used[static_cast<std::size_t>(a)] < used[static_cast<std::size_t>(b)];
+  });
+  std::vector<ChosenExpert> chosen;
+  for (std::size_t begin = 0; begin < pairs.size();) {
+    const std::int32_t expert = used[static_cast<std::size_t>(pairs[begin])];
+    std::size_t end = begin + 1;
+    while (end < pairs.size() && used[static_cast<std::size_t>(pairs[end])] == expert) ++end;
+    chosen.push_back({expert, pairs.subspan(begin, end - begin)});
+    begin = end;
+  }
+  return chosen;
+}
+
+}  // namespace dsfp4::residency

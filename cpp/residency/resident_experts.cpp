@@ -1,0 +1,33 @@
+#include "residency/resident_experts.h"
+
+#include <vector>
+
+#include "ops/scratch.h"
+#include "residency/expert_tasks.h"
+
+namespace dsfp4::residency {
+
+void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
+                          std::int64_t top_k, memory::Arena& arena, ops::Matrix y) {
+  const ops::ScratchScope scope(arena);
+  const std::int64_t pairs = x.rows * top_k;
+  const auto count = static_cast<std::size_t>(pairs);
+  const std::span<const ops::ExpertView> experts = experts_of_(layer);
+  std::vector<ops::ExpertTask> tasks;
+  for (const ChosenExpert& chosen :
+       group_by_expert(routing.used, std::span(arena.take_array<std::int32_t>(count), count))) {
+    tasks.push_back({&experts[static_cast<std::size_t>(chosen.expert)], chosen.pairs});
+  }
+  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
+  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
+  backend_.experts(tasks, top_k, x, hidden, routed);
+  backend_.combine(routed, routing.weights, top_k, y);
+}
+
+std::size_t ResidentExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {
+  const std::int64_t pairs = tokens * top_k;
+  return ops::scratch_bytes(pairs) + ops::scratch_bytes(pairs * moe_intermediate_size_) +
+         ops::scratch_bytes(pairs * hidden_size_);
+}
+
+}  // namespace dsfp4::residency
