@@ -41,7 +41,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "measured in this run with the same threads, allow, over the time taken: 1 is perfect. "
         f"Takes 4 GB of RAM: the MoE layers hold {SLOTS} of {EXPERTS} experts.",
         examples=(
-            "dsfp4 bench kernels --quick      under a minute",
+            "dsfp4 bench kernels --quick      few runs of what is short",
             "dsfp4 bench kernels --profile    where one layer's time goes",
             "dsfp4 bench kernels --json",
         ),
