@@ -1,16 +1,19 @@
 // The CPU backend: weights decoded next to the multiply, activations rounded to BF16, FP32 sums.
 #pragma once
 
+#include <array>
 #include <vector>
 
-#include "ops/cpu/kernels.h"
+#include "ops/cpu/isa.h"
+#include "ops/cpu/scratch.h"
 #include "ops/host_ops.h"
 
 namespace dsfp4::ops::cpu {
 
 class CpuBackend final : public HostBackend {
  public:
-  CpuBackend(int threads, const Kernels& kernels) : HostBackend(threads), kernels_(kernels) {}
+  CpuBackend(int threads, const Isa& isa)
+      : HostBackend(threads), isa_(isa), kernels_(*isa.kernels) {}
 
   std::string_view name() const override { return "cpu"; }
   KvFormat default_kv_format() const override { return KvFormat::kBf16; }
@@ -32,6 +35,17 @@ class CpuBackend final : public HostBackend {
                Matrix out) override;
 
  private:
+  /// Rows of activations, packed for a Matmul.
+  struct Packed {
+    std::byte* data = nullptr;
+    std::size_t stride = 0;  // bytes
+
+    std::byte* row(std::int64_t r) const { return data + static_cast<std::size_t>(r) * stride; }
+  };
+  Packed pack(const Matmul& matmul, ConstMatrix x, Inputs inputs);
+  void gate_and_up(const ExpertTask& task, const std::int32_t* tokens, std::int64_t begin,
+                   std::int64_t end, Matrix hidden) const;
+
   /// A copy of x with every value rounded to BF16, in `buffer`.
   ConstMatrix rounded(ConstMatrix x, std::vector<float>& buffer);
   void prefill_head(const MlaShape& shape, const format::WeightView& kv_b_proj,
@@ -39,9 +53,23 @@ class CpuBackend final : public HostBackend {
   void attend_head(const MlaShape& shape, const SequenceRows& sequence, std::int64_t row,
                    std::int64_t head, ConstMatrix q_abs, ConstMatrix q, Matrix out);
 
+  const Isa& isa_;
   const Kernels& kernels_;
+  std::array<Scratch, kPackings> x_memory_;
+  std::array<Packed, kPackings> x_;  // activations of the op that is running, by Matmul::packing
+  Scratch hidden_memory_;
+  Packed hidden_;                     // packed inputs of the down-projections, by pair
+  std::vector<std::int32_t> tokens_;  // of the pairs of all tasks
+  std::vector<std::size_t> first_token_;  // of each task, in tokens_
   std::vector<float> inputs_;  // rounded activations of the op that is running
 };
+
+/// What Matmul::multiply works in, of the calling thread.
+std::byte* multiply_scratch(const Matmul& matmul);
+/// Rows for one piece of work on a matrix of `rows` x `row_bytes`, a multiple of `step`: enough
+/// bytes that memory is read in long runs, enough pieces that no thread waits long for the last.
+std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64_t step,
+                            std::int64_t matrices, int threads);
 
 /// Scratch of the calling thread, at least `count` floats; kept from call to call.
 /// `slot` 0..2 are independent buffers.
