@@ -51,6 +51,8 @@ std::string known_names() {
 
 }  // namespace
 
+std::span<const Isa* const> known_isas() { return kAll; }
+
 std::span<const Isa* const> runnable_isas() {
   static const std::vector<const Isa*> found = [] {
     std::vector<const Isa*> isas;

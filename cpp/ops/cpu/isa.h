@@ -29,6 +29,8 @@ struct Isa {
   }
 };
 
+/// All of them, best first.
+std::span<const Isa* const> known_isas();
 /// What this machine can run, best first; never empty.
 std::span<const Isa* const> runnable_isas();
 /// The best one, or the one that is named. ParameterError if `name` names none or one that this
