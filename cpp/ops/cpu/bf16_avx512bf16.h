@@ -190,7 +190,7 @@ inline float fp8_scale(const WeightView& w, std::int64_t row, std::int64_t tile)
 
 // ---- activations -------------------------------------------------------------------------------
 
-std::size_t packed_bf16_bytes(std::int64_t cols) {
+[[maybe_unused]] std::size_t packed_bf16_bytes(std::int64_t cols) {
   return static_cast<std::size_t>(steps_of(cols)) * 64;
 }
 

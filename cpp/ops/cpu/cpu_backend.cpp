@@ -30,9 +30,9 @@ ConstMatrix CpuBackend::rounded(ConstMatrix x, std::vector<float>& buffer) {
   return {buffer.data(), x.rows, x.cols, x.cols};
 }
 
-std::byte* multiply_scratch(const Matmul& matmul) {
+std::byte* multiply_scratch(std::size_t bytes) {
   thread_local Scratch memory;
-  return memory.get(matmul.scratch_bytes);
+  return memory.get(bytes);
 }
 
 std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64_t step,
@@ -62,9 +62,16 @@ CpuBackend::Packed CpuBackend::pack(const Matmul& matmul, ConstMatrix x, Inputs 
   return packed;
 }
 
+void CpuBackend::begin_step(Phase phase) {
+  tiles_ = phase == Phase::kPrefill ? isa_.tiles : nullptr;
+}
+
 void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) {
   const Matmul& matmul = isa_.matmul(weight.format, inputs);
   const Packed packed = pack(matmul, x, inputs);
+  if (tiles_ != nullptr && &matmul != isa_.exact) {
+    return linear_in_tiles(weight, packed, x.rows, y);
+  }
   const std::int64_t rows =
       rows_per_piece(weight.rows, data_bytes(weight.format, 1, weight.cols), 16, 1, pool_.size());
   pool_.parallel_for(weight.rows, rows, [&](std::int64_t begin, std::int64_t end) {
@@ -76,7 +83,7 @@ void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Input
                              .y = y.data + begin,
                              .y_stride = y.stride,
                              .tokens = x.rows};
-    matmul.multiply(product, multiply_scratch(matmul));
+    matmul.multiply(product, multiply_scratch(matmul.scratch_bytes));
   });
 }
 

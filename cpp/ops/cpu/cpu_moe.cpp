@@ -20,33 +20,45 @@ std::size_t row_bytes(const format::WeightView& weight) {
 
 }  // namespace
 
-void CpuBackend::gate_and_up(const ExpertTask& task, const std::int32_t* tokens,
-                             std::int64_t begin, std::int64_t end, Matrix hidden) const {
+std::int64_t CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t top_k,
+                                 ConstMatrix x, Matrix hidden) {
+  std::array<bool, kPackings> packed{};
+  std::size_t stride = 0;
+  std::int64_t step = 16;
+  tokens_.clear();
+  first_token_.clear();
+  for (const ExpertTask& task : tasks) {
+    for (const format::WeightView* weight : {&task.expert->gate_proj, &task.expert->up_proj}) {
+      const Matmul& matmul = isa_.matmul(weight->format, Inputs::kBf16);
+      bool& done = packed.at(static_cast<std::size_t>(matmul.packing));
+      if (!done) pack(matmul, x, Inputs::kBf16);
+      done = true;
+    }
+    const Matmul& down = isa_.matmul(task.expert->down_proj.format, Inputs::kBf16);
+    stride = std::max(stride, down.packed_bytes(hidden.cols));
+    step = std::max(step, down.pack_step);
+    first_token_.push_back(tokens_.size());
+    for (const std::int32_t pair : task.pairs) {
+      tokens_.push_back(static_cast<std::int32_t>(pair / top_k));
+    }
+  }
+  hidden_ = {hidden_memory_.get(static_cast<std::size_t>(hidden.rows) * stride), stride};
+  return step;
+}
+
+void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end,
+                             std::int64_t block, const Multiply& multiply, Matrix hidden) const {
   const ExpertView& expert = *task.expert;
   const std::int64_t rows = end - begin;
-  float* gate = thread_scratch(0, kTokenBlock * rows);
-  float* up = thread_scratch(1, kTokenBlock * rows);
+  const auto tokens = static_cast<std::int64_t>(task.pairs.size());
+  float* gate = thread_scratch(0, std::min(block, tokens) * rows);
+  float* up = thread_scratch(1, std::min(block, tokens) * rows);
   const Matmul& down_matmul = isa_.matmul(expert.down_proj.format, Inputs::kBf16);
-  const auto count = static_cast<std::int64_t>(task.pairs.size());
-  for (std::int64_t first = 0; first < count; first += kTokenBlock) {
-    const std::int64_t some = std::min(kTokenBlock, count - first);
-    const auto multiply = [&](const format::WeightView& weight, float* y) {
-      const Matmul& matmul = isa_.matmul(weight.format, Inputs::kBf16);
-      const Packed& x = x_.at(static_cast<std::size_t>(matmul.packing));
-      const Product product = {.weight = &weight,
-                               .row_begin = begin,
-                               .row_end = end,
-                               .x = x.data,
-                               .x_stride = x.stride,
-                               .x_index = tokens + first,
-                               .y = y,
-                               .y_stride = rows,
-                               .tokens = some};
-      matmul.multiply(product, multiply_scratch(matmul));
-    };
-    multiply(expert.gate_proj, gate);
-    multiply(expert.up_proj, up);
-    for (std::int64_t t = 0; t < some; ++t) {
+  for (std::int64_t first = 0; first < tokens; first += block) {
+    const std::int64_t count = std::min(block, tokens - first);
+    multiply(expert.gate_proj, begin, end, first, count, gate);
+    multiply(expert.up_proj, begin, end, first, count, up);
+    for (std::int64_t t = 0; t < count; ++t) {
       const std::int32_t pair = task.pairs[static_cast<std::size_t>(first + t)];
       float* to = hidden.row(pair);
       for (std::int64_t r = 0; r < rows; ++r) {
@@ -61,62 +73,58 @@ void CpuBackend::gate_and_up(const ExpertTask& task, const std::int32_t* tokens,
 void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
                          Matrix hidden, Matrix out) {
   if (tasks.empty()) return;
-  const auto task_count = static_cast<std::int64_t>(tasks.size());
-  std::array<bool, kPackings> packed{};
-  std::size_t stride = 0;
-  std::int64_t step = 16;
-  tokens_.clear();
-  std::vector<std::size_t>& first_token = first_token_;
-  first_token.clear();
-  for (const ExpertTask& task : tasks) {
-    for (const format::WeightView* weight : {&task.expert->gate_proj, &task.expert->up_proj}) {
-      const Matmul& matmul = isa_.matmul(weight->format, Inputs::kBf16);
-      bool& done = packed.at(static_cast<std::size_t>(matmul.packing));
-      if (!done) pack(matmul, x, Inputs::kBf16);
-      done = true;
-    }
-    const Matmul& down = isa_.matmul(task.expert->down_proj.format, Inputs::kBf16);
-    stride = std::max(stride, down.packed_bytes(hidden.cols));
-    step = std::max(step, down.pack_step);
-    first_token.push_back(tokens_.size());
-    for (const std::int32_t pair : task.pairs) {
-      tokens_.push_back(static_cast<std::int32_t>(pair / top_k));
-    }
-  }
-  hidden_ = {hidden_memory_.get(static_cast<std::size_t>(hidden.rows) * stride), stride};
+  const std::int64_t step = prepare(tasks, top_k, x, hidden);
+  if (tiles_ != nullptr && tiles_fit(tasks)) return experts_in_tiles(tasks, hidden, out);
 
+  const auto task_count = static_cast<std::int64_t>(tasks.size());
   const std::int64_t rows = rows_per_piece(
       hidden.cols, 2 * row_bytes(tasks.front().expert->gate_proj), step, task_count, pool_.size());
   const std::int64_t pieces = ceil_div(hidden.cols, rows);
-  pool_.parallel_for(task_count * pieces, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t piece = begin; piece < end; ++piece) {
-      const auto task = static_cast<std::size_t>(piece / pieces);
-      const std::int64_t first = piece % pieces * rows;
-      gate_and_up(tasks[task], tokens_.data() + first_token[task], first,
-                  std::min(first + rows, hidden.cols), hidden);
+  pool_.parallel_for(task_count * pieces, 1, [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t piece = from; piece < to; ++piece) {
+      const auto at = static_cast<std::size_t>(piece / pieces);
+      const auto multiply = [&](const format::WeightView& weight, std::int64_t begin,
+                                std::int64_t end, std::int64_t first, std::int64_t count,
+                                float* y) {
+        const Matmul& matmul = isa_.matmul(weight.format, Inputs::kBf16);
+        const Packed& packed = x_.at(static_cast<std::size_t>(matmul.packing));
+        matmul.multiply({.weight = &weight,
+                         .row_begin = begin,
+                         .row_end = end,
+                         .x = packed.data,
+                         .x_stride = packed.stride,
+                         .x_index = tokens_.data() + first_token_[at] + first,
+                         .y = y,
+                         .y_stride = end - begin,
+                         .tokens = count},
+                        multiply_scratch(matmul.scratch_bytes));
+      };
+      const std::int64_t begin = piece % pieces * rows;
+      gate_and_up(tasks[at], begin, std::min(begin + rows, hidden.cols), kTokenBlock, multiply,
+                  hidden);
     }
   });
 
   const std::int64_t down_rows = rows_per_piece(
       out.cols, row_bytes(tasks.front().expert->down_proj), 16, task_count, pool_.size());
   const std::int64_t down_pieces = ceil_div(out.cols, down_rows);
-  pool_.parallel_for(task_count * down_pieces, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t piece = begin; piece < end; ++piece) {
+  pool_.parallel_for(task_count * down_pieces, 1, [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t piece = from; piece < to; ++piece) {
       const ExpertTask& task = tasks[static_cast<std::size_t>(piece / down_pieces)];
       const format::WeightView& down = task.expert->down_proj;
       const Matmul& matmul = isa_.matmul(down.format, Inputs::kBf16);
-      const std::int64_t first = piece % down_pieces * down_rows;
-      const Product product = {.weight = &down,
-                               .row_begin = first,
-                               .row_end = std::min(first + down_rows, out.cols),
-                               .x = hidden_.data,
-                               .x_stride = hidden_.stride,
-                               .x_index = task.pairs.data(),
-                               .y = out.data + first,
-                               .y_stride = out.stride,
-                               .y_index = task.pairs.data(),
-                               .tokens = static_cast<std::int64_t>(task.pairs.size())};
-      matmul.multiply(product, multiply_scratch(matmul));
+      const std::int64_t begin = piece % down_pieces * down_rows;
+      matmul.multiply({.weight = &down,
+                       .row_begin = begin,
+                       .row_end = std::min(begin + down_rows, out.cols),
+                       .x = hidden_.data,
+                       .x_stride = hidden_.stride,
+                       .x_index = task.pairs.data(),
+                       .y = out.data + begin,
+                       .y_stride = out.stride,
+                       .y_index = task.pairs.data(),
+                       .tokens = static_cast<std::int64_t>(task.pairs.size())},
+                      multiply_scratch(matmul.scratch_bytes));
     }
   });
 }

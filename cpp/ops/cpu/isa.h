@@ -1,7 +1,7 @@
 // The instruction sets that the CPU backend is written for, and the choice among them.
 //
 // The first of these that the CPU (and the system) can run is taken; DSFP4_ISA names another one:
-//   amx        as avx512bf16, and AMX tiles for prefill
+//   amx        as avx512bf16, and AMX BF16 tiles for prefill
 //   avx512bf16 AVX-512 F, BW, DQ, VL and BF16: products of BF16 pairs
 //   avx512     AVX-512 F, BW, DQ, VL: FP32
 //   avx2       AVX2 and FMA: FP4 in exact integers, the rest in FP32
@@ -15,6 +15,7 @@
 #include "ops/backend.h"
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/matmul.h"
+#include "ops/cpu/tiles.h"
 
 namespace dsfp4::ops::cpu {
 
@@ -23,6 +24,7 @@ struct Isa {
   const Kernels* kernels;
   const Matmul* exact;                   // Inputs::kF32, and F32 weights
   std::array<const Matmul*, 5> rounded;  // Inputs::kBf16, by WeightFormat
+  const Tiles* tiles = nullptr;          // for prefill, if there are any
 
   const Matmul& matmul(format::WeightFormat format, Inputs inputs) const {
     return inputs == Inputs::kF32 ? *exact : *rounded.at(static_cast<std::size_t>(format));

@@ -34,14 +34,14 @@ inline float scale_of_all(const format::WeightView& w) {
 //   kChunk                  columns of a chunk
 //   Weights                 kRows decoded rows of a chunk
 //   decode(weight, row, index, begin, end, Weights&)  row -> place `index` of kRows
-//   tile<count>(Weights&, columns, begin, x[count], Sum* [count][kRows], first)
+//   tile<count>(Weights&, begin, end, x[count], Sum* [count][kRows])   adds to the sums
 //   total(Sum)              its lanes, added up
 template <class K, int count>
 void tiles(const Product& p, const typename K::Weights& w, std::int64_t t, std::int64_t begin,
            std::int64_t end, typename K::Sum* sums) {
   const std::byte* x[count];
   for (int i = 0; i < count; ++i) x[i] = x_row(p, t + i);
-  K::template tile<count>(w, begin, end, x, sums, begin == 0);
+  K::template tile<count>(w, begin, end, x, sums);
 }
 
 template <class K>
@@ -98,14 +98,18 @@ void multiply_blocked(const Product& p, std::byte* memory) {
     const std::int64_t tokens = lesser(kTokenBlock, p.tokens - token);
     for (std::int64_t row = p.row_begin; row < p.row_end; row += kRowBlock) {
       const std::int64_t rows = lesser(kRowBlock, p.row_end - row);
+      for (std::int64_t r = 0; r < rows; r += K::kRows) {
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          for (auto& sum : scratch.sums[r / K::kRows][t]) sum = typename K::Sum{};
+        }
+      }
       for (std::int64_t c = 0; c < cols; c += K::kChunk) {
         multiply_chunk<K>(p, row, rows, token, tokens, c, lesser(c + K::kChunk, cols), scratch);
       }
       for (std::int64_t t = 0; t < tokens; ++t) {
         float* y = y_row(p, token + t) + (row - p.row_begin);
         for (std::int64_t r = 0; r < rows; ++r) {
-          const auto& sum = scratch.sums[r / K::kRows][t][r % K::kRows];
-          y[r] = cols == 0 ? 0.0f : K::total(sum) * scale;
+          y[r] = K::total(scratch.sums[r / K::kRows][t][r % K::kRows]) * scale;
         }
       }
     }

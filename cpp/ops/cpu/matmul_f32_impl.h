@@ -89,12 +89,12 @@ struct F32 {
 
   template <int count>
   static void tile(const Weights& w, std::int64_t begin, std::int64_t end,
-                   const std::byte* const* rows, Sum* sums, bool first) {
+                   const std::byte* const* rows, Sum* sums) {
     const float* x[count];
     Sum sum[count][kRows];
     for (int t = 0; t < count; ++t) {
       x[t] = reinterpret_cast<const float*>(rows[t]) + begin;
-      for (int r = 0; r < kRows; ++r) sum[t][r] = first ? Sum{} : sums[t * kRows + r];
+      for (int r = 0; r < kRows; ++r) sum[t][r] = sums[t * kRows + r];
     }
     const std::int64_t n = padded(end - begin);
     for (std::int64_t i = 0; i < n; i += kLanes) {

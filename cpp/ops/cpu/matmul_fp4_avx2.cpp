@@ -284,16 +284,14 @@ struct Blocked {
 
   template <int count>
   static void tile(const Weights& w, std::int64_t begin, std::int64_t end,
-                   const std::byte* const* rows, Sum* sums, bool first) {
+                   const std::byte* const* rows, Sum* sums) {
     const __m256i* x[count];
     const float* scales[count];
     Sum sum[count][kRows];
     for (int t = 0; t < count; ++t) {
       x[t] = reinterpret_cast<const __m256i*>(rows[t]) + begin / kGroup * 8;
       scales[t] = group_scales(rows[t], w.cols) + begin / kGroup;
-      for (int r = 0; r < kRows; ++r) {
-        sum[t][r] = first ? _mm256_setzero_ps() : sums[t * kRows + r];
-      }
+      for (int r = 0; r < kRows; ++r) sum[t][r] = sums[t * kRows + r];
     }
     const std::int64_t groups = groups_of(end - begin);
     for (std::int64_t g = 0; g < groups; ++g) {

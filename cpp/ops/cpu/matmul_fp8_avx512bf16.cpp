@@ -87,14 +87,12 @@ struct Blocked {
 
   template <int count>
   static void tile(const Weights& w, std::int64_t begin, std::int64_t end,
-                   const std::byte* const* rows, Sum* sums, bool first) {
+                   const std::byte* const* rows, Sum* sums) {
     const std::byte* x[count];
     Sum sum[count][kRows];
     for (int t = 0; t < count; ++t) {
       x[t] = rows[t] + begin * 2;
-      for (int r = 0; r < kRows; ++r) {
-        sum[t][r] = first ? _mm512_setzero_ps() : sums[t * kRows + r];
-      }
+      for (int r = 0; r < kRows; ++r) sum[t][r] = sums[t * kRows + r];
     }
     for (std::int64_t c = 0; c < end - begin; c += kTile) {
       Sum part[count][kRows];

@@ -1,5 +1,4 @@
-// Every matrix product of every instruction set that this machine can run (in
-// dsfp4_emulated_tests: of every one, with intrinsics above AVX2 in plain C++): against the decoded
+// Every matrix product of every instruction set under test: against the decoded
 // weights in double precision, at odd sizes and byte offsets, in any company, split anywhere.
 #include <cmath>
 #include <cstring>
@@ -13,6 +12,7 @@
 #include "ops/cpu/isa.h"
 #include "ops/cpu/scratch.h"
 #include "ops/random_weight.h"
+#include "ops/under_test.h"
 
 namespace dsfp4::ops::cpu {
 namespace {
@@ -296,12 +296,7 @@ TEST_P(MatmulOf, BadActivationsStayVisible) {
   }
 }
 
-#ifdef DSFP4_EMULATED  // linked with kernels whose intrinsics are plain C++
-const auto kUnderTest = known_isas();
-#else
-const auto kUnderTest = runnable_isas();
-#endif
-INSTANTIATE_TEST_SUITE_P(Isa, MatmulOf, ::testing::ValuesIn(kUnderTest),
+INSTANTIATE_TEST_SUITE_P(Isa, MatmulOf, ::testing::ValuesIn(isas_under_test()),
                          [](const auto& isa) { return std::string(isa.param->name); });
 
 TEST(IsaChoice, NamesAreChecked) {

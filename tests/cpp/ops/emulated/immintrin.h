@@ -232,8 +232,72 @@ inline __m512 dpbf16_ps(__m512 sum, const Bf16x32& a, const Bf16x32& b) {
   });
 }
 
+// ---- AMX: eight tiles a thread, all of them 16 rows of 64 bytes once configured ------------------
+
+struct Tile {
+  unsigned char row[16][64];
+};
+struct TileState {
+  bool configured = false;
+  Tile tile[8];
+};
+inline TileState& tile_state() {
+  thread_local TileState state;
+  return state;
+}
+inline void tile_loadconfig(const void* config) {
+  const auto* bytes = static_cast<const unsigned char*>(config);
+  if (bytes[0] != 1) __builtin_trap();
+  for (int t = 0; t < 8; ++t) {
+    if (bytes[16 + 2 * t] != 64 || bytes[17 + 2 * t] != 0 || bytes[48 + t] != 16) __builtin_trap();
+  }
+  tile_state().configured = true;
+}
+inline void tile_release() { tile_state().configured = false; }
+inline Tile& tile(int t) {
+  if (!tile_state().configured) __builtin_trap();
+  return tile_state().tile[t];
+}
+inline void tile_zero(int t) { std::memset(&tile(t), 0, sizeof(Tile)); }
+inline void tile_loadd(int t, const void* from, long stride) {
+  for (int r = 0; r < 16; ++r) {
+    std::memcpy(tile(t).row[r], static_cast<const char*>(from) + r * stride, 64);
+  }
+}
+inline void tile_stored(int t, void* to, long stride) {
+  for (int r = 0; r < 16; ++r) {
+    std::memcpy(static_cast<char*>(to) + r * stride, tile(t).row[r], 64);
+  }
+}
+inline void tile_dpbf16ps(int c, int a, int b) {
+  for (int m = 0; m < 16; ++m) {
+    auto sums = lanes<F32>(tile(c).row[m]);
+    const auto left = lanes<Bf16x32>(tile(a).row[m]);
+    for (int k = 0; k < 16; ++k) {
+      const auto right = lanes<Bf16x32>(tile(b).row[k]);
+      for (int n = 0; n < 16; ++n) {
+        float& sum = sums.v[n];
+        sum = no_denormal(std::fma(bf16_value(left.v[2 * k]), bf16_value(right.v[2 * n]), sum));
+        sum = no_denormal(
+            std::fma(bf16_value(left.v[2 * k + 1]), bf16_value(right.v[2 * n + 1]), sum));
+      }
+    }
+    std::memcpy(tile(c).row[m], &sums, sizeof(sums));
+  }
+}
+
 }  // namespace emulated
 
+#undef _tile_dpbf16ps
+#define _tile_dpbf16ps emulated::tile_dpbf16ps
+#undef _tile_loadd
+#define _tile_loadd emulated::tile_loadd
+#undef _tile_stored
+#define _tile_stored emulated::tile_stored
+#undef _tile_zero
+#define _tile_zero emulated::tile_zero
+#define _tile_loadconfig emulated::tile_loadconfig
+#define _tile_release emulated::tile_release
 #define __m512bh emulated::Bf16x32
 #define _mm512_add_epi16 emulated::add_epi16
 #define _mm512_add_epi32 emulated::add_epi32
