@@ -45,7 +45,8 @@ double median_seconds(double seconds, const std::function<void(int)>& run) {
   const auto start = Clock::now();
   int i = 0;
   run(i++);
-  while (times.size() < 3 || std::chrono::duration<double>(Clock::now() - start).count() < seconds) {
+  while (times.size() < 3 ||
+         std::chrono::duration<double>(Clock::now() - start).count() < seconds) {
     const auto before = Clock::now();
     run(i++);
     times.push_back(std::chrono::duration<double>(Clock::now() - before).count());

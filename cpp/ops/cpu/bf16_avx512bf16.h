@@ -69,7 +69,8 @@ constexpr Fp4Table kNvfp4Table = [] {
   Fp4Table table{};
   for (int scale = 0; scale < 256; ++scale) {
     const int e = (scale >> 3) & 15;
-    const int mantissa = e == 0 ? scale & 7 : 8 + (scale & 7);  // value = mantissa * 2^(max(e,1)-10)
+    const int mantissa =
+        e == 0 ? scale & 7 : 8 + (scale & 7);  // value = mantissa * 2^(max(e,1)-10)
     for (int code = 0; code < 16; ++code) {
       const bool negative = ((scale >> 7) ^ (code >> 3)) != 0;
       table.value[scale][code] =
@@ -106,8 +107,8 @@ struct Nvfp4 {
   // Two blocks: the tables of their scales make one of 32 words; bit 4 of an index says which.
   static __m512i decode(const std::uint8_t* data, const std::uint8_t* scales) {
     const __m512i low_bits = _mm512_set1_epi16(15);
-    const __m512i which = _mm512_set_epi64(
-        0x0010001000100010, 0x0010001000100010, 0, 0, 0x0010001000100010, 0x0010001000100010, 0, 0);
+    const __m512i which = _mm512_set_epi64(0x0010001000100010, 0x0010001000100010, 0, 0,
+                                           0x0010001000100010, 0x0010001000100010, 0, 0);
     const __m512i codes = _mm512_ternarylogic_epi32(spread_nibbles(data), low_bits, which, 0xea);
     const __m512i table =
         _mm512_inserti64x4(_mm512_castsi256_si512(load_256(kNvfp4Table.value[scales[0]])),
@@ -131,8 +132,8 @@ template <class Format>
 struct Fp4Row {
   Fp4Row(const WeightView& w, std::int64_t row)
       : data(reinterpret_cast<const std::uint8_t*>(w.data) + row * w.cols / 2),
-        scales(reinterpret_cast<const std::uint8_t*>(w.scales) + row * w.cols / Format::kScaleCols) {
-  }
+        scales(reinterpret_cast<const std::uint8_t*>(w.scales) +
+               row * w.cols / Format::kScaleCols) {}
 
   __m512i whole(std::int64_t step) const {
     return Format::decode(data + 16 * step, scales + kStep / Format::kScaleCols * step);

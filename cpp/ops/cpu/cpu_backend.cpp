@@ -40,8 +40,7 @@ std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64
   constexpr std::size_t kPieceBytes = 128 * 1024;
   constexpr std::int64_t kMostRows = 128;
   constexpr std::int64_t kPiecesPerThread = 8;
-  const auto fitting =
-      static_cast<std::int64_t>(kPieceBytes / std::max<std::size_t>(row_bytes, 1));
+  const auto fitting = static_cast<std::int64_t>(kPieceBytes / std::max<std::size_t>(row_bytes, 1));
   const std::int64_t even = ceil_div(rows * matrices, kPiecesPerThread * threads);
   const std::int64_t wanted = std::min({fitting, even, kMostRows});
   return std::max<std::int64_t>(ceil_div(wanted, step), 1) * step;

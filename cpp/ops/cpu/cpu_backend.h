@@ -46,9 +46,9 @@ class CpuBackend final : public HostBackend {
     std::byte* row(std::int64_t r) const { return data + static_cast<std::size_t>(r) * stride; }
   };
   /// What computes the rows [begin, end) of `weight` for tokens [first, first + count) of a task.
-  using Multiply = std::function<void(const format::WeightView& weight, std::int64_t begin,
-                                      std::int64_t end, std::int64_t first, std::int64_t count,
-                                      float* y)>;
+  using Multiply =
+      std::function<void(const format::WeightView& weight, std::int64_t begin, std::int64_t end,
+                         std::int64_t first, std::int64_t count, float* y)>;
 
   Packed pack(const Matmul& matmul, ConstMatrix x, Inputs inputs);
   /// Packed rows for the first projections of all tasks, room for those of the second ones; fills
@@ -57,8 +57,8 @@ class CpuBackend final : public HostBackend {
                        Matrix hidden);
   /// silu(gate x) * up x in rows [begin, end), for `block` tokens at a time, into hidden and,
   /// packed, into hidden_.
-  void gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end,
-                   std::int64_t block, const Multiply& multiply, Matrix hidden) const;
+  void gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end, std::int64_t block,
+                   const Multiply& multiply, Matrix hidden) const;
   bool tiles_fit(std::span<const ExpertTask> tasks) const;
   void linear_in_tiles(const format::WeightView& weight, const Packed& x, std::int64_t tokens,
                        Matrix y);
@@ -84,12 +84,12 @@ class CpuBackend final : public HostBackend {
   std::array<Scratch, kPackings> x_memory_;
   std::array<Packed, kPackings> x_;  // activations of the op that is running, by Matmul::packing
   Scratch hidden_memory_;
-  Packed hidden_;                     // packed inputs of the down-projections, by pair
-  std::vector<std::int32_t> tokens_;  // of the pairs of all tasks
+  Packed hidden_;                         // packed inputs of the down-projections, by pair
+  std::vector<std::int32_t> tokens_;      // of the pairs of all tasks
   std::vector<std::size_t> first_token_;  // of each task, in tokens_
   Scratch groups_memory_;
   std::vector<std::int64_t> first_group_;  // of each task in work, and one past the last
-  std::vector<float> inputs_;  // rounded activations of the op that is running
+  std::vector<float> inputs_;              // rounded activations of the op that is running
 };
 
 /// What Matmul::multiply and Tiles::multiply work in, of the calling thread.

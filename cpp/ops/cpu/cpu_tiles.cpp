@@ -8,8 +8,8 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
-constexpr std::int64_t kTokenBlock = 512;           // whose gate and up rows wait in scratch
-constexpr std::size_t kGroupsBytes = 48u << 20;     // groups of the tasks that are computed at once
+constexpr std::int64_t kTokenBlock = 512;        // whose gate and up rows wait in scratch
+constexpr std::size_t kGroupsBytes = 48u << 20;  // groups of the tasks that are computed at once
 
 // Rows of a piece: two tiles or a multiple of that.
 std::int64_t tile_rows(const Tiles& tiles, std::int64_t rows, std::int64_t matrices, int threads) {
@@ -75,8 +75,8 @@ void CpuBackend::experts_in_tiles(std::span<const ExpertTask> tasks, Matrix hidd
   }
 }
 
-void CpuBackend::make_groups(std::span<const ExpertTask> tasks, std::int64_t cols, std::size_t bytes,
-                             std::byte* memory, const Source& source_of) {
+void CpuBackend::make_groups(std::span<const ExpertTask> tasks, std::int64_t cols,
+                             std::size_t bytes, std::byte* memory, const Source& source_of) {
   pool_.parallel_for(first_group_.back(), 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t g = begin; g < end; ++g) {
       const auto after = std::ranges::upper_bound(first_group_, g);
@@ -106,9 +106,9 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
 
   make_groups(tasks, tasks.front().expert->gate_proj.cols, x_bytes, memory, [&](std::size_t at) {
     const Matmul& gate = isa_.matmul(tasks[at].expert->gate_proj.format, Inputs::kBf16);
-    return std::pair(x_.at(static_cast<std::size_t>(gate.packing)),
-                     static_cast<const std::int32_t*>(tokens_.data() +
-                                                      first_token_[first_task + at]));
+    return std::pair(
+        x_.at(static_cast<std::size_t>(gate.packing)),
+        static_cast<const std::int32_t*>(tokens_.data() + first_token_[first_task + at]));
   });
   const std::int64_t rows = tile_rows(tiles, hidden.cols, task_count, pool_.size());
   const std::int64_t pieces = ceil_div(hidden.cols, rows);
@@ -134,9 +134,8 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
     }
   });
 
-  make_groups(tasks, hidden.cols, hidden_bytes, hidden_groups, [&](std::size_t at) {
-    return std::pair(hidden_, tasks[at].pairs.data());
-  });
+  make_groups(tasks, hidden.cols, hidden_bytes, hidden_groups,
+              [&](std::size_t at) { return std::pair(hidden_, tasks[at].pairs.data()); });
   const std::int64_t down_rows = tile_rows(tiles, out.cols, task_count, pool_.size());
   const std::int64_t down_pieces = ceil_div(out.cols, down_rows);
   pool_.parallel_for(task_count * down_pieces, 1, [&](std::int64_t from, std::int64_t to) {

@@ -15,17 +15,18 @@ constexpr Isa kAvx512Bf16 = {"avx512bf16",
                              &kMatmulF32Avx512,
                              {&kMatmulF32Avx512, &kMatmulBf16Avx512Bf16, &kMatmulFp8Avx512Bf16,
                               &kMatmulFp4Avx512Bf16, &kMatmulFp4Avx512Bf16}};
-constexpr Isa kAmx = {"amx", kAvx512Bf16.kernels, kAvx512Bf16.exact, kAvx512Bf16.rounded, &kTilesAmx};
+constexpr Isa kAmx = {"amx", kAvx512Bf16.kernels, kAvx512Bf16.exact, kAvx512Bf16.rounded,
+                      &kTilesAmx};
 constexpr Isa kAvx512 = {"avx512",
                          &kAvx512Kernels,
                          &kMatmulF32Avx512,
                          {&kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512,
                           &kMatmulF32Avx512, &kMatmulF32Avx512}};
-constexpr Isa kAvx2 = {"avx2",
-                       &kAvx2Kernels,
-                       &kMatmulF32Avx2,
-                       {&kMatmulF32Avx2, &kMatmulF32Avx2, &kMatmulF32Avx2, &kMatmulFp4Avx2,
-                        &kMatmulFp4Avx2}};
+constexpr Isa kAvx2 = {
+    "avx2",
+    &kAvx2Kernels,
+    &kMatmulF32Avx2,
+    {&kMatmulF32Avx2, &kMatmulF32Avx2, &kMatmulF32Avx2, &kMatmulFp4Avx2, &kMatmulFp4Avx2}};
 constexpr Isa kBaseline = {"baseline",
                            &kBaselineKernels,
                            &kMatmulF32Baseline,
@@ -77,8 +78,7 @@ const Isa& isa_named(std::string_view name) {
                                           "; the best that it can is " +
                                           std::string(runnable_isas().front()->name));
   }
-  throw ParameterError("DSFP4_ISA",
-                       "'" + std::string(name) + "' is not one of " + known_names());
+  throw ParameterError("DSFP4_ISA", "'" + std::string(name) + "' is not one of " + known_names());
 }
 
 const Isa& select_isa() {

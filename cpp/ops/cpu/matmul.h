@@ -31,9 +31,9 @@ struct Product {
 };
 
 struct Matmul {
-  const char* name;          // e.g. "fp4_i16_avx2"
-  int packing;               // 0 .. kPackings - 1: tables with the same number pack alike
-  std::int64_t pack_step;    // columns that are packed together
+  const char* name;           // e.g. "fp4_i16_avx2"
+  int packing;                // 0 .. kPackings - 1: tables with the same number pack alike
+  std::int64_t pack_step;     // columns that are packed together
   std::size_t scratch_bytes;  // what `multiply` needs, on a 64-byte boundary
 
   /// Bytes of a packed row, a multiple of 64.

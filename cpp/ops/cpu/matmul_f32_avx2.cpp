@@ -35,8 +35,7 @@ void decode_e4m3(const std::uint8_t* codes, std::int64_t n, float scale, float* 
   std::int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const __m128i code = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i));
-    const __m256i bits =
-        _mm256_and_si256(_mm256_slli_epi32(_mm256_cvtepi8_epi32(code), 20), kept);
+    const __m256i bits = _mm256_and_si256(_mm256_slli_epi32(_mm256_cvtepi8_epi32(code), 20), kept);
     const __m256i bad = _mm256_cmpeq_epi32(_mm256_and_si256(bits, nan), nan);
     const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(bits), lift);
     const __m256 marked = _mm256_or_ps(value, _mm256_castsi256_ps(bad));
@@ -52,6 +51,6 @@ void decode_e4m3(const std::uint8_t* codes, std::int64_t n, float scale, float* 
 
 namespace dsfp4::ops::cpu {
 const Matmul kMatmulF32Avx2 = {
-    "f32_avx2",       0,        kPad, sizeof(BlockedScratch<F32>),
-    packed_f32_bytes, pack_f32, multiply_blocked<F32>};
+    "f32_avx2",           0, kPad, sizeof(BlockedScratch<F32>), packed_f32_bytes, pack_f32,
+    multiply_blocked<F32>};
 }  // namespace dsfp4::ops::cpu

@@ -1,7 +1,7 @@
 // FP32 products with AVX-512 F, BW, DQ and VL, for CPUs without BF16 products and for activations
-// that must not be rounded: NVFP4 (0.5625 bytes a weight), MXFP4 (0.53), FP8 (1), BF16 (2), F32 (4).
-// An E2M1 code is an index into a register of 16 floats. Tile: 4 rows x 6 tokens, 24 accumulators
-// of 16 floats.
+// that must not be rounded: NVFP4 (0.5625 bytes a weight), MXFP4 (0.53), FP8 (1), BF16 (2), F32
+// (4). An E2M1 code is an index into a register of 16 floats. Tile: 4 rows x 6 tokens, 24
+// accumulators of 16 floats.
 #include <immintrin.h>
 
 #include "ops/cpu/decode_portable.h"
@@ -32,12 +32,10 @@ void decode_e4m3(const std::uint8_t* codes, std::int64_t n, float scale, float* 
   std::int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const __m128i code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
-    const __m512i bits =
-        _mm512_and_si512(_mm512_slli_epi32(_mm512_cvtepi8_epi32(code), 20), kept);
+    const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(_mm512_cvtepi8_epi32(code), 20), kept);
     const __mmask16 bad = _mm512_cmpeq_epi32_mask(_mm512_and_si512(bits, nan), nan);
     const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), lift);
-    const __m512 marked =
-        _mm512_mask_mov_ps(value, bad, _mm512_set1_ps(__builtin_nanf("")));
+    const __m512 marked = _mm512_mask_mov_ps(value, bad, _mm512_set1_ps(__builtin_nanf("")));
     _mm512_storeu_ps(out + i, _mm512_mul_ps(marked, factor));
   }
   portable_e4m3(codes + i, n - i, scale, out + i);
@@ -77,6 +75,6 @@ void decode_mxfp4(const std::uint8_t* packed, const std::uint8_t* scales, std::i
 
 namespace dsfp4::ops::cpu {
 const Matmul kMatmulF32Avx512 = {
-    "f32_avx512",     0,        kPad, sizeof(BlockedScratch<F32>),
-    packed_f32_bytes, pack_f32, multiply_blocked<F32>};
+    "f32_avx512",         0, kPad, sizeof(BlockedScratch<F32>), packed_f32_bytes, pack_f32,
+    multiply_blocked<F32>};
 }  // namespace dsfp4::ops::cpu

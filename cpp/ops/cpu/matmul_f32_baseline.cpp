@@ -19,6 +19,6 @@ constexpr auto decode_mxfp4 = portable_mxfp4;
 
 namespace dsfp4::ops::cpu {
 const Matmul kMatmulF32Baseline = {
-    "f32_baseline",   0,        kPad, sizeof(BlockedScratch<F32>),
-    packed_f32_bytes, pack_f32, multiply_blocked<F32>};
+    "f32_baseline",       0, kPad, sizeof(BlockedScratch<F32>), packed_f32_bytes, pack_f32,
+    multiply_blocked<F32>};
 }  // namespace dsfp4::ops::cpu

@@ -44,8 +44,8 @@ void pack_f32(const float* x, std::int64_t cols, std::int64_t begin, std::int64_
 
 struct F32 {
   // Aligned like a float: packed rows and scratch are on 64 bytes, but nothing is lost by it.
-  using Sum = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)),
-                                   may_alias));
+  using Sum = float
+      __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
   static constexpr int kRows = DSFP4_ROWS;
   static constexpr int kTokens = DSFP4_TOKENS;
   static constexpr std::int64_t kChunk = 1024;

@@ -44,8 +44,7 @@ inline void place_16(const float* x, __m256 inverse, std::int16_t* even, std::in
   const __m256i apart = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1,
                                          4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
   // Each lane: its even columns, then its odd ones; bring the even ones together.
-  const __m256i sorted =
-      _mm256_permute4x64_epi64(_mm256_shuffle_epi8(mixed, apart), 0xd8);
+  const __m256i sorted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(mixed, apart), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm256_castsi256_si128(sorted));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(odd), _mm256_extracti128_si256(sorted, 1));
 }
@@ -103,9 +102,8 @@ inline __m256i load_pair(const std::uint8_t* low, const std::uint8_t* high) {
 
 // Four registers of int16 weights, times 256, of 32 bytes.
 inline void decode_codes(__m256i bytes, __m256i* w) {
-  const __m256i table =
-      _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0, 1, 2, 3, 4, 6, 8,
-                       12, 0, -1, -2, -3, -4, -6, -8, -12);
+  const __m256i table = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0,
+                                         1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
   const __m256i mask = _mm256_set1_epi8(15);
   const __m256i zero = _mm256_setzero_si256();
   const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, mask));
@@ -155,8 +153,7 @@ struct Decoded {
 
 // `data`: 64 bytes, `scales`: 8 or 4.
 template <WeightFormat format>
-inline void decode_group(const std::uint8_t* data, const std::uint8_t* scales,
-                         Decoded<format>& d) {
+inline void decode_group(const std::uint8_t* data, const std::uint8_t* scales, Decoded<format>& d) {
   decode_codes(load_pair(data, data + 32), d.w);
   decode_codes(load_pair(data + 16, data + 48), d.w + 4);
   if constexpr (format == WeightFormat::kNvfp4) {
@@ -232,20 +229,19 @@ void multiply_direct(const Product& p) {
     __m256 sum[count];
     for (int t = 0; t < count; ++t) sum[t] = _mm256_setzero_ps();
     const auto add = [&](std::int64_t group, const std::uint8_t* data, const std::uint8_t* scales)
-                         __attribute__((always_inline)) {
+        __attribute__((always_inline)) {
       Decoded<format> d;
       decode_group(data, scales, d);
       for (int t = 0; t < count; ++t) {
-        sum[t] = _mm256_fmadd_ps(dot_group(d, x[t] + 8 * group),
-                                 _mm256_set1_ps(x_scales[t][group]), sum[t]);
+        sum[t] = _mm256_fmadd_ps(dot_group(d, x[t] + 8 * group), _mm256_set1_ps(x_scales[t][group]),
+                                 sum[t]);
       }
     };
     for (std::int64_t g = 0; g < whole; ++g) {
       add(g, w.data + 64 * g, w.scales + kGroup / Row<format>::kBlock * g);
     }
     if (whole * kGroup < cols) {
-      const Tail<format> tail(w.data + 64 * whole,
-                              w.scales + kGroup / Row<format>::kBlock * whole,
+      const Tail<format> tail(w.data + 64 * whole, w.scales + kGroup / Row<format>::kBlock * whole,
                               cols - whole * kGroup);
       add(whole, tail.data, tail.scales);
     }
@@ -331,12 +327,8 @@ void multiply_fp4(const Product& p, std::byte* scratch) {
 
 }  // namespace
 
-const Matmul kMatmulFp4Avx2 = {"fp4_i16_avx2",
-                               1,
-                               kGroup,
-                               sizeof(BlockedScratch<Blocked<WeightFormat::kNvfp4>>),
-                               packed_i16_bytes,
-                               pack_i16,
-                               multiply_fp4};
+const Matmul kMatmulFp4Avx2 = {
+    "fp4_i16_avx2",   1,        kGroup,      sizeof(BlockedScratch<Blocked<WeightFormat::kNvfp4>>),
+    packed_i16_bytes, pack_i16, multiply_fp4};
 
 }  // namespace dsfp4::ops::cpu

@@ -17,8 +17,8 @@ struct Tiles {
   std::int64_t most_rows;  // of one call
   /// Bytes of a group of 16 tokens.
   std::size_t (*group_bytes)(std::int64_t cols);
-  /// Makes a group of up to 16 packed rows (packed for the BF16 products of the same weight; `index`
-  /// null: 0, 1, 2, ...); missing tokens are zeros.
+  /// Makes a group of up to 16 packed rows (packed for the BF16 products of the same weight;
+  /// `index` null: 0, 1, 2, ...); missing tokens are zeros.
   void (*group)(const std::byte* x, std::size_t x_stride, const std::int32_t* index,
                 std::int64_t tokens, std::int64_t cols, std::byte* out);
   /// As Matmul::multiply, but product.x points at groups, x_stride is group_bytes, and x_index is

@@ -1,8 +1,8 @@
 // Products of BF16 tiles with AMX: NVFP4 (0.5625 bytes a weight), MXFP4 (0.53), FP8 (1), BF16 (2).
 // Up to 128 rows of weights are decoded, 512 columns at a time, into tiles of 16 rows x 32 columns
-// in the second-level cache (128 KiB), and meet up to 512 tokens there; sums rest in scratch between
-// chunks (256 KiB). A tile of weights is the first operand as it is; a group of 16 tokens is the
-// second: row p of its tile holds columns 2p and 2p + 1 of every token.
+// in the second-level cache (128 KiB), and meet up to 512 tokens there; sums rest in scratch
+// between chunks (256 KiB). A tile of weights is the first operand as it is; a group of 16 tokens
+// is the second: row p of its tile holds columns 2p and 2p + 1 of every token.
 //
 // In registers: 2 x 2 tiles of sums, 2 tiles of weights, 2 of activations: 4 loads for 4 products.
 // FP8: the sums of 128 columns start from zero and are added to those in scratch, times the
@@ -165,9 +165,8 @@ inline void multiply_steps(const std::uint16_t* rows0, const std::uint16_t* rows
 inline void add_scaled(float (*sums)[kTileTokens], float (*part)[kTileTokens],
                        const float (*scales)[kChunk / format::kFp8Tile], std::int64_t tile) {
   for (std::int64_t r = 0; r < kRows; ++r) {
-    const __m512 sum =
-        _mm512_fmadd_ps(_mm512_loadu_ps(part[r]), _mm512_set1_ps(scales[r][tile]),
-                        _mm512_loadu_ps(sums[r]));
+    const __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(part[r]), _mm512_set1_ps(scales[r][tile]),
+                                       _mm512_loadu_ps(sums[r]));
     _mm512_storeu_ps(sums[r], sum);
   }
 }
@@ -284,7 +283,7 @@ void multiply(const Product& p, std::byte* memory) {
 
 }  // namespace
 
-const Tiles kTilesAmx = {"bf16_amx",  sizeof(TileScratch), kMostRows, group_bytes,
-                         group_tokens, multiply};
+const Tiles kTilesAmx = {"bf16_amx",  sizeof(TileScratch), kMostRows,
+                         group_bytes, group_tokens,        multiply};
 
 }  // namespace dsfp4::ops::cpu

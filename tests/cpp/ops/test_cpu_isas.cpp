@@ -37,8 +37,12 @@ TEST_P(CpuIsa, LinearAgreesWithReference) {
     std::int64_t rows, cols, tokens;
   };
   for (const WeightFormat format : kAllFormats) {
-    for (const Size& size : {Size{1, 32, 1}, {131, 352, 7}, {64, 672, 16}, {33, 1056, 17},
-                             {200, 96, 50}, {5, 64, 0}}) {
+    for (const Size& size : {Size{1, 32, 1},
+                             {131, 352, 7},
+                             {64, 672, 16},
+                             {33, 1056, 17},
+                             {200, 96, 50},
+                             {5, 64, 0}}) {
       const auto weight = random_weight(format, size.rows, size.cols, 1);
       OwnedMatrix x(size.tokens, size.cols, 2);
       OwnedMatrix expected(size.tokens, size.rows);

@@ -32,9 +32,7 @@ std::int64_t group_of(WeightFormat format) {
 class MovedWeight {
  public:
   MovedWeight(const format::EncodedMatrix& from, std::size_t offset)
-      : data_(offset + from.data.size()),
-        scales_(offset + from.scales.size()),
-        view_(from.view()) {
+      : data_(offset + from.data.size()), scales_(offset + from.scales.size()), view_(from.view()) {
     std::copy(from.data.begin(), from.data.end(), data_.begin() + static_cast<long>(offset));
     std::copy(from.scales.begin(), from.scales.end(), scales_.begin() + static_cast<long>(offset));
     view_.data = data_.data() + offset;
@@ -114,8 +112,8 @@ class MatmulOf : public ::testing::TestWithParam<const Isa*> {
     return all;
   }
   static std::string label(const Case& c) {
-    return std::string(c.matmul->name) + " " +
-           std::string(format::weight_format_name(c.format)) + (c.round ? "" : " exact");
+    return std::string(c.matmul->name) + " " + std::string(format::weight_format_name(c.format)) +
+           (c.round ? "" : " exact");
   }
 };
 
@@ -123,8 +121,9 @@ TEST_P(MatmulOf, AgreesWithDecodedWeightsAtOddSizes) {
   struct Size {
     std::int64_t rows, groups, tokens;
   };
-  const Size sizes[] = {{1, 1, 1},  {3, 2, 2},  {5, 3, 3},   {7, 5, 4},   {33, 7, 5},  {66, 8, 7},
-                        {2, 9, 13}, {35, 37, 6}, {130, 65, 9}, {9, 70, 100}, {40, 129, 3}};
+  const Size sizes[] = {{1, 1, 1},    {3, 2, 2},    {5, 3, 3},   {7, 5, 4},
+                        {33, 7, 5},   {66, 8, 7},   {2, 9, 13},  {35, 37, 6},
+                        {130, 65, 9}, {9, 70, 100}, {40, 129, 3}};
   for (const Case& c : cases()) {
     std::size_t offset = 1;
     for (const Size& size : sizes) {
@@ -173,7 +172,8 @@ TEST_P(MatmulOf, CompanyAndSplitsChangeNothing) {
       count = std::min(count, tokens - t);
       // Tokens backwards through both indices, rows in two uneven pieces.
       std::vector<std::int32_t> index;
-      for (std::int64_t i = count; i > 0; --i) index.push_back(static_cast<std::int32_t>(t + i - 1));
+      for (std::int64_t i = count; i > 0; --i)
+        index.push_back(static_cast<std::int32_t>(t + i - 1));
       std::vector<float> y(together.size(), -777.0f);
       for (const auto& [begin, end] : {std::pair<std::int64_t, std::int64_t>{0, 37}, {37, rows}}) {
         c.matmul->multiply({.weight = &weight,
@@ -256,8 +256,8 @@ TEST_P(MatmulOf, EveryFp8CodeHasItsValue) {
   std::vector<std::byte> scales(2 * sizeof(float));
   const float factors[2] = {0.25f, 3.0f};
   std::memcpy(scales.data(), factors, sizeof(factors));
-  const format::WeightView weight{WeightFormat::kFp8Block, 256, 1, data.data(), scales.data(),
-                                  1.0f};
+  const format::WeightView weight{WeightFormat::kFp8Block, 256, 1, data.data(),
+                                  scales.data(),           1.0f};
   const auto y =
       multiply(GetParam()->matmul(WeightFormat::kFp8Block, Inputs::kBf16), weight, one, 1, true);
   for (std::size_t i = 0; i < 256; ++i) {

@@ -3,11 +3,10 @@
 // description of each instruction. Types and all below AVX-512 come from the compiler's header.
 #pragma once
 
-#include_next <immintrin.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include_next <immintrin.h>
 
 namespace emulated {
 
@@ -232,7 +231,8 @@ inline __m512 dpbf16_ps(__m512 sum, const Bf16x32& a, const Bf16x32& b) {
   });
 }
 
-// ---- AMX: eight tiles a thread, all of them 16 rows of 64 bytes once configured ------------------
+// ---- AMX: eight tiles a thread, all of them 16 rows of 64 bytes once configured
+// ------------------
 
 struct Tile {
   unsigned char row[16][64];
