@@ -37,13 +37,14 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
 }
 
 Model load(const std::string& path, const std::string& device, int threads,
-           std::int64_t max_context, const std::string& kv_cache_dtype,
+           std::int64_t max_context, const std::string& kv_cache_dtype, std::uint64_t ram_limit,
            const std::optional<nb::callable>& progress) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
   options.max_context = max_context;
   options.kv_cache_dtype = kv_cache_dtype;
+  options.ram_limit = ram_limit;
   if (progress) {
     options.progress = [&](std::uint64_t done, std::uint64_t total) {
       const nb::gil_scoped_acquire gil;
@@ -159,7 +160,7 @@ void bind_model(nb::module_& m) {
 
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
-           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
+           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16", nb::arg("ram_limit") = 0,
            nb::arg("progress") = nb::none())
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)

@@ -4,8 +4,10 @@
 #include <chrono>
 #include <string>
 
+#include "base/log.h"
 #include "base/thread_pool.h"
 #include "dsfp4/error.h"
+#include "engine/ram_limit.h"
 #include "engine/sampler.h"
 
 namespace dsfp4::engine {
@@ -53,7 +55,14 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options.device, thread_count(options.threads))),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(folder, config_, thread_count(options.threads), options.progress)),
+      loaded_(load_weights(folder, config_,
+                           {.reader = {},
+                            .threads = thread_count(options.threads),
+                            .progress = options.progress,
+                            .before_taking =
+                                [&](std::uint64_t weights, std::uint64_t staging) {
+                                  check_memory(options.ram_limit, weights, staging);
+                                }})),
       experts_(*backend_, config_.hidden_size, config_.moe_intermediate_size,
                [this](std::int64_t layer) -> std::span<const ops::ExpertView> {
                  return loaded_.weights.layers[static_cast<std::size_t>(layer)].experts;
@@ -61,6 +70,22 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_, kv_format_),
       scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations"),
       cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_) {}
+
+void Engine::check_memory(std::uint64_t ram_limit, std::uint64_t weights,
+                          std::uint64_t staging) const {
+  const model::ModelWeights none;  // sizes do not depend on them
+  residency::ResidentExperts experts(*backend_, config_.hidden_size, config_.moe_intermediate_size,
+                                     {});
+  const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, kv_format_);
+  RamNeeds needs;
+  needs.weights = weights;
+  needs.staging = staging;
+  needs.scratch = decoder.scratch_bytes(std::min(kPrefillChunk, max_context_));
+  needs.kv_cache =
+      KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
+  check_ram(ram_limit, needs, memory::machine_memory());
+  if (const char* why = memory::why_no_huge_pages(); *why != '\0') log(LogLevel::kInfo, why);
+}
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
   if (ids.empty()) throw ParameterError(parameter, "must hold at least one token id");

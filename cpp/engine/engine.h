@@ -50,6 +50,8 @@ class Engine {
   /// Logits of the last of `ids`, which become the sequence's next tokens.
   void last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
                    std::span<float> logits);
+  /// Throws MemoryLimitError if the model does not fit; all in bytes.
+  void check_memory(std::uint64_t ram_limit, std::uint64_t weights, std::uint64_t staging) const;
   void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;
 
   checkpoint::ModelConfig config_;

@@ -195,17 +195,17 @@ void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
 }  // namespace
 
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, int threads,
-                           const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+                           const checkpoint::ModelConfig& config,
+                           const LoadWeightsOptions& options) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
 
   model::ModelWeights weights;
   Placement counted(catalogue);
   place_model(counted, layout, weights);
-  const std::size_t available = memory::available_memory();
-  if (counted.arena_bytes() > available) {
-    throw MemoryLimitError("the weights", counted.arena_bytes(), available);
+  const auto reader = storage::make_reader(catalogue.files(), options.reader);
+  if (options.before_taking) {
+    options.before_taking(counted.arena_bytes(), reader->staging_bytes());
   }
 
   Arena arena(counted.arena_bytes(), "the weights");
@@ -215,11 +215,10 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
 
   std::uint64_t total = 0;
   for (const storage::Extent& extent : placement.extents()) total += extent.bytes;
-  const auto reader = storage::make_pread_reader(catalogue.files(), threads);
   reader->read(placement.extents(), [&](std::uint64_t done) {
-    if (progress) progress(done, total);
+    if (options.progress) options.progress(done, total);
   });
-  check_hashes(catalogue, placement.tensors(), threads);
+  check_hashes(catalogue, placement.tensors(), options.threads);
   placement.finish();
   return {std::move(arena), std::move(weights), counted.weight_bytes()};
 }

@@ -8,6 +8,7 @@
 #include "checkpoint/config.h"
 #include "memory/arena.h"
 #include "model/weights.h"
+#include "storage/reader.h"
 
 namespace dsfp4::engine {
 
@@ -17,10 +18,19 @@ struct LoadedWeights {
   std::uint64_t weight_bytes;  // stored bytes of the matrices
 };
 
-/// Throws CheckpointError, IoError, and MemoryLimitError when the weights need more than
-/// available_memory(). `threads` read at the same time.
+struct LoadWeightsOptions {
+  storage::ReaderOptions reader;
+  /// That check hashes where the checkpoint has them, at least 1.
+  int threads = 1;
+  /// Called while weights are read, in bytes.
+  std::function<void(std::uint64_t done, std::uint64_t total)> progress;
+  /// Called with what is about to be taken, in bytes; an exception thrown by it ends the load.
+  std::function<void(std::uint64_t weights, std::uint64_t staging)> before_taking;
+};
+
+/// Throws CheckpointError, IoError, and MemoryLimitError when the system does not have the memory.
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, int threads,
-                           const std::function<void(std::uint64_t, std::uint64_t)>& progress);
+                           const checkpoint::ModelConfig& config,
+                           const LoadWeightsOptions& options);
 
 }  // namespace dsfp4::engine

@@ -109,7 +109,7 @@ class Verifier {
   Verifier(const Catalogue& catalogue, const Progress& progress)
       : catalogue_(catalogue),
         progress_(progress),
-        reader_(storage::make_pread_reader(catalogue.files(), 1)),
+        reader_(storage::make_reader(catalogue.files())),
         hashes_(TensorHashes::read(catalogue.folder())),
         order_(catalogue.tensors().size()),
         results_(order_.size()) {

@@ -37,6 +37,10 @@ struct LoadOptions {
   /// How the KV cache keeps latents: "bf16", or "fp8" (E4M3, half the memory, an error of about 3 %
   /// a value). The reference device computes with an FP32 cache where this says "bf16".
   std::string kv_cache_dtype = "bf16";
+  /// Most RAM of the process in bytes: weights, KV cache, buffers and what the process has already.
+  /// 0: what the machine, or the control group, can spare. A limit below what is needed is refused
+  /// with MemoryLimitError, which gives the number; so is one that makes the machine swap.
+  std::uint64_t ram_limit = 0;
   /// Called while weights are read, in bytes. An exception thrown by it ends the load.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
 };

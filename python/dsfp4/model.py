@@ -9,7 +9,13 @@ import numpy.typing as npt
 
 from dsfp4 import _core
 from dsfp4._arrays import as_output, parameter_error
-from dsfp4._checks import check_integer, check_integers, check_real, check_text
+from dsfp4._checks import (
+    check_gigabytes,
+    check_integer,
+    check_integers,
+    check_real,
+    check_text,
+)
 from dsfp4.demo import resolve_model
 
 Logits = npt.NDArray[np.float32]  # [tokens, vocab]
@@ -30,6 +36,8 @@ class Model:
     truth that the others are compared with) or "auto"; `threads` 0 is one for each core;
     `max_context` is in tokens, 0 is the model's own limit; `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
+    `ram_limit` is the most RAM of this process in GB (10^9 bytes), Python included; None leaves the
+    machine, or the control group, room to breathe;
     `progress` is called with bytes.
     Raises the errors of `dsfp4.errors`.
     """
@@ -42,6 +50,7 @@ class Model:
         threads: int = 0,
         max_context: int = 0,
         kv_cache_dtype: str = "bf16",
+        ram_limit: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         folder = str(resolve_model(path))
@@ -52,6 +61,7 @@ class Model:
             threads=check_integer("threads", threads),
             max_context=check_integer("max_context", max_context),
             kv_cache_dtype=check_text("kv_cache_dtype", kv_cache_dtype),
+            ram_limit=check_gigabytes("ram_limit", ram_limit),
             progress=progress,
         )
 

@@ -97,6 +97,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=["bf16", "fp8"],
         help="fp8 takes half the memory, at an error of some percent a value",
     )
+    group.add_argument(
+        "--ram-limit",
+        type=real(1e-9, 1e9),
+        metavar="GB",
+        help="most RAM of the whole process; default: what the machine can spare",
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -162,6 +168,7 @@ def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
             threads=arguments.threads,
             max_context=arguments.max_context,
             kv_cache_dtype=arguments.kv_cache_dtype,
+            ram_limit=arguments.ram_limit,
             progress=progress,
         )
 
