@@ -13,12 +13,17 @@ namespace {
 constexpr const char* kLibrary = "libdsfp4_cuda.so";
 constexpr int kOldestMajor = 8;  // Ampere
 
-// Beside the library or program that this code is in, or where DSFP4_CUDA_PLUGIN says.
+// Beside the library or program that this code is in, or one folder above it (libdsfp4.so lies in
+// the package's lib/), or where DSFP4_CUDA_PLUGIN says.
 std::filesystem::path plugin_path() {
   if (const char* path = std::getenv("DSFP4_CUDA_PLUGIN"); path != nullptr) return path;
   Dl_info here{};
   if (dladdr(reinterpret_cast<const void*>(&cuda_plugin), &here) == 0) return kLibrary;
-  return std::filesystem::path(here.dli_fname).parent_path() / kLibrary;
+  const std::filesystem::path folder =
+      std::filesystem::absolute(here.dli_fname).parent_path();
+  const std::filesystem::path above = folder.parent_path() / kLibrary;
+  std::error_code ignored;
+  return std::filesystem::exists(above, ignored) ? above : folder / kLibrary;
 }
 
 const cuda::Plugin& load_plugin() {
