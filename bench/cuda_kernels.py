@@ -1,20 +1,21 @@
-"""What the CUDA kernels reach, beside what the device can do; with PyTorch's matmul where it is."""
+"""What the CUDA kernels reach, beside PyTorch's BF16 product at the same shapes where it is there."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from dsfp4 import _core
+from dsfp4.cli.bench_cuda import Row, measure, row_of, table
+from dsfp4.errors import CudaError
 
 
-def torch_rows() -> list[dict[str, object]]:
-    """PyTorch's BF16 product at the shapes that the prefill cases have, if PyTorch is installed."""
+def torch_rows() -> list[Row]:
+    """PyTorch's products at the shapes that the prefill cases have, if PyTorch is installed."""
     try:
         import torch
     except ImportError:
         return []
-    rows: list[dict[str, object]] = []
+    rows = []
     for tokens, cols, outs in ((4096, 7168, 18432), (4096, 7168, 7168), (32768, 7168, 6144)):
         a = torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(outs, cols, device="cuda", dtype=torch.bfloat16)
@@ -26,16 +27,14 @@ def torch_rows() -> list[dict[str, object]]:
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) * 1e-3)
-        seconds = sorted(times[2:])[5]
-        rows.append(
-            {
-                "name": f"torch.matmul bf16 {tokens} x {cols} x {outs}",
-                "seconds": seconds,
-                "bytes": 2.0 * (tokens * cols + outs * cols + tokens * outs),
-                "flops": 2.0 * tokens * cols * outs,
-                "floor": 0.0,
-            }
-        )
+        time = {
+            "name": f"torch.matmul bf16 {tokens} x {cols} x {outs}",
+            "seconds": sorted(times[2:])[5],
+            "bytes": 2.0 * (tokens * cols + outs * cols + tokens * outs),
+            "flops": 2.0 * tokens * cols * outs,
+            "floor": 0.0,
+        }
+        rows.append(row_of(time))
     return rows
 
 
@@ -44,18 +43,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     arguments = parser.parse_args()
-    problem = _core.cuda_problem()
-    if problem:
-        print(problem, file=sys.stderr)
+    try:
+        rows = measure(arguments.only)
+    except CudaError as error:
+        print(error, file=sys.stderr)
         return 1
-    rows = _core.bench_cuda(arguments.only) + torch_rows()
-    print(f"{'kernel':44} {'us':>10} {'GB/s':>8} {'TFLOP/s':>8} {'floor/t':>8}")
-    for row in rows:
-        print(
-            f"{row['name']:44} {row['seconds'] * 1e6:10.1f} "
-            f"{row['bytes'] / row['seconds'] * 1e-9:8.0f} "
-            f"{row['flops'] / row['seconds'] * 1e-12:8.1f} {row['floor'] / row['seconds']:8.2f}"
-        )
+    if not arguments.only:
+        rows += torch_rows()
+    print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     return 0

@@ -69,9 +69,9 @@ MemoryLimitError::MemoryLimitError(const std::string& purpose, std::uint64_t nee
 
 CudaError::CudaError(const std::string& problem, int code, std::string call, std::string source,
                      int line)
-    : Error(call.empty() ? problem
-                         : call + " failed at " + source + ":" + std::to_string(line) + ": " +
-                               problem),
+    : Error(call.empty()
+                ? problem
+                : call + " failed at " + source + ":" + std::to_string(line) + ": " + problem),
       code_(code),
       call_(std::move(call)),
       source_(std::move(source)),

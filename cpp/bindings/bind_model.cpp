@@ -40,8 +40,7 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
 
 Model load(const std::string& path, const std::string& device, int threads,
            std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
-           std::uint64_t ram_limit,
-           const std::optional<nb::callable>& progress) {
+           std::uint64_t ram_limit, const std::optional<nb::callable>& progress) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
@@ -197,7 +196,8 @@ void bind_model(nb::module_& m) {
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
            nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
-           nb::arg("memory_limit") = 0.0, nb::arg("ram_limit") = 0, nb::arg("progress") = nb::none())
+           nb::arg("memory_limit") = 0.0, nb::arg("ram_limit") = 0,
+           nb::arg("progress") = nb::none())
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)
       .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)

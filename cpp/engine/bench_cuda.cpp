@@ -56,8 +56,9 @@ class Bench {
     std::vector<WeightView> weights;
     for (int i = 0; i < rotate; ++i) weights.push_back(weight(format, rows, cols));
     time(name, rotate, bytes + 4.0 * static_cast<double>(tokens * (rows + cols)),
-         2.0 * static_cast<double>(rows * cols * tokens),
-         [&](int i) { backend_.linear(weights[static_cast<std::size_t>(i)], x, y, ops::Inputs::kBf16); });
+         2.0 * static_cast<double>(rows * cols * tokens), [&](int i) {
+           backend_.linear(weights[static_cast<std::size_t>(i)], x, y, ops::Inputs::kBf16);
+         });
   }
 
   void moe(WeightFormat format, std::int64_t tokens, std::int64_t experts) {
@@ -76,7 +77,8 @@ class Bench {
     const std::vector<float> even(count, 0.125f);
     backend_.upload(even.data(), weights, count * sizeof(float));
     std::vector<ops::Routing> routings;
-    const int rotate = tokens * kTopK < experts ? static_cast<int>(experts / pairs) : 1;
+    // One token: other experts from call to call. Several: their experts are more than the cache.
+    const int rotate = tokens == 1 ? static_cast<int>(experts / pairs) : 1;
     std::vector<bool> chosen(static_cast<std::size_t>(experts));
     for (int i = 0; i < rotate; ++i) {
       auto* used = arena_.take_array<std::int32_t>(count);
@@ -99,10 +101,9 @@ class Bench {
       routings.push_back({{used, count}, {used, count}, {weights, count}});
     }
     const auto active = static_cast<double>(std::count(chosen.begin(), chosen.end(), true));
-    const double bytes =
-        active * 3.0 *
-        static_cast<double>(format::data_bytes(format, kExpert, kHidden) +
-                            format::scale_bytes(format, kExpert, kHidden));
+    const double bytes = active * 3.0 *
+                         static_cast<double>(format::data_bytes(format, kExpert, kHidden) +
+                                             format::scale_bytes(format, kExpert, kHidden));
     time(name, rotate, bytes, 6.0 * static_cast<double>(pairs * kHidden * kExpert), [&](int i) {
       backend_.routed_experts(views, routings[static_cast<std::size_t>(i)], kTopK, x, hidden,
                               routed, y);
@@ -157,8 +158,8 @@ class Bench {
   // One token through `layers` layers of R1 (the first dense, attention and head BF16, the rest
   // NVFP4), at position `context`, logits on the host: measured by the host's clock.
   void model(std::int64_t layers, std::int64_t context) {
-    const std::string name = "model of " + std::to_string(layers) + " layers, a token at " +
-                             std::to_string(context);
+    const std::string name =
+        "model of " + std::to_string(layers) + " layers, a token at " + std::to_string(context);
     if (!wanted(name)) return;
     const ops::ScratchScope scope(arena_);
     model::ModelSpec spec = r1_spec(layers);
@@ -211,8 +212,14 @@ class Bench {
     spec.shared_intermediate_size = kExpert;
     spec.mla = kMla;
     for (int i = 0; i < 32; ++i) spec.rope.inverse_frequency.push_back(std::pow(1e4, -i / 32.0));
-    spec.router = {256, kTopK, 8, 4, ops::RouterSpec::Scoring::kSigmoid,
-                   ops::RouterSpec::GroupScore::kSumOfTop2, true, 2.5f};
+    spec.router = {256,
+                   kTopK,
+                   8,
+                   4,
+                   ops::RouterSpec::Scoring::kSigmoid,
+                   ops::RouterSpec::GroupScore::kSumOfTop2,
+                   true,
+                   2.5f};
     return spec;
   }
 
@@ -304,8 +311,9 @@ class Bench {
     const std::size_t kind = format == WeightFormat::kNvfp4   ? 0
                              : format == WeightFormat::kMxfp4 ? 1
                                                               : 2;
-    const WeightView view{format, rows, cols, pool_base_ + pool_at_,
-                          scale_base_ + kind * kScaleBytes + scale_at_, 1e-2f};
+    const WeightView view{
+        format, rows, cols, pool_base_ + pool_at_, scale_base_ + kind * kScaleBytes + scale_at_,
+        1e-2f};
     pool_at_ += data;
     scale_at_ += scale;
     return view;

@@ -82,19 +82,19 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_, kv_format_),
       scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations",
                backend_->memory()),
-      logits_(backend_->host_visible()
-                  ? 0
-                  : static_cast<std::size_t>(kLogitRows * decoder_.spec().vocab_size) * sizeof(float),
-              "the logits", backend_->memory()),
+      logits_(
+          backend_->host_visible()
+              ? 0
+              : static_cast<std::size_t>(kLogitRows * decoder_.spec().vocab_size) * sizeof(float),
+          "the logits", backend_->memory()),
       cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_,
              backend_->memory()) {
   for (const model::LayerWeights& layer : loaded_.weights.layers) {
     backend_->prepare_experts(layer.experts);
   }
   const model::ModelSpec& model = decoder_.spec();
-  ops::Backend::Largest largest{model.mla,  std::min(kPrefillChunk, max_context_),
-                                max_context_, 0,
-                                model.router.top_k, {}};
+  ops::Backend::Largest largest{
+      model.mla, std::min(kPrefillChunk, max_context_), max_context_, 0, model.router.top_k, {}};
   largest.width = std::max({model.hidden_size, model.intermediate_size, model.q_lora_rank,
                             model.shared_intermediate_size, model.moe_intermediate_size,
                             model.mla.heads * model.mla.v_head_dim, model.mla.kv_lora_rank});
@@ -194,9 +194,8 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.chosen_experts = options.chosen_experts.data() + first_pair;
     }
     batch.expert_layer_stride = count * spec().router.top_k;
-    step(sequence, batch, [&](ops::ConstMatrix hidden) {
-      head(hidden, logits.data() + at * spec().vocab_size);
-    });
+    step(sequence, batch,
+         [&](ops::ConstMatrix hidden) { head(hidden, logits.data() + at * spec().vocab_size); });
   }
 }
 
@@ -205,9 +204,8 @@ void Engine::last_logits(Sequence& sequence, model::Phase phase, std::span<const
   model::Batch batch;
   batch.phase = phase;
   batch.ids = ids;
-  step(sequence, batch, [&](ops::Matrix hidden) {
-    head(hidden.slice(hidden.rows - 1, 1), logits.data());
-  });
+  step(sequence, batch,
+       [&](ops::Matrix hidden) { head(hidden.slice(hidden.rows - 1, 1), logits.data()); });
 }
 
 GenerationResult Engine::generate(std::span<const std::int32_t> prompt,

@@ -32,7 +32,8 @@ struct LoadWeightsOptions {
   std::function<void(std::uint64_t weights, std::uint64_t staging)> before_taking;
 };
 
-/// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and MemoryLimitError when the system does not have the memory.
+/// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and
+/// MemoryLimitError when the system does not have the memory.
 LoadedWeights load_weights(const std::filesystem::path& folder,
                            const checkpoint::ModelConfig& config, ops::Backend& backend,
                            const LoadWeightsOptions& options);

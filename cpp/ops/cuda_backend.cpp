@@ -21,8 +21,8 @@ cuda::DeviceRouting on_device(const Routing& routing) {
   return {routing.experts.data(), routing.used.data(), routing.weights.data()};
 }
 
-// What this process's context on a device takes: measured when it is made, by the first backend, and
-// kept as long as the process. Where that cannot be measured, a generous guess.
+// What this process's context on a device takes: measured when it is made, by the first backend,
+// and kept as long as the process. Where that cannot be measured, a generous guess.
 std::uint64_t context_bytes(int index, std::uint64_t free_before, std::uint64_t free_after) {
   static std::mutex guard;
   static std::map<int, std::uint64_t> known;
@@ -41,7 +41,8 @@ void cuda_check(const cuda::Plugin& plugin, bool ok) {
   throw CudaError(failure.problem, failure.code, failure.call, failure.source, failure.line);
 }
 
-// ---- memory --------------------------------------------------------------------------------------
+// ---- memory
+// --------------------------------------------------------------------------------------
 
 std::size_t CudaMemory::available() const noexcept {
   std::uint64_t free = 0;
@@ -120,7 +121,8 @@ void CudaBackend::download(const void* from, void* to, std::size_t bytes) {
   check(plugin_.download(device_, from, to, bytes));
 }
 
-// ---- recorded steps -------------------------------------------------------------------------------
+// ---- recorded steps
+// -------------------------------------------------------------------------------
 
 void CudaBackend::forget(Recording& recording) noexcept {
   if (recording.graph != nullptr) plugin_.free_graph(device_, recording.graph);
@@ -160,7 +162,8 @@ void CudaBackend::end_recorded() {
   check(plugin_.launch_graph(device_, recording_->graph));
 }
 
-// ---- what moves or scales values -----------------------------------------------------------------
+// ---- what moves or scales values
+// -----------------------------------------------------------------
 
 void CudaBackend::embed(const format::WeightView& table, std::span<const std::int32_t> ids,
                         Matrix out) {
@@ -180,8 +183,7 @@ void CudaBackend::rms_norm(ConstMatrix x, std::span<const float> weight, float e
   check(plugin_.rms_norm(device_, x, weight.data(), eps, y));
 }
 
-void CudaBackend::linear(const format::WeightView& weight, ConstMatrix x, Matrix y,
-                         Inputs inputs) {
+void CudaBackend::linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) {
   std::byte* space = workspace(plugin_.linear_workspace(device_, &weight, x.rows));
   check(plugin_.linear(device_, &weight, x, y, inputs, space));
 }
@@ -199,7 +201,8 @@ void CudaBackend::rope(Matrix x, std::int64_t heads, std::int64_t head_stride,
   check(plugin_.rope(device_, x, heads, head_stride, cos_sin));
 }
 
-// ---- attention -----------------------------------------------------------------------------------
+// ---- attention
+// -----------------------------------------------------------------------------------
 
 cuda::KvRows CudaBackend::rows_of(std::span<const SequenceRows> batch) {
   std::vector<cuda::RowPlace> rows;
@@ -258,8 +261,7 @@ void CudaBackend::prefill_attention(const MlaShape& shape, const format::WeightV
                                     Matrix out) {
   if (batch.empty()) return;
   const cuda::KvRows kv = rows_of(batch);
-  std::byte* space =
-      workspace(plugin_.prefill_workspace(device_, &shape, kv.max_length, q.rows));
+  std::byte* space = workspace(plugin_.prefill_workspace(device_, &shape, kv.max_length, q.rows));
   for (std::size_t i = 0; i < batch.size(); ++i) {
     const cuda::SequencePart part{batch[i].first_row, batch[i].rows, batch[i].position,
                                   first_blocks_[i]};
@@ -285,7 +287,8 @@ void CudaBackend::expand_value(const MlaShape& shape, const format::WeightView& 
   check(plugin_.expand_value(device_, &shape, &kv_b_proj, attended, out));
 }
 
-// ---- mixture of experts --------------------------------------------------------------------------
+// ---- mixture of experts
+// --------------------------------------------------------------------------
 
 void CudaBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
                         std::span<const std::int32_t> forced, Routing out) {
@@ -337,14 +340,14 @@ void CudaBackend::reserve(const Largest& largest) {
       std::bit_ceil(static_cast<std::uint64_t>(std::max(largest.context, kKvBlockTokens))));
   constexpr std::size_t kBf16 = 2;
   std::size_t bytes = rows * static_cast<std::size_t>(largest.width) * kBf16;
-  bytes = std::max(bytes, plugin_.prefill_workspace(device_, &largest.mla, largest.context,
-                                                    largest.rows));
+  bytes = std::max(bytes,
+                   plugin_.prefill_workspace(device_, &largest.mla, largest.context, largest.rows));
   bytes = std::max(bytes, plugin_.latent_workspace(device_, &largest.mla, 1, longest));
   if (!largest.experts.empty()) {
-    bytes = std::max(bytes, plugin_.experts_workspace(
-                                device_, largest.experts.data(),
-                                static_cast<std::int64_t>(largest.experts.size()), largest.rows,
-                                largest.top_k));
+    bytes =
+        std::max(bytes, plugin_.experts_workspace(device_, largest.experts.data(),
+                                                  static_cast<std::int64_t>(largest.experts.size()),
+                                                  largest.rows, largest.top_k));
   }
   workspace(bytes);
   ids_.reserve(*device_memory_, std::max(rows * sizeof(std::int32_t), kSmallBuffer));

@@ -1,8 +1,7 @@
 #include "ops/cuda_plugin.h"
 
-#include <dlfcn.h>
-
 #include <cstdlib>
+#include <dlfcn.h>
 #include <filesystem>
 
 #include "dsfp4/error.h"
@@ -19,8 +18,7 @@ std::filesystem::path plugin_path() {
   if (const char* path = std::getenv("DSFP4_CUDA_PLUGIN"); path != nullptr) return path;
   Dl_info here{};
   if (dladdr(reinterpret_cast<const void*>(&cuda_plugin), &here) == 0) return kLibrary;
-  const std::filesystem::path folder =
-      std::filesystem::absolute(here.dli_fname).parent_path();
+  const std::filesystem::path folder = std::filesystem::absolute(here.dli_fname).parent_path();
   const std::filesystem::path above = folder.parent_path() / kLibrary;
   std::error_code ignored;
   return std::filesystem::exists(above, ignored) ? above : folder / kLibrary;

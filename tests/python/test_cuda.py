@@ -13,6 +13,7 @@ import pytest
 
 import dsfp4
 from dsfp4 import _core
+from dsfp4.cli import main
 from dsfp4.errors import CudaError, MemoryLimitError, ParameterError
 from dsfp4.model import resolve_device
 from fixtures.cases import CASES
@@ -43,6 +44,12 @@ def test_without_a_gpu_one_clear_sentence() -> None:
     assert caught.value.code == 0
     assert "device 'cuda' needs" in PROBLEM
     assert "device 'cpu'" in PROBLEM
+
+
+@without_gpu
+def test_without_a_gpu_the_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--device", "cuda"]) != 0
+    assert str(PROBLEM) in capsys.readouterr().err
 
 
 @without_gpu

@@ -5,7 +5,7 @@
 //
 // A block holds in shared memory the queries of its heads [64, 576] and tiles of 64 tokens
 // [64, 576], all BF16, in rows of 72 units of 16 bytes whose place is mixed with the row against
-// bank conflicts. Of 8 warps, each computes scores of 16 heads x 32 tokens, and each keeps the
+// bank conflicts. Of 8 warps, each ends up with the scores of 16 heads x 32 tokens, and keeps the
 // output's 64 heads x 64 columns in registers. Probabilities take the place of the tile's rotated
 // keys once these are used.
 #include "ops/cuda/kernels.h"
@@ -25,8 +25,9 @@ constexpr int kThreads = 256;
 constexpr int kUnits = kWidth / 8;
 static_assert(kTokens == kKvBlockTokens);
 
-// Shared memory: queries, then two tiles (BF16), or one tile and two raw ones (FP8).
-constexpr int kSharedBytes = 3 * kTileBytes;
+// Shared memory: queries, then two tiles (BF16), or one tile and two raw ones (FP8); and where
+// pairs of warps exchange scores.
+constexpr int kSharedBytes = 3 * kTileBytes + 4 * 32 * 64;
 static_assert(kTileBytes == 2 * kRawBytes);
 
 __device__ __forceinline__ int unit_offset(int row, int unit) {
@@ -67,11 +68,10 @@ __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& 
     const std::int64_t head = work.first_head + h;
     uint4 packed{};
     if (head < shape.heads) {
-      const float* from =
-          unit < kLatent / 8
-              ? q_abs.data + work.row * q_abs.stride + head * kLatent + unit * 8
-              : q.data + work.row * q.stride + head * shape.qk_head_dim() +
-                    shape.qk_nope_head_dim + (unit - kLatent / 8) * 8;
+      const float* from = unit < kLatent / 8
+                              ? q_abs.data + work.row * q_abs.stride + head * kLatent + unit * 8
+                              : q.data + work.row * q.stride + head * shape.qk_head_dim() +
+                                    shape.qk_nope_head_dim + (unit - kLatent / 8) * 8;
       const float4 low = *reinterpret_cast<const float4*>(from);
       const float4 high = *reinterpret_cast<const float4*>(from + 4);
       packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
@@ -128,28 +128,77 @@ __device__ __forceinline__ void clear_tail(std::byte* tile, int first, int visib
   }
 }
 
-// Scores of heads [16 a, + 16) and tokens [32 b, + 32): scores[n] in mma's layout.
-__device__ __forceinline__ void score_tile(const std::byte* queries, const std::byte* tile, int a,
-                                           int b, float scores[4][4]) {
+// Scores of heads [16 a, + 16) and tokens [32 b, + 32) in mma's layout. Warps work in pairs: each
+// computes 32 heads over half of the columns, so that what is read from shared memory serves twice
+// as many products, and gives the other the 16 heads that are not its own. `exchange` has 64 bytes
+// for each lane of a pair.
+__device__ __forceinline__ void score_tile(const std::byte* queries, const std::byte* tile,
+                                           float4* exchange, float scores[4][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int q_row = a * 16 + lane % 16;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int half = warp / 4;   // of the columns
+  const int heads = warp % 2;  // 32 of them
+  const int b = warp / 2 % 2;  // 32 tokens
+  const int q_row = heads * 32 + lane % 16;
   const int k_row = b * 32 + lane / 16 * 8 + lane % 8;
+  float sums[2][4][4];
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
+  for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+    }
   }
-#pragma unroll 4
-  for (int k = 0; k < kWidth / 16; ++k) {
-    unsigned left[4];
-    load_matrices(left, queries + unit_offset(q_row, 2 * k + lane / 16));
+  constexpr int kSteps = kWidth / 16 / 2;
+#pragma unroll 3
+  for (int step = 0; step < kSteps; ++step) {
+    const int k = half * kSteps + step;
+    unsigned left[2][4];
     unsigned right[2][4];
+    load_matrices(left[0], queries + unit_offset(q_row, 2 * k + lane / 16));
+    load_matrices(left[1], queries + unit_offset(q_row + 16, 2 * k + lane / 16));
     load_matrices(right[0], tile + unit_offset(k_row, 2 * k + lane / 8 % 2));
     load_matrices(right[1], tile + unit_offset(k_row + 16, 2 * k + lane / 8 % 2));
-    multiply(scores[0], left, right[0][0], right[0][1]);
-    multiply(scores[1], left, right[0][2], right[0][3]);
-    multiply(scores[2], left, right[1][0], right[1][1]);
-    multiply(scores[3], left, right[1][2], right[1][3]);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      multiply(sums[m][0], left[m], right[0][0], right[0][1]);
+      multiply(sums[m][1], left[m], right[0][2], right[0][3]);
+      multiply(sums[m][2], left[m], right[1][0], right[1][1]);
+      multiply(sums[m][3], left[m], right[1][2], right[1][3]);
+    }
+  }
+  // The second of a pair hands over heads 0..15 of the 32, then the first its heads 16..31, through
+  // the same place; the first half's sum comes first in both.
+  float4* slot = exchange + (warp % 4 * 4) * 32 + lane;
+  if (half == 1) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      slot[n * 32] = {sums[0][n][0], sums[0][n][1], sums[0][n][2], sums[0][n][3]};
+    }
+  }
+  __syncthreads();
+  if (half == 0) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float4 other = slot[n * 32];
+      slot[n * 32] = {sums[1][n][0], sums[1][n][1], sums[1][n][2], sums[1][n][3]};
+      scores[n][0] = sums[0][n][0] + other.x;
+      scores[n][1] = sums[0][n][1] + other.y;
+      scores[n][2] = sums[0][n][2] + other.z;
+      scores[n][3] = sums[0][n][3] + other.w;
+    }
+  }
+  __syncthreads();
+  if (half == 1) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float4 other = slot[n * 32];
+      scores[n][0] = other.x + sums[1][n][0];
+      scores[n][1] = other.y + sums[1][n][1];
+      scores[n][2] = other.z + sums[1][n][2];
+      scores[n][3] = other.w + sums[1][n][3];
+    }
   }
 }
 
@@ -166,8 +215,8 @@ __device__ __forceinline__ void add_values(const std::byte* tile, int warp, floa
 #pragma unroll
     for (int n = 0; n < 8; n += 2) {
       unsigned v[4];
-      load_transposed(v, tile + unit_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8,
-                                            warp * 8 + n + lane / 16));
+      load_transposed(
+          v, tile + unit_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8, warp * 8 + n + lane / 16));
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         multiply(sums[m][n], p[m], v[0], v[1]);
@@ -184,14 +233,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint4 shared_units[];
   auto* queries = reinterpret_cast<std::byte*>(shared_units);
   std::byte* tiles = queries + kTileBytes;
+  auto* exchange = reinterpret_cast<float4*>(tiles + 2 * kTileBytes);
   __shared__ float tile_largest[2][kHeads];  // of each half of the tokens
   __shared__ float correction[kHeads];
   __shared__ float totals[2][kHeads];
 
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int a = warp % 4;
-  const int b = warp / 4;
+  const int a = warp % 2 * 2 + warp / 4;  // whose scores it ends up with: heads [16 a, + 16)
+  const int b = warp / 2 % 2;             // and tokens [32 b, + 32) of a tile
   Work work;
   work.split = static_cast<int>(blockIdx.x);
   work.first_head = std::int64_t{blockIdx.y} * kHeads;
@@ -233,7 +283,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       convert_tile(raw_stage(t), tile);
       __syncthreads();
     }
-    if (t + 1 < work.end) load_tile<kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
+    if (t + 1 < work.end)
+      load_tile<kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
     commit_copies();
     if ((t + 1) * kTokens > work.visible) {
       clear_tail(tile, t * kTokens, work.visible);
@@ -241,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 
     float scores[4][4];
-    score_tile(queries, tile, a, b, scores);
+    score_tile(queries, tile, exchange, scores);
     float best[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -262,8 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int head = a * 16 + r * 8 + lane / 4;
-      const float now =
-          fmaxf(largest[r], fmaxf(tile_largest[0][head], tile_largest[1][head]));
+      const float now = fmaxf(largest[r], fmaxf(tile_largest[0][head], tile_largest[1][head]));
       const float change = exp2f(largest[r] - now);  // a tile has a visible token: now is finite
       largest[r] = now;
       float sum = 0.0f;
@@ -376,9 +426,9 @@ std::int64_t head_groups(const MlaShape& shape) { return (shape.heads + kHeads -
 int splits_for(Device* device, const MlaShape& shape, std::int64_t rows, std::int64_t max_length) {
   const std::int64_t tiles = (max_length + kTokens - 1) / kTokens;
   const std::int64_t blocks = rows * head_groups(shape);
-  return static_cast<int>(
-      std::clamp<std::int64_t>(device->multiprocessors / blocks, 1,
-                               std::min<std::int64_t>(std::max<std::int64_t>(tiles, 1), kMostSplits)));
+  return static_cast<int>(std::clamp<std::int64_t>(
+      device->multiprocessors / blocks, 1,
+      std::min<std::int64_t>(std::max<std::int64_t>(tiles, 1), kMostSplits)));
 }
 
 Partial carve(Carver& carver, const MlaShape& shape, std::int64_t rows, int splits) {

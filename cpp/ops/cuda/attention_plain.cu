@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto value = [&](std::int64_t s, std::int64_t i) {
     return cached_value(kv, block_of(kv, place.first_block, s), s, width, i);
   };
-  attend(place.position + 1, lora, score, value,
-         out.data + row * out.stride + head * lora);
+  attend(place.position + 1, lora, score, value, out.data + row * out.stride + head * lora);
 }
 
 // Keys and values of one head from cached latents, BF16: [length, nope + rope + v].
@@ -192,9 +191,9 @@ __global__ void absorb_kernel(MlaShape shape, WeightView kv_b_proj, ConstMatrix 
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
         if (first + t < q.rows) {
-          sums[t] = fmaf(
-              round_bf16(q.data[(first + t) * q.stride + head * shape.qk_head_dim() + i]), w,
-              sums[t]);
+          sums[t] =
+              fmaf(round_bf16(q.data[(first + t) * q.stride + head * shape.qk_head_dim() + i]), w,
+                   sums[t]);
         }
       }
     }
@@ -265,11 +264,11 @@ bool prefill_plain(Device* device, const MlaShape& shape, const WeightView& kv_b
   const auto shared = static_cast<std::size_t>(shape.cache_width()) * sizeof(float);
   for (std::int64_t head = 0; head < shape.heads; head += together) {
     const auto heads = static_cast<unsigned>(std::min(together, shape.heads - head));
-    expand_kernel<<<dim3(static_cast<unsigned>(length), heads), kThreads, shared,
-                    device->stream>>>(shape, kv_b_proj, kv, part, head, expanded);
+    expand_kernel<<<dim3(static_cast<unsigned>(length), heads), kThreads, shared, device->stream>>>(
+        shape, kv_b_proj, kv, part, head, expanded);
     DSFP4_LAUNCHED("expand_kernel");
-    prefill_kernel<<<dim3(static_cast<unsigned>(part.rows), heads), kThreads, 0,
-                     device->stream>>>(shape, part, head, expanded, q, out);
+    prefill_kernel<<<dim3(static_cast<unsigned>(part.rows), heads), kThreads, 0, device->stream>>>(
+        shape, part, head, expanded, q, out);
     DSFP4_LAUNCHED("prefill_kernel");
   }
   return true;
@@ -285,8 +284,8 @@ bool latent_plain(Device* device, const MlaShape& shape, const KvRows& kv, Const
   return true;
 }
 
-bool absorb_plain(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
-                  ConstMatrix q, Matrix q_abs) {
+bool absorb_plain(Device* device, const MlaShape& shape, const WeightView& kv_b_proj, ConstMatrix q,
+                  Matrix q_abs) {
   const dim3 grid(blocks_for(shape.kv_lora_rank, kThreads), static_cast<unsigned>(shape.heads));
   absorb_kernel<<<grid, kThreads, 0, device->stream>>>(shape, kv_b_proj, q, q_abs);
   DSFP4_LAUNCHED("absorb_kernel");

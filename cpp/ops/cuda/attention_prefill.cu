@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) flash_kernel(const PrefillArgumen
   commit_copies();
   for (int t = 0; t < tiles; ++t) {
     if (t + 1 < tiles) {
-      load_tile(a, head, std::int64_t{t + 1} * kTokens, length,
-                shared + (t + 1) % 2 * kStageBytes);
+      load_tile(a, head, std::int64_t{t + 1} * kTokens, length, shared + (t + 1) % 2 * kStageBytes);
     }
     commit_copies();
     wait_copies<1>();
@@ -142,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, 2) flash_kernel(const PrefillArgumen
 #pragma unroll
       for (int n = 0; n < kTokens / 8; n += 2) {
         unsigned right[4];
-        load_matrices(right, keys + key_offset(n * 8 + lane / 16 * 8 + lane % 8,
-                                               2 * k + lane / 8 % 2));
+        load_matrices(right,
+                      keys + key_offset(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
         multiply(scores[n], query[k], right[0], right[1]);
         multiply(scores[n + 1], query[k], right[2], right[3]);
       }
@@ -195,8 +194,8 @@ __global__ void __launch_bounds__(kThreads, 2) flash_kernel(const PrefillArgumen
 #pragma unroll
       for (int n = 0; n < kValue / 8; n += 2) {
         unsigned v[4];
-        load_transposed(v, values + value_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8,
-                                                 n + lane / 16));
+        load_transposed(v,
+                        values + value_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
         multiply(sums[n], p, v[0], v[1]);
         multiply(sums[n + 1], p, v[2], v[3]);
       }
@@ -248,7 +247,8 @@ WeightView rows_of(const WeightView& weight, std::int64_t first, std::int64_t co
   WeightView rows = weight;
   rows.rows = count;
   rows.data += format::data_bytes(weight.format, first, weight.cols);
-  if (weight.scales != nullptr) rows.scales += format::scale_bytes(weight.format, first, weight.cols);
+  if (weight.scales != nullptr)
+    rows.scales += format::scale_bytes(weight.format, first, weight.cols);
   return rows;
 }
 
@@ -256,8 +256,8 @@ WeightView rows_of(const WeightView& weight, std::int64_t first, std::int64_t co
 
 bool prefill_fast_fit(const MlaShape& shape, const WeightView& kv_b_proj, KvFormat format) {
   return shape.qk_nope_head_dim == kNope && shape.qk_rope_head_dim == kRope &&
-         shape.v_head_dim == kValue && shape.kv_lora_rank % 128 == 0 &&
-         format != KvFormat::kF32 && linear_large_fit(kv_b_proj);
+         shape.v_head_dim == kValue && shape.kv_lora_rank % 128 == 0 && format != KvFormat::kF32 &&
+         linear_large_fit(kv_b_proj);
 }
 
 std::size_t prefill_fast_workspace(const MlaShape& shape, std::int64_t max_length) {
@@ -276,21 +276,15 @@ bool prefill_fast(Device* device, const MlaShape& shape, const WeightView& kv_b_
                       space.keys)) {
     return false;
   }
-  DSFP4_TRY(
-      cudaFuncSetAttribute(flash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  DSFP4_TRY(cudaFuncSetAttribute(flash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 kSharedBytes));
   const std::int64_t together = heads_at_once(shape, length);
   for (std::int64_t head = 0; head < shape.heads; head += together) {
     const std::int64_t heads = std::min(together, shape.heads - head);
     const WeightView weight = rows_of(kv_b_proj, head * kExpanded, heads * kExpanded);
     if (!linear_prepared(device, weight, space.latents, length, space.expanded)) return false;
-    const PrefillArguments arguments{shape.softmax_scale * 1.44269504f,
-                                     part,
-                                     head,
-                                     heads,
-                                     space.expanded,
-                                     space.keys,
-                                     q,
-                                     out};
+    const PrefillArguments arguments{
+        shape.softmax_scale * 1.44269504f, part, head, heads, space.expanded, space.keys, q, out};
     flash_kernel<<<dim3(blocks_for(part.rows, kRows), static_cast<unsigned>(heads)), kThreads,
                    kSharedBytes, device->stream>>>(arguments);
     DSFP4_LAUNCHED("flash_kernel");

@@ -1,12 +1,11 @@
 // What every file of the plugin shares: the device's state, and how failures are noted.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cstdint>
 
 #include "ops/cuda/abi.h"
 
@@ -27,18 +26,19 @@ struct Device {
 /// Notes a failure; always false.
 bool fail(cudaError_t code, const char* call, const char* source, int line);
 
-#define DSFP4_TRY(call)                                                                      \
-  do {                                                                                       \
-    const cudaError_t dsfp4_code = (call);                                                   \
-    if (dsfp4_code != cudaSuccess) return ::dsfp4::ops::cuda::fail(dsfp4_code, #call, __FILE__, __LINE__); \
+#define DSFP4_TRY(call)                                                       \
+  do {                                                                        \
+    const cudaError_t dsfp4_code = (call);                                    \
+    if (dsfp4_code != cudaSuccess)                                            \
+      return ::dsfp4::ops::cuda::fail(dsfp4_code, #call, __FILE__, __LINE__); \
   } while (false)
 
 /// Whether the launch before was accepted.
-#define DSFP4_LAUNCHED(kernel)                                                    \
-  do {                                                                            \
-    const cudaError_t dsfp4_code = cudaGetLastError();                            \
-    if (dsfp4_code != cudaSuccess)                                                \
-      return ::dsfp4::ops::cuda::fail(dsfp4_code, kernel, __FILE__, __LINE__);    \
+#define DSFP4_LAUNCHED(kernel)                                                 \
+  do {                                                                         \
+    const cudaError_t dsfp4_code = cudaGetLastError();                         \
+    if (dsfp4_code != cudaSuccess)                                             \
+      return ::dsfp4::ops::cuda::fail(dsfp4_code, kernel, __FILE__, __LINE__); \
   } while (false)
 
 inline unsigned blocks_for(std::int64_t count, std::int64_t per_block) {

@@ -12,8 +12,8 @@ using format::WeightView;
 __device__ __forceinline__ float e2m1_value(unsigned code) {
   const unsigned exponent = (code >> 1) & 3u;
   const unsigned fraction = code & 1u;
-  const unsigned bits = exponent == 0 ? fraction * 0x3f000000u
-                                      : ((exponent + 126u) << 23) | (fraction << 22);
+  const unsigned bits =
+      exponent == 0 ? fraction * 0x3f000000u : ((exponent + 126u) << 23) | (fraction << 22);
   return __uint_as_float(bits | ((code & 8u) << 28));
 }
 
@@ -21,8 +21,7 @@ __device__ __forceinline__ float e2m1_value(unsigned code) {
 __device__ __forceinline__ float e4m3_value(unsigned code) {
   const unsigned magnitude = code & 0x7fu;
   if (magnitude == 0x7fu) return __uint_as_float(0x7fffffffu);
-  const unsigned short bits =
-      static_cast<unsigned short>(((code & 0x80u) << 8) | (magnitude << 7));
+  const unsigned short bits = static_cast<unsigned short>(((code & 0x80u) << 8) | (magnitude << 7));
   return __half2float(__ushort_as_half(bits)) * 256.0f;
 }
 

@@ -54,9 +54,8 @@ bool is_large(const ExpertView& first, std::int64_t experts, std::int64_t tokens
 
 std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t experts,
                               std::int64_t tokens, std::int64_t top_k) {
-  return is_large(*first, experts, tokens)
-             ? experts_large_workspace(*first, experts, tokens, top_k)
-             : 0;
+  return is_large(*first, experts, tokens) ? experts_large_workspace(*first, experts, tokens, top_k)
+                                           : 0;
 }
 
 bool routed_experts(Device* device, const ExpertView* table, const ExpertView* first,

@@ -1,6 +1,6 @@
-// The chosen experts of few tokens: two launches, gate + up + SiLU, then down with the weighted sum.
-// Floor: the bytes of the chosen experts, each read once for every token that chose it. Experts are
-// read through the device's table, so that their bytes may move between steps.
+// The chosen experts of few tokens: two launches, gate + up + SiLU, then down with the weighted
+// sum. Floor: the bytes of the chosen experts, each read once for every token that chose it.
+// Experts are read through the device's table, so that their bytes may move between steps.
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/small.cuh"
 
@@ -113,8 +113,7 @@ template <WeightFormat kFormat>
 bool launch(Device* device, const ExpertView* table, DeviceRouting routing, std::int64_t top_k,
             ConstMatrix x, Matrix hidden, Matrix y) {
   const auto gate_bytes = static_cast<std::size_t>(staged_stride<kFormat>(x.cols)) * 2;
-  const auto down_bytes =
-      static_cast<std::size_t>(top_k * staged_stride<kFormat>(hidden.cols)) * 2;
+  const auto down_bytes = static_cast<std::size_t>(top_k * staged_stride<kFormat>(hidden.cols)) * 2;
   DSFP4_TRY(cudaFuncSetAttribute(gate_up_kernel<kFormat>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(gate_bytes)));

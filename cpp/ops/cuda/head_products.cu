@@ -32,12 +32,13 @@ __device__ __forceinline__ void load_eight(const WeightView& weight, std::int64_
       out[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
     }
   } else {
-    const uint2 words = __ldg(reinterpret_cast<const uint2*>(weight.data + row * weight.cols + col));
+    const uint2 words =
+        __ldg(reinterpret_cast<const uint2*>(weight.data + row * weight.cols + col));
     const unsigned w[2] = {words.x, words.y};
     constexpr std::int64_t kTile = ::dsfp4::format::kFp8Tile;
     const std::int64_t tiles = (weight.cols + kTile - 1) / kTile;
-    const float scale = __ldg(reinterpret_cast<const float*>(weight.scales) +
-                              row / kTile * tiles + col / kTile);
+    const float scale =
+        __ldg(reinterpret_cast<const float*>(weight.scales) + row / kTile * tiles + col / kTile);
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
       out[i] = e4m3_value((w[i / 4] >> (8 * (i % 4))) & 0xffu) * scale;
@@ -83,8 +84,8 @@ __global__ void __launch_bounds__(kThreads)
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += parts[w][threadIdx.x];
-      q_abs.data[(first + t) * q_abs.stride + head * shape.kv_lora_rank + first_col +
-                 threadIdx.x] = sum;
+      q_abs.data[(first + t) * q_abs.stride + head * shape.kv_lora_rank + first_col + threadIdx.x] =
+          sum;
     }
   }
 }
@@ -166,8 +167,7 @@ __global__ void __launch_bounds__(kThreads)
   if (group >= x.rows) return;
   const std::int64_t tokens = min(x.rows - group, std::int64_t{kTokens});
   dot_rows<kFormat, false>(
-      weight, rows, tokens,
-      [&](std::int64_t t) { return x.data + (group + t) * x.stride; },
+      weight, rows, tokens, [&](std::int64_t t) { return x.data + (group + t) * x.stride; },
       [&](std::int64_t t, int r, float sum) {
         if (first + r < weight.rows) y.data[(group + t) * y.stride + first + r] = sum;
       });
@@ -225,8 +225,7 @@ bool exact(Device* device, const WeightView& weight, ConstMatrix x, Matrix y) {
 }  // namespace
 
 bool head_products_fit(const MlaShape& shape, const WeightView& kv_b_proj, ConstMatrix attended) {
-  return (kv_b_proj.format == WeightFormat::kBF16 ||
-          kv_b_proj.format == WeightFormat::kFp8Block) &&
+  return (kv_b_proj.format == WeightFormat::kBF16 || kv_b_proj.format == WeightFormat::kFp8Block) &&
          shape.kv_lora_rank % (32 * kEight) == 0 && shape.v_head_dim % kRows == 0 &&
          sixteen_bytes(kv_b_proj.data) && sixteen_bytes(attended.data) && attended.stride % 4 == 0;
 }

@@ -1,5 +1,5 @@
-// The launchers of the plugin, one file a group; plugin.cu gathers them in the table. Contracts: see
-// ops/backend.h and ops/cuda/abi.h.
+// The launchers of the plugin, one file a group; plugin.cu gathers them in the table. Contracts:
+// see ops/backend.h and ops/cuda/abi.h.
 #pragma once
 
 #include "ops/cuda/abi.h"
@@ -47,9 +47,8 @@ bool experts_large(Device*, const ExpertView* table, const ExpertView& first, st
 
 // experts_small.cu: a few tokens; `fit` says whether these experts can be read that way.
 bool experts_small_fit(Device*, const ExpertView& expert, std::int64_t top_k);
-bool experts_small(Device*, const ExpertView* table, const ExpertView& first,
-                   DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-                   Matrix y);
+bool experts_small(Device*, const ExpertView* table, const ExpertView& first, DeviceRouting routing,
+                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix y);
 
 // attention_plain.cu: any head size.
 std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length);
@@ -67,14 +66,14 @@ bool expand_value_plain(Device*, const MlaShape& shape, const format::WeightView
 bool latent_fast_fit(Device*, const MlaShape& shape, KvFormat format);
 std::size_t latent_fast_workspace(Device*, const MlaShape& shape, std::int64_t rows,
                                   std::int64_t max_length);
-bool latent_fast(Device*, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
-                 ConstMatrix q, Matrix out, std::byte* workspace);
+bool latent_fast(Device*, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs, ConstMatrix q,
+                 Matrix out, std::byte* workspace);
 
 // head_products.cu: latents of a multiple of 256 values, BF16 or FP8; the router's exact product.
 bool head_products_fit(const MlaShape& shape, const format::WeightView& kv_b_proj,
                        ConstMatrix attended);
-bool absorb_fast(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
-                 ConstMatrix q, Matrix q_abs);
+bool absorb_fast(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj, ConstMatrix q,
+                 Matrix q_abs);
 bool expand_value_fast(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
                        ConstMatrix attended, Matrix out);
 bool linear_exact_fit(const format::WeightView& weight, ConstMatrix x);
@@ -105,9 +104,9 @@ bool latent_attention(Device*, const MlaShape* shape, const KvRows* kv, ConstMat
 // experts.cu
 std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t experts,
                               std::int64_t tokens, std::int64_t top_k);
-bool routed_experts(Device*, const ExpertView* table, const ExpertView* first,
-                    std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
-                    Matrix hidden, Matrix routed, Matrix y, std::byte* workspace);
+bool routed_experts(Device*, const ExpertView* table, const ExpertView* first, std::int64_t experts,
+                    DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
+                    Matrix routed, Matrix y, std::byte* workspace);
 
 // measure.cu
 bool read_all(Device*, const std::byte* from, std::size_t bytes, std::byte* sink);

@@ -36,8 +36,8 @@ enum class Large {
 };
 
 struct LargeArguments {
-  WeightView weight;         // kDense
-  const ExpertView* table;   // else
+  WeightView weight;        // kDense
+  const ExpertView* table;  // else
   const LargeTask* tasks;
   const std::int32_t* task_count;
   const std::int32_t* sorted;
@@ -54,9 +54,8 @@ struct LargeArguments {
 template <WeightFormat kFormat, int kTilesM>
 struct LargeShape {
   using W = Words<kFormat>;
-  static constexpr int kStages = kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4
-                                     ? 3
-                                     : 4;
+  static constexpr int kStages =
+      kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4 ? 3 : 4;
   static constexpr int kRows = kLargeWarps * kTilesM * 16;  // weight rows of a block
   static constexpr int kUnits = W::kChunk / 8;              // of 16 bytes, a token
   static constexpr int kRawBytes = kRows * 64;
@@ -104,8 +103,8 @@ struct LargeRows {
     if constexpr (kWhat == Large::kDown) return a.table[expert].down_proj;
     return r / 16 % kTilesM < kTilesM / 2 ? a.table[expert].gate_proj : a.table[expert].up_proj;
   }
-  static __device__ __forceinline__ std::int64_t row(const LargeArguments& a,
-                                                         std::int64_t block, int r) {
+  static __device__ __forceinline__ std::int64_t row(const LargeArguments& a, std::int64_t block,
+                                                     int r) {
     std::int64_t at;
     if constexpr (kWhat == Large::kGateUp) {
       constexpr int kHalf = kTilesM / 2 * 16;  // a warp's rows of gate_proj, then of up_proj
@@ -190,9 +189,8 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
     if (tid < kLargeTokens) {
       const std::int32_t pair = a.sorted[task.first + min(tid, count - 1)];
       out_row[tid] = pair;
-      in_offset[tid] =
-          static_cast<std::uint64_t>(kWhat == Large::kGateUp ? pair / a.top_k : pair) *
-          a.x_stride * 2;
+      in_offset[tid] = static_cast<std::uint64_t>(kWhat == Large::kGateUp ? pair / a.top_k : pair) *
+                       a.x_stride * 2;
     }
   }
   __syncthreads();
@@ -222,10 +220,9 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
   // Tokens: copy j is of token tid / kUnits + j * kTokenStep.
   constexpr int kTokenStep = kThreads / Shape::kUnits;
   const int token0 = tid / Shape::kUnits;
-  const int token_to = token0 * Shape::kUnits * 16 +
-                       swizzled<Shape::kUnits>(token0, tid % Shape::kUnits) * 16;
-  const auto* token_from =
-      reinterpret_cast<const std::byte*>(a.x) + tid % Shape::kUnits * 16;
+  const int token_to =
+      token0 * Shape::kUnits * 16 + swizzled<Shape::kUnits>(token0, tid % Shape::kUnits) * 16;
+  const auto* token_from = reinterpret_cast<const std::byte*>(a.x) + tid % Shape::kUnits * 16;
 
   const auto load_stage = [&](int chunk) {
     std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
@@ -244,8 +241,8 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
         const std::uint32_t in = kPairs ? r / 64 * 32 + r % 32 : r;
         const std::uint32_t row = min(base_row + in, last_row);
         copy_async<W::kScales>(stage + Shape::kRawBytes + r * W::kScales,
-                               scales[kPairs ? r / 32 % 2 : 0] +
-                                   std::uint64_t{row} * scale_stride + chunk * W::kScales);
+                               scales[kPairs ? r / 32 % 2 : 0] + std::uint64_t{row} * scale_stride +
+                                   chunk * W::kScales);
       }
     }
     std::byte* tokens = stage + Shape::kRawBytes + Shape::kScaleBytes + token_to;
@@ -354,8 +351,8 @@ __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
           const int token = (n + lane / 16) * 8 + lane % 8;
           const int unit = step * 2 + lane / 8 % 2;
           unsigned four[4];
-          load_matrices(four, tokens + (token * Shape::kUnits +
-                                        swizzled<Shape::kUnits>(token, unit)) * 16);
+          load_matrices(
+              four, tokens + (token * Shape::kUnits + swizzled<Shape::kUnits>(token, unit)) * 16);
           b[n][0] = four[0];
           b[n][1] = four[1];
           b[n + 1][0] = four[2];

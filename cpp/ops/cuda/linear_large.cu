@@ -81,8 +81,8 @@ bool dense_prepared(Device* device, const WeightView& weight, const __nv_bfloat1
   arguments.y = y;
   arguments.rounded = rounded;
   const std::int64_t token_blocks = (y.rows + kLargeTokens - 1) / kLargeTokens;
-  const std::int64_t tall = (weight.rows + LargeShape<kFormat, 4>::kRows - 1) /
-                            LargeShape<kFormat, 4>::kRows;
+  const std::int64_t tall =
+      (weight.rows + LargeShape<kFormat, 4>::kRows - 1) / LargeShape<kFormat, 4>::kRows;
   if (tall * token_blocks >= 2 * device->multiprocessors) {
     return launch<kFormat, 4, Large::kDense>(device, arguments, tall, token_blocks);
   }
@@ -151,14 +151,13 @@ Grouped carve(Carver& carver, const ExpertView& expert, std::int64_t experts, st
 
 template <WeightFormat kFormat>
 bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& first,
-                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k,
-                     ConstMatrix x, Matrix hidden, Matrix routed, const Grouped& grouped) {
+                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
+                     Matrix hidden, Matrix routed, const Grouped& grouped) {
   const std::int64_t pairs = x.rows * top_k;
   const std::int64_t tasks = most_tasks(experts, pairs);
   group_kernel<<<1, 1024, static_cast<std::size_t>(2 * experts) * sizeof(std::int32_t),
-                 device->stream>>>(routing.used, static_cast<int>(pairs),
-                                   static_cast<int>(experts), grouped.sorted, grouped.tasks,
-                                   grouped.task_count);
+                 device->stream>>>(routing.used, static_cast<int>(pairs), static_cast<int>(experts),
+                                   grouped.sorted, grouped.tasks, grouped.task_count);
   DSFP4_LAUNCHED("group_kernel");
   if (!prepare<kFormat>(device, x, grouped.x)) return false;
   LargeArguments arguments{};
@@ -189,7 +188,7 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
 }
 
 bool whole_chunks(const WeightView& weight) {
-  const std::int64_t chunk = weight.format == WeightFormat::kBF16        ? 32
+  const std::int64_t chunk = weight.format == WeightFormat::kBF16       ? 32
                              : weight.format == WeightFormat::kFp8Block ? 64
                                                                         : 128;
   return has_words(weight) && weight.cols % chunk == 0 &&
@@ -223,8 +222,8 @@ bool linear_large(Device* device, const WeightView& weight, ConstMatrix x, Matri
 
 bool experts_large_fit(const ExpertView& expert, std::int64_t experts) {
   const WeightFormat format = expert.gate_proj.format;
-  return expert.up_proj.format == format && expert.down_proj.format == format &&
-         experts <= 4096 && whole_chunks(expert.gate_proj) && whole_chunks(expert.up_proj) &&
+  return expert.up_proj.format == format && expert.down_proj.format == format && experts <= 4096 &&
+         whole_chunks(expert.gate_proj) && whole_chunks(expert.up_proj) &&
          whole_chunks(expert.down_proj);
 }
 
@@ -245,14 +244,14 @@ bool experts_large(Device* device, const ExpertView* table, const ExpertView& fi
       return grouped_experts<WeightFormat::kBF16>(device, table, first, experts, routing, top_k, x,
                                                   hidden, routed, grouped);
     case WeightFormat::kFp8Block:
-      return grouped_experts<WeightFormat::kFp8Block>(device, table, first, experts, routing,
-                                                      top_k, x, hidden, routed, grouped);
+      return grouped_experts<WeightFormat::kFp8Block>(device, table, first, experts, routing, top_k,
+                                                      x, hidden, routed, grouped);
     case WeightFormat::kNvfp4:
-      return grouped_experts<WeightFormat::kNvfp4>(device, table, first, experts, routing, top_k,
-                                                   x, hidden, routed, grouped);
+      return grouped_experts<WeightFormat::kNvfp4>(device, table, first, experts, routing, top_k, x,
+                                                   hidden, routed, grouped);
     case WeightFormat::kMxfp4:
-      return grouped_experts<WeightFormat::kMxfp4>(device, table, first, experts, routing, top_k,
-                                                   x, hidden, routed, grouped);
+      return grouped_experts<WeightFormat::kMxfp4>(device, table, first, experts, routing, top_k, x,
+                                                   hidden, routed, grouped);
     case WeightFormat::kF32:
       break;
   }

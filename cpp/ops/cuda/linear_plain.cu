@@ -11,8 +11,8 @@ constexpr int kWarps = 4;
 constexpr int kTokens = 8;
 
 template <WeightFormat kFormat, bool kRound>
-__global__ void __launch_bounds__(kWarps * 32) linear_plain_kernel(WeightView weight, ConstMatrix x,
-                                                                   Matrix y) {
+__global__ void __launch_bounds__(kWarps * 32)
+    linear_plain_kernel(WeightView weight, ConstMatrix x, Matrix y) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t row = blockIdx.x * std::int64_t{kWarps} + threadIdx.x / 32;
   if (row >= weight.rows) return;

@@ -7,8 +7,8 @@ namespace dsfp4::ops::cuda {
 namespace {
 
 // 16-byte loads, several in flight a thread; the sum keeps them from being left out.
-__global__ void __launch_bounds__(512) read_kernel(const uint4* from, std::int64_t count,
-                                                   unsigned* sink) {
+__global__ void __launch_bounds__(512)
+    read_kernel(const uint4* from, std::int64_t count, unsigned* sink) {
   constexpr int kInFlight = 8;
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x;
   std::int64_t i = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;

@@ -1,8 +1,7 @@
 // The table that the core loads, and what is not a kernel: the device, its memory, graphs.
+#include <cstring>
 #include <dlfcn.h>
 #include <sys/mman.h>
-
-#include <cstring>
 
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/kernels.h"
@@ -17,7 +16,8 @@ thread_local Failure last_failure;
 
 const Failure* failure() { return &last_failure; }
 
-// ---- NVML: used memory before there is a context -------------------------------------------------
+// ---- NVML: used memory before there is a context
+// -------------------------------------------------
 
 struct NvmlMemory {
   unsigned long long total, free, used;
@@ -183,7 +183,8 @@ bool synchronize(Device* device) {
   return true;
 }
 
-// ---- graphs --------------------------------------------------------------------------------------
+// ---- graphs
+// --------------------------------------------------------------------------------------
 
 bool begin_capture(Device* device) {
   DSFP4_TRY(cudaSetDevice(device->index));
@@ -268,8 +269,8 @@ bool fail(cudaError_t code, const char* call, const char* source, int line) {
 
 }  // namespace dsfp4::ops::cuda
 
-extern "C" __attribute__((visibility("default"))) const dsfp4::ops::cuda::Plugin*
-dsfp4_cuda_plugin(std::uint32_t version) {
+extern "C" __attribute__((visibility("default"))) const dsfp4::ops::cuda::Plugin* dsfp4_cuda_plugin(
+    std::uint32_t version) {
   using namespace dsfp4::ops::cuda;
   return version == kAbiVersion ? &kPlugin : nullptr;
 }

@@ -139,8 +139,8 @@ __global__ void route_kernel(RouterSpec spec, ConstMatrix logits, const float* b
 bool route(Device* device, const RouterSpec* spec, ConstMatrix logits, const float* bias,
            const std::int32_t* forced, DeviceRouting out) {
   if (logits.rows == 0) return true;
-  const auto shared = static_cast<std::size_t>(
-      spec->experts * 9 + spec->groups * 4 + std::max(spec->experts, spec->groups));
+  const auto shared = static_cast<std::size_t>(spec->experts * 9 + spec->groups * 4 +
+                                               std::max(spec->experts, spec->groups));
   if (shared > static_cast<std::size_t>(device->shared_bytes)) {
     return fail(cudaErrorInvalidValue, "route: more experts than shared memory holds", __FILE__,
                 __LINE__);

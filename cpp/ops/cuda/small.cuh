@@ -69,8 +69,8 @@ __device__ __forceinline__ Piece<kFormat> load_piece(const WeightView& weight, s
     constexpr std::int64_t kTile = ::dsfp4::format::kFp8Tile;
     const std::int64_t tiles = (weight.cols + kTile - 1) / kTile;
     const auto* scales = reinterpret_cast<const float*>(weight.scales);
-    piece.low_scales = __float_as_uint(__ldg(scales + row_low / kTile * tiles +
-                                             std::int64_t{chunk} * W::kChunk / kTile));
+    piece.low_scales = __float_as_uint(
+        __ldg(scales + row_low / kTile * tiles + std::int64_t{chunk} * W::kChunk / kTile));
   }
   if (col >= weight.cols) return piece;
   const std::int64_t row_bytes = weight.cols / W::kLane * 16;

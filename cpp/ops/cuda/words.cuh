@@ -21,7 +21,7 @@ using format::WeightView;
 /// Values in a lane's 16 bytes, in a quad's chunk, and products of 16 columns in a chunk.
 template <WeightFormat kFormat>
 struct Words {
-  static constexpr int kLane = kFormat == WeightFormat::kBF16        ? 8
+  static constexpr int kLane = kFormat == WeightFormat::kBF16       ? 8
                                : kFormat == WeightFormat::kFp8Block ? 16
                                                                     : 32;
   static constexpr int kChunk = 4 * kLane;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void multiply(float c[4], const unsigned a[4], unsign
 /// Whether the rows of `weight` can be read in words of 16 bytes.
 inline bool has_words(const WeightView& weight) {
   const auto address = reinterpret_cast<std::uintptr_t>(weight.data);
-  const std::int64_t lane = weight.format == WeightFormat::kBF16        ? 8
+  const std::int64_t lane = weight.format == WeightFormat::kBF16       ? 8
                             : weight.format == WeightFormat::kFp8Block ? 16
                                                                        : 32;
   return weight.format != WeightFormat::kF32 && address % 16 == 0 && weight.cols % lane == 0 &&

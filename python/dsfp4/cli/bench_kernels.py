@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsfp4 import _core
+from dsfp4.cli import bench_cuda
 from dsfp4.cli.options import integer
 from dsfp4.ops import MlaShape
 
@@ -47,7 +48,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         ),
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "reference"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "reference"])
     parser.add_argument(
         "--threads", type=integer(0, 1024), default=0, metavar="N", help="0: one for each core"
     )
@@ -280,6 +281,9 @@ def print_results(results: Iterator[Result]) -> list[Result]:
 
 def execute(arguments: argparse.Namespace) -> None:
     """Measure and print."""
+    if arguments.device == "cuda":
+        print(bench_cuda.report(as_json=arguments.json))
+        return
     bench = Bench(arguments.device, arguments.threads, quick=arguments.quick)
     about = machine()
 

@@ -58,8 +58,8 @@ class Cuda : public ::testing::Test {
     }
     backend_ = make_cuda_backend(0, 0);
     reference_ = make_reference_backend(2);
-    arena_ = std::make_unique<memory::Arena>(std::size_t{512} << 20, "the tests",
-                                             backend_->memory());
+    arena_ =
+        std::make_unique<memory::Arena>(std::size_t{512} << 20, "the tests", backend_->memory());
   }
 
   template <typename T>
@@ -83,10 +83,11 @@ class Cuda : public ::testing::Test {
     backend_->download(matrix.data, values.data(), values.size() * sizeof(float));
     return values;
   }
-  void expect_linear(WeightFormat format, std::int64_t rows, std::int64_t cols,
-                     std::int64_t tokens, Inputs inputs, double tolerance) {
+  void expect_linear(WeightFormat format, std::int64_t rows, std::int64_t cols, std::int64_t tokens,
+                     Inputs inputs, double tolerance) {
     const ScratchScope scope(*arena_);
-    const auto weight = random_weight(format, rows, cols, static_cast<std::uint32_t>(rows + tokens));
+    const auto weight =
+        random_weight(format, rows, cols, static_cast<std::uint32_t>(rows + tokens));
     OwnedMatrix x(tokens, cols, static_cast<std::uint32_t>(cols));
     OwnedMatrix expected(tokens, rows);
     const OwnedMatrix poison(tokens, rows);
@@ -179,7 +180,9 @@ TEST_F(Cuda, RopeAndEmbed) {
 TEST_F(Cuda, RouterChoosesAsTheHost) {
   for (const auto scoring : {RouterSpec::Scoring::kSoftmax, RouterSpec::Scoring::kSigmoid}) {
     for (const auto& [experts, groups, kept] :
-         {std::tuple<std::int64_t, std::int64_t, std::int64_t>{256, 8, 4}, {64, 1, 1}, {12, 3, 2}}) {
+         {std::tuple<std::int64_t, std::int64_t, std::int64_t>{256, 8, 4},
+          {64, 1, 1},
+          {12, 3, 2}}) {
       const ScratchScope scope(*arena_);
       RouterSpec spec;
       spec.experts = experts;
@@ -216,7 +219,8 @@ TEST_F(Cuda, RouterChoosesAsTheHost) {
         backend_->download(ints, got.data(), got.size() * sizeof(std::int32_t));
         backend_->download(out, got_weights.data(), pairs * sizeof(float));
         EXPECT_TRUE(std::equal(own.begin(), own.end(), got.begin()));
-        EXPECT_TRUE(std::equal(used.begin(), used.end(), got.begin() + static_cast<std::ptrdiff_t>(pairs)));
+        EXPECT_TRUE(
+            std::equal(used.begin(), used.end(), got.begin() + static_cast<std::ptrdiff_t>(pairs)));
         EXPECT_LT(relative_error(got_weights, weights), 1e-6);
       }
     }
@@ -237,13 +241,13 @@ class CudaAttention : public Cuda {
     const bool host = backend.host_visible();
     const std::int64_t width = c.shape.cache_width();
     const std::int64_t rows = c.rows[0] + c.rows[1];
-    const std::size_t layer = static_cast<std::size_t>(kKvBlockTokens * width) *
-                              kv_value_bytes(kv_format);
+    const std::size_t layer =
+        static_cast<std::size_t>(kKvBlockTokens * width) * kv_value_bytes(kv_format);
     const std::int64_t room = c.earlier[0] + c.earlier[1] + rows + 4 * kKvBlockTokens;
     engine::KvCache cache(room, 2, layer, kv_format, backend.memory());
-    const auto weight = random_weight(
-        c.kv_b, c.shape.heads * (c.shape.qk_nope_head_dim + c.shape.v_head_dim),
-        c.shape.kv_lora_rank, 10);
+    const auto weight =
+        random_weight(c.kv_b, c.shape.heads * (c.shape.qk_nope_head_dim + c.shape.v_head_dim),
+                      c.shape.kv_lora_rank, 10);
     const auto place = [&](OwnedMatrix& m) { return host ? m.view() : on_device(m); };
     engine::Sequence sequences[2] = {engine::Sequence(cache), engine::Sequence(cache)};
     std::vector<SequenceRows> batch;
@@ -324,8 +328,8 @@ TEST_P(CudaExperts, AgreeWithReference) {
   std::vector<ExpertView> device;
   for (std::int64_t e = 0; e < c.experts; ++e) {
     const auto seed = static_cast<std::uint32_t>(100 + 3 * e);
-    const auto next = [&](WeightFormat format, std::int64_t rows, std::int64_t cols, int i)
-        -> const format::EncodedMatrix& {
+    const auto next = [&](WeightFormat format, std::int64_t rows, std::int64_t cols,
+                          int i) -> const format::EncodedMatrix& {
       matrices.push_back(random_weight(format, rows, cols, seed + static_cast<std::uint32_t>(i)));
       return matrices.back();
     };
@@ -364,7 +368,8 @@ TEST_P(CudaExperts, AgreeWithReference) {
   std::vector<float> weights_copy = weights;
   float* dweights = on_device(weights_copy.data(), count);
   const Routing routing{{dused, count}, {dused, count}, {dweights, count}};
-  ASSERT_TRUE(backend_->routed_experts(device, routing, c.top_k, on_device(x), dhidden, drouted, dy));
+  ASSERT_TRUE(
+      backend_->routed_experts(device, routing, c.top_k, on_device(x), dhidden, drouted, dy));
   EXPECT_LT(relative_error(on_host(dy), y.values), kTolerance);
 }
 
@@ -374,10 +379,10 @@ constexpr auto kF8 = WeightFormat::kFp8Block;
 constexpr auto kBf = WeightFormat::kBF16;
 INSTANTIATE_TEST_SUITE_P(
     All, CudaExperts,
-    ::testing::Values(ExpertsCase{kNv, kF8, kNv, 4, 2, 96, 48, 3},      // mixed
-                      ExpertsCase{kNv, kNv, kNv, 12, 3, 144, 80, 5},    // rows of no 16 bytes
-                      ExpertsCase{kBf, kBf, kBf, 6, 2, 51, 27, 4},      // odd
-                      ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 1},   // one token
+    ::testing::Values(ExpertsCase{kNv, kF8, kNv, 4, 2, 96, 48, 3},     // mixed
+                      ExpertsCase{kNv, kNv, kNv, 12, 3, 144, 80, 5},   // rows of no 16 bytes
+                      ExpertsCase{kBf, kBf, kBf, 6, 2, 51, 27, 4},     // odd
+                      ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 1},  // one token
                       ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 1},
                       ExpertsCase{kF8, kF8, kF8, 16, 8, 512, 256, 1},
                       ExpertsCase{kBf, kBf, kBf, 16, 8, 512, 256, 1},
