@@ -1,4 +1,4 @@
-"""What the CUDA kernels reach, beside PyTorch's BF16 product at the same shapes where it is there."""
+"""What the CUDA kernels reach, beside PyTorch's BF16 product where PyTorch is installed."""
 
 import argparse
 import json

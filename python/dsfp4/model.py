@@ -49,7 +49,8 @@ class Model:
     `path` is a checkpoint folder or "demo"; `device` is "cpu", "cuda" (an NVIDIA GPU whose memory
     holds all weights), "reference" (scalar and slow: the truth that the others are compared with)
     or "auto", the fastest present: a GPU that is too small is passed over with a warning;
-    `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit; `kv_cache_dtype` is "bf16" (FP32 on
+    `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit;
+    `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included; None is what is free;
     `ram_limit` is the most RAM of this process in GB, Python included; None leaves the machine, or
