@@ -95,6 +95,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
   const model::ModelSpec& model = decoder_.spec();
   ops::Backend::Largest largest{
       model.mla, std::min(kPrefillChunk, max_context_), max_context_, 0, model.router.top_k, {}};
+  largest.vocab = model.vocab_size;
   largest.width = std::max({model.hidden_size, model.intermediate_size, model.q_lora_rank,
                             model.shared_intermediate_size, model.moe_intermediate_size,
                             model.mla.heads * model.mla.v_head_dim, model.mla.kv_lora_rank});
@@ -199,13 +200,26 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
   }
 }
 
-void Engine::last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
-                         std::span<float> logits) {
+std::optional<std::int32_t> Engine::last_logits(Sequence& sequence, model::Phase phase,
+                                                std::span<const std::int32_t> ids,
+                                                std::span<float> logits,
+                                                const std::optional<ops::SampleSpec>& draw) {
   model::Batch batch;
   batch.phase = phase;
   batch.ids = ids;
-  step(sequence, batch,
-       [&](ops::Matrix hidden) { head(hidden.slice(hidden.rows - 1, 1), logits.data()); });
+  std::optional<std::int32_t> token;
+  step(sequence, batch, [&](ops::Matrix hidden) {
+    const ops::Matrix last = hidden.slice(hidden.rows - 1, 1);
+    if (draw) {
+      const ops::ScratchScope scope(logits_);
+      const ops::Matrix there = ops::scratch_matrix(logits_, 1, spec().vocab_size);
+      decoder_.head(last, there);
+      token = backend_->sample(there, *draw);
+    }
+    if (!token) head(last, logits.data());
+  });
+  if (token && *token < 0) throw Error("no token can be chosen: every logit is NaN");
+  return token;
 }
 
 GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
@@ -255,8 +269,9 @@ void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
   if (options.stop_ids) stop_ids = *options.stop_ids;
   Sampler sampler(options, prompt, spec().vocab_size);
   const std::int64_t most = std::min(options.max_tokens, max_context_ - result.prompt_tokens);
+  std::optional<std::int32_t> sampled;  // where the backend does it; then `logits` are not filled
   for (;;) {
-    const std::int32_t token = sampler.sample(logits);
+    const std::int32_t token = sampled ? *sampled : sampler.sample(logits);
     if (std::ranges::find(stop_ids, token) != stop_ids.end()) {
       result.finish_reason = FinishReason::kStop;
       return;
@@ -273,7 +288,9 @@ void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
       result.finish_reason = FinishReason::kLength;
       return;
     }
-    last_logits(sequence, model::Phase::kDecode, {&token, 1}, logits);
+    const std::optional<ops::SampleSpec> draw =
+        backend_->host_visible() ? std::nullopt : sampler.draw();
+    sampled = last_logits(sequence, model::Phase::kDecode, {&token, 1}, logits, draw);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -49,9 +50,12 @@ class Engine {
   void decode(Sequence& sequence, std::span<const std::int32_t> prompt,
               const GenerateOptions& options, const TokenCallback& on_token,
               std::span<float> logits, GenerationResult& result);
-  /// Logits of the last of `ids`, which become the sequence's next tokens.
-  void last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
-                   std::span<float> logits);
+  /// Logits of the last of `ids`, which become the sequence's next tokens; or, given a draw and a
+  /// backend that samples, the token that follows, without logits.
+  std::optional<std::int32_t> last_logits(Sequence& sequence, model::Phase phase,
+                                          std::span<const std::int32_t> ids,
+                                          std::span<float> logits,
+                                          const std::optional<ops::SampleSpec>& draw = {});
   /// logits (on the host) = head(hidden).
   void head(ops::ConstMatrix hidden, float* logits);
   /// Throws MemoryLimitError if the model does not fit; all in bytes.

@@ -77,6 +77,15 @@ std::int32_t Sampler::sample(std::span<const float> logits) {
   return id;
 }
 
+std::optional<ops::SampleSpec> Sampler::draw() {
+  if (options_.repetition_penalty != 1.0 || !bias_.empty() || options_.logprobs > 0) {
+    return std::nullopt;
+  }
+  const double uniform = options_.temperature == 0.0 ? 0.0 : random_.uniform();
+  return ops::SampleSpec{options_.temperature, options_.top_k, options_.top_p, options_.min_p,
+                         uniform};
+}
+
 void Sampler::collect(std::span<const float> logits) {
   const auto penalty = static_cast<float>(options_.repetition_penalty);
   candidates_.clear();

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "dsfp4/model.h"
+#include "ops/backend.h"
 
 namespace dsfp4::engine {
 
@@ -33,6 +35,9 @@ class Sampler {
   /// Repetition penalty, logit bias, temperature, top_k, top_p, min_p, then one draw; the lower id
   /// wins a tie. Throws Error if every logit is NaN or forbidden.
   std::int32_t sample(std::span<const float> logits);
+  /// The next draw, for a backend that samples by itself; none if the options need more than
+  /// temperature, top_k, top_p and min_p.
+  std::optional<ops::SampleSpec> draw();
 
  private:
   struct Candidate {

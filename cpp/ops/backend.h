@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 
@@ -130,6 +131,15 @@ struct ExpertTask {
   std::span<const std::int32_t> pairs;
 };
 
+/// How one token is drawn from logits; see GenerateOptions.
+struct SampleSpec {
+  double temperature = 0.0;  // 0: the likeliest
+  std::int64_t top_k = 0;    // 0 is off
+  double top_p = 1.0;
+  double min_p = 0.0;
+  double uniform = 0.0;  // the draw, in [0, 1)
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -229,12 +239,20 @@ class Backend {
     static_cast<void>(y);
     return false;
   }
+  /// The token that `spec` chooses from logits [1, vocab] in the backend's memory, the lower id in
+  /// a tie; -1 if every logit is NaN or -infinity. None: the backend leaves that to the host.
+  virtual std::optional<std::int32_t> sample(ConstMatrix logits, const SampleSpec& spec) {
+    static_cast<void>(logits), static_cast<void>(spec);
+    return std::nullopt;
+  }
+
   /// What the largest steps will be, so that all memory they need is taken now.
   struct Largest {
     MlaShape mla;
     std::int64_t rows = 0;     // of a step
     std::int64_t context = 0;  // tokens of a sequence
     std::int64_t width = 0;    // columns of the widest weight
+    std::int64_t vocab = 0;
     std::int64_t top_k = 0;
     std::span<const ExpertView> experts;  // of any layer; may be empty
   };

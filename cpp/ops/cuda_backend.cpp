@@ -334,6 +334,13 @@ void CudaBackend::combine(ConstMatrix pairs, std::span<const float> weights, std
   check(plugin_.combine(device_, pairs, weights.data(), top_k, y));
 }
 
+std::optional<std::int32_t> CudaBackend::sample(ConstMatrix logits, const SampleSpec& spec) {
+  std::int32_t id = -1;
+  std::byte* space = workspace(plugin_.sample_workspace(device_, logits.cols));
+  check(plugin_.sample(device_, logits, &spec, space, &id));
+  return id;
+}
+
 void CudaBackend::reserve(const Largest& largest) {
   const auto rows = static_cast<std::size_t>(largest.rows);
   const auto longest = static_cast<std::int64_t>(
@@ -349,6 +356,8 @@ void CudaBackend::reserve(const Largest& largest) {
                                                   static_cast<std::int64_t>(largest.experts.size()),
                                                   largest.rows, largest.top_k));
   }
+  bytes =
+      std::max(bytes, plugin_.sample_workspace(device_, std::max<std::int64_t>(largest.vocab, 1)));
   workspace(bytes);
   ids_.reserve(*device_memory_, std::max(rows * sizeof(std::int32_t), kSmallBuffer));
   rows_.reserve(*device_memory_, std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer));

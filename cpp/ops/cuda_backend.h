@@ -94,6 +94,7 @@ class CudaBackend final : public Backend {
                       Matrix y) override;
   void prepare_experts(std::span<const ExpertView> experts) override;
   void reserve(const Largest& largest) override;
+  std::optional<std::int32_t> sample(ConstMatrix logits, const SampleSpec& spec) override;
 
  private:
   /// Device memory that grows on demand and is kept.

@@ -135,6 +135,11 @@ struct Plugin {
                          ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
                          std::byte* workspace);
 
+  /// `id` is on the host; waits for it.
+  std::size_t (*sample_workspace)(Device*, std::int64_t vocab);
+  bool (*sample)(Device*, ConstMatrix logits, const SampleSpec* spec, std::byte* workspace,
+                 std::int32_t* id);
+
   /// A decode step as a graph: what is queued between the two is recorded, not run.
   bool (*begin_capture)(Device*);
   bool (*end_capture)(Device*, void** graph);

@@ -246,9 +246,28 @@ Expanded carve(Carver& carver, const MlaShape& shape, std::int64_t length) {
 WeightView rows_of(const WeightView& weight, std::int64_t first, std::int64_t count) {
   WeightView rows = weight;
   rows.rows = count;
-  rows.data += format::data_bytes(weight.format, first, weight.cols);
-  if (weight.scales != nullptr)
-    rows.scales += format::scale_bytes(weight.format, first, weight.cols);
+  const std::int64_t values = first * weight.cols;
+  constexpr std::int64_t kTile = ::dsfp4::format::kFp8Tile;
+  switch (weight.format) {
+    case WeightFormat::kF32:
+      rows.data += values * 4;
+      break;
+    case WeightFormat::kBF16:
+      rows.data += values * 2;
+      break;
+    case WeightFormat::kFp8Block:
+      rows.data += values;
+      rows.scales += first / kTile * ((weight.cols + kTile - 1) / kTile) * 4;
+      break;
+    case WeightFormat::kNvfp4:
+      rows.data += values / 2;
+      rows.scales += values / ::dsfp4::format::kNvfp4Group;
+      break;
+    case WeightFormat::kMxfp4:
+      rows.data += values / 2;
+      rows.scales += values / ::dsfp4::format::kMxfp4Group;
+      break;
+  }
   return rows;
 }
 

@@ -108,6 +108,11 @@ bool routed_experts(Device*, const ExpertView* table, const ExpertView* first, s
                     DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
                     Matrix routed, Matrix y, std::byte* workspace);
 
+// sampler.cu
+std::size_t sample_workspace(Device*, std::int64_t vocab);
+bool sample(Device*, ConstMatrix logits, const SampleSpec* spec, std::byte* workspace,
+            std::int32_t* id);
+
 // measure.cu
 bool read_all(Device*, const std::byte* from, std::size_t bytes, std::byte* sink);
 bool multiply_loop(Device*, int rounds, std::byte* sink, double* flops);

@@ -249,6 +249,8 @@ constexpr Plugin kPlugin{
     .expand_value = expand_value,
     .experts_workspace = experts_workspace,
     .routed_experts = routed_experts,
+    .sample_workspace = sample_workspace,
+    .sample = sample,
     .begin_capture = begin_capture,
     .end_capture = end_capture,
     .launch_graph = launch_graph,

@@ -2,6 +2,7 @@
 // DSFP4_REQUIRE_CUDA is set. Outputs are poisoned with OwnedMatrix's initial value.
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -9,6 +10,7 @@
 
 #include "dsfp4/error.h"
 #include "engine/kv_cache.h"
+#include "engine/sampler.h"
 #include "memory/arena.h"
 #include "ops/backend.h"
 #include "ops/cuda_plugin.h"
@@ -391,6 +393,39 @@ INSTANTIATE_TEST_SUITE_P(
                       ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 70},
                       ExpertsCase{kF8, kF8, kF8, 16, 4, 384, 128, 70},
                       ExpertsCase{kBf, kBf, kBf, 16, 4, 384, 128, 70}));
+
+// The same draws as the host's sampler, with the same numbers.
+TEST_F(Cuda, SamplesAsTheHost) {
+  constexpr std::int64_t kVocab = 5003;
+  OwnedMatrix logits(1, kVocab, 77);
+  for (float& v : logits.values) v *= 4.0f;
+  for (std::size_t i = 0; i < 40; ++i) logits.values[100 + 3 * i] = 7.5f;  // ties, near the top
+  logits.values[5] = std::numeric_limits<float>::quiet_NaN();
+  logits.values[6] = -std::numeric_limits<float>::infinity();
+  const Matrix on_gpu = on_device(logits);
+  for (const auto& [temperature, top_k, top_p, min_p] :
+       {std::tuple<double, std::int64_t, double, double>{0.0, 0, 1.0, 0.0},
+        {1.0, 0, 1.0, 0.0},
+        {0.7, 50, 1.0, 0.0},
+        {1.3, 0, 0.9, 0.0},
+        {1.0, 45, 0.5, 0.05},
+        {5.0, 0, 0.999, 0.2}}) {
+    GenerateOptions options;
+    options.temperature = temperature;
+    options.top_k = top_k;
+    options.top_p = top_p;
+    options.min_p = min_p;
+    options.seed = 9;
+    engine::Sampler host(options, {}, kVocab);
+    engine::Sampler draws(options, {}, kVocab);
+    int same = 0;
+    for (int i = 0; i < 100; ++i) {
+      const std::int32_t expected = host.sample(logits.values);
+      same += backend_->sample(on_gpu, *draws.draw()) == expected ? 1 : 0;
+    }
+    EXPECT_GE(same, 99) << temperature << " " << top_k << " " << top_p << " " << min_p;
+  }
+}
 
 TEST_F(Cuda, MemoryLimitHolds) {
   EXPECT_THROW(make_cuda_backend(0, 1000), MemoryLimitError);
