@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from dsfp4 import ops
-from dsfp4.ops import layers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import make_weight
+
+from dsfp4 import ops
+from dsfp4.ops import layers
 
 ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 GROUP = {"f32": 1, "bf16": 1, "fp8": 1, "nvfp4": 16, "mxfp4": 32}
