@@ -25,7 +25,7 @@ std::size_t packed_f32_bytes(std::int64_t cols) {
 void pack_f32(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end, bool round,
               std::byte* out) {
   auto* y = reinterpret_cast<float*>(out);
-  if (!round) {
+  if (!round && end > begin) {
     std::memcpy(y + begin, x + begin, static_cast<std::size_t>(end - begin) * sizeof(float));
   } else {
     for (std::int64_t i = begin; i < end; ++i) {
