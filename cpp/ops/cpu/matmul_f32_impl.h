@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "ops/cpu/matmul_blocked.h"
+#include "ops/cpu/multiply_add.h"
 
 namespace dsfp4::ops::cpu {
 namespace {
@@ -25,7 +26,7 @@ std::size_t packed_f32_bytes(std::int64_t cols) {
 void pack_f32(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end, bool round,
               std::byte* out) {
   auto* y = reinterpret_cast<float*>(out);
-  if (!round) {
+  if (!round && end > begin) {
     std::memcpy(y + begin, x + begin, static_cast<std::size_t>(end - begin) * sizeof(float));
   } else {
     for (std::int64_t i = begin; i < end; ++i) {
@@ -104,7 +105,7 @@ struct F32 {
       }
       for (int t = 0; t < count; ++t) {
         const Sum values = *reinterpret_cast<const Sum*>(x[t] + i);
-        for (int r = 0; r < kRows; ++r) sum[t][r] += weights[r] * values;
+        for (int r = 0; r < kRows; ++r) sum[t][r] = multiply_add(weights[r], values, sum[t][r]);
       }
     }
     for (int t = 0; t < count; ++t) {

@@ -315,6 +315,12 @@ void multiply(const Product& p, std::byte* scratch) {
       return multiply_direct<format, 2>(p);
     case 3:
       return multiply_direct<format, 3>(p);
+    case 4:
+      return multiply_direct<format, 4>(p);
+    case 5:
+      return multiply_direct<format, 5>(p);
+    case 6:
+      return multiply_direct<format, 6>(p);
     default:
       return multiply_blocked<Blocked<format>>(p, scratch);
   }
