@@ -51,11 +51,17 @@ struct LargeArguments {
   __nv_bfloat16* rounded;  // kDense: if not null, the output as BF16, in place of y.data
 };
 
-template <WeightFormat kFormat, int kTilesM>
+/// Stages of the pipeline; `shallow`: for GPUs whose blocks have 99 KB of shared memory.
+template <WeightFormat kFormat>
+constexpr int large_stages(bool shallow) {
+  if (kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4) return shallow ? 2 : 3;
+  return 4;
+}
+
+template <WeightFormat kFormat, int kTilesM, int kDepth = large_stages<kFormat>(false)>
 struct LargeShape {
   using W = Words<kFormat>;
-  static constexpr int kStages =
-      kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4 ? 3 : 4;
+  static constexpr int kStages = kDepth;
   static constexpr int kRows = kLargeWarps * kTilesM * 16;  // weight rows of a block
   static constexpr int kUnits = W::kChunk / 8;              // of 16 bytes, a token
   static constexpr int kRawBytes = kRows * 64;
@@ -149,11 +155,11 @@ __device__ __forceinline__ void decode_step(const uint4& low, const uint4& high,
   }
 }
 
-template <WeightFormat kFormat, int kTilesM, Large kWhat>
+template <WeightFormat kFormat, int kTilesM, Large kWhat, int kDepth>
 __global__ void __launch_bounds__(kLargeWarps * 32, kTilesM == 1 ? 3 : 2)
     large_kernel(const LargeArguments a) {
   using W = Words<kFormat>;
-  using Shape = LargeShape<kFormat, kTilesM>;
+  using Shape = LargeShape<kFormat, kTilesM, kDepth>;
   using Rows = LargeRows<kWhat, kTilesM>;
   constexpr int kTilesN = kLargeTokens / 8;
   constexpr int kThreads = kLargeWarps * 32;

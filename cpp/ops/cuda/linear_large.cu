@@ -47,17 +47,33 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-template <WeightFormat kFormat, int kTilesM, Large kWhat>
-bool launch(Device* device, const LargeArguments& arguments, std::int64_t row_blocks,
-            std::int64_t token_blocks) {
-  using Shape = LargeShape<kFormat, kTilesM>;
-  const auto kernel = large_kernel<kFormat, kTilesM, kWhat>;
+template <WeightFormat kFormat, int kTilesM, Large kWhat, int kDepth>
+bool launch_at_depth(Device* device, const LargeArguments& arguments, std::int64_t row_blocks,
+                     std::int64_t token_blocks) {
+  using Shape = LargeShape<kFormat, kTilesM, kDepth>;
+  const auto kernel = large_kernel<kFormat, kTilesM, kWhat, kDepth>;
   DSFP4_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes));
   kernel<<<dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(token_blocks)),
            kLargeWarps * 32, Shape::kBytes, device->stream>>>(arguments);
   DSFP4_LAUNCHED("large_kernel");
   return true;
+}
+
+template <WeightFormat kFormat, int kTilesM, Large kWhat>
+bool launch(Device* device, const LargeArguments& arguments, std::int64_t row_blocks,
+            std::int64_t token_blocks) {
+  constexpr int kDeep = large_stages<kFormat>(false);
+  constexpr int kShallow = large_stages<kFormat>(true);
+  constexpr int kStatic = 1024;  // shared memory beside the stages
+  if constexpr (kDeep != kShallow) {
+    if (LargeShape<kFormat, kTilesM, kDeep>::kBytes + kStatic > device->shared_bytes) {
+      return launch_at_depth<kFormat, kTilesM, kWhat, kShallow>(device, arguments, row_blocks,
+                                                                token_blocks);
+    }
+  }
+  return launch_at_depth<kFormat, kTilesM, kWhat, kDeep>(device, arguments, row_blocks,
+                                                         token_blocks);
 }
 
 template <WeightFormat kFormat>
