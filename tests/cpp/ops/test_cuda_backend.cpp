@@ -11,6 +11,7 @@
 #include "dsfp4/error.h"
 #include "engine/kv_cache.h"
 #include "engine/sampler.h"
+#include "format/scalar.h"
 #include "memory/arena.h"
 #include "ops/backend.h"
 #include "ops/cuda_plugin.h"
@@ -270,6 +271,7 @@ class CudaAttention : public Cuda {
     }
     OwnedMatrix latents(rows, width, 30);
     OwnedMatrix q(rows, c.shape.heads * c.shape.qk_head_dim(), 31);
+    for (float& v : q.values) v = format::bf16_to_float(format::float_to_bf16(v));
     OwnedMatrix out(rows, c.shape.heads * c.shape.v_head_dim);
     OwnedMatrix q_abs(rows, c.shape.heads * c.shape.kv_lora_rank);
     OwnedMatrix attended(rows, c.shape.heads * c.shape.kv_lora_rank);
