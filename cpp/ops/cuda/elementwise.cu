@@ -8,6 +8,7 @@ namespace dsfp4::ops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kNormThreads = 1024;  // one block has a whole row: its loads must overlap
 
 template <WeightFormat kFormat>
 __global__ void embed_kernel(WeightView table, const std::int32_t* ids, Matrix out) {
@@ -19,20 +20,22 @@ __global__ void embed_kernel(WeightView table, const std::int32_t* ids, Matrix o
 }
 
 // One block a row. The sum's order depends on the row's width alone.
-__global__ void rms_norm_kernel(ConstMatrix x, const float* weight, float eps, Matrix y) {
+__global__ void __launch_bounds__(kNormThreads)
+    rms_norm_kernel(ConstMatrix x, const float* weight, float eps, Matrix y) {
   const float* from = x.data + blockIdx.x * x.stride;
   float* to = y.data + blockIdx.x * y.stride;
   float sum = 0.0f;
-  for (std::int64_t i = threadIdx.x; i < x.cols; i += kThreads) sum += from[i] * from[i];
-  __shared__ float parts[kThreads / 32];
+  for (std::int64_t i = threadIdx.x; i < x.cols; i += kNormThreads) sum += from[i] * from[i];
+  __shared__ float parts[kNormThreads / 32];
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
   __syncthreads();
   sum = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) sum += parts[w];
+  for (int w = 0; w < kNormThreads / 32; ++w) sum += parts[w];
   const float scale = rsqrtf(sum / static_cast<float>(x.cols) + eps);
-  for (std::int64_t i = threadIdx.x; i < x.cols; i += kThreads) to[i] = from[i] * scale * weight[i];
+  for (std::int64_t i = threadIdx.x; i < x.cols; i += kNormThreads)
+    to[i] = from[i] * scale * weight[i];
 }
 
 __global__ void silu_mul_kernel(Matrix gate, ConstMatrix up) {
@@ -141,8 +144,8 @@ bool embed(Device* device, const WeightView* table, const std::int32_t* ids, Mat
 
 bool rms_norm(Device* device, ConstMatrix x, const float* weight, float eps, Matrix y) {
   if (empty(x)) return true;
-  rms_norm_kernel<<<static_cast<unsigned>(x.rows), kThreads, 0, device->stream>>>(x, weight, eps,
-                                                                                  y);
+  rms_norm_kernel<<<static_cast<unsigned>(x.rows), kNormThreads, 0, device->stream>>>(x, weight,
+                                                                                      eps, y);
   DSFP4_LAUNCHED("rms_norm_kernel");
   return true;
 }
