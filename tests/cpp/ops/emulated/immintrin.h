@@ -25,6 +25,8 @@ struct Lanes {
 using F32 = Lanes<float, 16>;
 using I32 = Lanes<std::int32_t, 16>;
 using U16 = Lanes<std::uint16_t, 32>;
+using U8 = Lanes<std::uint8_t, 64>;
+using U64 = Lanes<std::uint64_t, 8>;
 
 template <class L>
 inline L lanes(const void* from) {
@@ -57,6 +59,12 @@ inline __m512i set1_epi32(int x) {
 inline __m512i set1_epi16(short x) {
   return make<__m512i, U16>([=](int) { return static_cast<std::uint16_t>(x); });
 }
+inline __m512i set1_epi8(char x) {
+  return make<__m512i, U8>([=](int) { return static_cast<std::uint8_t>(x); });
+}
+inline __m512i set1_epi64(long long x) {
+  return make<__m512i, U64>([=](int) { return static_cast<std::uint64_t>(x); });
+}
 template <class... T>
 inline __m512 setr_ps(T... x) {
   return bits_as<__m512>(F32{{static_cast<float>(x)...}});
@@ -81,6 +89,7 @@ inline __m512i castsi128_si512(__m128i a) {
   std::memcpy(&r, &a, sizeof(a));
   return r;
 }
+inline __m256i castsi512_si256(__m512i a) { return lanes<__m256i>(&a); }
 inline __m256 castps512_ps256(__m512 a) { return lanes<__m256>(&a); }
 inline __m256 extractf32x8_ps(__m512 a, int half) {
   return lanes<__m256>(reinterpret_cast<const char*>(&a) + 32 * half);
@@ -132,6 +141,24 @@ inline __m512i slli_epi16(__m512i a, unsigned n) {
   const auto x = bits_as<U16>(a);
   return make<__m512i, U16>([&](int i) { return static_cast<std::uint16_t>(x.v[i] << n); });
 }
+inline __m512i srli_epi16(__m512i a, unsigned n) {
+  const auto x = bits_as<U16>(a);
+  return make<__m512i, U16>([&](int i) { return static_cast<std::uint16_t>(x.v[i] >> n); });
+}
+inline __m512i srli_epi32(__m512i a, unsigned n) {
+  const auto x = bits_as<I32>(a);
+  return make<__m512i, I32>(
+      [&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(x.v[i]) >> n); });
+}
+inline __m512i srai_epi32(__m512i a, unsigned n) {
+  const auto x = bits_as<I32>(a);
+  return make<__m512i, I32>([&](int i) { return x.v[i] >> n; });
+}
+inline __m512i max_epi32(__m512i a, __m512i b) {
+  const auto x = bits_as<I32>(a);
+  const auto y = bits_as<I32>(b);
+  return make<__m512i, I32>([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
+}
 inline __m512i srlv_epi16(__m512i a, __m512i n) {
   const auto x = bits_as<U16>(a);
   const auto by = bits_as<U16>(n);
@@ -157,6 +184,27 @@ inline std::uint32_t mask_of(__m512i a, __m512i b, const F& holds) {
     ++i;
   }
   return mask;
+}
+inline __mmask64 cmpeq_epi8_mask(__m512i a, __m512i b) {
+  const auto x = bits_as<U8>(a);
+  const auto y = bits_as<U8>(b);
+  __mmask64 mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= static_cast<__mmask64>(x.v[i] == y.v[i]) << i;
+  return mask;
+}
+// Bytes whose bit is clear are not read.
+inline __m512i maskz_loadu_epi8(__mmask64 mask, const void* from) {
+  const auto* bytes = static_cast<const std::uint8_t*>(from);
+  return make<__m512i, U8>(
+      [&](int i) { return static_cast<std::uint8_t>((mask >> i & 1) != 0 ? bytes[i] : 0); });
+}
+// Within each 16 bytes.
+inline __m512i shuffle_epi8(__m512i a, __m512i index) {
+  const auto x = bits_as<U8>(a);
+  const auto at = bits_as<U8>(index);
+  return make<__m512i, U8>([&](int i) {
+    return static_cast<std::uint8_t>(at.v[i] >= 128 ? 0 : x.v[i / 16 * 16 + at.v[i] % 16]);
+  });
 }
 inline __mmask16 cmpeq_epi32_mask(__m512i a, __m512i b) {
   return static_cast<__mmask16>(mask_of<I32>(a, b, [](auto x, auto y) { return x == y; }));
@@ -193,6 +241,13 @@ inline __m512i permutexvar_epi16(__m512i index, __m512i a) {
   const auto at = bits_as<U16>(index);
   const auto x = bits_as<U16>(a);
   return make<__m512i, U16>([&](int i) { return x.v[at.v[i] & 31]; });
+}
+inline __m512i permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+  const auto at = bits_as<U16>(index);
+  const auto x = bits_as<U16>(a);
+  const auto y = bits_as<U16>(b);
+  return make<__m512i, U16>(
+      [&](int i) { return (at.v[i] & 32) != 0 ? y.v[at.v[i] & 31] : x.v[at.v[i] & 31]; });
 }
 inline __m512i mask_permutexvar_epi16(__m512i from, __mmask32 mask, __m512i index, __m512i a) {
   return mask_mov_epi16(from, mask, permutexvar_epi16(index, a));
@@ -307,8 +362,10 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_castsi128_si512 emulated::castsi128_si512
 #define _mm512_castsi256_si512 emulated::castsi256_si512
 #define _mm512_castsi512_ps emulated::castsi512_ps
+#define _mm512_castsi512_si256 emulated::castsi512_si256
 #define _mm512_cmpeq_epi16_mask emulated::cmpeq_epi16_mask
 #define _mm512_cmpeq_epi32_mask emulated::cmpeq_epi32_mask
+#define _mm512_cmpeq_epi8_mask emulated::cmpeq_epi8_mask
 #define _mm512_cmplt_epu16_mask emulated::cmplt_epu16_mask
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
@@ -326,12 +383,17 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_mask_mov_epi16 emulated::mask_mov_epi16
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_permutexvar_epi16 emulated::mask_permutexvar_epi16
+#define _mm512_maskz_loadu_epi8 emulated::maskz_loadu_epi8
+#define _mm512_max_epi32 emulated::max_epi32
 #define _mm512_mul_ps emulated::mul_ps
+#define _mm512_permutex2var_epi16 emulated::permutex2var_epi16
 #define _mm512_permutex2var_ps emulated::permutex2var_ps
 #define _mm512_permutexvar_epi16 emulated::permutexvar_epi16
 #define _mm512_permutexvar_ps emulated::permutexvar_ps
 #define _mm512_set1_epi16 emulated::set1_epi16
 #define _mm512_set1_epi32 emulated::set1_epi32
+#define _mm512_set1_epi64 emulated::set1_epi64
+#define _mm512_set1_epi8 emulated::set1_epi8
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_set_epi64 emulated::set_epi64
 #undef _mm512_setr_epi32
@@ -340,8 +402,12 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_setr_ps emulated::setr_ps
 #define _mm512_setzero_ps emulated::setzero_ps
 #define _mm512_setzero_si512 emulated::setzero_si512
+#define _mm512_shuffle_epi8 emulated::shuffle_epi8
 #define _mm512_slli_epi16 emulated::slli_epi16
 #define _mm512_slli_epi32 emulated::slli_epi32
+#define _mm512_srai_epi32 emulated::srai_epi32
+#define _mm512_srli_epi16 emulated::srli_epi16
+#define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_srlv_epi16 emulated::srlv_epi16
 #define _mm512_store_si512 emulated::storeu
 #define _mm512_storeu_ps emulated::storeu_ps
