@@ -84,11 +84,6 @@ inline __m512i castsi256_si512(__m256i a) {
   std::memcpy(&r, &a, sizeof(a));
   return r;
 }
-inline __m512i castsi128_si512(__m128i a) {
-  __m512i r = set1_epi16(0x7fc1);
-  std::memcpy(&r, &a, sizeof(a));
-  return r;
-}
 inline __m256i castsi512_si256(__m512i a) { return lanes<__m256i>(&a); }
 inline __m256 castps512_ps256(__m512 a) { return lanes<__m256>(&a); }
 inline __m256 extractf32x8_ps(__m512 a, int half) {
@@ -108,6 +103,7 @@ inline __m512i widen(const void* from) {
   return make<__m512i, L>([&](int i) { return narrow[i]; });
 }
 inline __m512i cvtepu8_epi16(__m256i a) { return widen<std::uint8_t, U16>(&a); }
+inline __m512i cvtepi8_epi16(__m256i a) { return widen<std::int8_t, U16>(&a); }
 inline __m512i cvtepu16_epi32(__m256i a) { return widen<std::uint16_t, I32>(&a); }
 inline __m512i cvtepi8_epi32(__m128i a) { return widen<std::int8_t, I32>(&a); }
 inline __m512i cvtepu8_epi32(__m128i a) { return widen<std::uint8_t, I32>(&a); }
@@ -209,11 +205,8 @@ inline __m512i shuffle_epi8(__m512i a, __m512i index) {
 inline __mmask16 cmpeq_epi32_mask(__m512i a, __m512i b) {
   return static_cast<__mmask16>(mask_of<I32>(a, b, [](auto x, auto y) { return x == y; }));
 }
-inline __mmask32 cmpeq_epi16_mask(__m512i a, __m512i b) {
-  return mask_of<U16>(a, b, [](auto x, auto y) { return x == y; });
-}
-inline __mmask32 cmplt_epu16_mask(__m512i a, __m512i b) {
-  return mask_of<U16>(a, b, [](auto x, auto y) { return x < y; });
+inline __mmask32 cmpgt_epu16_mask(__m512i a, __m512i b) {
+  return mask_of<U16>(a, b, [](auto x, auto y) { return x > y; });
 }
 inline __m512 mask_mov_ps(__m512 a, __mmask16 mask, __m512 b) {
   const auto x = bits_as<F32>(a);
@@ -359,14 +352,13 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_broadcast_i64x4 emulated::broadcast_i64x4
 #define _mm512_castps512_ps256 emulated::castps512_ps256
-#define _mm512_castsi128_si512 emulated::castsi128_si512
 #define _mm512_castsi256_si512 emulated::castsi256_si512
 #define _mm512_castsi512_ps emulated::castsi512_ps
 #define _mm512_castsi512_si256 emulated::castsi512_si256
-#define _mm512_cmpeq_epi16_mask emulated::cmpeq_epi16_mask
 #define _mm512_cmpeq_epi32_mask emulated::cmpeq_epi32_mask
 #define _mm512_cmpeq_epi8_mask emulated::cmpeq_epi8_mask
-#define _mm512_cmplt_epu16_mask emulated::cmplt_epu16_mask
+#define _mm512_cmpgt_epu16_mask emulated::cmpgt_epu16_mask
+#define _mm512_cvtepi8_epi16 emulated::cvtepi8_epi16
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepu8_epi16 emulated::cvtepu8_epi16
@@ -380,7 +372,6 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_inserti64x4 emulated::inserti64x4
 #define _mm512_loadu_ps emulated::loadu_ps
 #define _mm512_loadu_si512 emulated::loadu_si512
-#define _mm512_mask_mov_epi16 emulated::mask_mov_epi16
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_permutexvar_epi16 emulated::mask_permutexvar_epi16
 #define _mm512_maskz_loadu_epi8 emulated::maskz_loadu_epi8
