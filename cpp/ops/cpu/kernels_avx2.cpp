@@ -1,6 +1,4 @@
 // Kernels for AVX2 and FMA; see kernels_impl.h for what they compute.
-#define DSFP4_LANES 8
-#define DSFP4_TOKENS 2
 #include "ops/cpu/kernels_impl.h"
 
 namespace dsfp4::ops::cpu {

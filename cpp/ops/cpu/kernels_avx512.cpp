@@ -1,6 +1,4 @@
 // Kernels for AVX-512 F, BW, VL and DQ; see kernels_impl.h for what they compute.
-#define DSFP4_LANES 16
-#define DSFP4_TOKENS 4
 #include "ops/cpu/kernels_impl.h"
 
 namespace dsfp4::ops::cpu {

@@ -1,6 +1,4 @@
 // Kernels for every x86-64 CPU; see kernels_impl.h for what they compute.
-#define DSFP4_LANES 4
-#define DSFP4_TOKENS 2
 #include "ops/cpu/kernels_impl.h"
 
 namespace dsfp4::ops::cpu {

@@ -1,7 +1,6 @@
-// The bodies of the kernel tables, written once in vector types and compiled once for each
-// instruction set by the files that include this one. Each row of a weight is decoded to FP32 in
-// cache-resident scratch and then multiplied with every token: the weight is read from memory once,
-// in its stored format (NVFP4: 0.5625 bytes a value, MXFP4: 0.53, FP8: 1, BF16: 2).
+// The bodies of the kernel tables, compiled once for each instruction set by the files that include
+// this one: rows decoded to FP32 as their definitions say, for the parts of attention that have no
+// decoder of their own.
 //
 // Everything here has internal linkage and calls no inline function from elsewhere: a shared inline
 // function compiled here could be linked into code that runs on older CPUs.
@@ -15,15 +14,6 @@ namespace {
 
 using format::WeightFormat;
 using format::WeightView;
-
-// The including file says how many floats a register holds and how many tokens share the
-// registers: DSFP4_LANES, DSFP4_TOKENS.
-constexpr std::int64_t kLanes = DSFP4_LANES;
-constexpr int kTokens = DSFP4_TOKENS;
-constexpr int kSums = 4;  // independent sums a token, to hide the latency of an addition
-// Aligned like a float: rows start anywhere.
-using Vec =
-    float __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
 
 struct Fp4Pairs {
   float value[256][2];
@@ -134,48 +124,6 @@ void decode_row(const WeightView& weight, std::int64_t row, float* out) {
   }
 }
 
-// `count` tokens at once, so that a weight in registers meets several tokens.
-template <int count>
-void dot_some(const float* w, std::int64_t n, const float* x, std::int64_t x_stride, float scale,
-              float* y, std::int64_t y_stride) {
-  Vec sum[count][kSums] = {};
-  std::int64_t i = 0;
-  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
-    for (int k = 0; k < kSums; ++k) {
-      const Vec weights = *reinterpret_cast<const Vec*>(w + i + k * kLanes);
-      for (int t = 0; t < count; ++t) {
-        sum[t][k] += weights * *reinterpret_cast<const Vec*>(x + t * x_stride + i + k * kLanes);
-      }
-    }
-  }
-  for (int t = 0; t < count; ++t) {
-    const Vec both = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
-    float lanes[kLanes];
-    std::memcpy(lanes, &both, sizeof(lanes));
-    for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
-      for (std::int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    float tail = 0.0f;
-    for (std::int64_t j = i; j < n; ++j) tail += w[j] * x[t * x_stride + j];
-    y[t * y_stride] = (lanes[0] + tail) * scale;
-  }
-}
-
-void dot_tokens(const float* w, std::int64_t n, const float* x, std::int64_t x_stride,
-                std::int64_t tokens, float scale, float* y, std::int64_t y_stride) {
-  std::int64_t t = 0;
-  for (; t + kTokens <= tokens; t += kTokens) {
-    dot_some<kTokens>(w, n, x + t * x_stride, x_stride, scale, y + t * y_stride, y_stride);
-  }
-  for (; t < tokens; ++t) {
-    dot_some<1>(w, n, x + t * x_stride, x_stride, scale, y + t * y_stride, y_stride);
-  }
-}
-
-void axpy(float a, const float* x, float* y, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) y[i] += a * x[i];
-}
-
 void round_to_bf16(const float* x, float* y, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) {
     std::uint32_t bits;
@@ -187,9 +135,7 @@ void round_to_bf16(const float* x, float* y, std::int64_t n) {
   }
 }
 
-constexpr Kernels make_kernels(const char* isa) {
-  return {isa, decode_row, dot_tokens, axpy, bf16_to_float, e4m3_to_float, round_to_bf16};
-}
+constexpr Kernels make_kernels(const char* isa) { return {isa, decode_row, round_to_bf16}; }
 
 }  // namespace
 }  // namespace dsfp4::ops::cpu

@@ -8,8 +8,10 @@
 // function compiled here could be linked into code that runs on older CPUs.
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "ops/cpu/layer_kernels.h"
+#include "ops/cpu/multiply_add.h"
 
 namespace dsfp4::ops::cpu {
 namespace {
@@ -42,17 +44,15 @@ IntVec as_bits(Vec value) { return reinterpret_cast<IntVec>(value); }
 Vec exponential(Vec x) {
   const Vec limited = x > 89.0f ? Vec{} + 89.0f : x;
   const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = limited * 1.44269504f + magic;
+  const Vec shifted = multiply_add(limited, Vec{} + 1.44269504f, magic);
   const Vec n = shifted - magic;
-  const Vec r = (limited - n * 0.693145752f) - n * 1.42860677e-6f;
+  const Vec high = multiply_add(n, Vec{} - 0.693145752f, limited);
+  const Vec r = multiply_add(n, Vec{} - 1.42860677e-6f, high);
   Vec p = Vec{} + 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  for (const float c :
+       {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f}) {
+    p = multiply_add(p, r, Vec{} + c);
+  }
   // 2^n in two steps, as 2^128 is not a float though 2^127 * 1.9 is.
   const IntVec exponent = as_bits(shifted) - as_bits(magic);
   const IntVec half = exponent >> 1;
@@ -78,8 +78,8 @@ void tile(const SmallProduct& product, const float* a, const float* b, float* c)
     Vec from[vectors];
     for (int v = 0; v < vectors; ++v) from[v] = load(b + v * kLanes);
     for (int r = 0; r < rows; ++r) {
-      const float factor = a_by_column ? a[r] : a[r * stride];
-      for (int v = 0; v < vectors; ++v) sum[r][v] += factor * from[v];
+      const Vec factor = Vec{} + (a_by_column ? a[r] : a[r * stride]);
+      for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(factor, from[v], sum[r][v]);
     }
     a += a_by_column ? stride : 1;
     b += product.b_row;
@@ -145,7 +145,7 @@ void dot_some(const float* w, std::int64_t k, const float* x, std::int64_t x_str
     for (int s = 0; s < kSums; ++s) {
       const Vec weights = load(w + i + s * kLanes);
       for (int t = 0; t < count; ++t) {
-        sum[t][s] += weights * load(x + t * x_stride + i + s * kLanes);
+        sum[t][s] = multiply_add(weights, load(x + t * x_stride + i + s * kLanes), sum[t][s]);
       }
     }
   }
@@ -288,7 +288,7 @@ double multiply_in_registers(std::int64_t steps, float* sink) {
   const Vec a = Vec{} + *sink;
   const Vec b = Vec{} + 0.5f;
   for (std::int64_t step = 0; step < steps; ++step) {
-    for (Vec& sum : sums) sum = sum * b + a;
+    for (Vec& sum : sums) sum = multiply_add(sum, b, a);
   }
   Vec total = {};
   for (const Vec& sum : sums) total += sum;

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "ops/cpu/matmul_blocked.h"
+#include "ops/cpu/multiply_add.h"
 
 namespace dsfp4::ops::cpu {
 namespace {
@@ -104,7 +105,7 @@ struct F32 {
       }
       for (int t = 0; t < count; ++t) {
         const Sum values = *reinterpret_cast<const Sum*>(x[t] + i);
-        for (int r = 0; r < kRows; ++r) sum[t][r] += weights[r] * values;
+        for (int r = 0; r < kRows; ++r) sum[t][r] = multiply_add(weights[r], values, sum[t][r]);
       }
     }
     for (int t = 0; t < count; ++t) {

@@ -95,30 +95,6 @@ TEST_P(KernelTable, WeightsMayStartAtAnyByte) {
   }
 }
 
-TEST_P(KernelTable, DotOfAnyLengthAndCompany) {
-  for (const std::int64_t n : {0, 1, 15, 16, 31, 32, 33, 100, 288}) {
-    const auto w = random_values(n, 7);
-    for (const std::int64_t tokens : {0, 1, 2, 4, 5, 9}) {
-      const std::int64_t stride = n + 3;
-      const auto x = random_values(tokens * stride + 1, 8);
-      std::vector<float> y(static_cast<std::size_t>(tokens * 2), -1.0f);
-      GetParam()->dot_tokens(w.data(), n, x.data(), stride, tokens, 0.5f, y.data(), 2);
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        double sum = 0.0;
-        for (std::int64_t i = 0; i < n; ++i) {
-          sum += static_cast<double>(w[static_cast<std::size_t>(i)]) *
-                 x[static_cast<std::size_t>(t * stride + i)];
-        }
-        EXPECT_NEAR(y[static_cast<std::size_t>(2 * t)], 0.5 * sum, 1e-5 * (1.0 + std::sqrt(n)));
-        float alone = -1.0f;
-        GetParam()->dot_tokens(w.data(), n, x.data() + t * stride, 0, 1, 0.5f, &alone, 1);
-        EXPECT_EQ(y[static_cast<std::size_t>(2 * t)], alone) << n << " " << tokens;
-        EXPECT_EQ(y[static_cast<std::size_t>(2 * t + 1)], -1.0f);
-      }
-    }
-  }
-}
-
 TEST_P(KernelTable, RoundsToBf16LikeTheFormat) {
   auto x = random_values(1000, 9);
   x.push_back(std::numeric_limits<float>::infinity());
