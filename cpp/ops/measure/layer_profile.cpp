@@ -53,6 +53,7 @@ class Layer {
   }
 
   std::vector<ProfiledOp> run(bool decode, int runs) {
+    backend_.begin_step(decode ? Phase::kDecode : Phase::kPrefill);
     const std::int64_t hidden = shape_.hidden;
     const Matrix x = matrix(hidden);
     const Matrix normed = matrix(hidden);
