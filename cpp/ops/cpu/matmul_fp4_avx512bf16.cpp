@@ -33,36 +33,31 @@ std::size_t packed_chunk_bytes(std::int64_t cols) {
   return static_cast<std::size_t>(chunks_of(cols)) * kPackedChunk;
 }
 
-// Words i, 4 + i, 8 + i, .. of 64.
-inline __m512i every_fourth(__m512i low, __m512i high, int i) {
-  const __m512i step =
-      _mm512_setr_epi32(0x00040000, 0x000c0008, 0x00140010, 0x001c0018, 0x00240020, 0x002c0028,
-                        0x00340030, 0x003c0038, 0, 0, 0, 0, 0, 0, 0, 0);
-  return _mm512_permutex2var_epi16(
-      low, _mm512_add_epi16(step, _mm512_set1_epi16(static_cast<short>(i))), high);
-}
-
-void pack_chunks(const float* x, std::int64_t, std::int64_t begin, std::int64_t end, bool,
+// 32 columns at a time, so that a piece of work on an expert need not be longer: 8 words of each
+// vector of their chunk.
+void pack_chunks(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end, bool,
                  std::byte* out) {
-  for (std::int64_t c = begin; c < end; c += kChunkCols) {
-    float tail[kChunkCols] = {};
+  const std::int64_t padded = end == cols ? chunks_of(cols) * kChunkCols : end;
+  // Words 0, 4, 8, .. 28, then 1, 5, ..
+  const __m512i order =
+      _mm512_setr_epi32(0x00040000, 0x000c0008, 0x00140010, 0x001c0018, 0x00050001, 0x000d0009,
+                        0x00150011, 0x001d0019, 0x00060002, 0x000e000a, 0x00160012, 0x001e001a,
+                        0x00070003, 0x000f000b, 0x00170013, 0x001f001b);
+  for (std::int64_t c = begin; c < padded; c += kStep) {
+    float tail[kStep] = {};
     const float* from = x + c;
-    if (end - c < kChunkCols) {
-      std::memcpy(tail, from, static_cast<std::size_t>(end - c) * sizeof(float));
+    if (end - c < kStep) {
+      if (c < end) std::memcpy(tail, from, static_cast<std::size_t>(end - c) * sizeof(float));
       from = tail;
     }
-    __m512i quarter[4];
-    for (int q = 0; q < 4; ++q) {
-      const __m512bh both =
-          _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 32 * q + 16), _mm512_loadu_ps(from + 32 * q));
-      std::memcpy(&quarter[q], &both, sizeof(both));
-    }
-    for (int i = 0; i < 4; ++i) {
-      const __m512i low = every_fourth(quarter[0], quarter[1], i);
-      const __m512i high = every_fourth(quarter[2], quarter[3], i);
-      const __m512i all = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
-      _mm512_store_si512(out + 2 * c + 64 * i, all);
-    }
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+    __m512i words;
+    std::memcpy(&words, &both, sizeof(words));
+    alignas(64) std::byte ordered[64];
+    _mm512_store_si512(ordered, _mm512_permutexvar_epi16(order, words));
+    std::byte* to = out + c / kChunkCols * static_cast<std::int64_t>(kPackedChunk) +
+                    c % kChunkCols / kStep * 16;
+    for (int i = 0; i < 4; ++i) std::memcpy(to + 64 * i, ordered + 16 * i, 16);
   }
 }
 

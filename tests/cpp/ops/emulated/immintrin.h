@@ -84,7 +84,6 @@ inline __m512i castsi256_si512(__m256i a) {
   std::memcpy(&r, &a, sizeof(a));
   return r;
 }
-inline __m256i castsi512_si256(__m512i a) { return lanes<__m256i>(&a); }
 inline __m256 castps512_ps256(__m512 a) { return lanes<__m256>(&a); }
 inline __m256 extractf32x8_ps(__m512 a, int half) {
   return lanes<__m256>(reinterpret_cast<const char*>(&a) + 32 * half);
@@ -235,13 +234,6 @@ inline __m512i permutexvar_epi16(__m512i index, __m512i a) {
   const auto x = bits_as<U16>(a);
   return make<__m512i, U16>([&](int i) { return x.v[at.v[i] & 31]; });
 }
-inline __m512i permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
-  const auto at = bits_as<U16>(index);
-  const auto x = bits_as<U16>(a);
-  const auto y = bits_as<U16>(b);
-  return make<__m512i, U16>(
-      [&](int i) { return (at.v[i] & 32) != 0 ? y.v[at.v[i] & 31] : x.v[at.v[i] & 31]; });
-}
 inline __m512i mask_permutexvar_epi16(__m512i from, __mmask32 mask, __m512i index, __m512i a) {
   return mask_mov_epi16(from, mask, permutexvar_epi16(index, a));
 }
@@ -354,7 +346,6 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_castps512_ps256 emulated::castps512_ps256
 #define _mm512_castsi256_si512 emulated::castsi256_si512
 #define _mm512_castsi512_ps emulated::castsi512_ps
-#define _mm512_castsi512_si256 emulated::castsi512_si256
 #define _mm512_cmpeq_epi32_mask emulated::cmpeq_epi32_mask
 #define _mm512_cmpeq_epi8_mask emulated::cmpeq_epi8_mask
 #define _mm512_cmpgt_epu16_mask emulated::cmpgt_epu16_mask
@@ -377,7 +368,6 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_maskz_loadu_epi8 emulated::maskz_loadu_epi8
 #define _mm512_max_epi32 emulated::max_epi32
 #define _mm512_mul_ps emulated::mul_ps
-#define _mm512_permutex2var_epi16 emulated::permutex2var_epi16
 #define _mm512_permutex2var_ps emulated::permutex2var_ps
 #define _mm512_permutexvar_epi16 emulated::permutexvar_epi16
 #define _mm512_permutexvar_ps emulated::permutexvar_ps
