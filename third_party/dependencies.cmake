@@ -2,6 +2,13 @@
 find_package(Threads REQUIRED)
 find_package(nlohmann_json 3.10 REQUIRED)  # Debian: nlohmann-json3-dev; headers only, not shipped
 
+# Debian: liburing-dev. Static, so that a wheel needs nothing of it at run time.
+find_path(LIBURING_INCLUDE_DIR liburing.h REQUIRED)
+find_library(LIBURING_LIBRARY liburing.a REQUIRED)
+add_library(liburing::static UNKNOWN IMPORTED)
+set_target_properties(liburing::static PROPERTIES IMPORTED_LOCATION "${LIBURING_LIBRARY}"
+                      INTERFACE_INCLUDE_DIRECTORIES "${LIBURING_INCLUDE_DIR}")
+
 if(DSFP4_BUILD_PYTHON)
   find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module
                OPTIONAL_COMPONENTS Development.SABIModule)

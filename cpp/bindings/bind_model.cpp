@@ -55,7 +55,8 @@ Model load(const std::string& path, const std::string& device, int threads,
 }
 
 nb::tuple forward(Model& model, const Ids& ids,
-                  const std::optional<ConstArray<std::int32_t>>& experts, bool decode) {
+                  const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
+                  bool return_router_logits) {
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
   if (count > model.max_context()) throw ContextLengthError(count, model.max_context());
@@ -64,8 +65,11 @@ nb::tuple forward(Model& model, const Ids& ids,
   const auto top_k = static_cast<std::size_t>(model.num_experts_per_tok());
   std::vector<float> logits(tokens.size() * vocab);
   std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
+  const auto width = static_cast<std::size_t>(model.num_experts());
+  std::vector<float> routers(return_router_logits ? layers * tokens.size() * width : 0);
   ForwardOptions options;
   options.chosen_experts = chosen;
+  options.router_logits = routers;
   options.decode = decode;
   if (experts) {
     if (experts->ndim() != 3 || experts->shape(0) != layers || experts->shape(1) != tokens.size() ||
@@ -81,8 +85,10 @@ nb::tuple forward(Model& model, const Ids& ids,
     const nb::gil_scoped_release released;
     model.forward(tokens, logits, options);
   }
-  return nb::make_tuple(own_array(std::move(logits), {tokens.size(), vocab}),
-                        own_array(std::move(chosen), {layers, tokens.size(), top_k}));
+  return nb::make_tuple(
+      own_array(std::move(logits), {tokens.size(), vocab}),
+      own_array(std::move(chosen), {layers, tokens.size(), top_k}),
+      own_array(std::move(routers), {return_router_logits ? layers : 0, tokens.size(), width}));
 }
 
 GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens, double temperature,
@@ -164,11 +170,12 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)
       .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)
+      .def_prop_ro("num_experts", &Model::num_experts)
       .def_prop_ro("max_context", &Model::max_context, "Longest sequence, in tokens.")
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("device", &Model::device)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
-           nb::arg("decode") = false)
+           nb::arg("decode") = false, nb::arg("return_router_logits") = false)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

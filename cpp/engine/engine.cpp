@@ -53,7 +53,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options.device, thread_count(options.threads))),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(folder, config_, thread_count(options.threads), options.progress)),
+      loaded_(load_weights(folder, config_, options.progress)),
       experts_(*backend_, config_.hidden_size, config_.moe_intermediate_size,
                [this](std::int64_t layer) -> std::span<const ops::ExpertView> {
                  return loaded_.weights.layers[static_cast<std::size_t>(layer)].experts;
@@ -101,6 +101,12 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
   if (!options.chosen_experts.empty() && options.chosen_experts.size() != pairs) {
     throw ParameterError("chosen_experts", "must be [moe_layers, tokens, num_experts_per_tok]");
   }
+  const std::int64_t logits_stride = count * spec().router.experts;
+  if (!options.router_logits.empty() &&
+      options.router_logits.size() !=
+          static_cast<std::size_t>(spec().moe_layers() * logits_stride)) {
+    throw ParameterError("router_logits", "must be [moe_layers, tokens, experts]");
+  }
 
   const std::lock_guard turn(turn_);
   Sequence sequence(cache_);
@@ -118,6 +124,10 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.chosen_experts = options.chosen_experts.data() + first_pair;
     }
     batch.expert_layer_stride = count * spec().router.top_k;
+    if (!options.router_logits.empty()) {
+      batch.router_logits = options.router_logits.data() + at * spec().router.experts;
+      batch.logits_layer_stride = logits_stride;
+    }
     step(sequence, batch, [&](ops::ConstMatrix hidden) {
       const std::int64_t vocab = spec().vocab_size;
       decoder_.head(hidden, {logits.data() + at * vocab, rows, vocab, vocab});

@@ -177,7 +177,7 @@ void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
 }  // namespace
 
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, int threads,
+                           const checkpoint::ModelConfig& config,
                            const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
@@ -197,7 +197,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
 
   std::uint64_t total = 0;
   for (const storage::Extent& extent : placement.extents()) total += extent.bytes;
-  const auto reader = storage::make_pread_reader(catalogue.files(), threads);
+  const auto reader = storage::make_reader(catalogue.files());
   reader->read(placement.extents(), [&](std::uint64_t done) {
     if (progress) progress(done, total);
   });

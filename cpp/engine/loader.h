@@ -18,9 +18,9 @@ struct LoadedWeights {
 };
 
 /// Throws CheckpointError, IoError, and MemoryLimitError when the weights need more than
-/// available_memory(). `threads` read at the same time.
+/// available_memory().
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, int threads,
+                           const checkpoint::ModelConfig& config,
                            const std::function<void(std::uint64_t, std::uint64_t)>& progress);
 
 }  // namespace dsfp4::engine

@@ -29,6 +29,7 @@ std::int64_t Model::moe_layers() const noexcept { return impl_->engine.spec().mo
 std::int64_t Model::num_experts_per_tok() const noexcept {
   return impl_->engine.spec().router.top_k;
 }
+std::int64_t Model::num_experts() const noexcept { return impl_->engine.spec().router.experts; }
 std::int64_t Model::max_context() const noexcept { return impl_->engine.max_context(); }
 std::uint64_t Model::weight_bytes() const noexcept { return impl_->engine.weight_bytes(); }
 const std::string& Model::device() const noexcept { return impl_->device; }

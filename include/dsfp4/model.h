@@ -95,6 +95,8 @@ struct ForwardOptions {
   std::span<const std::int32_t> forced_experts;
   /// Receives the router's own choice, same shape, best first; empty: not wanted.
   std::span<std::int32_t> chosen_experts;
+  /// Receives the routers' logits, [moe_layers, tokens, num_experts()]; empty: not wanted.
+  std::span<float> router_logits;
   /// Run the tokens one by one through the decode path.
   bool decode = false;
 };
@@ -112,6 +114,8 @@ class Model {
   std::int64_t vocab_size() const noexcept;
   std::int64_t moe_layers() const noexcept;
   std::int64_t num_experts_per_tok() const noexcept;
+  /// Routed experts in a MoE layer.
+  std::int64_t num_experts() const noexcept;
   /// Tokens.
   std::int64_t max_context() const noexcept;
   /// Bytes of weights in memory, in their stored formats.

@@ -14,6 +14,7 @@ from dsfp4.demo import resolve_model
 
 Logits = npt.NDArray[np.float32]  # [tokens, vocab]
 Experts = npt.NDArray[np.int32]  # [MoE layers, tokens, experts per token]
+RouterLogits = npt.NDArray[np.float32]  # [MoE layers, tokens, experts]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -109,10 +110,24 @@ class Model:
         if experts is not None:
             shape = "[MoE layers, tokens, experts per token]"
             forced = check_integers("experts", experts, shape).astype(np.int32)
-        logits, chosen = map(
+        logits, chosen, _ = map(
             as_output, self._core.forward(check_integers("ids", ids), forced, decode)
         )
         return (logits, chosen) if return_experts else logits
+
+    def routing_trace(self, ids: Ids, decode: bool = False) -> tuple[Experts, RouterLogits]:
+        """Return which experts each of `ids` chooses, and the routers' logits, from an empty context.
+
+        The first is as forward()'s `return_experts`; the second is float32 [MoE layers, tokens,
+        experts]. This is what `bench/replay.py` replays.
+        """
+        _, chosen, logits = map(
+            as_output,
+            self._core.forward(
+                check_integers("ids", ids), None, decode, return_router_logits=True
+            ),
+        )
+        return chosen, logits
 
     def generate(
         self,

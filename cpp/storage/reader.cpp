@@ -1,0 +1,64 @@
+#include "storage/reader.h"
+
+#include <cerrno>
+#include <string>
+#include <system_error>
+
+#include "dsfp4/error.h"
+#include "storage/engines.h"
+#include "storage/request_queue.h"
+
+namespace dsfp4::storage {
+namespace {
+
+constexpr std::chrono::milliseconds kProgressPeriod{50};
+
+}  // namespace
+
+void ReadResult::throw_if_failed() const {
+  if (status == ReadStatus::kFailed) throw IoError(file, offset, error_number, problem);
+}
+
+ReadStatus ReadTicket::status() const noexcept { return state_->status.load(); }
+bool ReadTicket::quiet() const noexcept { return state_->quiet.load(); }
+std::uint64_t ReadTicket::bytes_done() const noexcept { return state_->bytes_done.load(); }
+
+void Reader::read(std::span<const Extent> extents, const ReadProgress& progress,
+                  std::shared_ptr<void> owner) {
+  ReadRequest request;
+  request.extents.assign(extents.begin(), extents.end());
+  request.owner = std::move(owner);
+  const ReadTicket ticket = submit(std::move(request));
+  if (progress) {
+    try {
+      std::uint64_t told = 0;
+      for (bool over = false; !over;) {
+        over = wait_for(ticket, kProgressPeriod);
+        const std::uint64_t done = ticket.bytes_done();
+        if (done > told) progress(told = done);
+      }
+    } catch (...) {
+      cancel(ticket);
+      wait(ticket);
+      throw;
+    }
+  }
+  wait(ticket).throw_if_failed();
+}
+
+std::unique_ptr<Reader> make_reader(const std::vector<std::filesystem::path>& files,
+                                    const ReaderOptions& options) {
+  if (options.kind == ReaderKind::kPread) return make_pread_reader(files, options);
+  try {
+    return make_uring_reader(files, options);
+  } catch (const UnsupportedError& error) {
+    if (options.kind == ReaderKind::kUring) throw;
+    if (options.log) {
+      options.log(std::string(error.what()) + "; reading with " + std::to_string(options.depth) +
+                  " threads instead, which costs the processor more");
+    }
+  }
+  return make_pread_reader(files, options);
+}
+
+}  // namespace dsfp4::storage

@@ -1,0 +1,34 @@
+#include "storage/system.h"
+
+#include <cerrno>
+#include <fcntl.h>
+#include <unistd.h>
+
+namespace dsfp4::storage {
+
+int System::open(const std::string& path, int flags) {
+  for (;;) {
+    const int descriptor = ::open(path.c_str(), flags);
+    if (descriptor >= 0) return descriptor;
+    if (errno != EINTR) return -errno;
+  }
+}
+
+void System::close(int descriptor) noexcept { ::close(descriptor); }
+
+int System::status(int descriptor, struct stat& status) {
+  return ::fstat(descriptor, &status) == 0 ? 0 : -errno;
+}
+
+ssize_t System::pread(const ReadCall& call) {
+  const ssize_t got =
+      ::pread(call.descriptor, call.buffer, call.bytes, static_cast<off_t>(call.offset));
+  return got >= 0 ? got : -errno;
+}
+
+System& System::real() {
+  static System system;
+  return system;
+}
+
+}  // namespace dsfp4::storage
