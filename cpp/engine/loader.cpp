@@ -1,5 +1,6 @@
 #include "engine/loader.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -24,7 +25,10 @@ using memory::Arena;
 // everything and note what is to be read where.
 class Placement {
  public:
-  explicit Placement(const Catalogue& catalogue) : catalogue_(catalogue) {}
+  Placement(const Catalogue& catalogue, bool experts_in_files)
+      : catalogue_(catalogue), experts_in_files_(experts_in_files) {}
+
+  bool experts_in_files() const noexcept { return experts_in_files_; }
 
   void use_arena(Arena& arena) { arena_ = &arena; }
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
@@ -38,6 +42,15 @@ class Placement {
     view.cols = source.cols;
     view.data = bytes_of(*source.data);
     if (source.scales != nullptr) view.scales = bytes_of(*source.scales);
+    if (arena_ == nullptr) weight_bytes_ += source.bytes();
+    place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
+  }
+
+  // All but the matrix itself, which stays in its file.
+  void place_absent(const WeightSource& source, format::WeightView& view) {
+    view.format = source.format;
+    view.rows = source.rows;
+    view.cols = source.cols;
     if (arena_ == nullptr) weight_bytes_ += source.bytes();
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
   }
@@ -118,6 +131,7 @@ class Placement {
   }
 
   const Catalogue& catalogue_;
+  bool experts_in_files_;
   Arena* arena_ = nullptr;
   std::size_t arena_bytes_ = 0;
   std::uint64_t weight_bytes_ = 0;
@@ -154,7 +168,13 @@ void place_layer(Placement& placement, const checkpoint::LayerSource& source,
   placement.place(source.e_score_correction_bias, weights.e_score_correction_bias);
   weights.experts.resize(source.experts.size());
   for (std::size_t e = 0; e < source.experts.size(); ++e) {
-    place_mlp(placement, source.experts[e], weights.experts[e]);
+    if (placement.experts_in_files()) {
+      placement.place_absent(source.experts[e].gate_proj, weights.experts[e].gate_proj);
+      placement.place_absent(source.experts[e].up_proj, weights.experts[e].up_proj);
+      placement.place_absent(source.experts[e].down_proj, weights.experts[e].down_proj);
+    } else {
+      place_mlp(placement, source.experts[e], weights.experts[e]);
+    }
   }
   place_mlp(placement, source.shared_experts, weights.shared_experts);
 }
@@ -176,14 +196,39 @@ void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
 
 }  // namespace
 
+WeightSizes weight_sizes(const std::filesystem::path& folder,
+                         const checkpoint::ModelConfig& config) {
+  const Catalogue catalogue = Catalogue::open(folder);
+  const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
+  model::ModelWeights weights;
+  Placement all(catalogue, false);
+  place_model(all, layout, weights);
+  model::ModelWeights dense_weights;
+  Placement dense(catalogue, true);
+  place_model(dense, layout, dense_weights);
+
+  WeightSizes sizes;
+  sizes.dense_bytes = dense.arena_bytes();
+  sizes.expert_bytes = all.arena_bytes() - dense.arena_bytes();
+  for (const checkpoint::LayerSource& layer : layout.layers) {
+    for (const checkpoint::MlpSource& expert : layer.experts) {
+      sizes.slot_bytes =
+          std::max<std::size_t>(sizes.slot_bytes, slot_bytes(residency::expert_image(expert, {})));
+      ++sizes.experts;
+    }
+  }
+  return sizes;
+}
+
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config,
+                           const checkpoint::ModelConfig& config, bool experts_in_files,
+                           const storage::ReaderOptions& reading,
                            const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
 
   model::ModelWeights weights;
-  Placement counted(catalogue);
+  Placement counted(catalogue, experts_in_files);
   place_model(counted, layout, weights);
   const std::size_t available = memory::available_memory();
   if (counted.arena_bytes() > available) {
@@ -191,18 +236,29 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   }
 
   Arena arena(counted.arena_bytes(), "the weights");
-  Placement placement(catalogue);
+  Placement placement(catalogue, experts_in_files);
   placement.use_arena(arena);
   place_model(placement, layout, weights);
 
   std::uint64_t total = 0;
   for (const storage::Extent& extent : placement.extents()) total += extent.bytes;
-  const auto reader = storage::make_reader(catalogue.files());
+  std::unique_ptr<storage::Reader> reader = storage::make_reader(catalogue.files(), reading);
   reader->read(placement.extents(), [&](std::uint64_t done) {
     if (progress) progress(done, total);
   });
   placement.finish();
-  return {std::move(arena), std::move(weights), counted.weight_bytes()};
+  if (!experts_in_files) {
+    return {std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
+  }
+  std::vector<residency::ExpertImage> images;
+  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
+    for (std::size_t e = 0; e < layout.layers[i].experts.size(); ++e) {
+      images.push_back(
+          residency::expert_image(layout.layers[i].experts[e], weights.layers[i].experts[e]));
+    }
+  }
+  return {std::move(arena), std::move(weights), counted.weight_bytes(), std::move(images),
+          std::move(reader)};
 }
 
 }  // namespace dsfp4::engine

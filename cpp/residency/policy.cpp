@@ -1,0 +1,202 @@
+#include "residency/policy.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <string>
+
+#include "dsfp4/error.h"
+
+namespace dsfp4::residency {
+namespace {
+
+using Scores = std::span<const float>;
+using Experts = std::span<const std::int32_t>;
+
+// A number for each expert that fades by a factor with each token of its layer.
+class Fading {
+ public:
+  Fading(std::int64_t layers, std::int64_t experts, float factor)
+      : experts_(static_cast<std::size_t>(experts)),
+        factor_(factor),
+        values_(static_cast<std::size_t>(layers) * experts_, 0.0f) {}
+
+  std::span<float> fade(std::int64_t layer) {
+    const std::span<float> row =
+        std::span(values_).subspan(static_cast<std::size_t>(layer) * experts_, experts_);
+    for (float& value : row) value *= factor_;
+    return row;
+  }
+  void count(std::int64_t layer, Experts used) {
+    const std::span<float> row = fade(layer);
+    for (const std::int32_t e : used) row[static_cast<std::size_t>(e)] += 1.0f - factor_;
+  }
+  void average(std::int64_t layer, Scores scores) {
+    const std::span<float> row = fade(layer);
+    for (std::size_t e = 0; e < scores.size(); ++e) row[e] += (1.0f - factor_) * scores[e];
+  }
+  float operator[](ExpertKey key) const { return values_[key]; }
+  std::vector<float>& values() { return values_; }
+  const std::vector<float>& values() const { return values_; }
+
+ private:
+  std::size_t experts_;
+  float factor_;
+  std::vector<float> values_;
+};
+
+// The numbers of a policy are those of its Fadings, one after the other.
+class FadingPolicy : public Policy {
+ public:
+  FadingPolicy(std::string_view name, std::int64_t layers, std::int64_t experts,
+               std::initializer_list<float> factors)
+      : name_(name) {
+    for (const float factor : factors) parts_.emplace_back(layers, experts, factor);
+  }
+  std::string_view name() const noexcept override { return name_; }
+  std::vector<float> state() const override {
+    std::vector<float> all;
+    for (const Fading& part : parts_) {
+      all.insert(all.end(), part.values().begin(), part.values().end());
+    }
+    return all;
+  }
+  bool restore(std::span<const float> state) override {
+    std::size_t size = 0;
+    for (const Fading& part : parts_) size += part.values().size();
+    if (state.size() != size || !std::ranges::all_of(state, [](float v) { return v >= 0.0f; })) {
+      return false;
+    }
+    for (Fading& part : parts_) {
+      std::copy_n(state.begin(), part.values().size(), part.values().begin());
+      state = state.subspan(part.values().size());
+    }
+    return true;
+  }
+
+ protected:
+  std::vector<Fading> parts_;
+
+ private:
+  std::string_view name_;
+};
+
+// Recency only. A time is kept as an exact small integer of float, per layer in tokens; a million
+// tokens of history are told apart, and earlier ones are all old.
+class Lru final : public Policy {
+ public:
+  Lru(std::int64_t layers, std::int64_t experts)
+      : experts_(static_cast<std::size_t>(experts)),
+        times_(static_cast<std::size_t>(layers)),
+        last_(static_cast<std::size_t>(layers) * experts_, 0.0f) {}
+  std::string_view name() const noexcept override { return "lru"; }
+  void use(std::int64_t layer, Experts used, Scores) override {
+    float& now = times_[static_cast<std::size_t>(layer)];
+    if (now >= kLongest) rebase(layer);
+    now += 1.0f;
+    for (const std::int32_t e : used) {
+      last_[static_cast<std::size_t>(layer) * experts_ + static_cast<std::size_t>(e)] = now;
+    }
+  }
+  // Layers see the same number of tokens, but for the step that is running.
+  float value(ExpertKey key) const override { return last_[key] - times_[key / experts_]; }
+  std::vector<float> state() const override {
+    std::vector<float> ages(last_.size());
+    for (std::size_t key = 0; key < ages.size(); ++key) {
+      ages[key] = last_[key] - times_[key / experts_];
+    }
+    return ages;
+  }
+  bool restore(std::span<const float> state) override {
+    if (state.size() != last_.size() ||
+        !std::ranges::all_of(state, [](float v) { return v <= 0.0f && v >= -kLongest; })) {
+      return false;
+    }
+    std::ranges::fill(times_, 0.0f);
+    std::ranges::copy(state, last_.begin());
+    return true;
+  }
+
+ private:
+  static constexpr float kLongest = 1 << 22;
+
+  void rebase(std::int64_t layer) {
+    float& now = times_[static_cast<std::size_t>(layer)];
+    const std::size_t first = static_cast<std::size_t>(layer) * experts_;
+    for (std::size_t e = 0; e < experts_; ++e) {
+      last_[first + e] = std::max(last_[first + e] - now, -kLongest);
+    }
+    now = 0.0f;
+  }
+
+  std::size_t experts_;
+  std::vector<float> times_;
+  std::vector<float> last_;
+};
+
+class Lfu final : public FadingPolicy {
+ public:
+  Lfu(std::int64_t layers, std::int64_t experts) : FadingPolicy("lfu", layers, experts, {0.98f}) {}
+  void use(std::int64_t layer, Experts used, Scores) override { parts_[0].count(layer, used); }
+  float value(ExpertKey key) const override { return parts_[0][key]; }
+};
+
+// A recency-frequency mix: short-term rate plus long-term rate.
+class Lrfu final : public FadingPolicy {
+ public:
+  Lrfu(std::int64_t layers, std::int64_t experts)
+      : FadingPolicy("lrfu", layers, experts, {0.9f, 0.995f}) {}
+  void use(std::int64_t layer, Experts used, Scores) override {
+    for (Fading& part : parts_) part.count(layer, used);
+  }
+  float value(ExpertKey key) const override { return 0.5f * parts_[0][key] + parts_[1][key]; }
+};
+
+// Selection scores as a softmax over the experts; the temperature sets how near a miss counts.
+std::vector<float> shares(Scores scores, float temperature) {
+  std::vector<float> share(scores.begin(), scores.end());
+  if (share.empty()) return share;
+  const float largest = *std::ranges::max_element(share);
+  float sum = 0.0f;
+  for (float& s : share) sum += s = std::exp((s - largest) / temperature);
+  for (float& s : share) s /= sum;
+  return share;
+}
+
+class Router final : public FadingPolicy {
+ public:
+  Router(std::int64_t layers, std::int64_t experts)
+      : FadingPolicy("router", layers, experts, {0.95f}) {}
+  void use(std::int64_t layer, Experts, Scores scores) override {
+    parts_[0].average(layer, shares(scores, 0.1f));
+  }
+  float value(ExpertKey key) const override { return parts_[0][key]; }
+};
+
+constexpr std::array<std::string_view, 5> kNames{"lru", "lfu", "lrfu", "router", "default"};
+
+}  // namespace
+
+std::unique_ptr<Policy> make_policy(std::string_view name, std::int64_t layers,
+                                    std::int64_t experts) {
+  if (name == "lru") return std::make_unique<Lru>(layers, experts);
+  if (name == "lfu") return std::make_unique<Lfu>(layers, experts);
+  if (name == "lrfu") return std::make_unique<Lrfu>(layers, experts);
+  if (name == "router") return std::make_unique<Router>(layers, experts);
+  throw ParameterError("policy", "'" + std::string(name) +
+                                     "' is not one of lru, lfu, lrfu, router, default");
+}
+
+void selection_scores(ops::RouterSpec::Scoring scoring, Scores logits, Scores bias,
+                      std::span<float> scores) {
+  if (scoring == ops::RouterSpec::Scoring::kSoftmax) {
+    std::ranges::copy(shares(logits, 1.0f), scores.begin());
+  } else {
+    std::ranges::transform(logits, scores.begin(), [](float x) { return 1 / (1 + std::exp(-x)); });
+  }
+  for (std::size_t e = 0; e < bias.size(); ++e) scores[e] += bias[e];
+}
+
+std::span<const std::string_view> policy_names() { return kNames; }
+
+}  // namespace dsfp4::residency
