@@ -1,42 +1,19 @@
 #include "memory/arena.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <fstream>
-#include <limits>
-#include <new>
-#include <string>
 
 #include "dsfp4/error.h"
+#include "memory/limits.h"
 
 namespace dsfp4::memory {
-namespace {
 
-// The number after `key` in `file` (the first word if key is empty); SIZE_MAX if there is none
-// ("max").
-std::size_t number_in(const char* file, const std::string& key) {
-  std::ifstream in(file);
-  std::string word;
-  while (in >> word) {
-    if (!key.empty() && word != key) continue;
-    if (!key.empty() && !(in >> word)) break;
-    if (word[0] >= '0' && word[0] <= '9') return std::strtoull(word.c_str(), nullptr, 10);
-    break;
-  }
-  return std::numeric_limits<std::size_t>::max();
-}
-
-}  // namespace
-
-void Arena::Free::operator()(std::byte* memory) const noexcept {
-  ::operator delete(memory, std::align_val_t{kAlignment});
-}
-
-Arena::Arena(std::size_t bytes, const char* purpose) : size_(padded(bytes)), purpose_(purpose) {
-  void* memory =
-      ::operator new(std::max(size_, kAlignment), std::align_val_t{kAlignment}, std::nothrow);
+Arena::Arena(std::size_t bytes, const char* purpose, MemorySource& source)
+    : size_(padded(bytes)), purpose_(purpose) {
+  if (size_ < bytes) throw MemoryLimitError(purpose, bytes, available_memory());
+  const std::size_t taken = std::max(size_, kAlignment);
+  std::byte* memory = source.allocate(taken);
   if (memory == nullptr) throw MemoryLimitError(purpose, size_, available_memory());
-  memory_.reset(static_cast<std::byte*>(memory));
+  memory_ = {memory, Free{&source, taken}};
 }
 
 std::byte* Arena::take(std::size_t bytes) {
@@ -47,18 +24,6 @@ std::byte* Arena::take(std::size_t bytes) {
   std::byte* taken = memory_.get() + used_;
   used_ += wanted;
   return taken;
-}
-
-std::size_t available_memory() {
-  constexpr std::size_t kUnknown = std::numeric_limits<std::size_t>::max();
-  std::size_t available = number_in("/proc/meminfo", "MemAvailable:");
-  if (available != kUnknown) available *= 1024;  // the file counts in KiB
-  const std::size_t limit = number_in("/sys/fs/cgroup/memory.max", "");
-  const std::size_t used = number_in("/sys/fs/cgroup/memory.current", "");
-  if (limit != kUnknown && used != kUnknown) {
-    available = std::min(available, limit > used ? limit - used : 0);
-  }
-  return available;
 }
 
 }  // namespace dsfp4::memory

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <memory>
 
+#include "memory/source.h"
+
 namespace dsfp4::memory {
 
 class Arena {
@@ -15,11 +17,11 @@ class Arena {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 
-  /// Throws MemoryLimitError if the system does not give `bytes` bytes for `purpose`
-  /// ("the weights").
-  Arena(std::size_t bytes, const char* purpose);
+  /// Takes `bytes` bytes from `source`, which must outlive the arena. Throws MemoryLimitError if it
+  /// does not have them for `purpose` ("the weights").
+  Arena(std::size_t bytes, const char* purpose, MemorySource& source = host_memory());
 
-  /// The next `bytes` bytes, aligned to kAlignment and not initialised. Throws MemoryLimitError if
+  /// The next `bytes` bytes, aligned to kAlignment, with arbitrary values. Throws MemoryLimitError if
   /// they are not left.
   std::byte* take(std::size_t bytes);
   template <typename T>
@@ -34,16 +36,14 @@ class Arena {
 
  private:
   struct Free {
-    void operator()(std::byte* memory) const noexcept;
+    MemorySource* source;
+    std::size_t bytes;
+    void operator()(std::byte* memory) const noexcept { source->release(memory, bytes); }
   };
   std::unique_ptr<std::byte, Free> memory_;
   std::size_t size_;
   std::size_t used_ = 0;
   const char* purpose_;
 };
-
-/// Bytes that the system can still give without swapping: the least of /proc/meminfo's MemAvailable
-/// and what is left below the cgroup's limit. SIZE_MAX where neither can be read.
-std::size_t available_memory();
 
 }  // namespace dsfp4::memory

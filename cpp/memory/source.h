@@ -1,0 +1,42 @@
+// Where big memory comes from: ordinary RAM here; pinned and device memory are implemented by
+// ops/cuda behind the same interface.
+#pragma once
+
+#include <cstddef>
+
+namespace dsfp4::memory {
+
+class MemorySource {
+ public:
+  virtual ~MemorySource() = default;
+  /// `bytes` > 0 bytes, aligned to at least 4096, or null if there are not so many. Any thread.
+  virtual std::byte* allocate(std::size_t bytes) noexcept = 0;
+  /// Gives back what allocate(bytes) gave.
+  virtual void release(std::byte* memory, std::size_t bytes) noexcept = 0;
+  /// Whether the processor can read and write it.
+  virtual bool host_accessible() const noexcept = 0;
+  /// "RAM".
+  virtual const char* name() const noexcept = 0;
+};
+
+/// Pages of the process: aligned to 2 MiB and in huge pages where they are large enough and the
+/// system allows it, and zero at first. They count as used when they are first written.
+MemorySource& host_memory() noexcept;
+
+/// A source that a test puts in place of host_memory() while it lives. Not for several threads.
+class HostMemoryOverride {
+ public:
+  explicit HostMemoryOverride(MemorySource& source) noexcept;
+  ~HostMemoryOverride();
+  HostMemoryOverride(const HostMemoryOverride&) = delete;
+  HostMemoryOverride& operator=(const HostMemoryOverride&) = delete;
+
+ private:
+  MemorySource* before_;
+};
+
+/// Empty if large allocations get huge pages; else one plain sentence that says why not and what it
+/// costs.
+const char* why_no_huge_pages() noexcept;
+
+}  // namespace dsfp4::memory
