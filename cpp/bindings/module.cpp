@@ -8,4 +8,5 @@ NB_MODULE(_core, m) {
   dsfp4::bindings::bind_checkpoint(m);
   dsfp4::bindings::bind_ops(m);
   dsfp4::bindings::bind_model(m);
+  dsfp4::bindings::bind_residency(m);
 }

@@ -7,6 +7,7 @@
 #include "base/thread_pool.h"
 #include "dsfp4/error.h"
 #include "engine/sampler.h"
+#include "memory/limits.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -42,6 +43,25 @@ std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
   return wanted == 0 ? model_limit : wanted;
 }
 
+std::uint64_t kv_bytes(const checkpoint::ModelConfig& config, std::int64_t tokens,
+                       ops::KvFormat format) {
+  const std::int64_t width = config.kv_lora_rank + config.qk_rope_head_dim;
+  return static_cast<std::uint64_t>(tokens * config.num_hidden_layers * width) *
+         ops::kv_value_bytes(format);
+}
+
+std::int64_t prefill_chunk(const model::Decoder& decoder, bool tiered, std::int64_t max_context) {
+  std::int64_t chunk = kPrefillChunk;
+  while (tiered && chunk < kLongestPrefillChunk &&
+         decoder.scratch_bytes(2 * chunk) <= kActivationBytes) {
+    chunk *= 2;
+  }
+  return std::min(chunk, max_context);
+}
+
+// Leaves a prefill between two groups of experts.
+struct PrefillCancelled {};
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -53,14 +73,33 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options.device, thread_count(options.threads))),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(folder, config_, options.progress)),
-      experts_(*backend_, config_.hidden_size, config_.moe_intermediate_size,
-               [this](std::int64_t layer) -> std::span<const ops::ExpertView> {
-                 return loaded_.weights.layers[static_cast<std::size_t>(layer)].experts;
-               }),
-      decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_, kv_format_),
-      scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations"),
+      plan_(plan_experts(folder, config_, options,
+                         kv_bytes(config_, max_context_, kv_format_) + kActivationBytes,
+                         memory::available_memory())),
+      loaded_(load_weights(folder, config_, plan_.tiered, reader_options(options),
+                           options.progress)),
+      experts_(*backend_, model::make_spec(config_), loaded_, plan_, options,
+               loaded_.fingerprint),
+      decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_.runner(),
+               kv_format_),
+      prefill_chunk_(prefill_chunk(decoder_, plan_.tiered, max_context_)),
+      scratch_(decoder_.scratch_bytes(prefill_chunk_), "the activations"),
       cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_) {}
+
+void Engine::set_memory_config(const MemoryConfig& config) {
+  const std::lock_guard turn(turn_);
+  experts_.configure(config);
+}
+
+void Engine::set_memory_strategy(const MemoryStrategy& strategy) {
+  const std::lock_guard turn(turn_);
+  experts_.place(strategy);
+}
+
+ModelStats Engine::stats() const {
+  const std::lock_guard turn(turn_);
+  return experts_.stats();
+}
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
   if (ids.empty()) throw ParameterError(parameter, "must hold at least one token id");
@@ -110,7 +149,7 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
 
   const std::lock_guard turn(turn_);
   Sequence sequence(cache_);
-  const std::int64_t chunk = options.decode ? 1 : kPrefillChunk;
+  const std::int64_t chunk = options.decode ? 1 : prefill_chunk_;
   for (std::int64_t at = 0; at < count; at += chunk) {
     const std::int64_t rows = std::min(chunk, count - at);
     const auto first_pair = static_cast<std::size_t>(at * spec().router.top_k);
@@ -160,7 +199,11 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
 
   auto start = std::chrono::steady_clock::now();
-  const bool go_on = prefill(sequence, prompt, options, logits);
+  bool go_on = false;
+  try {
+    go_on = prefill(sequence, prompt, options, logits);
+  } catch (const PrefillCancelled&) {
+  }
   result.prefill_seconds = seconds_since(start);
   if (!go_on) {
     result.finish_reason = FinishReason::kCancelled;
@@ -168,14 +211,27 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   }
   start = std::chrono::steady_clock::now();
   decode(sequence, prompt, options, on_token, logits, result);
+  experts_.remember();
   result.decode_seconds = seconds_since(start);
   return result;
 }
 
 bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                      const GenerateOptions& options, std::span<float> logits) {
+  struct Unhook {
+    ExpertTiers& experts;
+    ~Unhook() { experts.between_groups({}); }
+  } unhook{experts_};
   for (std::size_t at = 0; at < prompt.size();) {
-    const std::size_t rows = std::min<std::size_t>(kPrefillChunk, prompt.size() - at);
+    if (options.on_prefill) {
+      experts_.between_groups([&options, at, &prompt] {
+        if (!options.on_prefill(static_cast<std::int64_t>(at),
+                                static_cast<std::int64_t>(prompt.size()))) {
+          throw PrefillCancelled();
+        }
+      });
+    }
+    const std::size_t rows = std::min(static_cast<std::size_t>(prefill_chunk_), prompt.size() - at);
     last_logits(sequence, model::Phase::kPrefill, prompt.subspan(at, rows), logits);
     at += rows;
     if (options.on_prefill && !options.on_prefill(static_cast<std::int64_t>(at),

@@ -9,17 +9,22 @@
 
 #include "checkpoint/config.h"
 #include "dsfp4/model.h"
+#include "engine/expert_tiers.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "ops/backend.h"
-#include "residency/resident_experts.h"
+#include "residency/plan.h"
 
 namespace dsfp4::engine {
 
-/// Tokens of a prompt that pass the layers together; bounds scratch.
+/// Tokens of a prompt that pass the layers together, where all weights are in memory.
 inline constexpr std::int64_t kPrefillChunk = 256;
+/// Where experts are read from the SSD, once for each chunk, chunks are as long as this much memory
+/// for activations allows, and at most kLongestPrefillChunk.
+inline constexpr std::size_t kActivationBytes = std::size_t{1} << 30;
+inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 
 class Engine {
  public:
@@ -34,6 +39,9 @@ class Engine {
                const ForwardOptions& options);
   GenerationResult generate(std::span<const std::int32_t> prompt, const GenerateOptions& options,
                             const TokenCallback& on_token);
+  void set_memory_config(const MemoryConfig& config);
+  void set_memory_strategy(const MemoryStrategy& strategy);
+  ModelStats stats() const;
 
  private:
   /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
@@ -56,12 +64,14 @@ class Engine {
   std::int64_t max_context_;
   std::unique_ptr<ops::Backend> backend_;
   ops::KvFormat kv_format_;
+  residency::RamPlan plan_;
   LoadedWeights loaded_;
-  residency::ResidentExperts experts_;
+  ExpertTiers experts_;
   model::Decoder decoder_;
+  std::int64_t prefill_chunk_;
   memory::Arena scratch_;
   KvCache cache_;
-  std::mutex turn_;  // callers take turns
+  mutable std::mutex turn_;  // callers take turns
 };
 
 }  // namespace dsfp4::engine

@@ -11,6 +11,7 @@
 #include "dsfp4/error.h"
 #include "format/scalar.h"
 #include "memory/arena.h"
+#include "memory/limits.h"
 #include "storage/reader.h"
 
 namespace dsfp4::engine {
@@ -194,6 +195,21 @@ void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
   }
 }
 
+// FNV-1a over what the headers say: tells checkpoints apart, not bytes.
+std::uint64_t fingerprint(const Catalogue& catalogue) {
+  std::uint64_t hash = 0xcbf29ce484222325;
+  const auto mix = [&](std::uint64_t value) {
+    for (int i = 0; i < 8; ++i) hash = (hash ^ (value >> (8 * i) & 0xFF)) * 0x100000001b3;
+  };
+  for (const TensorInfo& tensor : catalogue.tensors()) {
+    for (const char c : tensor.name) mix(static_cast<unsigned char>(c));
+    mix(tensor.file);
+    mix(tensor.offset);
+    mix(tensor.bytes);
+  }
+  return hash;
+}
+
 }  // namespace
 
 WeightSizes weight_sizes(const std::filesystem::path& folder,
@@ -247,18 +263,20 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
     if (progress) progress(done, total);
   });
   placement.finish();
-  if (!experts_in_files) {
-    return {std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
-  }
-  std::vector<residency::ExpertImage> images;
+  LoadedWeights loaded{std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
+  if (!experts_in_files) return loaded;
+  std::vector<residency::ExpertImage>& images = loaded.images;
   for (std::size_t i = 0; i < layout.layers.size(); ++i) {
     for (std::size_t e = 0; e < layout.layers[i].experts.size(); ++e) {
       images.push_back(
-          residency::expert_image(layout.layers[i].experts[e], weights.layers[i].experts[e]));
+          residency::expert_image(layout.layers[i].experts[e],
+                                  loaded.weights.layers[i].experts[e]));
     }
   }
-  return {std::move(arena), std::move(weights), counted.weight_bytes(), std::move(images),
-          std::move(reader)};
+  loaded.experts = images.size();
+  loaded.fingerprint = fingerprint(catalogue);
+  loaded.reader = std::move(reader);
+  return loaded;
 }
 
 }  // namespace dsfp4::engine

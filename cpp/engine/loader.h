@@ -22,6 +22,8 @@ struct LoadedWeights {
   /// Of a model whose experts stay in the files: what ExpertStore needs. Else empty.
   std::vector<residency::ExpertImage> images;
   std::unique_ptr<storage::Reader> reader;
+  std::size_t experts = 0;        // in all layers
+  std::uint64_t fingerprint = 0;  // of the tensors' names, places and sizes
 };
 
 /// What load_weights() would take, from the headers alone.

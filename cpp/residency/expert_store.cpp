@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <sys/mman.h>
 #include <utility>
 
 #include "base/checked.h"
 #include "dsfp4/error.h"
-#include "memory/arena.h"
+#include "memory/limits.h"
 
 namespace dsfp4::residency {
 
@@ -75,10 +76,19 @@ ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images,
 
 ExpertStore::~ExpertStore() {
   Lock lock(mutex_);
+  std::vector<storage::ReadTicket> tickets;
   for (Slot& slot : slots_) {
-    if (slot.state == State::kReading) reader_.cancel(slot.ticket);
+    if (slot.state == State::kReading) tickets.push_back(slot.ticket);
   }
+  cancel(lock, tickets);
   arrival_.wait(lock, [&] { return unread_ == 0; });
+}
+
+// A read may complete within cancel(), so this is done without the lock.
+void ExpertStore::cancel(Lock& lock, const std::vector<storage::ReadTicket>& tickets) {
+  lock.unlock();
+  for (const storage::ReadTicket& ticket : tickets) reader_.cancel(ticket);
+  lock.lock();
 }
 
 std::byte* ExpertStore::memory_of(int slot) const {
@@ -95,10 +105,11 @@ ExpertStore::Found ExpertStore::pin(ExpertKey key, bool keep) {
     slot.key = kNoKey;
     return Found::kAbsent;
   }
+  if (slot.state == State::kReading) reader_.promote(slot.ticket);  // if it was speculative
   if (slot.speculative) {
     ++stats_.prefetched;
+    stats_.prefetched_bytes += images_[key].bytes();
     slot.speculative = false;
-    if (slot.state == State::kReading) reader_.promote(slot.ticket);
   } else if (slot.state == State::kReady) {
     ++stats_.hits;
   } else {
@@ -156,6 +167,13 @@ std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, 
   return ready;
 }
 
+void ExpertStore::wait_for_room() {
+  Lock lock(mutex_);
+  const int unread = unread_;
+  if (unread == 0) throw std::logic_error("no slot for an expert, and no read in flight");
+  arrival_.wait(lock, [&] { return unread_ < unread; });
+}
+
 void ExpertStore::throw_failure(ExpertKey key, const storage::ReadResult& result) const {
   const auto experts = static_cast<ExpertKey>(options_.experts);
   throw IoError(result.file, result.offset, result.error_number,
@@ -189,7 +207,8 @@ bool ExpertStore::prefetch(ExpertKey key) {
 }
 
 void ExpertStore::drop_speculation(std::int64_t layer) {
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
+  std::vector<storage::ReadTicket> tickets;
   const auto experts = static_cast<ExpertKey>(options_.experts);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
@@ -197,13 +216,14 @@ void ExpertStore::drop_speculation(std::int64_t layer) {
     if (static_cast<std::int64_t>(slot.key / experts) != layer) continue;
     if (slot.state == State::kReading) {
       slot.cancelled = true;
-      reader_.cancel(slot.ticket);
+      tickets.push_back(slot.ticket);
     } else if (slot.state == State::kReady) {
       slot.speculative = false;  // it may still be found until the slot is taken
       stats_.wasted_bytes += images_[slot.key].bytes();
       pass_by(static_cast<int>(i));
     }
   }
+  cancel(lock, tickets);
 }
 
 // A slot that holds nothing worth keeping, or -1.
@@ -310,6 +330,7 @@ void ExpertStore::arrived(int number, const storage::ReadResult& result) noexcep
   if (slot.cancelled) stats_.wasted_bytes += slot.ticket.bytes_done();
   if (done && slot.pins == 0 && !slot.keep && !slot.speculative) pass_by(number);
   if (!done) {
+    forget(slot);
     slot.cancelled = false;
     slot.speculative = false;
     try {
@@ -355,11 +376,13 @@ std::size_t ExpertStore::cache_room() const {
 void ExpertStore::resize(std::size_t slots, std::size_t cache_slots) {
   check_counts(slots, cache_slots);
   Lock lock(mutex_);
+  std::vector<storage::ReadTicket> tickets;
   for (Slot& slot : slots_) {
-    if (slot.state != State::kReading || !slot.speculative) continue;
+    if (slot.state != State::kReading || !slot.speculative || slot.cancelled) continue;
     slot.cancelled = true;
-    reader_.cancel(slot.ticket);
+    tickets.push_back(slot.ticket);
   }
+  cancel(lock, tickets);
   arrival_.wait(lock, [&] { return unread_ == 0; });
 
   if (slots > slots_.size()) memory_->resize(slot_size_ * slots);
@@ -432,18 +455,22 @@ bool ExpertStore::restore_policy(std::span<const float> state) {
   return policy_->restore(state);
 }
 
-std::vector<ExpertKey> ExpertStore::most_wanted() const {
+void ExpertStore::warm_up() {
   const std::lock_guard lock(mutex_);
   std::vector<std::pair<float, ExpertKey>> values;
   for (ExpertKey key = 0; key < images_.size(); ++key) {
     if (slot_of_[key] < 0) values.emplace_back(-policy_->value(key), key);
   }
-  const std::size_t room = options_.cache_slots - std::min(options_.cache_slots, cached_);
-  const std::size_t count = std::min(room, values.size());
-  std::ranges::partial_sort(values, values.begin() + static_cast<std::ptrdiff_t>(count));
-  std::vector<ExpertKey> keys;
-  for (std::size_t i = 0; i < count; ++i) keys.push_back(values[i].second);
-  return keys;
+  std::ranges::sort(values);
+  for (const auto& [value, key] : values) {
+    if (cached_ >= options_.cache_slots || free_.empty()) return;
+    const int number = free_.back();
+    free_.pop_back();
+    read_into(number, key, storage::Priority::kSpeculative);
+    slots_[static_cast<std::size_t>(number)].keep = true;
+    ++cached_;
+    stats_.warm_bytes += images_[key].bytes();
+  }
 }
 
 bool ExpertStore::is_consistent() const {

@@ -32,9 +32,11 @@ struct StoreStats {
   std::uint64_t misses = 0;          // pins that had to wait for a read of their own
   std::uint64_t joined = 0;          // pins that found a read of a demand under way
   std::uint64_t prefetched = 0;      // pins that found a speculative read, done or under way
+  std::uint64_t prefetched_bytes = 0;
   std::uint64_t demand_bytes = 0;    // read because an expert was needed
   std::uint64_t speculative_bytes = 0;
   std::uint64_t wasted_bytes = 0;    // of those, read and given up unused
+  std::uint64_t warm_bytes = 0;      // read by warm_up()
   std::uint64_t evictions = 0;
 };
 
@@ -74,6 +76,9 @@ class ExpertStore {
   /// Those of `pinned` that are ready; with `wait`, at least one. Throws the error of one whose read
   /// failed.
   std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned, bool wait);
+  /// Waits until a read that nobody has pinned has ended: for who found no room and has nothing
+  /// pinned.
+  void wait_for_room();
   /// Of a pinned expert that is ready.
   ops::ExpertView view(ExpertKey key) const;
 
@@ -97,8 +102,9 @@ class ExpertStore {
   /// Throws ParameterError, and MemoryLimitError, and then nothing has changed.
   void resize(std::size_t slots, std::size_t cache_slots);
 
-  /// The absent experts with the highest values, at most as many as cache slots are free.
-  std::vector<ExpertKey> most_wanted() const;
+  /// Submits reads, behind every demand, of the absent experts with the highest values until the
+  /// cache is full.
+  void warm_up();
   /// Every slot is free, ready or being read, and nothing is pinned: for tests.
   bool is_consistent() const;
 
@@ -119,6 +125,7 @@ class ExpertStore {
 
   // All but the first are called under the lock.
   void arrived(int slot, const storage::ReadResult& result) noexcept;
+  void cancel(Lock& lock, const std::vector<storage::ReadTicket>& tickets);
   int free_or_passing();
   void reclaim();
   int find_slot(bool evict);

@@ -88,7 +88,7 @@ class Lru final : public Policy {
   Lru(std::int64_t layers, std::int64_t experts)
       : experts_(static_cast<std::size_t>(experts)),
         times_(static_cast<std::size_t>(layers)),
-        last_(static_cast<std::size_t>(layers) * experts_, 0.0f) {}
+        last_(static_cast<std::size_t>(layers) * experts_, -kLongest) {}
   std::string_view name() const noexcept override { return "lru"; }
   void use(std::int64_t layer, Experts used, Scores) override {
     float& now = times_[static_cast<std::size_t>(layer)];
@@ -99,11 +99,13 @@ class Lru final : public Policy {
     }
   }
   // Layers see the same number of tokens, but for the step that is running.
-  float value(ExpertKey key) const override { return last_[key] - times_[key / experts_]; }
+  float value(ExpertKey key) const override {
+    return std::max(last_[key] - times_[key / experts_], -kLongest);
+  }
   std::vector<float> state() const override {
     std::vector<float> ages(last_.size());
     for (std::size_t key = 0; key < ages.size(); ++key) {
-      ages[key] = last_[key] - times_[key / experts_];
+      ages[key] = value(static_cast<ExpertKey>(key));
     }
     return ages;
   }
@@ -173,6 +175,22 @@ class Router final : public FadingPolicy {
   float value(ExpertKey key) const override { return parts_[0][key]; }
 };
 
+// Counts at two horizons, and the router's view of near misses as what breaks ties between experts
+// that were hardly ever used. Tuned on the demo model's traces; LEARNED.md has the figures.
+class Default final : public FadingPolicy {
+ public:
+  Default(std::int64_t layers, std::int64_t experts)
+      : FadingPolicy("default", layers, experts, {0.9f, 0.98f, 0.97f}) {}
+  void use(std::int64_t layer, Experts used, Scores scores) override {
+    parts_[0].count(layer, used);
+    parts_[1].count(layer, used);
+    parts_[2].average(layer, shares(scores, 0.2f));
+  }
+  float value(ExpertKey key) const override {
+    return 0.1f * parts_[0][key] + parts_[1][key] + 0.3f * parts_[2][key];
+  }
+};
+
 constexpr std::array<std::string_view, 5> kNames{"lru", "lfu", "lrfu", "router", "default"};
 
 }  // namespace
@@ -182,6 +200,7 @@ std::unique_ptr<Policy> make_policy(std::string_view name, std::int64_t layers,
   if (name == "lru") return std::make_unique<Lru>(layers, experts);
   if (name == "lfu") return std::make_unique<Lfu>(layers, experts);
   if (name == "lrfu") return std::make_unique<Lrfu>(layers, experts);
+  if (name == "default") return std::make_unique<Default>(layers, experts);
   if (name == "router") return std::make_unique<Router>(layers, experts);
   throw ParameterError("policy", "'" + std::string(name) +
                                      "' is not one of lru, lfu, lrfu, router, default");

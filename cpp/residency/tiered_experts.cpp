@@ -4,7 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
-#include <stdexcept>
 #include <utility>
 
 #include "ops/scratch.h"
@@ -89,7 +88,10 @@ class TieredExperts::Layer {
       if (reading_.empty()) {
         if (missing_.empty()) return;
         fetch();
-        if (reading_.empty()) throw std::logic_error("no slot for an expert and none in use");
+        if (reading_.empty()) {  // cancelled speculation still holds the slots
+          store_.wait_for_room();
+          continue;
+        }
       }
       collect(true);
     }

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import dsfp4
-from dsfp4.cli import demo, info, quantize, run
+from dsfp4.cli import bench, demo, info, quantize, run
 from dsfp4.errors import Dsfp4Error
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dsfp4 {dsfp4.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, run, info, quantize):
+    for command in (demo, run, info, quantize, bench):
         command.add_command(commands)
     return parser
 
