@@ -1,8 +1,8 @@
 #include "residency/expert_store.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 #include <sys/mman.h>
 #include <utility>
@@ -45,6 +45,8 @@ class SlotMemory {
 };
 
 namespace {
+
+constexpr std::chrono::milliseconds kLookAgain{1};
 
 void check_counts(std::size_t slots, std::size_t cache_slots) {
   if (slots == 0 || cache_slots >= slots) {
@@ -170,8 +172,8 @@ std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, 
 void ExpertStore::wait_for_room() {
   Lock lock(mutex_);
   const int unread = unread_;
-  if (unread == 0) throw std::logic_error("no slot for an expert, and no read in flight");
-  arrival_.wait(lock, [&] { return unread_ < unread; });
+  // All may have ended by now; then the slots are there once the reader has let go of them.
+  arrival_.wait_for(lock, kLookAgain, [&] { return unread_ < unread; });
 }
 
 void ExpertStore::throw_failure(ExpertKey key, const storage::ReadResult& result) const {
