@@ -60,9 +60,9 @@ ContextLengthError::ContextLengthError(std::int64_t requested, std::int64_t limi
       limit_(limit) {}
 
 MemoryLimitError::MemoryLimitError(const std::string& purpose, std::uint64_t needed,
-                                   std::uint64_t available)
+                                   std::uint64_t available, const std::string& advice)
     : Error(purpose + " need " + gigabytes(needed) + " of RAM and " + gigabytes(available) +
-            " are available"),
+            " are available" + (advice.empty() ? "" : "; " + advice)),
       needed_(needed),
       available_(available) {}
 

@@ -58,6 +58,7 @@ nb::dict stats(const Model& model) {
   put("slots", s.slots);
   put("cache_slots", s.cache_slots);
   put("slot_bytes", s.slot_bytes);
+  put("image_bytes", s.image_bytes);
   put("hits", s.hits);
   put("misses", s.misses);
   put("joined", s.joined);
@@ -85,7 +86,7 @@ nb::dict stats(const Model& model) {
 }
 
 Model load(const std::string& path, const std::string& device, int threads,
-           std::int64_t max_context, const std::string& kv_cache_dtype,
+           std::int64_t max_context, const std::string& kv_cache_dtype, std::uint64_t ram_limit,
            const std::optional<nb::callable>& progress, std::int64_t prefetch_layers,
            double expert_threshold, std::optional<double> cpu_cache_size,
            std::optional<double> prefetch_size, const std::string& cache_policy,
@@ -101,6 +102,7 @@ Model load(const std::string& path, const std::string& device, int threads,
   options.warm_start_folder = warm_start_folder;
   options.reader = reader;
   options.direct_reads = direct_reads;
+  options.ram_limit = ram_limit;
   if (progress) {
     options.progress = [&](std::uint64_t done, std::uint64_t total) {
       const nb::gil_scoped_acquire gil;
@@ -222,7 +224,7 @@ void bind_model(nb::module_& m) {
 
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
-           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
+           nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16", nb::arg("ram_limit") = 0,
            nb::arg("progress") = nb::none(), nb::arg("prefetch_layers") = 0,
            nb::arg("expert_threshold") = 0.0, nb::arg("cpu_cache_size") = nb::none(),
            nb::arg("prefetch_size") = nb::none(), nb::arg("cache_policy") = "default",

@@ -9,4 +9,5 @@ NB_MODULE(_core, m) {
   dsfp4::bindings::bind_ops(m);
   dsfp4::bindings::bind_model(m);
   dsfp4::bindings::bind_residency(m);
+  dsfp4::bindings::bind_storage(m);
 }

@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <string>
+#include <utility>
 
+#include "base/log.h"
 #include "base/thread_pool.h"
 #include "dsfp4/error.h"
+#include "engine/ram_limit.h"
 #include "engine/sampler.h"
 #include "memory/limits.h"
 
@@ -43,16 +46,10 @@ std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
   return wanted == 0 ? model_limit : wanted;
 }
 
-std::uint64_t kv_bytes(const checkpoint::ModelConfig& config, std::int64_t tokens,
-                       ops::KvFormat format) {
-  const std::int64_t width = config.kv_lora_rank + config.qk_rope_head_dim;
-  return static_cast<std::uint64_t>(tokens * config.num_hidden_layers * width) *
-         ops::kv_value_bytes(format);
-}
-
-std::int64_t prefill_chunk(const model::Decoder& decoder, bool tiered, std::int64_t max_context) {
+// The longest chunk whose activations fit.
+std::int64_t prefill_chunk(const model::Decoder& decoder, std::int64_t max_context) {
   std::int64_t chunk = kPrefillChunk;
-  while (tiered && chunk < kLongestPrefillChunk &&
+  while (chunk < std::min(kLongestPrefillChunk, max_context) &&
          decoder.scratch_bytes(2 * chunk) <= kActivationBytes) {
     chunk *= 2;
   }
@@ -73,18 +70,56 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options.device, thread_count(options.threads))),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      plan_(plan_experts(folder, config_, options,
-                         kv_bytes(config_, max_context_, kv_format_) + kActivationBytes,
-                         memory::available_memory())),
-      loaded_(load_weights(folder, config_, plan_.tiered, reader_options(options),
-                           options.progress)),
-      experts_(*backend_, model::make_spec(config_), loaded_, plan_, options,
-               loaded_.fingerprint),
+      loaded_(load_weights(folder, config_,
+                           {.reader = reader_options(options),
+                            .progress = options.progress,
+                            .experts_stay = [&](const WeightSizes& sizes) {
+                              return plan(options, sizes);
+                            }})),
+      experts_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_, options),
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_.runner(),
                kv_format_),
-      prefill_chunk_(prefill_chunk(decoder_, plan_.tiered, max_context_)),
       scratch_(decoder_.scratch_bytes(prefill_chunk_), "the activations"),
       cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_) {}
+
+bool Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
+  const model::ModelWeights none;  // sizes do not depend on them
+  residency::ResidentExperts experts(*backend_, config_.hidden_size, config_.moe_intermediate_size,
+                                     {});
+  const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, kv_format_);
+  const std::uint64_t kv_cache =
+      KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
+  const memory::MachineMemory machine = memory::machine_memory();
+  const auto try_plan = [&] {
+    const std::uint64_t others =
+        kv_cache + sizes.staging + decoder.scratch_bytes(prefill_chunk_);
+    plan_ = plan_experts(config_, options, sizes, others, machine);
+    reserved_ = sizes.dense_bytes + others;
+  };
+  prefill_chunk_ = std::min(kPrefillChunk, max_context_);
+  try_plan();
+  if (plan_.tiered) {
+    // Longer chunks read less, so they come before a larger cache, up to a point.
+    const std::int64_t most = prefill_chunk(decoder, max_context_);
+    const std::size_t slots = plan_.cache_slots;
+    const std::int64_t least = std::exchange(prefill_chunk_, most);
+    try {
+      try_plan();
+    } catch (const MemoryLimitError&) {
+      prefill_chunk_ = least;
+      try_plan();
+    }
+    if (plan_.cache_slots < slots / 2) {
+      prefill_chunk_ = least;
+      try_plan();
+    }
+  }
+  RamNeeds needs;  // for its warnings
+  needs.weights = reserved_ + plan_.expert_bytes;
+  check_ram(options.ram_limit, needs, machine);
+  if (const char* why = memory::why_no_huge_pages(); *why != '\0') log(LogLevel::kInfo, why);
+  return plan_.tiered;
+}
 
 void Engine::set_memory_config(const MemoryConfig& config) {
   const std::lock_guard turn(turn_);

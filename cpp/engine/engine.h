@@ -44,6 +44,9 @@ class Engine {
   ModelStats stats() const;
 
  private:
+  /// Decides where the weights go, within the limit of RAM: plan_, reserved_ and prefill_chunk_.
+  /// Returns whether the experts stay in their files.
+  bool plan(const LoadOptions& options, const WeightSizes& sizes);
   /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
   /// [ids.size(), hidden], valid during the call.
   template <typename Use>
@@ -58,6 +61,9 @@ class Engine {
   /// Logits of the last of `ids`, which become the sequence's next tokens.
   void last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
                    std::span<float> logits);
+  /// Throws MemoryLimitError if the model does not fit; all in bytes.
+  /// Where the weights go, held against the limit of RAM.
+  residency::RamPlan plan(const LoadOptions& options, const WeightSizes& sizes) const;
   void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;
 
   checkpoint::ModelConfig config_;
@@ -65,10 +71,11 @@ class Engine {
   std::unique_ptr<ops::Backend> backend_;
   ops::KvFormat kv_format_;
   residency::RamPlan plan_;
+  std::uint64_t reserved_ = 0;  // bytes of all but the experts
+  std::int64_t prefill_chunk_ = kPrefillChunk;
   LoadedWeights loaded_;
   ExpertTiers experts_;
   model::Decoder decoder_;
-  std::int64_t prefill_chunk_;
   memory::Arena scratch_;
   KvCache cache_;
   mutable std::mutex turn_;  // callers take turns

@@ -1,5 +1,6 @@
 #include "engine/expert_tiers.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -33,6 +34,14 @@ residency::RamWishes wishes_of(const MemoryStrategy& strategy) {
   return {bytes_of(strategy.cpu_cache_size), bytes_of(strategy.prefetch_size)};
 }
 
+// What this process may have in all, and can have without swapping.
+std::uint64_t ram_ceiling(const LoadOptions& options, const memory::MachineMemory& machine) {
+  const std::uint64_t limit =
+      options.ram_limit > 0 ? options.ram_limit : memory::default_ram_limit(machine);
+  if (machine.available >= limit) return limit;  // also where it is not known
+  return std::min(limit, machine.process + machine.available);
+}
+
 }  // namespace
 
 void check_memory_config(const MemoryConfig& config) {
@@ -52,19 +61,18 @@ void check_memory_strategy(const MemoryStrategy& strategy) {
   check_gigabytes(strategy.prefetch_size, "prefetch_size");
 }
 
-residency::RamPlan plan_experts(const std::filesystem::path& folder,
-                                const checkpoint::ModelConfig& config, const LoadOptions& options,
-                                std::uint64_t others, std::uint64_t available) {
+residency::RamPlan plan_experts(const checkpoint::ModelConfig& config, const LoadOptions& options,
+                                const WeightSizes& sizes, std::uint64_t others,
+                                const memory::MachineMemory& machine) {
   check_memory_config(options.memory);
   check_memory_strategy(options.strategy);
-  const WeightSizes sizes = weight_sizes(folder, config);
   residency::RamNeeds needs;
-  needs.others = sizes.dense_bytes + others;
+  needs.others = sizes.dense_bytes + others + machine.process + memory::kUncountedBytes;
   needs.expert_bytes = sizes.expert_bytes;
   needs.slot_bytes = sizes.slot_bytes;
   needs.experts = sizes.experts;
   needs.experts_per_token = static_cast<std::uint64_t>(config.num_experts_per_tok);
-  return residency::plan_ram(needs, wishes_of(options.strategy), available);
+  return residency::plan_ram(needs, wishes_of(options.strategy), ram_ceiling(options, machine));
 }
 
 storage::ReaderOptions reader_options(const LoadOptions& options) {
@@ -84,12 +92,14 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
 
 ExpertTiers::ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec,
                          LoadedWeights& loaded, const residency::RamPlan& plan,
-                         const LoadOptions& options, std::uint64_t fingerprint)
+                         std::uint64_t reserved, const LoadOptions& options)
     : loaded_(loaded),
       plan_(plan),
-      fingerprint_(fingerprint),
+      fingerprint_(loaded.fingerprint),
       experts_per_token_(static_cast<std::size_t>(spec.router.top_k)),
-      policy_(options.cache_policy) {
+      policy_(options.cache_policy),
+      ceiling_(ram_ceiling(options, memory::machine_memory())),
+      reserved_(reserved) {
   if (!plan.tiered) {
     runner_ = std::make_unique<residency::ResidentExperts>(
         backend, spec.hidden_size, spec.moe_intermediate_size,
@@ -154,14 +164,12 @@ void ExpertTiers::place(const MemoryStrategy& strategy) {
                          "model is loaded, then it can be changed");
   }
   residency::RamNeeds needs;
-  const std::uint64_t now = plan_.slots * slot_bytes_;
-  needs.others = plan_.total_bytes - now;
+  needs.others = plan_.total_bytes - plan_.expert_bytes;
   needs.slot_bytes = slot_bytes_;
   needs.experts = loaded_.experts;
   needs.expert_bytes = std::numeric_limits<std::uint64_t>::max() / 2;  // stays in the files
   needs.experts_per_token = experts_per_token_;
-  const residency::RamPlan plan = residency::plan_ram(needs, wishes_of(strategy),
-                                                      memory::available_memory() + plan_.total_bytes);
+  const residency::RamPlan plan = residency::plan_ram(needs, wishes_of(strategy), ceiling_);
   store_->resize(plan.slots, plan.cache_slots);
   plan_ = plan;
 }
@@ -172,7 +180,7 @@ void ExpertTiers::between_groups(std::function<void()> call) {
 
 ModelStats ExpertTiers::stats() const {
   ModelStats stats;
-  stats.reserved_bytes = plan_.total_bytes;
+  stats.reserved_bytes = reserved_ + plan_.expert_bytes;
   stats.tiered = tiered();
   if (!tiered()) return stats;
   const residency::StoreStats store = store_->stats();
@@ -196,6 +204,7 @@ ModelStats ExpertTiers::stats() const {
   stats.predicted = runner.predicted;
   stats.predicted_used = runner.predicted_used;
   stats.predictable = runner.chosen;
+  stats.image_bytes = store_->image_bytes(0);
   stats.wait_seconds = runner.wait_seconds;
   stats.expert_seconds = runner.compute_seconds;
   stats.reads = reader.reads;

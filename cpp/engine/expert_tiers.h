@@ -10,6 +10,7 @@
 #include "checkpoint/config.h"
 #include "dsfp4/model.h"
 #include "engine/loader.h"
+#include "memory/limits.h"
 #include "model/spec.h"
 #include "residency/expert_store.h"
 #include "residency/plan.h"
@@ -22,10 +23,12 @@ namespace dsfp4::engine {
 void check_memory_config(const MemoryConfig& config);
 void check_memory_strategy(const MemoryStrategy& strategy);
 
-/// The plan for a checkpoint of which `others` bytes are taken by what is neither weights.
-residency::RamPlan plan_experts(const std::filesystem::path& folder,
-                                const checkpoint::ModelConfig& config, const LoadOptions& options,
-                                std::uint64_t others, std::uint64_t available);
+/// The plan for a checkpoint beside which `others` bytes are taken (KV cache, scratch, staging).
+/// Its total counts what the process has already, too. Throws MemoryLimitError with the least
+/// ram_limit.
+residency::RamPlan plan_experts(const checkpoint::ModelConfig& config, const LoadOptions& options,
+                                const WeightSizes& sizes, std::uint64_t others,
+                                const memory::MachineMemory& machine);
 
 /// How the files are read.
 storage::ReaderOptions reader_options(const LoadOptions& options);
@@ -34,8 +37,8 @@ class ExpertTiers {
  public:
   /// The backend and the weights must outlive this.
   ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
-              const residency::RamPlan& plan, const LoadOptions& options,
-              std::uint64_t fingerprint);
+              const residency::RamPlan& plan, std::uint64_t reserved,
+              const LoadOptions& options);
   /// Saves the warm-start file.
   ~ExpertTiers();
   ExpertTiers(const ExpertTiers&) = delete;
@@ -60,6 +63,8 @@ class ExpertTiers {
   std::uint64_t slot_bytes_ = 0;
   std::size_t experts_per_token_ = 0;
   std::string policy_;
+  std::uint64_t ceiling_;   // of the plan's total
+  std::uint64_t reserved_;  // by all but the experts
   std::unique_ptr<residency::ExpertStore> store_;
   std::unique_ptr<residency::ExpertRunner> runner_;
   residency::TieredExperts* tiered_ = nullptr;  // the runner, if it is one

@@ -1,5 +1,7 @@
 #include "engine/kv_cache.h"
 
+#include <limits>
+
 #include "base/checked.h"
 #include "dsfp4/error.h"
 
@@ -14,6 +16,13 @@ KvCache::KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_byt
   const auto blocks = static_cast<std::size_t>(ceil_div(tokens, ops::kKvBlockTokens));
   free_.reserve(blocks);
   for (std::size_t i = 0; i < blocks; ++i) free_.push_back(arena_.take(block_bytes_));
+}
+
+std::uint64_t KvCache::total_bytes(std::int64_t tokens, std::int64_t layers,
+                                   std::size_t layer_bytes) {
+  const std::size_t block = memory::Arena::padded(static_cast<std::size_t>(layers) * layer_bytes);
+  const auto blocks = static_cast<std::size_t>(ceil_div(tokens, ops::kKvBlockTokens));
+  return checked_mul(blocks, block).value_or(std::numeric_limits<std::size_t>::max());
 }
 
 std::byte* KvCache::take() {

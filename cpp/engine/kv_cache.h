@@ -14,6 +14,10 @@ class KvCache {
   /// Room for `tokens` tokens in all; a block is `layers` x `layer_bytes` bytes.
   KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_bytes, ops::KvFormat format);
 
+  /// Bytes that such a cache takes; the largest number if they cannot be counted.
+  static std::uint64_t total_bytes(std::int64_t tokens, std::int64_t layers,
+                                   std::size_t layer_bytes);
+
   ops::KvFormat format() const noexcept { return format_; }
   std::size_t free_blocks() const noexcept { return free_.size(); }
 

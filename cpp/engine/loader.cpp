@@ -210,12 +210,7 @@ std::uint64_t fingerprint(const Catalogue& catalogue) {
   return hash;
 }
 
-}  // namespace
-
-WeightSizes weight_sizes(const std::filesystem::path& folder,
-                         const checkpoint::ModelConfig& config) {
-  const Catalogue catalogue = Catalogue::open(folder);
-  const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
+WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& layout) {
   model::ModelWeights weights;
   Placement all(catalogue, false);
   place_model(all, layout, weights);
@@ -236,35 +231,36 @@ WeightSizes weight_sizes(const std::filesystem::path& folder,
   return sizes;
 }
 
+}  // namespace
+
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, bool experts_in_files,
-                           const storage::ReaderOptions& reading,
-                           const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+                           const checkpoint::ModelConfig& config,
+                           const LoadWeightsOptions& options) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
+  std::unique_ptr<storage::Reader> reader =
+      storage::make_reader(catalogue.files(), options.reader);
+
+  WeightSizes sizes = sizes_of(catalogue, layout);
+  sizes.staging = reader->staging_bytes();
+  const bool experts_stay = options.experts_stay && options.experts_stay(sizes);
 
   model::ModelWeights weights;
-  Placement counted(catalogue, experts_in_files);
+  Placement counted(catalogue, experts_stay);
   place_model(counted, layout, weights);
-  const std::size_t available = memory::available_memory();
-  if (counted.arena_bytes() > available) {
-    throw MemoryLimitError("the weights", counted.arena_bytes(), available);
-  }
-
   Arena arena(counted.arena_bytes(), "the weights");
-  Placement placement(catalogue, experts_in_files);
+  Placement placement(catalogue, experts_stay);
   placement.use_arena(arena);
   place_model(placement, layout, weights);
 
   std::uint64_t total = 0;
   for (const storage::Extent& extent : placement.extents()) total += extent.bytes;
-  std::unique_ptr<storage::Reader> reader = storage::make_reader(catalogue.files(), reading);
   reader->read(placement.extents(), [&](std::uint64_t done) {
-    if (progress) progress(done, total);
+    if (options.progress) options.progress(done, total);
   });
   placement.finish();
   LoadedWeights loaded{std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
-  if (!experts_in_files) return loaded;
+  if (!experts_stay) return loaded;
   std::vector<residency::ExpertImage>& images = loaded.images;
   for (std::size_t i = 0; i < layout.layers.size(); ++i) {
     for (std::size_t e = 0; e < layout.layers[i].experts.size(); ++e) {

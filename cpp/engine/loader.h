@@ -26,22 +26,27 @@ struct LoadedWeights {
   std::uint64_t fingerprint = 0;  // of the tensors' names, places and sizes
 };
 
-/// What load_weights() would take, from the headers alone.
+/// What there is to load, from the headers alone; bytes.
 struct WeightSizes {
   std::size_t dense_bytes = 0;   // of an arena that holds everything but the routed experts
   std::size_t expert_bytes = 0;  // and of the routed experts in it
   std::size_t slot_bytes = 0;    // of one routed expert in an ExpertStore; 0 if there are none
   std::size_t experts = 0;       // in all layers
+  std::uint64_t staging = 0;     // of the reader
 };
-WeightSizes weight_sizes(const std::filesystem::path& folder, const checkpoint::ModelConfig& config);
 
-/// Throws CheckpointError, IoError, and MemoryLimitError when the weights need more than
-/// available_memory().
-/// With `experts_in_files`, the routed experts' matrices are not loaded: their views have formats
-/// and scales but no data.
+struct LoadWeightsOptions {
+  storage::ReaderOptions reader;
+  /// Called while weights are read, in bytes.
+  std::function<void(std::uint64_t done, std::uint64_t total)> progress;
+  /// Called before anything is taken; says whether the routed experts stay in the files: their
+  /// views then have formats and scales but no data. An exception thrown by it ends the load.
+  std::function<bool(const WeightSizes& sizes)> experts_stay;
+};
+
+/// Throws CheckpointError, IoError, and MemoryLimitError when the system does not have the memory.
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, bool experts_in_files,
-                           const storage::ReaderOptions& reading,
-                           const std::function<void(std::uint64_t, std::uint64_t)>& progress);
+                           const checkpoint::ModelConfig& config,
+                           const LoadWeightsOptions& options);
 
 }  // namespace dsfp4::engine

@@ -21,8 +21,8 @@ class Arena {
   /// does not have them for `purpose` ("the weights").
   Arena(std::size_t bytes, const char* purpose, MemorySource& source = host_memory());
 
-  /// The next `bytes` bytes, aligned to kAlignment, with arbitrary values. Throws MemoryLimitError if
-  /// they are not left.
+  /// The next `bytes` bytes, aligned to kAlignment, with arbitrary values. Throws MemoryLimitError
+  /// if they are not left.
   std::byte* take(std::size_t bytes);
   template <typename T>
   T* take_array(std::size_t count) {

@@ -69,7 +69,9 @@ void apply_groups(const std::filesystem::path& root, const std::string& own, con
   apply_group(root, limit_file, usage_file, cache_key, memory);
 }
 
-std::uint64_t kibibytes(std::uint64_t number) { return number == kUnknown ? number : number * 1024; }
+std::uint64_t kibibytes(std::uint64_t number) {
+  return number == kUnknown ? number : number * 1024;
+}
 
 }  // namespace
 

@@ -17,8 +17,8 @@ class HostMemory final : public MemorySource {
     const bool huge = bytes >= kHugePage;
     const std::size_t spare = huge ? kHugePage : 0;
     if (bytes > SIZE_MAX - spare) return nullptr;
-    void* mapped = ::mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* mapped =
+        ::mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) return nullptr;
     auto* memory = static_cast<std::byte*>(mapped);
     if (!huge) return memory;

@@ -11,10 +11,12 @@ RamPlan plan_ram(const RamNeeds& needs, const RamWishes& wishes, std::uint64_t a
   const bool cache_holds_all =
       !wishes.cpu_cache_size || *wishes.cpu_cache_size >= needs.slot_bytes * needs.experts;
   RamPlan plan;
+  plan.expert_bytes = needs.expert_bytes;
   plan.total_bytes = needs.others + needs.expert_bytes;
   if (needs.experts == 0 || (cache_holds_all && plan.total_bytes <= available)) {
     if (plan.total_bytes > available) {
-      throw MemoryLimitError("the weights", plan.total_bytes, available);
+      throw MemoryLimitError("the whole model", plan.total_bytes, available,
+                             "raise ram_limit, or lower max_context");
     }
     return plan;
   }
@@ -30,20 +32,23 @@ RamPlan plan_ram(const RamNeeds& needs, const RamWishes& wishes, std::uint64_t a
   }
   const std::uint64_t floor = needs.others + staging * needs.slot_bytes;
   if (floor > available) {
-    throw MemoryLimitError("the weights that are always in memory", floor, available);
+    throw MemoryLimitError("what is always in memory and the smallest buffer for experts", floor,
+                           available, "raise ram_limit, or lower max_context");
   }
   std::uint64_t cached = (available - floor) / needs.slot_bytes;
   if (wishes.cpu_cache_size) {
     const std::uint64_t wanted = *wishes.cpu_cache_size / needs.slot_bytes;
     if (wanted > cached) {
       throw MemoryLimitError("cpu_cache_size and what else is in memory",
-                             floor + *wishes.cpu_cache_size, available);
+                             floor + *wishes.cpu_cache_size, available,
+                             "raise ram_limit, or lower cpu_cache_size");
     }
     cached = wanted;
   }
   plan.cache_slots = static_cast<std::size_t>(std::min(cached, needs.experts));
   plan.slots = plan.cache_slots + static_cast<std::size_t>(staging);
-  plan.total_bytes = needs.others + plan.slots * needs.slot_bytes;
+  plan.expert_bytes = plan.slots * needs.slot_bytes;
+  plan.total_bytes = needs.others + plan.expert_bytes;
   return plan;
 }
 

@@ -26,7 +26,8 @@ struct RamPlan {
   bool tiered = false;  // experts stay in the files; else everything is loaded
   std::size_t slots = 0;
   std::size_t cache_slots = 0;
-  std::uint64_t total_bytes = 0;  // all of the above
+  std::uint64_t expert_bytes = 0;  // of slots, or of all experts
+  std::uint64_t total_bytes = 0;   // that and the others
 };
 
 /// Everything is loaded if it fits into `available` and no cpu_cache_size below all experts was

@@ -13,8 +13,8 @@ namespace dsfp4::storage {
 std::unique_ptr<Reader> make_pread_reader(const std::vector<std::filesystem::path>& files,
                                           const ReaderOptions& options);
 
-/// Reads with io_uring, `options.depth` reads at a time for each device. Throws UnsupportedError where
-/// that is not permitted.
+/// Reads with io_uring, `options.depth` reads at a time for each device. Throws UnsupportedError
+/// where that is not permitted.
 std::unique_ptr<Reader> make_uring_reader(const std::vector<std::filesystem::path>& files,
                                           const ReaderOptions& options);
 

@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 #include <sys/resource.h>
+#include <thread>
 #include <utility>
 
 #include "dsfp4/error.h"
@@ -88,7 +89,7 @@ RawRate measure_raw_rate(const std::vector<std::filesystem::path>& files,
   Buffers buffers(static_cast<std::size_t>(options.depth) * 3 / 2 + 4, block);
   std::mt19937_64 random(seed);
   std::mutex mutex;
-  ReadResult failure;  // guarded by mutex
+  ReadResult failure;                               // guarded by mutex
   const auto reader = make_reader(files, options);  // ends before what its callbacks use
   RawRate rate;
   rate.reader = reader->name();
@@ -124,6 +125,52 @@ RawRate measure_raw_rate(const std::vector<std::filesystem::path>& files,
   rate.cpu_seconds = cpu_seconds() - cpu_before;
   failure.throw_if_failed();
   return rate;
+}
+
+DemandLatency measure_demand_beside_speculation(const std::vector<std::filesystem::path>& files,
+                                                const ReaderOptions& options,
+                                                std::uint64_t expert_bytes, int experts, int rounds,
+                                                std::uint64_t seed) {
+  if (experts < 1 || rounds < 1) throw ParameterError("rounds", "and experts must be at least 1");
+  const Blocks blocks(files, expert_bytes);
+  const auto count = static_cast<std::size_t>(experts);
+  Buffers demanded(count, expert_bytes);
+  Buffers guessed(count, expert_bytes);
+  std::vector<std::byte*> places;
+  std::vector<std::byte*> guesses;
+  for (std::size_t i = 0; i < count; ++i) {
+    places.push_back(demanded.take());
+    guesses.push_back(guessed.take());
+  }
+  std::mt19937_64 random(seed);
+  const auto reader = make_reader(files, options);
+  const auto submit = [&](const std::vector<std::byte*>& to, Priority priority) {
+    ReadRequest request;
+    for (std::byte* place : to) {
+      request.extents.push_back(blocks.extent(random() % blocks.count(), place));
+    }
+    request.priority = priority;
+    return reader->submit(std::move(request));
+  };
+  const auto demand = [&] {
+    const auto start = std::chrono::steady_clock::now();
+    reader->wait(submit(places, Priority::kDemand)).throw_if_failed();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+
+  DemandLatency latency;
+  demand();  // the first one pays for what is new
+  for (int round = 0; round < rounds; ++round) {
+    latency.idle_seconds.push_back(demand());
+    const ReadTicket guess = submit(guesses, Priority::kSpeculative);
+    while (guess.bytes_done() < expert_bytes / 4) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    latency.beside_seconds.push_back(demand());
+    reader->wait(guess).throw_if_failed();
+  }
+  latency.stats = reader->stats();
+  return latency;
 }
 
 }  // namespace dsfp4::storage

@@ -85,18 +85,20 @@ class Planner {
   }
 
   // Splits fall on multiples of the piece size, so that pieces after the first are whole.
-  std::uint64_t split_after(std::uint64_t at) const { return (at / piece_bytes_ + 1) * piece_bytes_; }
+  std::uint64_t split_after(std::uint64_t at) const {
+    return (at / piece_bytes_ + 1) * piece_bytes_;
+  }
 
   void stage(const Extent& extent, bool direct, std::uint64_t begin, std::uint64_t end) {
     for (std::uint64_t at = begin; at < end;) {
       const std::uint64_t next = std::min(end, split_after(at));
-      staged_.push_back({extent.file, direct, {at, next - at,
-                                               address_of(extent, at)}});
+      staged_.push_back({extent.file, direct, {at, next - at, address_of(extent, at)}});
       at = next;
     }
   }
 
-  // One piece out of the ranges from `i` on that lie close together; returns the first that does not.
+  // One piece out of the ranges from `i` on that lie close together; returns the first that does
+  // not.
   std::size_t staged_piece(std::size_t i) {
     const Staged& first = staged_[i];
     const std::uint64_t begin = first.direct ? down(first.fragment.offset) : first.fragment.offset;

@@ -4,6 +4,7 @@
 #include <string>
 #include <system_error>
 
+#include "base/log.h"
 #include "dsfp4/error.h"
 #include "storage/engines.h"
 #include "storage/request_queue.h"
@@ -47,7 +48,9 @@ void Reader::read(std::span<const Extent> extents, const ReadProgress& progress,
 }
 
 std::unique_ptr<Reader> make_reader(const std::vector<std::filesystem::path>& files,
-                                    const ReaderOptions& options) {
+                                    const ReaderOptions& given) {
+  ReaderOptions options = given;
+  if (!options.log) options.log = [](std::string_view line) { log(LogLevel::kWarning, line); };
   if (options.kind == ReaderKind::kPread) return make_pread_reader(files, options);
   try {
     return make_uring_reader(files, options);

@@ -109,13 +109,13 @@ struct ReaderStats {
   std::uint64_t bytes_copied = 0;       // of those, through staging
   std::uint64_t bytes_speculative = 0;  // of those, read while the request was speculative
   std::uint64_t retries = 0;
-  std::uint64_t stalls = 0;             // reads that were warned about
-  std::uint64_t in_flight = 0;          // reads with the system now
+  std::uint64_t stalls = 0;     // reads that were warned about
+  std::uint64_t in_flight = 0;  // reads with the system now
   std::uint64_t in_flight_bytes = 0;
   std::uint64_t peak_speculative_in_flight_bytes = 0;
   std::uint64_t speculative_beside_demand = 0;  // speculative reads submitted while a demand was
                                                 // unfinished: stays 0
-  double busy_seconds = 0.0;            // in which at least one read was with the system
+  double busy_seconds = 0.0;                    // in which at least one read was with the system
 };
 
 /// Called on the calling thread of Reader::read now and then, with the bytes that have arrived.
@@ -170,7 +170,7 @@ struct ReaderOptions {
   std::chrono::milliseconds stall_warning{10'000};
   std::chrono::milliseconds stall_limit{60'000};
   /// Receives one plain sentence when something is slower than it could be. May be called from any
-  /// thread. May be empty.
+  /// thread. Empty: the log of the process (base/log.h).
   std::function<void(std::string_view)> log;
   /// What the reader asks of the operating system; null is the real one. For tests (system.h).
   System* system = nullptr;

@@ -63,8 +63,8 @@ void RequestQueue::check(const ReadRequest& request) const {
                                           std::to_string(extent.offset) + " end beyond 2^63 - 1");
     }
     if (extent.destination == nullptr && extent.bytes > 0) {
-      throw ParameterError("extents", "an extent of " + std::to_string(extent.bytes) +
-                                          " bytes has no destination");
+      throw ParameterError(
+          "extents", "an extent of " + std::to_string(extent.bytes) + " bytes has no destination");
     }
   }
 }
@@ -168,7 +168,8 @@ ReaderStats RequestQueue::stats() const {
   return stats;
 }
 
-// ---- ends ----------------------------------------------------------------------------------------
+// ---- ends
+// ----------------------------------------------------------------------------------------
 
 void RequestQueue::drop_pending(RequestState& request) noexcept {
   if (request.pending == 0) return;
@@ -274,7 +275,8 @@ bool RequestQueue::is_given_up(const Job& job) const noexcept {
   return job.given_up;
 }
 
-// ---- taking --------------------------------------------------------------------------------------
+// ---- taking
+// --------------------------------------------------------------------------------------
 
 void RequestQueue::wake() noexcept {
   work_.notify_one();  // whoever takes a job wakes the next
@@ -326,6 +328,7 @@ Job* RequestQueue::take_locked(Lock& lock,
 
 Job* RequestQueue::take_retry(Lock& lock, System::Clock::time_point now,
                               std::optional<System::Clock::time_point>& next_due) noexcept {
+  bool retired = false;
   for (std::size_t i = 0; i < retries_.size();) {
     Job& job = jobs_[retries_[i]];
     const bool over = job.request->stopping.load();
@@ -344,7 +347,9 @@ Job* RequestQueue::take_retry(Lock& lock, System::Clock::time_point now,
     }
     retire(lock, job);
     i = 0;  // the lock was given up in between
+    retired = true;
   }
+  if (retired) next_due = now;  // and what came meanwhile has found nobody to wake
   return nullptr;
 }
 
@@ -414,10 +419,12 @@ void RequestQueue::retire(Lock& lock, Job& job) noexcept {
   free_jobs_.push_back(number(job));
   --request->in_flight;
   work_.notify_one();
+  if (request->completing) finished_.notify_all();  // shut_down() looks at each such job
   end_if_over(lock, request);
 }
 
-// ---- stalls --------------------------------------------------------------------------------------
+// ---- stalls
+// --------------------------------------------------------------------------------------
 
 void RequestQueue::watch() noexcept {
   Lock lock(mutex_);
@@ -447,7 +454,8 @@ void RequestQueue::look_for_stalls(Lock& lock) noexcept {
         request->stopping.store(true);
         drop_pending(*request);
         try {
-          const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options_.stall_limit);
+          const auto seconds =
+              std::chrono::duration_cast<std::chrono::seconds>(options_.stall_limit);
           request->result = {ReadStatus::kFailed, files_.path(job.piece.file),
                              static_cast<std::int64_t>(job.piece.first_needed), ETIMEDOUT,
                              "the read has not come back for " + std::to_string(seconds.count()) +
@@ -468,11 +476,11 @@ void RequestQueue::look_for_stalls(Lock& lock) noexcept {
       const Piece piece = job.piece;
       lock.unlock();
       try {
-        const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options_.stall_warning);
+        const auto seconds =
+            std::chrono::duration_cast<std::chrono::seconds>(options_.stall_warning);
         options_.log(files_.path(piece.file) + ": a read of " + std::to_string(piece.bytes) +
-                     " bytes at byte " + std::to_string(piece.offset) +
-                     " has not come back for " + std::to_string(seconds.count()) +
-                     " s; waiting on");
+                     " bytes at byte " + std::to_string(piece.offset) + " has not come back for " +
+                     std::to_string(seconds.count()) + " s; waiting on");
       } catch (...) {  // a message that cannot be made is not worth a read
       }
       lock.lock();

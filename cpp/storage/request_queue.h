@@ -52,9 +52,9 @@ struct Job {
   int staging = -1;             // number of its staging buffer, or -1
   std::size_t lane = 0;
   bool speculative = false;
-  bool warned = false;    // that it has stalled
-  bool given_up = false;  // its request has completed without it
-  System::Clock::time_point due;  // of the next attempt
+  bool warned = false;                    // that it has stalled
+  bool given_up = false;                  // its request has completed without it
+  System::Clock::time_point due;          // of the next attempt
   std::atomic<std::int64_t> started = 0;  // in the clock's ticks; 0 if not with the system
 
   // Of the thread that has the job.
@@ -166,7 +166,7 @@ class RequestQueue {
   std::vector<std::size_t> free_jobs_;
   std::vector<std::size_t> retries_;  // jobs that wait for their time
   std::size_t next_lane_ = 0;
-  std::size_t open_demands_ = 0;   // not yet completed
+  std::size_t open_demands_ = 0;  // not yet completed
   ReaderStats stats_;
   System::Clock::time_point busy_start_;
   std::atomic<bool> shut_down_ = false;

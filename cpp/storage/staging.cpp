@@ -8,8 +8,8 @@ namespace dsfp4::storage {
 
 Staging::Staging(std::size_t count, std::uint64_t bytes)
     : count_(count), bytes_(bytes), memory_(nullptr), taken_(count) {
-  void* memory = ::mmap(nullptr, total_bytes(), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      ::mmap(nullptr, total_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw MemoryLimitError("the staging buffers", total_bytes(), 0);
   memory_ = static_cast<std::byte*>(memory);
 }

@@ -34,8 +34,8 @@ class Uring {
  public:
   using Clock = System::Clock;
 
-  /// For `entries` reads at once; `wakeup` must outlive it. Throws UnsupportedError where the system
-  /// does not permit it. Must be used from the thread that made it.
+  /// For `entries` reads at once; `wakeup` must outlive it. Throws UnsupportedError where the
+  /// system does not permit it. Must be used from the thread that made it.
   Uring(unsigned entries, const Wakeup& wakeup);
   ~Uring();
   Uring(const Uring&) = delete;
@@ -83,7 +83,7 @@ class Uring {
   }
 
  private:
-  static constexpr std::uint64_t kWake = ~std::uint64_t{0} - 1;     // liburing's own is ~0
+  static constexpr std::uint64_t kWake = ~std::uint64_t{0} - 1;  // liburing's own is ~0
   static constexpr std::uint64_t kIgnored = ~std::uint64_t{0} - 2;
 
   io_uring_sqe* entry() noexcept;

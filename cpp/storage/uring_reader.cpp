@@ -1,7 +1,9 @@
 // Reads with io_uring: one thread that submits, and takes completions in batches.
 #include <algorithm>
+#include <condition_variable>
 #include <cstdint>
-#include <future>
+#include <exception>
+#include <mutex>
 #include <string>
 
 #include "dsfp4/error.h"
@@ -66,8 +68,9 @@ class UringLoop {
       if (!queue_.settle(job, *given, false)) return;
     }
     const ReadCall& call = job.call;
-    Uring::Read read{call.descriptor, false, -1, call.buffer,
-                     static_cast<std::uint32_t>(call.bytes), call.offset};
+    Uring::Read read{
+        call.descriptor, false, -1, call.buffer, static_cast<std::uint32_t>(call.bytes),
+        call.offset};
     const bool own = call.descriptor == queue_.files().descriptor(call.file, job.direct);
     if (own && files_registered_) {
       read.descriptor = static_cast<int>(call.file) * 2 + (job.direct ? 1 : 0);
@@ -98,6 +101,35 @@ class UringLoop {
   std::size_t buffers_registered_ = 0;
 };
 
+// How the loop's start went, told by its thread. Unlike a promise, it allocates nothing.
+class Start {
+ public:
+  void succeed(std::size_t buffers) { tell(buffers, nullptr); }
+  void fail(std::exception_ptr error) { tell(0, std::move(error)); }
+  /// The buffers that are registered; rethrows what went wrong.
+  std::size_t wait() {
+    std::unique_lock lock(mutex_);
+    told_.wait(lock, [this] { return known_; });
+    if (error_) std::rethrow_exception(error_);
+    return buffers_;
+  }
+
+ private:
+  void tell(std::size_t buffers, std::exception_ptr error) {
+    const std::lock_guard lock(mutex_);
+    buffers_ = buffers;
+    error_ = std::move(error);
+    known_ = true;
+    told_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable told_;
+  bool known_ = false;
+  std::size_t buffers_ = 0;
+  std::exception_ptr error_;
+};
+
 class UringReader final : public QueuedReader {
  public:
   explicit UringReader(std::shared_ptr<RequestQueue> queue) : QueuedReader(std::move(queue)) {
@@ -105,27 +137,20 @@ class UringReader final : public QueuedReader {
     if (refused < 0) throw uring_not_permitted(-refused);
     auto wakeup = std::make_shared<Wakeup>();
     queue_->on_wake([wakeup] { wakeup->notify(); });
-    std::promise<std::size_t> ready;
-    std::future<std::size_t> buffers = ready.get_future();
+    auto start = std::make_shared<Start>();
     threads_.reserve(1);
-    threads_.emplace_back([queue = queue_, wakeup, ready = std::move(ready)]() mutable {
+    threads_.emplace_back([queue = queue_, wakeup, start] {
       std::unique_ptr<UringLoop> loop;
       try {
         loop = std::make_unique<UringLoop>(*queue, *wakeup);
       } catch (...) {
-        ready.set_exception(std::current_exception());
+        start->fail(std::current_exception());
         return;
       }
-      ready.set_value(loop->buffers_registered());
+      start->succeed(loop->buffers_registered());
       loop->run();
     });
-    try {
-      say_registered(buffers.get());
-    } catch (...) {
-      threads_.front().join();
-      threads_.clear();
-      throw;
-    }
+    say_registered(start->wait());  // if it throws, the base class joins the thread
   }
   const char* name() const noexcept override { return "io_uring"; }
 

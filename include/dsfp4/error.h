@@ -82,8 +82,10 @@ class ContextLengthError : public Error {
 /// Memory that is needed is not there, or not within the limit that was given.
 class MemoryLimitError : public Error {
  public:
-  /// `purpose` is what the memory is for ("the weights"); both numbers are in bytes.
-  MemoryLimitError(const std::string& purpose, std::uint64_t needed, std::uint64_t available);
+  /// `purpose` is what the memory is for ("the weights"); both numbers are in bytes; `advice` is
+  /// what to do about it, where that is known.
+  MemoryLimitError(const std::string& purpose, std::uint64_t needed, std::uint64_t available,
+                   const std::string& advice = "");
 
   std::uint64_t needed() const noexcept { return needed_; }
   std::uint64_t available() const noexcept { return available_; }

@@ -40,6 +40,7 @@ struct ModelStats {
   std::uint64_t reserved_bytes = 0;  // planned in all: weights, caches, staging, KV cache, scratch
   bool tiered = false;               // experts lie on the SSD; if not, what follows is 0
   std::uint64_t slots = 0, cache_slots = 0, slot_bytes = 0;
+  std::uint64_t image_bytes = 0;  // of an expert in its file
   std::uint64_t hits = 0;        // chosen experts that were in RAM
   std::uint64_t misses = 0;      // and those that had to be read
   std::uint64_t joined = 0;      // and those that another request was reading already
@@ -80,6 +81,10 @@ struct LoadOptions {
   /// "auto", "io_uring" or "pread", and whether reads pass by the page cache.
   std::string reader = "auto";
   bool direct_reads = true;
+  /// Most RAM of the process in bytes: weights, KV cache, buffers and what the process has already.
+  /// 0: what the machine, or the control group, can spare. A limit below what is needed is refused
+  /// with MemoryLimitError, which gives the number; so is one that makes the machine swap.
+  std::uint64_t ram_limit = 0;
   /// Called while weights are read, in bytes. An exception thrown by it ends the load.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
 };

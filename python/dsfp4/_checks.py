@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from dsfp4.errors import ParameterError
 
-__all__ = ["check_integer", "check_integers", "check_real", "check_text"]
+__all__ = ["check_gigabytes", "check_integer", "check_integers", "check_real", "check_text"]
 
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -72,6 +72,22 @@ def check_real(parameter: str, value: Any, *, float32: bool = False) -> float:
             f"{parameter} must be finite and fit in a float32, not {value!r}", parameter=parameter
         )
     return real
+
+
+def check_gigabytes(parameter: str, value: Any) -> int:
+    """Return `value` GB (10^9 bytes) as bytes, at least 1; None, for no value, is 0.
+
+    Raises ParameterError for anything else.
+    """
+    if value is None:
+        return 0
+    size = check_real(parameter, value) * 1e9
+    if not 1.0 <= size < 2.0**63:  # also false for NaN
+        raise ParameterError(
+            f"{parameter} must be over 0 GB and below 2^63 bytes, not {value!r}",
+            parameter=parameter,
+        )
+    return int(size)
 
 
 def check_text(parameter: str, value: Any) -> str:

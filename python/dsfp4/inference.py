@@ -57,11 +57,13 @@ class DeepseekInference:
 
     `model_path` is a checkpoint folder or "demo". `device` "auto" is the fastest backend present;
     `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit;
-    `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision; `progress`
-    is called with the bytes loaded and the bytes in all. For a model that does not fit into RAM,
-    `cpu_cache_size` and `prefetch_size` in GB, `prefetch_layers`, `expert_threshold`,
-    `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of Model. Raises the errors of `dsfp4.errors`. May
-    be used by several threads: generations run one after the other. Is a context manager.
+    `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision;
+    `ram_limit` is the most RAM of this process in GB (10^9 bytes), None what the machine can
+    spare; `progress` is called with the bytes loaded and the bytes in all. For a model that does
+    not fit into RAM, `cpu_cache_size` and `prefetch_size` in GB, `prefetch_layers`,
+    `expert_threshold`, `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of
+    Model. Raises the errors of `dsfp4.errors`. May be used by several threads: generations run one
+    after the other. Is a context manager.
 
     generate() and chat() take these options:
 
@@ -96,6 +98,7 @@ class DeepseekInference:
         threads: int = 0,
         max_context: int = 0,
         kv_cache_dtype: str = "bf16",
+        ram_limit: float | None = None,
         progress: Progress | None = None,
         **memory: "Unpack[Memory]",
     ) -> None:
@@ -108,6 +111,7 @@ class DeepseekInference:
             threads=threads,
             max_context=max_context,
             kv_cache_dtype=kv_cache_dtype,
+            ram_limit=ram_limit,
             progress=progress,
             **memory,
         )

@@ -9,7 +9,13 @@ import numpy.typing as npt
 
 from dsfp4 import _core
 from dsfp4._arrays import as_output, parameter_error
-from dsfp4._checks import check_integer, check_integers, check_real, check_text
+from dsfp4._checks import (
+    check_gigabytes,
+    check_integer,
+    check_integers,
+    check_real,
+    check_text,
+)
 from dsfp4.demo import resolve_model
 
 Logits = npt.NDArray[np.float32]  # [tokens, vocab]
@@ -31,6 +37,8 @@ class Model:
     truth that the others are compared with) or "auto"; `threads` 0 is one for each core;
     `max_context` is in tokens, 0 is the model's own limit; `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
+    `ram_limit` is the most RAM of this process in GB (10^9 bytes), Python included; None leaves the
+    machine, or the control group, room to breathe;
     `progress` is called with bytes.
 
     A model whose experts do not fit into RAM is run from its files. `cpu_cache_size` is what cached
@@ -60,6 +68,7 @@ class Model:
         warm_start: bool | str | os.PathLike[str] = True,
         reader: str = "auto",
         direct_reads: bool = True,
+        ram_limit: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         folder = str(resolve_model(path))
@@ -82,6 +91,7 @@ class Model:
             warm_start_folder=warm_start_folder(warm_start),
             reader=check_text("reader", reader),
             direct_reads=bool(direct_reads),
+            ram_limit=check_gigabytes("ram_limit", ram_limit),
             progress=progress,
         )
 

@@ -66,6 +66,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=["bf16", "fp8"],
         help="fp8 takes half the memory, at an error of some percent a value",
     )
+    group.add_argument(
+        "--ram-limit",
+        type=real(1e-9, 1e9),
+        metavar="GB",
+        help="most RAM of the whole process; default: what the machine can spare",
+    )
     _add_memory_flags(parser)
 
 
@@ -151,6 +157,7 @@ def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
             threads=arguments.threads,
             max_context=arguments.max_context,
             kv_cache_dtype=arguments.kv_cache_dtype,
+            ram_limit=arguments.ram_limit,
             progress=progress,
             **memory(arguments),
         )

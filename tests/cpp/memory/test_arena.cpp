@@ -6,6 +6,7 @@
 
 #include "dsfp4/error.h"
 #include "memory/arena.h"
+#include "memory/limits.h"
 
 namespace dsfp4::memory {
 namespace {

@@ -72,14 +72,14 @@ class ReaderFiles {
     return static_cast<char>((i * 2654435761u + salt) >> 7);
   }
   /// Whether `got` is the file's bytes from `offset` on.
-  static testing::AssertionResult same(const std::byte* got, std::size_t bytes, std::size_t offset,
+  static ::testing::AssertionResult same(const std::byte* got, std::size_t bytes, std::size_t offset,
                                        unsigned salt) {
     for (std::size_t i = 0; i < bytes; ++i) {
       if (static_cast<char>(got[i]) != byte(offset + i, salt)) {
-        return testing::AssertionFailure() << "byte " << offset + i << " is wrong";
+        return ::testing::AssertionFailure() << "byte " << offset + i << " is wrong";
       }
     }
-    return testing::AssertionSuccess();
+    return ::testing::AssertionSuccess();
   }
   static std::ptrdiff_t open_descriptors() {
     return std::distance(std::filesystem::directory_iterator("/proc/self/fd"),
@@ -115,13 +115,16 @@ class PhasedBuffer {
   std::size_t offset_;
 };
 
-/// A test for each kind of reader. Where io_uring is not permitted its half is skipped, and says so.
-class ReaderTest : public testing::TestWithParam<ReaderKind> {
+/// A test for each kind of reader. Where io_uring is not permitted its half is skipped, and says
+/// so.
+class ReaderTest : public ::testing::TestWithParam<ReaderKind> {
  protected:
   void SetUp() override {
     if (GetParam() != ReaderKind::kUring) return;
     try {
-      make_reader({}, {.kind = ReaderKind::kUring});
+      ReaderOptions uring;
+      uring.kind = ReaderKind::kUring;
+      make_reader({}, uring);
     } catch (const std::exception& error) {
       GTEST_SKIP() << error.what();
     }
@@ -154,7 +157,7 @@ class ReaderTest : public testing::TestWithParam<ReaderKind> {
   std::string log_;
 };
 
-inline std::string kind_name(const testing::TestParamInfo<ReaderKind>& info) {
+inline std::string kind_name(const ::testing::TestParamInfo<ReaderKind>& info) {
   return info.param == ReaderKind::kUring ? "Uring" : "Pread";
 }
 

@@ -40,8 +40,7 @@ TEST_P(ReaderBasics, ReadsExtentsOfSeveralFilesInPieces) {
 // Every offset and phase within a block, with and without slack: the right bytes, nowhere else.
 TEST_P(ReaderBasics, EveryPhaseReadsTheRightBytesAndNothingAround) {
   constexpr std::size_t kFile = 300'001;
-  const auto reader =
-      make_reader({files_.write("a", kFile, 3)}, options(std::uint64_t{16} << 10));
+  const auto reader = make_reader({files_.write("a", kFile, 3)}, options(std::uint64_t{16} << 10));
   for (const std::size_t offset : {0, 1, 511, 512, 4095, 4096, 4097, 70'000}) {
     for (const std::size_t bytes : {1, 17, 4096, 8191, 70'000, 120'000, 230'001}) {
       for (const std::size_t shift : {0, 1, 64, 4095}) {  // from the file's phase
@@ -102,8 +101,7 @@ TEST_P(ReaderBasics, TruncatedFileIsAnErrorThatSaysSo) {
 // The message speaks of the whole extent, though only a later piece of it ran into the end.
 TEST_P(ReaderBasics, TruncationInALaterPieceNamesTheExtent) {
   constexpr std::size_t kBytes = std::size_t{1} << 20;
-  const auto reader =
-      make_reader({files_.write("a", kBytes, 1)}, options(std::uint64_t{64} << 10));
+  const auto reader = make_reader({files_.write("a", kBytes, 1)}, options(std::uint64_t{64} << 10));
   PhasedBuffer buffer(kBytes, 10);
   for (const bool slack : {false, true}) {
     const std::vector<Extent> extents = {{0, 10, buffer.size(), buffer.data(), slack}};

@@ -1,0 +1,144 @@
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <set>
+
+#include <gtest/gtest.h>
+
+#include "dsfp4/error.h"
+#include "memory/budget.h"
+#include "memory/limits.h"
+#include "memory/slot_pool.h"
+
+namespace dsfp4::memory {
+namespace {
+
+TEST(PhasedLayout, KeepsThePhaseAndGivesEachExtentBlocksOfItsOwn) {
+  for (const std::uint64_t offset : {0u, 1u, 4095u, 4096u, 123'457u}) {
+    PhasedLayout layout;
+    std::size_t end = 0;
+    for (const std::size_t bytes : {1u, 4096u, 5000u, 12'345u}) {
+      const std::size_t at = layout.add(offset, bytes);
+      EXPECT_EQ(at % PhasedLayout::kBlock, offset % PhasedLayout::kBlock);
+      EXPECT_GE(at / PhasedLayout::kBlock * PhasedLayout::kBlock, end);  // outward to the front
+      end = (at + bytes + PhasedLayout::kBlock - 1) / PhasedLayout::kBlock * PhasedLayout::kBlock;
+      EXPECT_EQ(layout.bytes(), end);  // and to the back
+      PhasedLayout alone;
+      alone.add(offset, bytes);
+      EXPECT_LE(alone.bytes(), PhasedLayout::most(bytes));
+    }
+  }
+  PhasedLayout worst;
+  worst.add(4095, 4098);
+  EXPECT_EQ(worst.bytes(), PhasedLayout::most(4098));
+}
+
+TEST(SlotPool, HandsOutEachSlotOnce) {
+  SlotPool pool(5, 10'000, "the test's slots");
+  EXPECT_EQ(pool.slot_bytes(), 12'288u);
+  std::set<std::byte*> places;
+  for (int i = 0; i < 5; ++i) {
+    const std::int64_t slot = pool.acquire();
+    ASSERT_GE(slot, 0);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(pool.data(slot)) % PhasedLayout::kBlock, 0u);
+    std::memset(pool.data(slot), i, pool.slot_bytes());
+    places.insert(pool.data(slot));
+  }
+  EXPECT_EQ(places.size(), 5u);
+  EXPECT_EQ(pool.acquire(), -1);
+  pool.release(3);
+  EXPECT_EQ(pool.free_count(), 1u);
+  EXPECT_EQ(pool.acquire(), 3);
+}
+
+TEST(SlotPool, ImpossibleSizesAreTypedErrors) {
+  constexpr std::size_t kMost = std::numeric_limits<std::size_t>::max();
+  EXPECT_THROW(SlotPool(kMost / 4096, 8192, "the test's slots"), MemoryLimitError);
+  EXPECT_THROW(SlotPool(1, kMost, "the test's slots"), MemoryLimitError);
+  EXPECT_THROW(SlotPool(1, kMost / 4, "the test's slots"), MemoryLimitError);
+}
+
+// Counts what is out, and refuses the N-th.
+class CountingSource final : public MemorySource {
+ public:
+  std::byte* allocate(std::size_t bytes) noexcept override {
+    if (calls++ == refuse_at) return nullptr;
+    std::byte* memory = real_.allocate(bytes);
+    if (memory != nullptr) out += bytes;
+    return memory;
+  }
+  void release(std::byte* memory, std::size_t bytes) noexcept override {
+    out -= bytes;
+    real_.release(memory, bytes);
+  }
+  bool host_accessible() const noexcept override { return true; }
+  const char* name() const noexcept override { return "test"; }
+
+  int calls = 0;
+  int refuse_at = -1;
+  std::size_t out = 0;
+
+ private:
+  MemorySource& real_ = host_memory();
+};
+
+TEST(MemorySource, EverythingGoesBackToWhereItCameFrom) {
+  CountingSource source;
+  const HostMemoryOverride override_(source);
+  {
+    Arena arena((std::size_t{3} << 20) + 5, "the test's values");
+    Arena moved = std::move(arena);
+    SlotPool pool(2, 5000, "the test's slots");
+    EXPECT_EQ(source.calls, 2);
+    EXPECT_EQ(source.out, moved.size() + pool.total_bytes());
+    std::memset(moved.take(moved.size()), 1, moved.size());
+  }
+  EXPECT_EQ(source.out, 0u);
+  source.refuse_at = 2;
+  EXPECT_THROW(Arena(100, "the test's values"), MemoryLimitError);
+}
+
+TEST(MemorySource, LargeMemoryIsAlignedForHugePages) {
+  constexpr std::size_t kHuge = std::size_t{2} << 20;
+  for (const std::size_t bytes : {kHuge, kHuge + 1, 3 * kHuge - 4095}) {
+    std::byte* memory = host_memory().allocate(bytes);
+    ASSERT_NE(memory, nullptr);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory) % kHuge, 0u);
+    memory[0] = memory[bytes - 1] = std::byte{1};
+    host_memory().release(memory, bytes);
+  }
+}
+
+TEST(Budget, CountsAndRefuses) {
+  Budget budget("RAM", 100);
+  {
+    Budget::Reservation first = budget.reserve(60, "the weights");
+    EXPECT_EQ(budget.left(), 40u);
+    EXPECT_THROW(budget.reserve(41, "the KV cache"), MemoryLimitError);
+    EXPECT_EQ(budget.reserved(), 60u);
+    Budget::Reservation second = budget.reserve(40, "the KV cache");
+    first = std::move(second);
+    EXPECT_EQ(budget.reserved(), 100u);  // both live until the moved-from one ends
+  }
+  EXPECT_EQ(budget.reserved(), 0u);
+  EXPECT_THROW(budget.reserve(std::numeric_limits<std::uint64_t>::max(), "all"), MemoryLimitError);
+}
+
+TEST(Limits, TheMachineIsPlausible) {
+  const MachineMemory machine = machine_memory();
+  EXPECT_GT(machine.total, std::uint64_t{1} << 28);
+  EXPECT_LE(machine.available, machine.total);
+  EXPECT_GT(machine.process, std::uint64_t{1} << 20);
+  EXPECT_LT(machine.process, machine.total);
+}
+
+TEST(Limits, TheDefaultLeavesRoom) {
+  constexpr std::uint64_t kGb = 1'000'000'000;
+  EXPECT_EQ(default_ram_limit({100 * kGb, 80 * kGb, kGb}), 79 * kGb);  // at most 2 GB
+  EXPECT_EQ(default_ram_limit({10 * kGb, 4 * kGb, kGb}), 45 * kGb / 10);
+  EXPECT_EQ(default_ram_limit({10 * kGb, 0, 0}), 0u);
+}
+
+}  // namespace
+}  // namespace dsfp4::memory
