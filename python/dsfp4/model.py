@@ -83,8 +83,8 @@ class Model:
             threads=check_integer("threads", threads),
             max_context=check_integer("max_context", max_context),
             kv_cache_dtype=check_text("kv_cache_dtype", kv_cache_dtype),
-            cpu_cache_size=check_gigabytes("cpu_cache_size", cpu_cache_size),
-            prefetch_size=check_gigabytes("prefetch_size", prefetch_size),
+            cpu_cache_size=check_optional("cpu_cache_size", cpu_cache_size),
+            prefetch_size=check_optional("prefetch_size", prefetch_size),
             prefetch_layers=check_integer("prefetch_layers", prefetch_layers),
             expert_threshold=check_real("expert_threshold", expert_threshold),
             cache_policy=check_text("cache_policy", cache_policy),
@@ -148,7 +148,7 @@ class Model:
                     "strategy", f"has {name!r}; it may have cpu_cache_size and prefetch_size"
                 )
         self._core.set_memory_strategy(
-            **{name: check_gigabytes(name, value) for name, value in strategy.items()}
+            **{name: check_optional(name, value) for name, value in strategy.items()}
         )
 
     def stats(self) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class Model:
         )
 
 
-def check_gigabytes(name: str, value: float | None) -> float | None:
+def check_optional(name: str, value: float | None) -> float | None:
     """Return `value` as a float, or None. Raises ParameterError for what is no number."""
     return None if value is None else check_real(name, value)
 

@@ -134,7 +134,9 @@ def test_misses_are_those_of_the_replay(folder: Path, whole: dsfp4.Model) -> Non
         used, _ = model.routing_trace(ids, decode=True)
         expected = _core.replay_misses(policy, used, scores, 10)
         assert 0 < model.stats()["misses"] <= 1.02 * expected
-        assert model.stats()["misses"] >= 0.8 * expected
+        # Slots for reads hold what they held until they are taken: less is missed, not more.
+        more = _core.replay_misses("lru", used, scores, 10 + 8)
+        assert model.stats()["misses"] > 0.5 * more
 
 
 def router_biases(folder: Path, config: dict[str, Any]) -> list[bytes]:
