@@ -99,6 +99,10 @@ std::byte* ExpertStore::memory_of(int slot) const {
 
 ExpertStore::Found ExpertStore::pin(ExpertKey key, bool keep) {
   const std::lock_guard lock(mutex_);
+  return pin_locked(key, keep);
+}
+
+ExpertStore::Found ExpertStore::pin_locked(ExpertKey key, bool keep) {
   const int number = slot_of_[key];
   if (number < 0) return Found::kAbsent;
   Slot& slot = slots_[static_cast<std::size_t>(number)];
@@ -126,7 +130,9 @@ ExpertStore::Found ExpertStore::pin(ExpertKey key, bool keep) {
 }
 
 ExpertStore::Found ExpertStore::fetch(ExpertKey key, bool keep) {
-  Lock lock(mutex_);
+  const std::lock_guard lock(mutex_);
+  // Another thread may have begun to read it since pin().
+  if (const Found found = pin_locked(key, keep); found != Found::kAbsent) return found;
   const int number = find_slot(keep);
   if (number < 0) return Found::kNoRoom;
   read_into(number, key, storage::Priority::kDemand);

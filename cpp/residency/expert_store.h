@@ -68,7 +68,8 @@ class ExpertStore {
   /// Pins the expert if it is in RAM or on its way (and makes that a demand); kAbsent if not.
   /// With `keep` it is a cached expert from now on.
   Found pin(ExpertKey key, bool keep);
-  /// Pins an absent expert and submits its read: kReading, or kNoRoom. With `keep` it stays in the
+  /// Pins an absent expert and submits its read: kReading, or kNoRoom; as pin() if it is there by
+  /// now. With `keep` it stays in the
   /// cache if its value is high enough, and cached experts are given up for it; without, it passes
   /// by and takes only slots that hold nothing cached.
   Found fetch(ExpertKey key, bool keep);
@@ -126,6 +127,7 @@ class ExpertStore {
   // All but the first are called under the lock.
   void arrived(int slot, const storage::ReadResult& result) noexcept;
   void cancel(Lock& lock, const std::vector<storage::ReadTicket>& tickets);
+  Found pin_locked(ExpertKey key, bool keep);
   int free_or_passing();
   void reclaim();
   int find_slot(bool evict);

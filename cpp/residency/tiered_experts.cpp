@@ -71,8 +71,8 @@ class TieredExperts::Layer {
   void fetch() {
     std::size_t done = 0;
     while (done < missing_.size() &&
-           store_.fetch(key(missing_[done]), keep()) == ExpertStore::Found::kReading) {
-      reading_.push_back(missing_[done++]);
+           store_.fetch(key(missing_[done]), keep()) != ExpertStore::Found::kNoRoom) {
+      reading_.push_back(missing_[done++]);  // ready or not: collect() finds out
     }
     missing_.erase(missing_.begin(), missing_.begin() + static_cast<std::ptrdiff_t>(done));
   }
