@@ -1,6 +1,7 @@
 """Nats per token on text, by kind (prose or chat), of one checkpoint or of two side by side."""
 
 import argparse
+import gzip
 import json
 import sys
 from collections import defaultdict
@@ -50,7 +51,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    with open(args.file, encoding="utf-8") as lines:
+    opener = gzip.open if args.file.endswith(".gz") else open
+    with opener(args.file, "rt", encoding="utf-8") as lines:
         documents = [json.loads(line) for line in lines]
     print(f"machine: {machine()}; {len(documents)} documents, first {args.first} tokens of each")
     base = measure(args.against, documents, args.first, args.device) if args.against else {}

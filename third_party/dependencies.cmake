@@ -1,6 +1,7 @@
 # Finds what dsfp4 builds on; nothing is vendored. ./dev installs all of it on Debian and Ubuntu.
 find_package(Threads REQUIRED)
 find_package(nlohmann_json 3.10 REQUIRED)  # Debian: nlohmann-json3-dev; headers only, not shipped
+find_path(XXHASH_INCLUDE_DIR xxhash.h REQUIRED)  # Debian: libxxhash-dev; its header alone is used
 
 # Debian: liburing-dev. Static, so that a wheel needs nothing of it at run time.
 find_path(LIBURING_INCLUDE_DIR liburing.h REQUIRED)

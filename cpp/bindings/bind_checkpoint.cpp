@@ -7,6 +7,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -18,6 +19,7 @@
 #include "checkpoint/config.h"
 #include "checkpoint/layout.h"
 #include "checkpoint/summary.h"
+#include "engine/verify.h"
 
 namespace dsfp4::bindings {
 namespace {
@@ -152,6 +154,39 @@ nb::dict describe(const path& folder) {
   return dict;
 }
 
+nb::dict verify(const path& folder, int threads, bool write,
+                const std::optional<nb::callable>& progress) {
+  std::function<void(std::uint64_t, std::uint64_t)> on_bytes;
+  if (progress) {
+    on_bytes = [&](std::uint64_t done, std::uint64_t total) {
+      const nb::gil_scoped_acquire gil;
+      (*progress)(done, total);
+    };
+  }
+  engine::VerifyReport report;
+  {
+    const nb::gil_scoped_release released;
+    report = engine::verify(folder, threads, write, on_bytes);
+  }
+  nb::list problems;
+  for (const engine::TensorProblem& problem : report.problems) {
+    nb::dict dict;
+    dict["file"] = path_text(problem.file);
+    dict["tensor"] = problem.tensor;
+    dict["offset"] = problem.offset;
+    dict["problem"] = problem.problem;
+    problems.append(dict);
+  }
+  nb::dict dict;
+  dict["files"] = report.files;
+  dict["tensors"] = report.tensors;
+  dict["bytes"] = report.bytes;
+  dict["compared"] = report.compared;
+  dict["wrote"] = report.wrote;
+  dict["problems"] = problems;
+  return dict;
+}
+
 }  // namespace
 
 void bind_checkpoint(nb::module_& m) {
@@ -183,6 +218,11 @@ void bind_checkpoint(nb::module_& m) {
   m.def("describe", &describe, nb::arg("folder"),
         nb::sig("def describe(folder: str | os.PathLike) -> dict[str, typing.Any]"),
         "What a checkpoint holds, by role, and the bytes that one decoded token reads.");
+  m.def("verify", &verify, nb::arg("folder"), nb::arg("threads"), nb::arg("write"),
+        nb::arg("progress").none(),
+        nb::sig("def verify(folder: str | os.PathLike, threads: int, write: bool, progress: "
+                "collections.abc.Callable[[int, int], object] | None) -> dict[str, typing.Any]"),
+        "Reads every tensor: finite numbers, and the checksums of the sidecar if there is one.");
 }
 
 }  // namespace dsfp4::bindings

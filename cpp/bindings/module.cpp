@@ -4,9 +4,11 @@ NB_MODULE(_core, m) {
   m.doc() = "The C++ core of dsfp4. Use the dsfp4 package, not this module.";
   m.attr("__version__") = DSFP4_VERSION;
   dsfp4::bindings::bind_errors(m);
+  dsfp4::bindings::bind_log(m);
   dsfp4::bindings::bind_format(m);
   dsfp4::bindings::bind_checkpoint(m);
   dsfp4::bindings::bind_ops(m);
+  dsfp4::bindings::bind_bench(m);
   dsfp4::bindings::bind_model(m);
   dsfp4::bindings::bind_residency(m);
   dsfp4::bindings::bind_storage(m);

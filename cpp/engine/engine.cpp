@@ -72,6 +72,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
       loaded_(load_weights(folder, config_,
                            {.reader = reader_options(options),
+                            .threads = thread_count(options.threads),
                             .progress = options.progress,
                             .experts_stay = [&](const WeightSizes& sizes) {
                               return plan(options, sizes);

@@ -9,6 +9,7 @@
 #include "checkpoint/catalogue.h"
 #include "checkpoint/layout.h"
 #include "dsfp4/error.h"
+#include "engine/hash_check.h"
 #include "format/scalar.h"
 #include "memory/arena.h"
 #include "memory/limits.h"
@@ -35,6 +36,7 @@ class Placement {
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
   const std::vector<storage::Extent>& extents() const noexcept { return extents_; }
+  const std::vector<ReadTensor>& tensors() const noexcept { return tensors_; }  // as extents()
 
   void place(const WeightSource& source, format::WeightView& view) {
     if (!source.present()) return;
@@ -42,7 +44,10 @@ class Placement {
     view.rows = source.rows;
     view.cols = source.cols;
     view.data = bytes_of(*source.data);
-    if (source.scales != nullptr) view.scales = bytes_of(*source.scales);
+    if (source.scales != nullptr) {
+      view.scales = bytes_of(*source.scales);
+      if (arena_ != nullptr) block_scales_.emplace_back(source.scales, &view);
+    }
     if (arena_ == nullptr) weight_bytes_ += source.bytes();
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
   }
@@ -72,8 +77,15 @@ class Placement {
     vectors_.push_back({vector, values, read_later(*vector)});
   }
 
-  // Once the extents are read: what is kept as FP32 is converted.
+  // Once the extents are read: scales are checked, and what is kept as FP32 is converted.
   void finish() {
+    for (const auto& [tensor, view] : block_scales_) {
+      if (const auto bad = format::find_bad_scale(*view)) {
+        throw CheckpointError(catalogue_.file_name(*tensor), tensor->name,
+                              static_cast<std::int64_t>(tensor->offset + *bad),
+                              "this block scale is NaN or infinite; download the file again");
+      }
+    }
     for (const Vector& vector : vectors_) {
       to_floats(*vector.tensor, staging_[vector.staged].data(), vector.values,
                 static_cast<std::size_t>(vector.tensor->shape.at(0)));
@@ -82,12 +94,14 @@ class Placement {
       const TensorInfo& tensor = *scale.tensor;
       float value = 0.0f;
       to_floats(tensor, staging_[scale.staged].data(), &value, 1);
-      if (!std::isfinite(value) || value <= 0.0f) {
+      const float inverse = 1.0f / value;  // infinite for the smallest
+      if (!std::isfinite(value) || value <= 0.0f || (scale.reciprocal && !std::isfinite(inverse))) {
         throw CheckpointError(
             catalogue_.file_name(tensor), tensor.name, static_cast<std::int64_t>(tensor.offset),
-            "the scale is " + std::to_string(value) + "; it must be positive and finite");
+            "the scale is " + std::to_string(value) + "; it must be positive and finite" +
+                (scale.reciprocal ? ", and so must its reciprocal" : ""));
       }
-      *scale.value = scale.reciprocal ? 1.0f / value : value;
+      *scale.value = scale.reciprocal ? inverse : value;
     }
   }
 
@@ -109,12 +123,14 @@ class Placement {
     if (arena_ == nullptr) return nullptr;
     std::byte* destination = arena_->take(tensor.bytes);
     extents_.push_back({tensor.file, tensor.offset, tensor.bytes, destination});
+    tensors_.push_back({&tensor, destination});
     return destination;
   }
 
   std::size_t read_later(const TensorInfo& tensor) {
     staging_.emplace_back(tensor.bytes);
     extents_.push_back({tensor.file, tensor.offset, tensor.bytes, staging_.back().data()});
+    tensors_.push_back({&tensor, staging_.back().data()});
     return staging_.size() - 1;
   }
 
@@ -137,9 +153,11 @@ class Placement {
   std::size_t arena_bytes_ = 0;
   std::uint64_t weight_bytes_ = 0;
   std::vector<storage::Extent> extents_;
+  std::vector<ReadTensor> tensors_;
   std::vector<std::vector<std::byte>> staging_;
   std::vector<Vector> vectors_;
   std::vector<Scale> scales_;
+  std::vector<std::pair<const TensorInfo*, const format::WeightView*>> block_scales_;
 };
 
 void place_mlp(Placement& placement, const checkpoint::MlpSource& source,
@@ -258,6 +276,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   reader->read(placement.extents(), [&](std::uint64_t done) {
     if (options.progress) options.progress(done, total);
   });
+  check_hashes(catalogue, placement.tensors(), options.threads);
   placement.finish();
   LoadedWeights loaded{std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
   if (!experts_stay) return loaded;

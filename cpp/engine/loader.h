@@ -37,6 +37,8 @@ struct WeightSizes {
 
 struct LoadWeightsOptions {
   storage::ReaderOptions reader;
+  /// That check hashes where the checkpoint has them, at least 1.
+  int threads = 1;
   /// Called while weights are read, in bytes.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
   /// Called before anything is taken; says whether the routed experts stay in the files: their

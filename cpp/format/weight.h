@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 namespace dsfp4::format {
@@ -43,5 +44,9 @@ struct WeightView {
   /// kNvfp4 only: w = E2M1 * E4M3 * global_scale.
   float global_scale = 1.0f;
 };
+
+/// Byte in `weight.scales` of the first block scale that is NaN or infinite, if there is one: every
+/// value of its block would be, too. Reads all block scales.
+std::optional<std::size_t> find_bad_scale(const WeightView& weight);
 
 }  // namespace dsfp4::format

@@ -134,6 +134,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
   virtual std::string_view name() const = 0;
+  /// The instruction set that it computes with; empty where there is no choice.
+  virtual std::string_view isa() const { return {}; }
   /// The format that loses nothing against the backend's own arithmetic.
   virtual KvFormat default_kv_format() const = 0;
 

@@ -11,6 +11,8 @@
 namespace dsfp4::ops {
 namespace {
 
+constexpr std::int64_t kRowsPerPiece = 4;  // some thousand values each: more than a thread costs
+
 void store_latents(const KvView& kv, const float* from, std::int64_t count, std::byte* to) {
   switch (kv.format) {
     case KvFormat::kF32:
@@ -27,6 +29,15 @@ void store_latents(const KvView& kv, const float* from, std::int64_t count, std:
   }
 }
 
+void rotate(float* v, const float* angle, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; i += 2) {
+    const float a = v[i];
+    const float b = v[i + 1];
+    v[i] = a * angle[i] - b * angle[i + 1];
+    v[i + 1] = b * angle[i] + a * angle[i + 1];
+  }
+}
+
 }  // namespace
 
 void HostBackend::embed(const format::WeightView& table, std::span<const std::int32_t> ids,
@@ -37,13 +48,19 @@ void HostBackend::embed(const format::WeightView& table, std::span<const std::in
                                       std::to_string(t) + " is outside the vocabulary of " +
                                       std::to_string(table.rows));
     }
-    format::decode_row(table, ids[t],
-                       {out.row(static_cast<std::int64_t>(t)), static_cast<std::size_t>(out.cols)});
   }
+  pool_.parallel_for(out.rows, kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      format::decode_row(table, ids[static_cast<std::size_t>(t)],
+                         {out.row(t), static_cast<std::size_t>(out.cols)});
+    }
+  });
 }
 
 void HostBackend::zero(Matrix y) {
-  for (std::int64_t t = 0; t < y.rows; ++t) std::fill_n(y.row(t), y.cols, 0.0f);
+  pool_.parallel_for(y.rows, kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) std::fill_n(y.row(t), y.cols, 0.0f);
+  });
 }
 
 void HostBackend::add(ConstMatrix x, Matrix y) {
@@ -56,29 +73,26 @@ void HostBackend::add(ConstMatrix x, Matrix y) {
 
 void HostBackend::rope(Matrix x, std::int64_t heads, std::int64_t head_stride,
                        ConstMatrix cos_sin) {
-  for (std::int64_t t = 0; t < x.rows; ++t) {
-    const float* angle = cos_sin.row(t);
-    for (std::int64_t h = 0; h < heads; ++h) {
-      float* v = x.row(t) + h * head_stride;
-      for (std::int64_t i = 0; i < cos_sin.cols; i += 2) {
-        const float a = v[i];
-        const float b = v[i + 1];
-        v[i] = a * angle[i] - b * angle[i + 1];
-        v[i + 1] = b * angle[i] + a * angle[i + 1];
+  pool_.parallel_for(x.rows, kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      for (std::int64_t h = 0; h < heads; ++h) {
+        rotate(x.row(t) + h * head_stride, cos_sin.row(t), cos_sin.cols);
       }
     }
-  }
+  });
 }
 
 void HostBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) {
   for (const SequenceRows& sequence : batch) {
     const std::size_t row_bytes =
         static_cast<std::size_t>(x.cols) * kv_value_bytes(sequence.kv.format);
-    for (std::int64_t r = 0; r < sequence.rows; ++r) {
-      const float* from = x.row(sequence.first_row + r);
-      store_latents(sequence.kv, from, x.cols,
-                    kv_row(sequence.kv, sequence.position + r, row_bytes));
-    }
+    pool_.parallel_for(sequence.rows, 4 * kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t r = begin; r < end; ++r) {
+        const float* from = x.row(sequence.first_row + r);
+        store_latents(sequence.kv, from, x.cols,
+                      kv_row(sequence.kv, sequence.position + r, row_bytes));
+      }
+    });
   }
 }
 
@@ -92,7 +106,7 @@ void HostBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<co
                                           std::to_string(spec.experts - 1));
     }
   }
-  pool_.parallel_for(logits.rows, 8, [&](std::int64_t begin, std::int64_t end) {
+  pool_.parallel_for(logits.rows, 2, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
       const auto at = static_cast<std::size_t>(t) * k;
       route_token(spec, {logits.row(t), static_cast<std::size_t>(logits.cols)}, bias,

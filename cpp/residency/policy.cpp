@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "dsfp4/error.h"
 
@@ -175,20 +176,111 @@ class Router final : public FadingPolicy {
   float value(ExpertKey key) const override { return parts_[0][key]; }
 };
 
-// Counts at two horizons, and the router's view of near misses as what breaks ties between experts
-// that were hardly ever used. Tuned on the demo model's traces; LEARNED.md has the figures.
+// Solves the symmetric or not small system a w = b by elimination with pivots; false if singular.
+template <std::size_t N>
+bool solve(std::array<std::array<double, N>, N> a, std::array<double, N> b,
+           std::array<double, N>& w) {
+  for (std::size_t i = 0; i < N; ++i) {
+    std::size_t pivot = i;
+    for (std::size_t r = i + 1; r < N; ++r) {
+      if (std::abs(a[r][i]) > std::abs(a[pivot][i])) pivot = r;
+    }
+    if (!(std::abs(a[pivot][i]) > 1e-12)) return false;
+    std::swap(a[i], a[pivot]);
+    std::swap(b[i], b[pivot]);
+    for (std::size_t r = i + 1; r < N; ++r) {
+      const double f = a[r][i] / a[i][i];
+      for (std::size_t c = i; c < N; ++c) a[r][c] -= f * a[i][c];
+      b[r] -= f * b[i];
+    }
+  }
+  for (std::size_t i = N; i-- > 0;) {
+    w[i] = b[i];
+    for (std::size_t c = i + 1; c < N; ++c) w[i] -= a[i][c] * w[c];
+    w[i] /= a[i][i];
+  }
+  return true;
+}
+
+// Learns how much each horizon of use, and of the router's opinion, says about future use. The value
+// of an expert is w . x, an estimate of its uses to come, each token counting kFuture as much as the
+// one before; x are uses and score shares faded at several rates. The weights are those of
+// least-squares temporal difference learning (Bradtke and Barto 1996), over all experts and layers:
+// the sums A = sum x (x - kFuture x')^T and b = sum x u', where x' and u' are the next token's, are
+// solved every kSolveEvery tokens. They begin as if a prior run had found kPrior.
 class Default final : public FadingPolicy {
  public:
   Default(std::int64_t layers, std::int64_t experts)
-      : FadingPolicy("default", layers, experts, {0.9f, 0.98f, 0.97f}) {}
+      : FadingPolicy("default", layers, experts, {0.8f, 0.95f, 0.98f, 0.995f, 0.8f, 0.98f}),
+        experts_(static_cast<std::size_t>(experts)),
+        used_(experts_) {
+    for (std::size_t i = 0; i < kFeatures; ++i) {
+      a_[i][i] = kPriorStrength;
+      b_[i] = kPriorStrength * kPrior[i];
+      weights_[i] = static_cast<float>(kPrior[i]);
+    }
+  }
+
   void use(std::int64_t layer, Experts used, Scores scores) override {
-    parts_[0].count(layer, used);
-    parts_[1].count(layer, used);
-    parts_[2].average(layer, shares(scores, 0.2f));
+    std::ranges::fill(used_, 0.0f);
+    for (const std::int32_t e : used) used_[static_cast<std::size_t>(e)] = 1.0f;
+    const std::vector<float> share = shares(scores, kTemperature);
+    const std::size_t first = static_cast<std::size_t>(layer) * experts_;
+    std::vector<Features> before(experts_);
+    for (std::size_t e = 0; e < experts_; ++e) before[e] = features(first + e);
+    for (std::size_t i = 0; i < kCounts; ++i) parts_[i].count(layer, used);
+    for (std::size_t i = kCounts; i < kFeatures; ++i) parts_[i].average(layer, share);
+    for (std::size_t e = 0; e < experts_; ++e) {
+      const Features after = features(first + e);
+      for (std::size_t i = 0; i < kFeatures; ++i) {
+        const float x = before[e][i];
+        for (std::size_t j = 0; j < kFeatures; ++j) {
+          a_[i][j] += static_cast<double>(x * (before[e][j] - kFuture * after[j]));
+        }
+        b_[i] += static_cast<double>(x * used_[e]);
+      }
+    }
+    if (layer == 0 && ++tokens_ % kSolveEvery == 0) learn();
   }
+
   float value(ExpertKey key) const override {
-    return 0.1f * parts_[0][key] + parts_[1][key] + 0.3f * parts_[2][key];
+    float value = 0.0f;
+    for (std::size_t i = 0; i < kFeatures; ++i) value += weights_[i] * parts_[i][key];
+    return value;
   }
+
+ private:
+  static constexpr std::size_t kCounts = 4;
+  static constexpr std::size_t kFeatures = 6;
+  static constexpr float kFuture = 0.95f;
+  static constexpr float kTemperature = 0.1f;
+  static constexpr int kSolveEvery = 32;
+  static constexpr double kForget = 0.99;  // at each solution
+  static constexpr double kPriorStrength = 0.5;
+  static constexpr std::array<double, kFeatures> kPrior{0.1, 0.0, 10.0, 5.0, 0.0, 0.0};
+  using Features = std::array<float, kFeatures>;
+
+  Features features(std::size_t key) const {
+    Features x;
+    for (std::size_t i = 0; i < kFeatures; ++i) x[i] = parts_[i][static_cast<ExpertKey>(key)];
+    return x;
+  }
+
+  void learn() {
+    std::array<double, kFeatures> w{};
+    if (solve(a_, b_, w)) std::ranges::copy(w, weights_.begin());
+    for (auto& row : a_) {
+      for (double& value : row) value *= kForget;
+    }
+    for (double& value : b_) value *= kForget;
+  }
+
+  std::size_t experts_;
+  std::vector<float> used_;
+  std::array<std::array<double, kFeatures>, kFeatures> a_{};
+  std::array<double, kFeatures> b_{};
+  std::array<float, kFeatures> weights_{};
+  std::uint64_t tokens_ = 0;
 };
 
 constexpr std::array<std::string_view, 5> kNames{"lru", "lfu", "lrfu", "router", "default"};

@@ -1,21 +1,25 @@
 // The error family. Every exception that leaves dsfp4 is one of these types; what() is one sentence
-// that names what is wrong and, where there is something to do about it, what to do.
+// that names what is wrong and, where there is something to do about it, what to do. Each owns its
+// text and facts, so it may be kept. File names are as the caller gave the folder; all text is
+// UTF-8 as far as file names are.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "dsfp4/api.h"
+
 namespace dsfp4 {
 
 /// Base of all errors thrown by the library.
-class Error : public std::runtime_error {
+class DSFP4_API Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
 /// A file of a checkpoint is malformed, incomplete or contradicts another one.
-class CheckpointError : public Error {
+class DSFP4_API CheckpointError : public Error {
  public:
   /// `tensor` is the tensor or field at fault, empty if none; `offset` is a byte offset in `file`,
   /// or -1 where no single byte is at fault.
@@ -33,13 +37,13 @@ class CheckpointError : public Error {
 };
 
 /// The checkpoint is sound, but needs something that this version does not do.
-class UnsupportedError : public Error {
+class DSFP4_API UnsupportedError : public Error {
  public:
   using Error::Error;
 };
 
 /// The operating system refused to read or write a file.
-class IoError : public Error {
+class DSFP4_API IoError : public Error {
  public:
   /// `error_number` is an errno value; `offset` is a byte offset in `file`, or -1.
   IoError(std::string file, std::int64_t offset, int error_number, const std::string& problem);
@@ -55,7 +59,7 @@ class IoError : public Error {
 };
 
 /// An argument is outside its documented range.
-class ParameterError : public Error {
+class DSFP4_API ParameterError : public Error {
  public:
   ParameterError(std::string parameter, const std::string& problem);
 
@@ -66,7 +70,7 @@ class ParameterError : public Error {
 };
 
 /// A sequence would grow beyond the context limit of the loaded model.
-class ContextLengthError : public Error {
+class DSFP4_API ContextLengthError : public Error {
  public:
   /// Both in tokens.
   ContextLengthError(std::int64_t requested, std::int64_t limit);
@@ -80,7 +84,7 @@ class ContextLengthError : public Error {
 };
 
 /// Memory that is needed is not there, or not within the limit that was given.
-class MemoryLimitError : public Error {
+class DSFP4_API MemoryLimitError : public Error {
  public:
   /// `purpose` is what the memory is for ("the weights"); both numbers are in bytes; `advice` is
   /// what to do about it, where that is known.

@@ -1,9 +1,15 @@
 // The engine: load a checkpoint, run token ids through it, generate.
 //
-// Ownership: a Model owns its weights, caches and threads and gives them back when destroyed.
-// Threads: all calls on one Model may come from several threads; they take turns.
-// Errors: everything thrown is a dsfp4::Error (error.h); after an error the Model stays usable.
-// Nothing is printed.
+// Ownership: a Model owns its weights, caches and threads and gives them back when destroyed. It
+// keeps nothing of what a call is given: spans, options and callbacks need to last only as long as
+// the call. One that was moved from may be destroyed or assigned to, nothing else.
+// Threads: all calls on one Model may come from several threads; they take turns. A Model must
+// outlive the calls on it. Callbacks must not call the same Model; they are called on the thread
+// of the call that they were given to, LoadOptions::progress on any thread, one call at a time.
+// Errors: everything thrown is a dsfp4::Error (error.h), or what a callback threw; after an error
+// the Model stays usable. Memory for small things that runs out is std::bad_alloc, as ever.
+// Nothing is printed, and nothing ends the process; log.h has what there is to say.
+// Units: bytes, tokens and seconds.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +21,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "dsfp4/api.h"
 
 namespace dsfp4 {
 
@@ -41,7 +49,7 @@ struct ModelStats {
   bool tiered = false;               // experts lie on the SSD; if not, what follows is 0
   std::uint64_t slots = 0, cache_slots = 0, slot_bytes = 0;
   std::uint64_t image_bytes = 0;  // of an expert in its file
-  std::uint64_t hits = 0;        // chosen experts that were in RAM
+  std::uint64_t hits = 0;         // chosen experts that were in RAM
   std::uint64_t misses = 0;      // and those that had to be read
   std::uint64_t joined = 0;      // and those that another request was reading already
   std::uint64_t prefetched = 0;  // and those that a prediction had read, or was reading
@@ -157,9 +165,11 @@ struct ForwardOptions {
   bool decode = false;
 };
 
-class Model {
+/// A loaded checkpoint. Moves, but is not copied.
+class DSFP4_API Model {
  public:
-  /// Loads the checkpoint in `folder`: config.json and *.safetensors as published. Throws
+  /// Loads the checkpoint in `folder`: config.json and *.safetensors as published; symbolic links
+  /// are followed. The files must not change while the Model lives. Throws
   /// CheckpointError, UnsupportedError, IoError, MemoryLimitError, ParameterError.
   static Model load(const std::filesystem::path& folder, const LoadOptions& options = {});
 
@@ -167,7 +177,10 @@ class Model {
   Model& operator=(Model&&) noexcept;
   ~Model();
 
+  /// Token ids are 0 to this, exclusive.
   std::int64_t vocab_size() const noexcept;
+  /// Layers with experts, and experts that each token takes in one: the shape of ForwardOptions'
+  /// choices.
   std::int64_t moe_layers() const noexcept;
   std::int64_t num_experts_per_tok() const noexcept;
   /// Routed experts in a MoE layer.
@@ -176,6 +189,7 @@ class Model {
   std::int64_t max_context() const noexcept;
   /// Bytes of weights in memory, in their stored formats.
   std::uint64_t weight_bytes() const noexcept;
+  /// What LoadOptions::device came to. The string lives as long as the Model.
   const std::string& device() const noexcept;
 
   /// Logits of every token of `ids` given those before it, row-major into `logits`
@@ -190,7 +204,9 @@ class Model {
   void set_memory_strategy(const MemoryStrategy& strategy);
   ModelStats stats() const;
 
-  /// Continues `prompt` (at least one id; nothing is added to it).
+  /// Continues `prompt` (at least one id; nothing is added to it) until a token in stop_ids,
+  /// max_tokens, the end of the context or a callback that returns false. Throws ParameterError,
+  /// and ContextLengthError where the prompt leaves no room for one token.
   GenerationResult generate(std::span<const std::int32_t> prompt,
                             const GenerateOptions& options = {},
                             const TokenCallback& on_token = {});

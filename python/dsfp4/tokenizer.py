@@ -8,6 +8,7 @@ from typing import Any
 
 import tokenizers
 
+from dsfp4._checks import check_integer
 from dsfp4.errors import CheckpointError, ParameterError, UnsupportedError
 from dsfp4.jsonfile import read_json, read_optional_json
 
@@ -120,11 +121,11 @@ class Tokenizer:
     def decode_pieces(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` piece by piece, never half a character.
 
-        The pieces joined are the text of all ids together.
+        The pieces joined are the text of all ids together. Raises ParameterError for what is no id.
         """
         decoder = self.decoder()
         for id in ids:
-            if piece := decoder.push(id):
+            if piece := decoder.push(check_integer("ids", id)):
                 yield piece
         if rest := decoder.finish():
             yield rest

@@ -12,7 +12,7 @@ import pytest
 import dsfp4
 from dsfp4 import DeepseekInference
 from dsfp4.cli import main
-from dsfp4.cli.progress import Progress, format_bytes
+from dsfp4.cli.progress import Progress, format_bytes, format_seconds, format_tokens
 
 Capture = pytest.CaptureFixture[str]
 
@@ -71,6 +71,34 @@ def test_run_answers_a_question(capsys: Capture, demo: DeepseekInference) -> Non
     assert err.startswith(expected.reasoning + "\n")
 
 
+def test_demo_for_programs(capsys: Capture, demo: DeepseekInference) -> None:
+    assert main(["demo", "--json"]) == 0
+    out, err = capsys.readouterr()
+    expected = demo.generate("What is a file system?", 200, 0.5, seed=0)
+    facts = json.loads(out)
+    assert (facts["answer"], facts["reasoning"]) == (expected, expected.reasoning)
+    assert (facts["tokens"], facts["device"], err) == (len(expected.tokens), "cpu", "")
+
+
+def test_run_for_programs(capsys: Capture, demo: DeepseekInference) -> None:
+    options = ["--max-tokens", "8", "--temperature", "0", "--raw", "--json", "--logprobs", "2"]
+    options += ["--logit-bias", "300=-inf", "--logit-bias", "301=-2", "--stop-id", "5"]
+    assert main(["run", "demo", "And the king", *options]) == 0
+    out, err = capsys.readouterr()
+    expected = demo.generate(
+        *("And the king", 8, 0),
+        raw=True,
+        logprobs=2,
+        logit_bias={300: float("-inf"), 301: -2.0},
+        stop_ids=[5],
+    )
+    facts = json.loads(out)
+    assert (facts["answer"], facts["finish_reason"], err) == (expected, "length", "")
+    assert [item["id"] for item in facts["logprobs"]] == expected.tokens
+    assert [len(item["top"]) for item in facts["logprobs"]] == [2] * 8
+    assert facts["logprobs"][0]["logprob"] == pytest.approx(expected.logprobs[0].logprob, rel=1e-5)
+
+
 def test_run_reads_the_prompt_from_stdin(demo: DeepseekInference) -> None:
     arguments = ("--max-tokens", "6", "--temperature", "0", "--threads", "1", "--max-context", "64")
     done = dsfp4_command("run", "demo", "-", "--raw", *arguments, input="And the king")
@@ -108,7 +136,8 @@ def test_quantize(
     out, err = capsys.readouterr()
     assert "in 3 files" in out
     assert "routed experts: relative RMS error 0.09" in out
-    assert err == ""
+    assert err.endswith(" MB/s\n")
+    assert err.count("\n") == 1
     assert main(["quantize", source, str(tmp_path / "b"), "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["matrices"].keys() == {"bf16", "nvfp4"}
 
@@ -128,6 +157,11 @@ FAILURES = [
     ["run", "demo", "x", "--max-context", "1000000"],
     ["run", "EMPTY", "x"],
     ["info", "EMPTY"],
+    ["verify", "NOWHERE"],
+    ["verify", "EMPTY"],
+    ["chat", "NOWHERE"],
+    ["eval", "demo", "NOWHERE"],
+    ["eval", "demo", "EMPTY"],
 ]
 
 
@@ -161,6 +195,21 @@ WRONG_USAGE = [
     (["run", "demo", "x", "--device", "tpu"], "invalid choice: 'tpu'"),
     (["quantize", "a", "b", "--attention", "int8"], "invalid choice: 'int8'"),
     (["demo", "--thread", "1"], "unrecognized arguments"),
+    (["run", "demo", "x", "--thinking", "maybe"], "'maybe' is not one of on, off, auto"),
+    (["run", "demo", "x", "--logit-bias", "5"], "'5' is not ID=BIAS, as in 42=-5"),
+    (["run", "demo", "x", "--logit-bias", "5=nan"], "'5=nan' is not ID=BIAS"),
+    (["run", "demo", "x", "--stop-id", "x"], "'x' is not an integer"),
+    (["run", "demo", "x", "--logprobs", "21"], "'21' is not an integer from 0 to 20"),
+    (["runn", "demo", "x"], "did you mean 'run'?"),
+    (["chat"], "for example: dsfp4 chat demo"),
+    (["chat", "demo", "--sytem", "x"], "unrecognized arguments: --sytem"),
+    (["info"], "for example: dsfp4 info demo"),
+    (["eval", "demo"], "for example: dsfp4 eval demo book.txt --plot"),
+    (["eval", "demo", "x", "--window", "1"], "'1' is not an integer from 2 to"),
+    (["verify"], "for example: dsfp4 verify demo"),
+    (["verify", "demo", "--threads", "-1"], "'-1' is not an integer from 0 to 1024"),
+    (["quantize", "a"], "for example: dsfp4 quantize "),
+    (["demo", "--json=1"], "for example: dsfp4 demo"),
 ]
 
 
@@ -169,7 +218,29 @@ def test_wrong_usage(capsys: Capture, arguments: list[str], sentence: str) -> No
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert sentence in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.endswith("--help` explains\n")
+
+
+COMMANDS = ["demo", "run", "chat", "info", "eval", "verify", "quantize"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(capsys: Capture, command: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"\nexamples:\n  dsfp4 {command}" in out.replace("echo 'What", "dsfp4 chat")
+    assert "--json" in out
+
+
+def test_every_command_is_listed(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"\n    {command} " in out for command in COMMANDS)
 
 
 def test_a_reader_that_goes_away() -> None:
@@ -202,6 +273,27 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, ci: str, shown:
         progress(24_800_000, 368_000_000_000)
     assert ("loading 24.8 MB of 368 GB, " in terminal.getvalue()) == shown
     assert (terminal.getvalue() == "") != shown
+    assert "left" not in terminal.getvalue()  # nobody could know yet
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("CI", "")
+    now = iter([0.0, *[10.0] * 9])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    Progress("evaluating", format_tokens)(100, 2100)
+    assert terminal.getvalue().endswith(
+        "evaluating 100 tokens of 2100 tokens, 10 tokens/s, 3 min 20 s left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7500, "2 h 5 min")],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_empty_prompts(model: Model, demo: DeepseekInference) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("parameter", ["max_tokens", "temperature", "top_k", "top_p", "seed"])
+@pytest.mark.parametrize("parameter", GENERATE)
 @hostile
 def test_inference_generate(
     demo: DeepseekInference, parameter: str, value: Any, stream: bool
@@ -212,9 +212,15 @@ def test_inference_generate(
         return "".join(text)
 
     def accepted(v: Any) -> bool:
-        return GENERATE[parameter](v) or (v is None and parameter != "max_tokens")
+        recommended = parameter in ("temperature", "top_k", "top_p", "seed")
+        return GENERATE[parameter](v) or (v is None and recommended)
 
     check(parameter, call, accepted, value)
+
+
+@hostile
+def test_decode(demo: DeepseekInference, value: Any) -> None:
+    check("ids", lambda: demo.tokenizer.decode([0, value]), whole(0, 2**31 - 1), value)
 
 
 @pytest.mark.parametrize("parameter", ["threads", "max_context"])

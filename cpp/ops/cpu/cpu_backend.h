@@ -1,23 +1,34 @@
 // The CPU backend: weights decoded next to the multiply, activations rounded to BF16, FP32 sums.
 #pragma once
 
+#include <array>
+#include <functional>
+#include <utility>
 #include <vector>
 
-#include "ops/cpu/kernels.h"
+#include "ops/cpu/isa.h"
+#include "ops/cpu/layer_kernels.h"
+#include "ops/cpu/scratch.h"
 #include "ops/host_ops.h"
 
 namespace dsfp4::ops::cpu {
 
 class CpuBackend final : public HostBackend {
  public:
-  CpuBackend(int threads, const Kernels& kernels) : HostBackend(threads), kernels_(kernels) {}
+  CpuBackend(int threads, const Isa& isa)
+      : HostBackend(threads), isa_(isa), kernels_(*isa.kernels) {}
 
   std::string_view name() const override { return "cpu"; }
+  std::string_view isa() const override { return isa_.name; }
   KvFormat default_kv_format() const override { return KvFormat::kBf16; }
 
+  void begin_step(Phase phase) override;
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
   void linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) override;
   void silu_mul(Matrix gate, ConstMatrix up) override;
+  void add(ConstMatrix x, Matrix y) override;
+  void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+               Matrix y) override;
 
   void prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
                          std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) override;
@@ -32,16 +43,63 @@ class CpuBackend final : public HostBackend {
                Matrix out) override;
 
  private:
+  /// Rows of activations, packed for a Matmul.
+  struct Packed {
+    std::byte* data = nullptr;
+    std::size_t stride = 0;  // bytes
+
+    std::byte* row(std::int64_t r) const { return data + static_cast<std::size_t>(r) * stride; }
+  };
+  /// What computes the rows [begin, end) of `weight` for tokens [first, first + count) of a task.
+  using Multiply =
+      std::function<void(const format::WeightView& weight, std::int64_t begin, std::int64_t end,
+                         std::int64_t first, std::int64_t count, float* y)>;
+
+  Packed pack(const Matmul& matmul, ConstMatrix x, Inputs inputs);
+  /// Packed rows for the first projections of all tasks, room for those of the second ones; fills
+  /// tokens_ and first_token_. Returns the rows of a piece's step.
+  std::int64_t prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
+                       Matrix hidden);
+  /// silu(gate x) * up x in rows [begin, end), for `block` tokens at a time, into hidden and,
+  /// packed, into hidden_.
+  void gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end, std::int64_t block,
+                   const Multiply& multiply, Matrix hidden) const;
+  bool tiles_fit(std::span<const ExpertTask> tasks) const;
+  void linear_in_tiles(const format::WeightView& weight, const Packed& x, std::int64_t tokens,
+                       Matrix y);
+  void experts_in_tiles(std::span<const ExpertTask> tasks, Matrix hidden, Matrix out);
+  /// Some tasks, the first of them task `first_task` of the op; their groups are first_group_.
+  void group_tasks(std::span<const ExpertTask> tasks, std::size_t first_task, Matrix hidden,
+                   Matrix out);
+  /// The packed rows of a task, and which of them are its tokens.
+  using Source = std::function<std::pair<Packed, const std::int32_t*>(std::size_t task)>;
+  void make_groups(std::span<const ExpertTask> tasks, std::int64_t cols, std::size_t bytes,
+                   std::byte* memory, const Source& source_of);
+
   /// A copy of x with every value rounded to BF16, in `buffer`.
   ConstMatrix rounded(ConstMatrix x, std::vector<float>& buffer);
-  void prefill_head(const MlaShape& shape, const format::WeightView& kv_b_proj,
-                    const SequenceRows& sequence, std::int64_t head, ConstMatrix q, Matrix out);
-  void attend_head(const MlaShape& shape, const SequenceRows& sequence, std::int64_t row,
-                   std::int64_t head, ConstMatrix q_abs, ConstMatrix q, Matrix out);
 
+  const Isa& isa_;
   const Kernels& kernels_;
-  std::vector<float> inputs_;  // rounded activations of the op that is running
+  const LayerKernels& layer_ = layer_kernels_for(kernels_.isa);
+  const Tiles* tiles_ = nullptr;  // those of isa_ in prefill
+  std::array<Scratch, kPackings> x_memory_;
+  std::array<Packed, kPackings> x_;  // activations of the op that is running, by Matmul::packing
+  Scratch hidden_memory_;
+  Packed hidden_;                         // packed inputs of the down-projections, by pair
+  std::vector<std::int32_t> tokens_;      // of the pairs of all tasks
+  std::vector<std::size_t> first_token_;  // of each task, in tokens_
+  Scratch groups_memory_;
+  std::vector<std::int64_t> first_group_;  // of each task in work, and one past the last
+  std::vector<float> inputs_;              // rounded activations of the op that is running
 };
+
+/// What Matmul::multiply and Tiles::multiply work in, of the calling thread.
+std::byte* multiply_scratch(std::size_t bytes);
+/// Rows for one piece of work on a matrix of `rows` x `row_bytes`, a multiple of `step`: enough
+/// bytes that memory is read in long runs, enough pieces that no thread waits long for the last.
+std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64_t step,
+                            std::int64_t matrices, int threads);
 
 /// Scratch of the calling thread, at least `count` floats; kept from call to call.
 /// `slot` 0..2 are independent buffers.

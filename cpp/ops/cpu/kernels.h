@@ -30,11 +30,6 @@ inline float global_scale(const format::WeightView& weight) {
   return weight.format == format::WeightFormat::kNvfp4 ? weight.global_scale : 1.0f;
 }
 
-/// The best table for this machine, chosen by CPUID. The environment variable DSFP4_ISA
-/// ("baseline", "avx2", "avx512") overrides it; ParameterError if it names none or one that the CPU
-/// lacks.
-const Kernels& select_kernels();
-
 extern const Kernels kBaselineKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;

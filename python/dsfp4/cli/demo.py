@@ -1,10 +1,9 @@
 """`dsfp4 demo`: the built-in model answers a question."""
 
 import argparse
-import sys
 
-from dsfp4.cli.options import add_engine_flags, load
-from dsfp4.cli.text import closing_line, print_stream
+from dsfp4.cli.options import add_engine_flags, add_json_flag, load
+from dsfp4.cli.text import print_result
 from dsfp4.demo import DEMO
 
 _QUESTION = "What is a file system?"
@@ -16,8 +15,12 @@ _MAX_TOKENS = 200
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
-        "demo", help="let the small built-in model answer a question", allow_abbrev=False
+        "demo",
+        help="let the small built-in model answer a question",
+        description="Loads the small model that is built in and lets it answer a question.",
+        examples=("dsfp4 demo", "dsfp4 demo --device reference"),
     )
+    add_json_flag(parser)
     add_engine_flags(parser)
     parser.set_defaults(execute=execute)
 
@@ -25,10 +28,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def execute(arguments: argparse.Namespace) -> None:
     """Load the model, print question, thoughts and answer, and say how fast it was."""
     with load(arguments, DEMO) as model:
-        print(f"> {_QUESTION}\n", flush=True)
+        if not arguments.json:
+            print(f"> {_QUESTION}\n", flush=True)
         with model.generate(
             _QUESTION, _MAX_TOKENS, temperature=_TEMPERATURE, seed=_SEED, stream=True
         ) as stream:
-            text = print_stream(stream)
-        if text is not None:
-            print(f"\n{closing_line(text, model.model.device)}", file=sys.stderr)
+            print_result(stream, model.model.device, as_json=arguments.json)

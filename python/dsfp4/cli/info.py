@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dsfp4 import _core
+from dsfp4.cli.options import add_json_flag, add_model
 from dsfp4.cli.progress import format_bytes
 from dsfp4.demo import resolve_model
 
@@ -14,9 +15,15 @@ _COLUMNS = ("role", "matrices by format", "size", "per token")
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    parser = commands.add_parser("info", help="show what a checkpoint holds", allow_abbrev=False)
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder, or the word demo")
-    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser = commands.add_parser(
+        "info",
+        help="show what a checkpoint holds",
+        description="Reads the headers alone: family, formats and sizes by role, and the bytes "
+        "that one decoded token reads.",
+        examples=("dsfp4 info demo", "dsfp4 info ~/models/DeepSeek-R1-FP4 --json"),
+    )
+    add_model(parser)
+    add_json_flag(parser)
     parser.set_defaults(execute=execute)
 
 

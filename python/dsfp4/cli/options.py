@@ -1,6 +1,7 @@
 """Flags that several commands share, and the checks of their values."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,36 @@ def real(low: float, high: float) -> Callable[[str], float]:
 
 
 _MOST = 2**31 - 1
+_SWITCH = {"on": True, "off": False, "auto": None}
+
+
+def switch(text: str) -> bool | None:
+    """Parse on, off or auto (None): an argparse type."""
+    if text not in _SWITCH:
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(_SWITCH)}")
+    return _SWITCH[text]
+
+
+def bias(text: str) -> tuple[int, float]:
+    """Parse ID=BIAS: an argparse type."""
+    id_text, _, value = text.partition("=")
+    try:
+        pair = int(id_text), float(value)
+    except ValueError:
+        pair = -1, math.nan
+    if not 0 <= pair[0] <= _MOST or math.isnan(pair[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not ID=BIAS, as in 42=-5 or 42=-inf")
+    return pair
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
+    """Add the positional argument MODEL."""
+    parser.add_argument(name, metavar=name.upper(), help="a checkpoint folder, or the word demo")
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +175,27 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
         help="end before this text; may be given several times",
     )
     group.add_argument(
+        "--stop-id",
+        action="append",
+        type=integer(0, _MOST),
+        metavar="ID",
+        help="end at this token, in place of the model's own end tokens; several times too",
+    )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=bias,
+        default=[],
+        metavar="ID=BIAS",
+        help="add to a token's logit, -inf forbids it; several times too",
+    )
+    group.add_argument(
+        "--thinking",
+        type=switch,
+        metavar="WHEN",
+        help="on or off, where the chat template can switch the thoughts; auto, its own choice",
+    )
+    group.add_argument(
         "--seed", type=integer(0, 2**64 - 1), metavar="N", help="the same seed, the same text"
     )
 
@@ -167,6 +219,9 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of generate() that the sampling flags gave."""
     names = (
         *("max_tokens", "temperature", "top_k", "top_p"),
-        *("min_p", "repetition_penalty", "stop", "seed"),
+        *("min_p", "repetition_penalty", "stop", "thinking", "seed"),
     )
-    return {name: getattr(arguments, name) for name in names}
+    return {name: getattr(arguments, name) for name in names} | {
+        "stop_ids": arguments.stop_id,
+        "logit_bias": dict(arguments.logit_bias),
+    }

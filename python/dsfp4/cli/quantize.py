@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from dsfp4.cli.options import integer
+from dsfp4.cli.options import add_json_flag, integer
 from dsfp4.cli.progress import Progress, format_bytes
+from dsfp4.cli.text import rate_line
 from dsfp4.quantize import quantize
 from dsfp4.quantize.plan import Format
 
@@ -17,8 +19,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "quantize",
         help="convert a BF16 or FP8 checkpoint to NVFP4",
         description="Experts and MLPs become NVFP4; embeddings, head, norms, routers and MTP "
-        "layers stay as they are.",
-        allow_abbrev=False,
+        "layers stay as they are. It goes shard by shard, so the model need not fit in memory.",
+        examples=("dsfp4 quantize DeepSeek-V3 DeepSeek-V3-FP4 --attention fp8",),
     )
     parser.add_argument("source", metavar="SRC", help="a BF16, F32 or FP8 checkpoint folder")
     parser.add_argument("destination", metavar="DST", help="a new or empty folder")
@@ -31,7 +33,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--threads", type=integer(0, 1024), default=0, metavar="N", help="0: one for each core"
     )
-    parser.add_argument("--json", action="store_true", help="the summary, for programs")
+    add_json_flag(parser)
     parser.set_defaults(execute=execute)
 
 
@@ -45,7 +47,13 @@ def execute(arguments: argparse.Namespace) -> None:
             threads=arguments.threads,
             progress=progress,
         )
-    print(json.dumps(summary, indent=2) if arguments.json else "\n".join(_lines(summary)))
+    seconds = progress.seconds
+    if arguments.json:
+        print(json.dumps(summary | {"seconds": seconds}, indent=2))
+        return
+    print("\n".join(_lines(summary)))
+    size = summary["bytes_in"]
+    print(rate_line(format_bytes(size), size / 1e6, seconds, "MB/s"), file=sys.stderr)
 
 
 def _lines(summary: Mapping[str, Any]) -> Iterable[str]:

@@ -1,13 +1,14 @@
 """Text on the screen as it is made."""
 
+import json
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from dsfp4.stream import TextStream
 from dsfp4.text import Text
 from dsfp4.thinking import Kind
 
-_DIM, _PLAIN = "\033[2m", "\033[0m"
+DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def print_stream(stream: TextStream) -> Text | None:
@@ -22,17 +23,57 @@ def print_stream(stream: TextStream) -> Text | None:
                 _end_line(kind)
                 kind = piece.kind
                 if kind == "reasoning" and sys.stderr.isatty():
-                    print(_DIM, end="", file=sys.stderr)
+                    print(DIM, end="", file=sys.stderr)
             print(piece, end="", flush=True, file=_file(kind))
     finally:
         _end_line(kind)
     return stream.result
 
 
+def print_result(stream: TextStream, device: str, *, as_json: bool) -> None:
+    """Print a generation and its closing line as it comes; or, at its end, one JSON object."""
+    if not as_json:
+        text = print_stream(stream)
+        if text is not None:
+            print(closing_line(text, device), file=sys.stderr)
+        return
+    for _ in stream:
+        pass
+    if stream.result is not None:
+        print(json.dumps(facts(stream.result, device), ensure_ascii=False), flush=True)
+
+
 def closing_line(text: Text, device: str) -> str:
     """Say how much was written, and how fast."""
     tokens, seconds = len(text.tokens), text.prefill_seconds + text.decode_seconds
-    return f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s on {device}"
+    return rate_line(f"{tokens} tokens", tokens, seconds, f"tokens/s on {device}")
+
+
+def rate_line(amount: str, count: float, seconds: float, unit: str) -> str:
+    """Say how much was done, in which time, and how fast."""
+    return f"{amount} in {seconds:.2f} s, {count / max(seconds, 1e-9):.1f} {unit}"
+
+
+def facts(text: Text, device: str) -> dict[str, Any]:
+    """Return all that is known of an answer, as JSON's types; times are in seconds."""
+    seconds = text.prefill_seconds + text.decode_seconds
+    result: dict[str, Any] = {
+        "answer": str(text),
+        "reasoning": text.reasoning,
+        "finish_reason": text.finish_reason,
+        "prompt_tokens": text.prompt_tokens,
+        "tokens": len(text.tokens),
+        "prefill_seconds": text.prefill_seconds,
+        "decode_seconds": text.decode_seconds,
+        "tokens_per_second": len(text.tokens) / max(seconds, 1e-9),
+        "device": device,
+    }
+    if text.logprobs:
+        result["logprobs"] = [
+            {"id": item.id, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}
+            for item in text.logprobs
+        ]
+    return result
 
 
 def _file(kind: Kind) -> TextIO:
@@ -42,5 +83,5 @@ def _file(kind: Kind) -> TextIO:
 def _end_line(kind: Kind | None) -> None:
     if kind is None:
         return
-    plain = _PLAIN if kind == "reasoning" and sys.stderr.isatty() else ""
+    plain = PLAIN if kind == "reasoning" and sys.stderr.isatty() else ""
     print(plain, flush=True, file=_file(kind))

@@ -22,6 +22,7 @@ from dsfp4.quantize.convert import Done, make_jobs
 from dsfp4.quantize.plan import BLOCK, Format, Plan, make_plan
 from dsfp4.quantize.source import Source
 from dsfp4.quantize.writer import ShardWriter
+from dsfp4.verify import check_sound
 
 _MOST_WORKERS = 16  # unless the caller asks for more
 _MOST_THREADS = 1024
@@ -47,6 +48,7 @@ def quantize(
     matrix whose input features are not a multiple of 16 is kept and listed. `destination` must be
     empty or absent; if anything fails, what was written there is removed. `threads`, to 1024, 0 is
     one for each core, 16 at most; `progress` is called with bytes of the source done and in all.
+    A source with checksums (see verify()) is compared with them first.
     Memory: slabs of 1024 rows, one for each thread, however large the matrices are.
 
     Returns bytes_in, bytes_out, files, matrices (format -> count), relative_rms_error (role ->
@@ -65,6 +67,7 @@ def quantize(
     workers = threads or min(os.cpu_count() or 1, _MOST_WORKERS)
     folder = resolve_model(source)
     _core.describe(str(folder))  # a source that could not be run is refused before any work
+    check_sound(folder, workers)  # slabs are read one by one: no later place sees whole tensors
     layers = _core.read_config(str(folder))["num_hidden_layers"]
     with Source(folder) as tensors:
         plan = make_plan(tensors, layers, attention)

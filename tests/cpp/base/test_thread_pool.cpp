@@ -1,5 +1,9 @@
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <mutex>
+#include <sched.h>
+#include <set>
 #include <stdexcept>
 #include <sys/resource.h>
 #include <thread>
@@ -75,6 +79,78 @@ TEST_P(ThreadPoolOf, SeveralCallersTakeTurns) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Threads, ThreadPoolOf, testing::Values(1, 2, 5));
+
+// A pool is a handle: the workers are the process's own, and ranges of all pools take turns.
+TEST(ThreadPool, PoolsOfManySizesShareTheWorkers) {
+  std::atomic<int> total = 0;
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 4; ++c) {
+    callers.emplace_back([&total, c] {
+      for (int round = 0; round < 50; ++round) {
+        ThreadPool pool(1 + (c + round) % 6);  // comes and goes; the largest one grows the team
+        pool.parallel_for(16, 1, [&](std::int64_t begin, std::int64_t end) {
+          total += static_cast<int>(end - begin);
+        });
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(total.load(), 4 * 50 * 16);
+}
+
+TEST(ThreadPool, ASmallPoolUsesFewThreads) {
+  ThreadPool large(6);
+  const ThreadPool keeps_it_alive = large;
+  ThreadPool small(2);
+  std::mutex mutex;
+  std::set<std::thread::id> seen;
+  for (int round = 0; round < 200; ++round) {
+    small.parallel_for(64, 1, [&](std::int64_t, std::int64_t) {
+      const std::lock_guard lock(mutex);
+      seen.insert(std::this_thread::get_id());
+    });
+  }
+  EXPECT_LE(seen.size(), 2U);
+  EXPECT_TRUE(seen.contains(std::this_thread::get_id())) << "the caller works, too";
+}
+
+TEST(ThreadPool, AnotherPoolInsideABodyRunsInPlace) {
+  ThreadPool outer(3);
+  ThreadPool inner(2);
+  std::atomic<int> count = 0;
+  outer.parallel_for(6, 1, [&](std::int64_t, std::int64_t) {
+    inner.parallel_for(10, 1,
+                       [&](std::int64_t b, std::int64_t e) { count += static_cast<int>(e - b); });
+  });
+  EXPECT_EQ(count.load(), 60);
+}
+
+TEST(ThreadPool, SleepersWakeUp) {
+  ThreadPool pool(3);
+  std::atomic<int> count = 0;
+  for (int round = 0; round < 20; ++round) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(3));  // far longer than a worker spins
+    pool.parallel_for(3, 1, [&](std::int64_t, std::int64_t) { ++count; });
+  }
+  EXPECT_EQ(count.load(), 60);
+}
+
+TEST(Cores, AreInTheMaskAndOneForEachSetOfSiblings) {
+  const std::vector<int> cores = physical_cores();
+  ASSERT_FALSE(cores.empty());
+  cpu_set_t mask;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(mask), &mask), 0);
+  for (const int core : cores) EXPECT_TRUE(CPU_ISSET(core, &mask));
+  EXPECT_EQ(available_cores(), static_cast<int>(cores.size()));
+  // Within a mask of one processor that processor is the core, whichever sibling it is.
+  std::thread([&] {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cores.back(), &one);
+    ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+    EXPECT_EQ(physical_cores(), std::vector<int>{cores.back()});
+  }).join();
+}
 
 TEST(ThreadPool, RefusesNoThreads) { EXPECT_THROW(ThreadPool(0), ParameterError); }
 

@@ -267,5 +267,50 @@ TEST(HeaderMemory, StaysBelowFourTimesTheHeader) {
   std::printf("a header of %zu bytes took %zu bytes of memory\n", bytes, meter.peak_bytes());
 }
 
+// The same for an index: every tensor in a shard that is not there is remembered twice.
+TEST(IndexMemory, StaysBelowFourTimesTheIndex) {
+  const std::size_t wanted = std::size_t{environment("DSFP4_FULL") ? 250u : 20u} << 20;
+  ScratchFolder folder;
+  make_tiny_checkpoint(TinyKind::kNvfp4).write(folder.path());
+  std::string index = R"({"weight_map":{"t":"model-00001-of-00002.safetensors")";
+  index.reserve(wanted + 128);
+  constexpr std::string_view kDigits = "0123456789abcdefghijklmnopqrstuvwxyz";
+  for (std::size_t i = 0; index.size() < wanted; ++i) {
+    index += ",\"";
+    for (std::size_t rest = i; rest > 0; rest /= kDigits.size()) {
+      index += kDigits[rest % kDigits.size()];
+    }
+    index += "\":\".safetensors\"";
+  }
+  index += "}}";
+  const std::size_t bytes = index.size();
+  write_file(folder.path() / "model.safetensors.index.json", index);
+  index = {};
+  const AllocationMeter meter;
+  try {
+    checkpoint::Catalogue::open(folder.path());
+    ADD_FAILURE() << "'t' is in no shard";
+  } catch (const CheckpointError& error) {
+    EXPECT_EQ(error.tensor(), "t") << error.what();
+  }
+  EXPECT_LE(meter.peak_bytes(), 4 * bytes + (std::size_t{1} << 20));
+  std::printf("an index of %zu bytes took %zu bytes of memory\n", bytes, meter.peak_bytes());
+}
+
+// Arrays of the smallest values are the densest tree.
+TEST(ConfigMemory, StaysInBounds) {
+  ScratchFolder folder;
+  TinyCheckpoint checkpoint = make_tiny_checkpoint(TinyKind::kNvfp4);
+  std::string list = "[0";
+  for (int i = 0; i < 250'000; ++i) list += ",0";
+  checkpoint.config.set("extra", JsonNode::raw(list + "]"));
+  checkpoint.write(folder.path());
+  const std::size_t bytes = fs::file_size(folder.path() / "config.json");
+  const AllocationMeter meter;
+  checkpoint::read_config(folder.path());
+  EXPECT_LE(meter.peak_bytes(), 4 * bytes + kAllowance);
+  std::printf("a configuration of %zu bytes took %zu bytes of memory\n", bytes, meter.peak_bytes());
+}
+
 }  // namespace
 }  // namespace dsfp4::testing

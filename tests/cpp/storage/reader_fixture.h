@@ -72,8 +72,8 @@ class ReaderFiles {
     return static_cast<char>((i * 2654435761u + salt) >> 7);
   }
   /// Whether `got` is the file's bytes from `offset` on.
-  static ::testing::AssertionResult same(const std::byte* got, std::size_t bytes, std::size_t offset,
-                                       unsigned salt) {
+  static ::testing::AssertionResult same(const std::byte* got, std::size_t bytes,
+                                         std::size_t offset, unsigned salt) {
     for (std::size_t i = 0; i < bytes; ++i) {
       if (static_cast<char>(got[i]) != byte(offset + i, salt)) {
         return ::testing::AssertionFailure() << "byte " << offset + i << " is wrong";

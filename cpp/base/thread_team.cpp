@@ -1,0 +1,130 @@
+#include "base/thread_team.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <sched.h>
+#include <string_view>
+#include <utility>
+
+namespace dsfp4 {
+namespace {
+
+thread_local bool running_a_piece = false;
+
+constexpr int kSpins = 2000;                     // 40 to 90 microseconds, as long as `pause` takes
+constexpr std::uint64_t kCountStep = 1024;       // ThreadTeam::order_ counts above its low bits
+constexpr std::uint64_t kStop = kCountStep - 1;  // so many workers is nobody's range
+
+bool pinning_wanted() {
+  const char* value = std::getenv("DSFP4_PIN");
+  return value == nullptr || std::string_view(value) != "0";
+}
+
+}  // namespace
+
+ThreadTeam::ThreadTeam() : cores_(physical_cores()), may_pin_(pinning_wanted()) {}
+
+ThreadTeam::~ThreadTeam() {
+  order_.store((order_.load() / kCountStep + 1) * kCountStep + kStop);
+  order_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+bool ThreadTeam::inside_body() noexcept { return running_a_piece; }
+
+void ThreadTeam::grow(int workers) {
+  const Turn turn(*this);
+  threads_.reserve(static_cast<std::size_t>(workers));
+  const std::uint64_t seen = order_.load();
+  for (int i = this->workers(); i < workers; ++i) {
+    threads_.emplace_back([this, i, seen] { worker_loop(i, seen); });
+    worker_count_ = i + 1;
+  }
+}
+
+void ThreadTeam::run(int workers, std::int64_t count, std::int64_t grain,
+                     const ThreadPool::Range& range) {
+  const Turn turn(*this);
+  // Workers without a piece would only be waited for.
+  const std::int64_t pieces = (count - 1) / grain + 1;
+  workers = static_cast<int>(std::min<std::int64_t>(workers, pieces - 1));
+  spins_.store(cores_.empty() || workers < static_cast<int>(cores_.size()),
+               std::memory_order_relaxed);
+  range_ = range;
+  count_ = count;
+  grain_ = grain;
+  next_.store(0, std::memory_order_relaxed);
+  running_.store(workers, std::memory_order_relaxed);
+  const std::uint64_t number = order_.load(std::memory_order_relaxed) / kCountStep + 1;
+  order_.exchange(number * kCountStep + static_cast<std::uint64_t>(workers));
+  order_.notify_all();
+  run_pieces();
+  wait_until(running_, [](std::int32_t left) { return left == 0; });
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void ThreadTeam::run_pieces() {
+  running_a_piece = true;
+  for (;;) {
+    const std::int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+    if (begin >= count_) break;
+    try {
+      range_.call(range_.body, begin, std::min(begin + grain_, count_));
+    } catch (...) {
+      const std::lock_guard lock(error_mutex_);
+      if (!error_) error_ = std::current_exception();
+      next_.store(count_, std::memory_order_relaxed);
+    }
+  }
+  running_a_piece = false;
+}
+
+void ThreadTeam::worker_loop(int index, std::uint64_t seen) {
+  pin(index);
+  for (;;) {
+    seen = wait_until(order_, [seen](std::uint64_t order) { return order != seen; });
+    const std::uint64_t workers = seen % kCountStep;
+    if (workers == kStop) return;
+    if (static_cast<std::uint64_t>(index) >= workers) continue;
+    run_pieces();
+    if (running_.fetch_sub(1) == 1) running_.notify_one();
+  }
+}
+
+// A core that cannot be had any more (the mask has changed) is no reason to stop: the thread then
+// runs where the system puts it.
+void ThreadTeam::pin(int index) {
+  const auto core = static_cast<std::size_t>(index) + 1;
+  if (!may_pin_ || core >= cores_.size()) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cores_[core], &set);
+  static_cast<void>(sched_setaffinity(0, sizeof(set), &set));
+}
+
+template <typename Value, typename Ready>
+Value ThreadTeam::wait_until(const std::atomic<Value>& value, const Ready& ready) const {
+  const int spins = spins_.load(std::memory_order_relaxed) ? kSpins : 0;
+  for (int i = 0; i < spins; ++i) {
+    const Value now = value.load(std::memory_order_acquire);
+    if (ready(now)) return now;
+    __builtin_ia32_pause();
+  }
+  for (;;) {
+    const Value now = value.load(std::memory_order_acquire);
+    if (ready(now)) return now;
+    value.wait(now, std::memory_order_acquire);
+  }
+}
+
+ThreadTeam::Turn::Turn(ThreadTeam& team) : team_(team) {
+  const std::uint64_t mine = team.ticket_.fetch_add(1, std::memory_order_relaxed);
+  team.wait_until(team.serving_, [mine](std::uint64_t serving) { return serving == mine; });
+}
+
+ThreadTeam::Turn::~Turn() {
+  team_.serving_.fetch_add(1);
+  team_.serving_.notify_all();
+}
+
+}  // namespace dsfp4

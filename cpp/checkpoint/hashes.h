@@ -1,0 +1,69 @@
+// The checksum sidecar: dsfp4.xxh3.json in the checkpoint folder holds one XXH3 hash for the bytes
+// of each tensor. {"algorithm": "xxh3-64", "tensors": {"model.norm.weight": "0123456789abcdef",
+// ...}}
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "checkpoint/catalogue.h"
+
+namespace dsfp4::checkpoint {
+
+inline constexpr std::string_view kHashFile = "dsfp4.xxh3.json";
+
+/// XXH3 with 64 bits and seed 0 of bytes that come in pieces. Source: xxHash's specification.
+class Xxh3 {
+ public:
+  Xxh3();
+  ~Xxh3();
+  Xxh3(const Xxh3&) = delete;
+  Xxh3& operator=(const Xxh3&) = delete;
+
+  void update(std::span<const std::byte> bytes);
+  std::uint64_t digest() const;
+
+  /// Of bytes that are all there.
+  static std::uint64_t of(std::span<const std::byte> bytes);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+struct TensorHash {
+  std::string tensor;
+  std::uint64_t hash = 0;
+};
+
+class TensorHashes {
+ public:
+  /// Empty if the folder has no sidecar. Throws CheckpointError, with the byte, for a malformed
+  /// one.
+  static std::optional<TensorHashes> read(const std::filesystem::path& folder);
+
+  /// Sorted by tensor.
+  const std::vector<TensorHash>& entries() const noexcept { return entries_; }
+  std::optional<std::uint64_t> find(std::string_view tensor) const;
+  /// Throws CheckpointError, naming file and tensor, unless `bytes`, all of the tensor's, have the
+  /// hash that the sidecar gives.
+  void check(const Catalogue& catalogue, const TensorInfo& tensor,
+             std::span<const std::byte> bytes) const;
+  /// What is wrong with a tensor whose bytes have that hash; empty if nothing is.
+  std::optional<std::string> problem(std::string_view tensor, std::uint64_t hash) const;
+
+ private:
+  std::vector<TensorHash> entries_;
+};
+
+/// Writes the sidecar, whole or not at all. Throws IoError.
+void write_tensor_hashes(const std::filesystem::path& folder, std::vector<TensorHash> hashes);
+
+}  // namespace dsfp4::checkpoint

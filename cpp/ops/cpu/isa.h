@@ -1,0 +1,44 @@
+// The instruction sets that the CPU backend is written for, and the choice among them.
+//
+// The first of these that the CPU (and the system) can run is taken; DSFP4_ISA names another one:
+//   amx        as avx512bf16, and AMX BF16 tiles for prefill
+//   avx512bf16 AVX-512 F, BW, DQ, VL and BF16: products of BF16 pairs
+//   avx512     AVX-512 F, BW, DQ, VL: FP32
+//   avx2       AVX2 and FMA: FP4 in exact integers, the rest in FP32
+//   baseline   every x86-64 CPU (also called "scalar"): FP32
+#pragma once
+
+#include <array>
+#include <span>
+#include <string_view>
+
+#include "ops/backend.h"
+#include "ops/cpu/kernels.h"
+#include "ops/cpu/matmul.h"
+#include "ops/cpu/tiles.h"
+
+namespace dsfp4::ops::cpu {
+
+struct Isa {
+  std::string_view name;
+  const Kernels* kernels;
+  const Matmul* exact;                   // Inputs::kF32, and F32 weights
+  std::array<const Matmul*, 5> rounded;  // Inputs::kBf16, by WeightFormat
+  const Tiles* tiles = nullptr;          // for prefill, if there are any
+
+  const Matmul& matmul(format::WeightFormat format, Inputs inputs) const {
+    return inputs == Inputs::kF32 ? *exact : *rounded.at(static_cast<std::size_t>(format));
+  }
+};
+
+/// All of them, best first.
+std::span<const Isa* const> known_isas();
+/// What this machine can run, best first; never empty.
+std::span<const Isa* const> runnable_isas();
+/// The best one, or the one that is named. ParameterError if `name` names none or one that this
+/// machine cannot run.
+const Isa& isa_named(std::string_view name);
+/// isa_named of the environment variable DSFP4_ISA (empty if it is not set).
+const Isa& select_isa();
+
+}  // namespace dsfp4::ops::cpu

@@ -1,0 +1,120 @@
+// The blocked product of many tokens, shared by the arithmetics; included by one file for each
+// instruction set. Internal linkage only, and no inline function from elsewhere: one that is
+// compiled here could be linked into code that runs on older CPUs.
+//
+// A block of rows is decoded chunk by chunk of columns into scratch in the first-level cache and
+// meets every token of a block there, so a weight is decoded once for kTokenBlock tokens. Between
+// chunks the accumulators rest in scratch, lanes and all: bitwise as if they had stayed in
+// registers.
+#include "ops/cpu/matmul.h"
+
+namespace dsfp4::ops::cpu {
+namespace {
+
+constexpr std::int64_t kRowBlock = 32;
+constexpr std::int64_t kTokenBlock = 96;
+
+inline std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+inline const std::byte* x_row(const Product& p, std::int64_t t) {
+  return p.x + static_cast<std::size_t>(p.x_index != nullptr ? p.x_index[t] : t) * p.x_stride;
+}
+
+inline float* y_row(const Product& p, std::int64_t t) {
+  return p.y + (p.y_index != nullptr ? p.y_index[t] : t) * p.y_stride;
+}
+
+inline float scale_of_all(const format::WeightView& w) {
+  return w.format == format::WeightFormat::kNvfp4 ? w.global_scale : 1.0f;
+}
+
+// K is one arithmetic:
+//   Sum                     an accumulator: a vector of floats
+//   kRows, kTokens          the tile in registers
+//   kChunk                  columns of a chunk
+//   Weights                 kRows decoded rows of a chunk
+//   decode(weight, row, index, begin, end, Weights&)  row -> place `index` of kRows
+//   tile<count>(Weights&, begin, end, x[count], Sum* [count][kRows])   adds to the sums
+//   total(Sum)              its lanes, added up
+template <class K, int count>
+void tiles(const Product& p, const typename K::Weights& w, std::int64_t t, std::int64_t begin,
+           std::int64_t end, typename K::Sum* sums) {
+  const std::byte* x[count];
+  for (int i = 0; i < count; ++i) x[i] = x_row(p, t + i);
+  K::template tile<count>(w, begin, end, x, sums);
+}
+
+template <class K>
+void tile_of(const Product& p, const typename K::Weights& w, std::int64_t t, std::int64_t count,
+             std::int64_t begin, std::int64_t end, typename K::Sum* sums) {
+  static_assert(K::kTokens <= 6);
+  switch (count) {
+    case 1:
+      return tiles<K, 1>(p, w, t, begin, end, sums);
+    case 2:
+      return tiles<K, 2>(p, w, t, begin, end, sums);
+    case 3:
+      if constexpr (K::kTokens >= 3) return tiles<K, 3>(p, w, t, begin, end, sums);
+      return;
+    case 4:
+      if constexpr (K::kTokens >= 4) return tiles<K, 4>(p, w, t, begin, end, sums);
+      return;
+    case 5:
+      if constexpr (K::kTokens >= 5) return tiles<K, 5>(p, w, t, begin, end, sums);
+      return;
+    default:
+      if constexpr (K::kTokens >= 6) return tiles<K, 6>(p, w, t, begin, end, sums);
+      return;
+  }
+}
+
+template <class K>
+struct BlockedScratch {
+  typename K::Weights weights;
+  typename K::Sum sums[kRowBlock / K::kRows][kTokenBlock][K::kRows];
+};
+
+template <class K>
+void multiply_chunk(const Product& p, std::int64_t row, std::int64_t rows, std::int64_t token,
+                    std::int64_t tokens, std::int64_t begin, std::int64_t end,
+                    BlockedScratch<K>& scratch) {
+  for (std::int64_t r = 0; r < rows; r += K::kRows) {
+    for (int i = 0; i < K::kRows; ++i) {  // past the last row: that row once more, never written
+      K::decode(*p.weight, row + lesser(r + i, rows - 1), i, begin, end, scratch.weights);
+    }
+    for (std::int64_t t = 0; t < tokens; t += K::kTokens) {
+      tile_of<K>(p, scratch.weights, token + t, lesser(K::kTokens, tokens - t), begin, end,
+                 scratch.sums[r / K::kRows][t]);
+    }
+  }
+}
+
+template <class K>
+void multiply_blocked(const Product& p, std::byte* memory) {
+  auto& scratch = *reinterpret_cast<BlockedScratch<K>*>(memory);
+  const std::int64_t cols = p.weight->cols;
+  const float scale = scale_of_all(*p.weight);
+  for (std::int64_t token = 0; token < p.tokens; token += kTokenBlock) {
+    const std::int64_t tokens = lesser(kTokenBlock, p.tokens - token);
+    for (std::int64_t row = p.row_begin; row < p.row_end; row += kRowBlock) {
+      const std::int64_t rows = lesser(kRowBlock, p.row_end - row);
+      for (std::int64_t r = 0; r < rows; r += K::kRows) {
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          for (auto& sum : scratch.sums[r / K::kRows][t]) sum = typename K::Sum{};
+        }
+      }
+      for (std::int64_t c = 0; c < cols; c += K::kChunk) {
+        multiply_chunk<K>(p, row, rows, token, tokens, c, lesser(c + K::kChunk, cols), scratch);
+      }
+      for (std::int64_t t = 0; t < tokens; ++t) {
+        float* y = y_row(p, token + t) + (row - p.row_begin);
+        for (std::int64_t r = 0; r < rows; ++r) {
+          y[r] = K::total(scratch.sums[r / K::kRows][t][r % K::kRows]) * scale;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dsfp4::ops::cpu
