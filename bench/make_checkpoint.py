@@ -1,11 +1,11 @@
 """Writes a checkpoint of real width with few layers and random weights, for benchmarks.
 
-Names, shapes, formats and the order of bytes are those of NVIDIA's NVFP4 checkpoints of DeepSeek-R1:
-attention, router, embedding and head in BF16, every MLP in NVFP4. There is no tokenizer. The residual
-stream keeps a known size from layer to layer, from which follow two things that caches and prefetch
-live on:
-- `--skew Z`: expert r of a layer's ranking is used in proportion to r^-Z (at most once a token). The
-  routers' e_score_correction_bias is fitted to that.
+Names, shapes, formats and the order of bytes are those of NVIDIA's NVFP4 checkpoints of
+DeepSeek-R1: attention, router, embedding and head in BF16, every MLP in NVFP4. There is no
+tokenizer. The residual stream keeps a known size from layer to layer, from which follow two things
+that caches and prefetch live on:
+- `--skew Z`: expert r of a layer's ranking is used in proportion to r^-Z (at most once a token).
+  The routers' e_score_correction_bias is fitted to that.
 - `--predictability P`: how many of a layer's experts the layer's router finds when it is run on the
   input of the MoE layer before it. What a layer adds to the stream is sized for that.
 Both are measured afterwards and printed: with the routers that were written on a simulated stream,
@@ -41,7 +41,7 @@ HEAD_GAIN = 2.0
 _E2M1_SQUARE = 68.5 / 8
 _SCALE_CODES = (0x30, 0x3F)
 _ORDER = ("F32", "BF16", "F8_E4M3", "U8")  # in a file
-# E[silu(g)^2] u^2 for standard normal g and u: what an MLP with gain 1 puts into its down-projection.
+# E[silu(g)^2] u^2 for standard normal g and u: what an MLP of gain 1 gives its down-projection.
 _MLP_SQUARE = 0.3557
 ATTENTION_SHARE = 0.1  # of the square of what a layer adds to the stream
 
@@ -216,7 +216,7 @@ def added_square(cosine: float) -> float:
 
 
 def build(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Checkpoint, list, float]:
-    """Lay out all tensors; return them, the routers (gate, bias) and the cosine they are made for."""
+    """Lay out all tensors; return them, the routers (gate, bias) and their inputs' cosine."""
     source = Source(args.seed)
     out = Checkpoint(config, source)
     hidden, experts = config["hidden_size"], config["n_routed_experts"]

@@ -60,7 +60,9 @@ def router_biases(folder: Path, config: dict) -> np.ndarray:
     return np.stack([tensors[name] for name in names])
 
 
-def synthetic_trace(skew: float, drift: float, tokens: int, layers: int = 4, experts: int = 64) -> Trace:
+def synthetic_trace(
+    skew: float, drift: float, tokens: int, layers: int = 4, experts: int = 64
+) -> Trace:
     """Return a routing by Zipf's law; with `drift`, what a text prefers wanders with it."""
     random = np.random.default_rng(int(100 * skew + 10 * drift))
     by_rank = fit_bias(experts, skew, 1.0)
@@ -73,7 +75,9 @@ def synthetic_trace(skew: float, drift: float, tokens: int, layers: int = 4, exp
             walk = np.empty_like(logits)
             state = random.standard_normal(experts).astype(np.float32)
             for t in range(tokens):
-                state = np.sqrt(1 - drift) * state + np.sqrt(drift) * random.standard_normal(experts)
+                state = np.sqrt(1 - drift) * state + np.sqrt(drift) * random.standard_normal(
+                    experts
+                )
                 walk[t] = state
             logits = np.sqrt(0.5) * (logits + walk)
         used.append(choose_experts(logits, bias).astype(np.int32))
@@ -183,7 +187,9 @@ def write_plot(path: Path, all_rates: dict[str, dict[str, list[float]]]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("text", nargs="?", type=Path, default=Path(__file__).with_name("text.jsonl"))
+    parser.add_argument(
+        "text", nargs="?", type=Path, default=Path(__file__).with_name("text.jsonl")
+    )
     parser.add_argument("--tokens", type=int, default=6000, help="of the demo model's trace")
     parser.add_argument("--first", type=int, default=600, help="tokens of each text")
     parser.add_argument("--synthetic-tokens", type=int, default=2500)

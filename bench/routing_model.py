@@ -29,7 +29,7 @@ def zipf_use(experts: int, exponent: float) -> np.ndarray:
 
 
 def place_ranks(experts: int, random: np.random.Generator) -> np.ndarray:
-    """Return the rank of each expert: at random, but the groups get equal shares of busy experts."""
+    """Return the rank of each expert: at random, but each group gets its share of busy ones."""
     ranks = np.arange(experts).reshape(-1, GROUPS)
     ranks[1::2] = ranks[1::2, ::-1]  # there and back, so that no group has the better half
     return np.concatenate([random.permutation(group) for group in random.permutation(ranks.T)])
@@ -62,7 +62,7 @@ def recall_at_cosine(guess: np.ndarray, chosen: np.ndarray) -> float:
 
 
 def cosine_for_recall(bias: np.ndarray, gain: float, recall: float) -> float:
-    """Return how alike two layers' router inputs must be for that recall; clamped to 0.05, 0.9999."""
+    """Return how alike two layers' router inputs must be for that recall, 0.05 to 0.9999."""
     random = np.random.default_rng(1)
     shape = (2048, len(bias))
     bias = bias[place_ranks(len(bias), random)]

@@ -30,7 +30,9 @@ def losses(model: Model, ids: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("text", nargs="?", type=Path, default=Path(__file__).with_name("text.jsonl"))
+    parser.add_argument(
+        "text", nargs="?", type=Path, default=Path(__file__).with_name("text.jsonl")
+    )
     parser.add_argument("--texts", type=int, default=12)
     parser.add_argument("--first", type=int, default=300, help="tokens of each text")
     parser.add_argument("--share", type=float, default=0.25, help="of all experts, cached")
@@ -41,7 +43,9 @@ def main() -> None:
     experts = 7 * 32  # of the demo model
     size = (int(args.share * experts) + 0.1) * probe["slot_bytes"] / 1e9
     tokenizer = Tokenizer(folder)
-    ids = [np.asarray(tokenizer.encode_prompt(t)[: args.first]) for t in texts(args.text, args.texts)]
+    ids = [
+        np.asarray(tokenizer.encode_prompt(t)[: args.first]) for t in texts(args.text, args.texts)
+    ]
     print(f"machine: {machine()}; {sum(map(len, ids))} tokens, {100 * args.share:.0f} % cached")
     base = 0.0
     for threshold in THRESHOLDS:

@@ -21,8 +21,9 @@ std::int64_t replay(const std::string& name, const ConstArray<std::int32_t>& use
                     const ConstArray<float>& scores, std::int64_t capacity, std::int64_t first) {
   if (used.ndim() != 3 || scores.ndim() != 3 || used.shape(0) != scores.shape(0) ||
       used.shape(1) != scores.shape(1) || used.size() == 0 || scores.size() == 0) {
-    throw ParameterError("used", "must be [layers, tokens, top_k], and scores [layers, tokens, "
-                                 "experts] with the same layers and tokens");
+    throw ParameterError("used",
+                         "must be [layers, tokens, top_k], and scores [layers, tokens, "
+                         "experts] with the same layers and tokens");
   }
   if (capacity < 0) throw ParameterError("capacity", "must not be negative");
   const auto layers = static_cast<std::int64_t>(used.shape(0));
@@ -35,10 +36,9 @@ std::int64_t replay(const std::string& name, const ConstArray<std::int32_t>& use
   }
   const auto policy = residency::make_policy(name, layers, experts);
   const nb::gil_scoped_release released;
-  return residency::replay_misses(*policy, layers, experts,
-                                  static_cast<std::int64_t>(used.shape(2)),
-                                  {used.data(), used.size()}, {scores.data(), scores.size()},
-                                  capacity, first);
+  return residency::replay_misses(
+      *policy, layers, experts, static_cast<std::int64_t>(used.shape(2)),
+      {used.data(), used.size()}, {scores.data(), scores.size()}, capacity, first);
 }
 
 }  // namespace
@@ -54,8 +54,8 @@ void bind_residency(nb::module_& m) {
       "The replacement policies of the expert cache.");
   m.def(
       "check_warm_start",
-      [](const std::string& path) { return residency::is_whole_warm_start(path); },
-      nb::arg("path"), "Whether a warm-start file is whole.");
+      [](const std::string& path) { return residency::is_whole_warm_start(path); }, nb::arg("path"),
+      "Whether a warm-start file is whole.");
   m.def("replay_misses", &replay, nb::arg("policy"), nb::arg("used"), nb::arg("scores"),
         nb::arg("capacity"), nb::arg("first") = 0,
         "Misses of a cache of `capacity` experts on a routing trace: used int32 [layers, tokens, "

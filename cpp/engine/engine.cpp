@@ -70,13 +70,12 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options.device, thread_count(options.threads))),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(folder, config_,
-                           {.reader = reader_options(options),
-                            .threads = thread_count(options.threads),
-                            .progress = options.progress,
-                            .experts_stay = [&](const WeightSizes& sizes) {
-                              return plan(options, sizes);
-                            }})),
+      loaded_(load_weights(
+          folder, config_,
+          {.reader = reader_options(options),
+           .threads = thread_count(options.threads),
+           .progress = options.progress,
+           .experts_stay = [&](const WeightSizes& sizes) { return plan(options, sizes); }})),
       experts_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_, options),
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_.runner(),
                kv_format_),
@@ -92,8 +91,7 @@ bool Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
       KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
   const memory::MachineMemory machine = memory::machine_memory();
   const auto try_plan = [&] {
-    const std::uint64_t others =
-        kv_cache + sizes.staging + decoder.scratch_bytes(prefill_chunk_);
+    const std::uint64_t others = kv_cache + sizes.staging + decoder.scratch_bytes(prefill_chunk_);
     plan_ = plan_experts(config_, options, sizes, others, machine);
     reserved_ = sizes.dense_bytes + others;
   };

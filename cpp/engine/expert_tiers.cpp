@@ -46,13 +46,13 @@ std::uint64_t ram_ceiling(const LoadOptions& options, const memory::MachineMemor
 
 void check_memory_config(const MemoryConfig& config) {
   if (config.prefetch_layers < 0 || config.prefetch_layers > kMostPrefetchLayers) {
-    throw ParameterError("prefetch_layers",
-                         "must be 0 (off) to " + std::to_string(kMostPrefetchLayers) + ", not " +
-                             std::to_string(config.prefetch_layers));
+    throw ParameterError("prefetch_layers", "must be 0 (off) to " +
+                                                std::to_string(kMostPrefetchLayers) + ", not " +
+                                                std::to_string(config.prefetch_layers));
   }
   if (!(config.expert_threshold >= 0.0 && config.expert_threshold <= 1.0)) {
-    throw ParameterError("expert_threshold", "must be 0 (exact) to 1, not " +
-                                                 std::to_string(config.expert_threshold));
+    throw ParameterError("expert_threshold",
+                         "must be 0 (exact) to 1, not " + std::to_string(config.expert_threshold));
   }
 }
 
@@ -82,17 +82,16 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
   } else if (options.reader == "pread") {
     reading.kind = storage::ReaderKind::kPread;
   } else if (options.reader != "auto") {
-    throw ParameterError("reader",
-                         "'" + options.reader + "' is not one of auto, io_uring, pread");
+    throw ParameterError("reader", "'" + options.reader + "' is not one of auto, io_uring, pread");
   }
   reading.direct = options.direct_reads;
   reading.log = [](std::string_view message) { log(LogLevel::kWarning, message); };
   return reading;
 }
 
-ExpertTiers::ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec,
-                         LoadedWeights& loaded, const residency::RamPlan& plan,
-                         std::uint64_t reserved, const LoadOptions& options)
+ExpertTiers::ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
+                         const residency::RamPlan& plan, std::uint64_t reserved,
+                         const LoadOptions& options)
     : loaded_(loaded),
       plan_(plan),
       fingerprint_(loaded.fingerprint),

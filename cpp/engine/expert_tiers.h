@@ -37,8 +37,7 @@ class ExpertTiers {
  public:
   /// The backend and the weights must outlive this.
   ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
-              const residency::RamPlan& plan, std::uint64_t reserved,
-              const LoadOptions& options);
+              const residency::RamPlan& plan, std::uint64_t reserved, const LoadOptions& options);
   /// Saves the warm-start file.
   ~ExpertTiers();
   ExpertTiers(const ExpertTiers&) = delete;

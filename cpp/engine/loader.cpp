@@ -256,8 +256,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
                            const LoadWeightsOptions& options) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
-  std::unique_ptr<storage::Reader> reader =
-      storage::make_reader(catalogue.files(), options.reader);
+  std::unique_ptr<storage::Reader> reader = storage::make_reader(catalogue.files(), options.reader);
 
   WeightSizes sizes = sizes_of(catalogue, layout);
   sizes.staging = reader->staging_bytes();
@@ -283,9 +282,8 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   std::vector<residency::ExpertImage>& images = loaded.images;
   for (std::size_t i = 0; i < layout.layers.size(); ++i) {
     for (std::size_t e = 0; e < layout.layers[i].experts.size(); ++e) {
-      images.push_back(
-          residency::expert_image(layout.layers[i].experts[e],
-                                  loaded.weights.layers[i].experts[e]));
+      images.push_back(residency::expert_image(layout.layers[i].experts[e],
+                                               loaded.weights.layers[i].experts[e]));
     }
   }
   loaded.experts = images.size();

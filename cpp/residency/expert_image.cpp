@@ -26,16 +26,15 @@ std::uint64_t slot_bytes(const ExpertImage& image) {
 }
 
 ExpertImage expert_image(const checkpoint::MlpSource& source, const ops::ExpertView& view) {
-  const std::array<const TensorInfo*, 6> tensors{
-      source.gate_proj.data,  source.gate_proj.scales, source.up_proj.data,
-      source.up_proj.scales,  source.down_proj.data,   source.down_proj.scales};
+  const std::array<const TensorInfo*, 6> tensors{source.gate_proj.data, source.gate_proj.scales,
+                                                 source.up_proj.data,   source.up_proj.scales,
+                                                 source.down_proj.data, source.down_proj.scales};
   std::vector<std::size_t> order;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i] != nullptr) order.push_back(i);
   }
-  std::ranges::sort(order, {}, [&](std::size_t i) {
-    return std::pair(tensors[i]->file, tensors[i]->offset);
-  });
+  std::ranges::sort(order, {},
+                    [&](std::size_t i) { return std::pair(tensors[i]->file, tensors[i]->offset); });
 
   ExpertImage image;
   image.view = &view;

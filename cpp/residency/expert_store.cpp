@@ -17,8 +17,8 @@ namespace dsfp4::residency {
 class SlotMemory {
  public:
   explicit SlotMemory(std::size_t bytes)
-      : bytes_(bytes), data_(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+      : bytes_(bytes),
+        data_(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
     if (data_ == MAP_FAILED) {
       throw MemoryLimitError("the expert slots", bytes, memory::available_memory());
     }
@@ -60,8 +60,8 @@ const std::byte* moved(const std::byte* base, std::uint64_t offset, bool present
 
 }  // namespace
 
-ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images,
-                         storage::Reader& reader, std::unique_ptr<Policy> policy)
+ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images, storage::Reader& reader,
+                         std::unique_ptr<Policy> policy)
     : options_(options),
       images_(std::move(images)),
       reader_(reader),

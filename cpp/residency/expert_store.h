@@ -28,15 +28,15 @@
 namespace dsfp4::residency {
 
 struct StoreStats {
-  std::uint64_t hits = 0;            // pins that found the expert ready
-  std::uint64_t misses = 0;          // pins that had to wait for a read of their own
-  std::uint64_t joined = 0;          // pins that found a read of a demand under way
-  std::uint64_t prefetched = 0;      // pins that found a speculative read, done or under way
+  std::uint64_t hits = 0;        // pins that found the expert ready
+  std::uint64_t misses = 0;      // pins that had to wait for a read of their own
+  std::uint64_t joined = 0;      // pins that found a read of a demand under way
+  std::uint64_t prefetched = 0;  // pins that found a speculative read, done or under way
   std::uint64_t prefetched_bytes = 0;
-  std::uint64_t demand_bytes = 0;    // read because an expert was needed
+  std::uint64_t demand_bytes = 0;  // read because an expert was needed
   std::uint64_t speculative_bytes = 0;
-  std::uint64_t wasted_bytes = 0;    // of those, read and given up unused
-  std::uint64_t warm_bytes = 0;      // read by warm_up()
+  std::uint64_t wasted_bytes = 0;  // of those, read and given up unused
+  std::uint64_t warm_bytes = 0;    // read by warm_up()
   std::uint64_t evictions = 0;
 };
 
@@ -45,9 +45,9 @@ class SlotMemory;
 class ExpertStore {
  public:
   struct Options {
-    std::int64_t layers = 0;   // MoE layers
+    std::int64_t layers = 0;       // MoE layers
     std::int64_t first_layer = 0;  // the model's number of the first of them, for messages
-    std::int64_t experts = 0;  // of a layer
+    std::int64_t experts = 0;      // of a layer
     std::size_t slots = 0;
     std::size_t cache_slots = 0;  // < slots
   };
@@ -74,8 +74,8 @@ class ExpertStore {
   /// by and takes only slots that hold nothing cached.
   Found fetch(ExpertKey key, bool keep);
   void unpin(ExpertKey key);
-  /// Those of `pinned` that are ready; with `wait`, at least one. Throws the error of one whose read
-  /// failed.
+  /// Those of `pinned` that are ready; with `wait`, at least one. Throws the error of one whose
+  /// read failed.
   std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned, bool wait);
   /// Waits until a read that nobody has pinned has ended: for who found no room and has nothing
   /// pinned.
@@ -150,10 +150,10 @@ class ExpertStore {
   std::vector<Slot> slots_;
   std::vector<int> slot_of_;  // by key; -1 absent
   std::vector<int> free_;
-  std::vector<int> passing_;   // slots that may be free for the taking; checked when taken
-  std::vector<bool> queued_;   // whether a slot is in there
-  std::size_t cached_ = 0;  // slots with keep
-  int unread_ = 0;          // completions still to come
+  std::vector<int> passing_;  // slots that may be free for the taking; checked when taken
+  std::vector<bool> queued_;  // whether a slot is in there
+  std::size_t cached_ = 0;    // slots with keep
+  int unread_ = 0;            // completions still to come
   StoreStats stats_;
 };
 

@@ -176,7 +176,7 @@ class Router final : public FadingPolicy {
   float value(ExpertKey key) const override { return parts_[0][key]; }
 };
 
-// Solves the symmetric or not small system a w = b by elimination with pivots; false if singular.
+// Solves the small system a w = b by elimination with pivots; false if singular.
 template <std::size_t N>
 bool solve(std::array<std::array<double, N>, N> a, std::array<double, N> b,
            std::array<double, N>& w) {
@@ -202,23 +202,39 @@ bool solve(std::array<std::array<double, N>, N> a, std::array<double, N> b,
   return true;
 }
 
-// Learns how much each horizon of use, and of the router's opinion, says about future use. The value
-// of an expert is w . x, an estimate of its uses to come, each token counting kFuture as much as the
-// one before; x are uses and score shares faded at several rates. The weights are those of
+// Learns how much each horizon of use, and of the router's opinion, says about future use. The
+// value of an expert is w . x, an estimate of its uses to come, each token counting kFuture as much
+// as the one before; x are uses and score shares faded at several rates. The weights are those of
 // least-squares temporal difference learning (Bradtke and Barto 1996), over all experts and layers:
 // the sums A = sum x (x - kFuture x')^T and b = sum x u', where x' and u' are the next token's, are
 // solved every kSolveEvery tokens. They begin as if a prior run had found kPrior.
 class Default final : public FadingPolicy {
  public:
   Default(std::int64_t layers, std::int64_t experts)
-      : FadingPolicy("default", layers, experts, {0.8f, 0.95f, 0.98f, 0.995f, 0.8f, 0.98f}),
+      : FadingPolicy("default", layers, experts, {0.9f, 0.97f, 0.985f, 0.995f, 0.9f, 0.985f}),
         experts_(static_cast<std::size_t>(experts)),
         used_(experts_) {
-    for (std::size_t i = 0; i < kFeatures; ++i) {
-      a_[i][i] = kPriorStrength;
-      b_[i] = kPriorStrength * kPrior[i];
-      weights_[i] = static_cast<float>(kPrior[i]);
+    begin_with(kPrior);
+  }
+
+  // The weights come after the faded numbers.
+  std::vector<float> state() const override {
+    std::vector<float> all = FadingPolicy::state();
+    all.insert(all.end(), weights_.begin(), weights_.end());
+    return all;
+  }
+  bool restore(std::span<const float> state) override {
+    if (state.size() < kFeatures) return false;
+    const std::span<const float> learnt = state.last(kFeatures);
+    if (!std::ranges::all_of(learnt, [](float w) { return std::isfinite(w); }) ||
+        !FadingPolicy::restore(state.first(state.size() - kFeatures))) {
+      return false;
     }
+    std::array<double, kFeatures> weights{};
+    std::ranges::copy(learnt, weights.begin());
+    a_ = {};
+    begin_with(weights);
+    return true;
   }
 
   void use(std::int64_t layer, Experts used, Scores scores) override {
@@ -253,10 +269,10 @@ class Default final : public FadingPolicy {
   static constexpr std::size_t kCounts = 4;
   static constexpr std::size_t kFeatures = 6;
   static constexpr float kFuture = 0.95f;
-  static constexpr float kTemperature = 0.1f;
+  static constexpr float kTemperature = 0.3f;
   static constexpr int kSolveEvery = 32;
   static constexpr double kForget = 0.99;  // at each solution
-  static constexpr double kPriorStrength = 0.5;
+  static constexpr double kPriorStrength = 5;
   static constexpr std::array<double, kFeatures> kPrior{0.1, 0.0, 10.0, 5.0, 0.0, 0.0};
   using Features = std::array<float, kFeatures>;
 
@@ -264,6 +280,15 @@ class Default final : public FadingPolicy {
     Features x;
     for (std::size_t i = 0; i < kFeatures; ++i) x[i] = parts_[i][static_cast<ExpertKey>(key)];
     return x;
+  }
+
+  // As if an earlier run had found these weights.
+  void begin_with(const std::array<double, kFeatures>& weights) {
+    for (std::size_t i = 0; i < kFeatures; ++i) {
+      a_[i][i] = kPriorStrength;
+      b_[i] = kPriorStrength * weights[i];
+      weights_[i] = static_cast<float>(weights[i]);
+    }
   }
 
   void learn() {
@@ -294,8 +319,8 @@ std::unique_ptr<Policy> make_policy(std::string_view name, std::int64_t layers,
   if (name == "lrfu") return std::make_unique<Lrfu>(layers, experts);
   if (name == "default") return std::make_unique<Default>(layers, experts);
   if (name == "router") return std::make_unique<Router>(layers, experts);
-  throw ParameterError("policy", "'" + std::string(name) +
-                                     "' is not one of lru, lfu, lrfu, router, default");
+  throw ParameterError("policy",
+                       "'" + std::string(name) + "' is not one of lru, lfu, lrfu, router, default");
 }
 
 void selection_scores(ops::RouterSpec::Scoring scoring, Scores logits, Scores bias,

@@ -1,10 +1,10 @@
 // Which experts are worth their place in RAM.
 //
-// A policy sees every use of every expert, cached or not, and gives each a value; whoever needs room
-// gives up the cached expert with the least one. One pool serves all layers, so values of different
-// layers are compared. A policy's time is the tokens that a layer has seen. No policy knows what is
-// cached: so a replay of a trace and the engine see the same values.
-// Not safe to call from several threads at once.
+// A policy sees every use of every expert, cached or not, and gives each a value; whoever needs
+// room gives up the cached expert with the least one. One pool serves all layers, so values of
+// different layers are compared. A policy's time is the tokens that a layer has seen. No policy
+// knows what is cached: so a replay of a trace and the engine see the same values. Not safe to call
+// from several threads at once.
 #pragma once
 
 #include <cstdint>

@@ -30,9 +30,8 @@ std::int64_t replay_misses(Policy& policy, std::int64_t layers, std::int64_t exp
       }
       policy.use(static_cast<std::int64_t>(layer), chosen, scores.subspan(at * width, width));
       while (cached.size() > static_cast<std::size_t>(capacity)) {
-        const auto least = std::ranges::min_element(cached, {}, [&](ExpertKey key) {
-          return std::pair(policy.value(key), key);
-        });
+        const auto least = std::ranges::min_element(
+            cached, {}, [&](ExpertKey key) { return std::pair(policy.value(key), key); });
         is_cached[*least] = false;
         *least = cached.back();
         cached.pop_back();

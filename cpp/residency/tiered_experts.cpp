@@ -104,8 +104,7 @@ class TieredExperts::Layer {
   bool keep() const { return !streams_ || store_.cache_room() > 0; }
 
   void compute_group() {
-    const std::size_t count =
-        streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
+    const std::size_t count = streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
     std::vector<ops::ExpertView> views;
     std::vector<ops::ExpertTask> tasks;
     views.reserve(count);
@@ -236,10 +235,10 @@ void TieredExperts::note_use(std::int64_t moe_layer, const ops::Routing& routing
   for (std::int64_t t = 0; t < tokens; ++t) {
     const float* logits = routing.logits.row(t);
     selection_scores(router_.scoring, {logits, width}, bias, scores);
-    store_.note_use(moe_layer,
-                    routing.used.subspan(static_cast<std::size_t>(t * top_k),
-                                         static_cast<std::size_t>(top_k)),
-                    scores);
+    store_.note_use(
+        moe_layer,
+        routing.used.subspan(static_cast<std::size_t>(t * top_k), static_cast<std::size_t>(top_k)),
+        scores);
   }
 }
 

@@ -28,12 +28,12 @@ struct TieredOptions {
 struct TieredStats {
   std::uint64_t skipped_pairs = 0;  // (token, expert) pairs left out by expert_threshold
   std::uint64_t total_pairs = 0;
-  std::uint64_t used_bytes = 0;     // of experts that were computed with, once for each layer step
-  std::uint64_t predicted = 0;      // experts named by the prediction one layer ahead
-  std::uint64_t predicted_used = 0; // of those, experts that were then chosen
-  std::uint64_t chosen = 0;         // experts chosen in layers that had a prediction
-  double wait_seconds = 0.0;        // in which nothing was left to compute but for reads
-  double compute_seconds = 0.0;     // of experts
+  std::uint64_t used_bytes = 0;      // of experts that were computed with, once for each layer step
+  std::uint64_t predicted = 0;       // experts named by the prediction one layer ahead
+  std::uint64_t predicted_used = 0;  // of those, experts that were then chosen
+  std::uint64_t chosen = 0;          // experts chosen in layers that had a prediction
+  double wait_seconds = 0.0;         // in which nothing was left to compute but for reads
+  double compute_seconds = 0.0;      // of experts
 };
 
 /// A layer's router, to predict its choice.
@@ -47,8 +47,8 @@ class TieredExperts final : public ExpertRunner {
   /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. Store and
   /// backend must outlive this.
   TieredExperts(ops::Backend& backend, ExpertStore& store, ops::RouterSpec router,
-                std::vector<RouterView> routers, std::int64_t first_layer,
-                std::int64_t hidden_size, std::int64_t moe_intermediate_size);
+                std::vector<RouterView> routers, std::int64_t first_layer, std::int64_t hidden_size,
+                std::int64_t moe_intermediate_size);
 
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
            memory::Arena& arena, ops::Matrix y) override;

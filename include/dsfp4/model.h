@@ -50,14 +50,14 @@ struct ModelStats {
   std::uint64_t slots = 0, cache_slots = 0, slot_bytes = 0;
   std::uint64_t image_bytes = 0;  // of an expert in its file
   std::uint64_t hits = 0;         // chosen experts that were in RAM
-  std::uint64_t misses = 0;      // and those that had to be read
-  std::uint64_t joined = 0;      // and those that another request was reading already
-  std::uint64_t prefetched = 0;  // and those that a prediction had read, or was reading
+  std::uint64_t misses = 0;       // and those that had to be read
+  std::uint64_t joined = 0;       // and those that another request was reading already
+  std::uint64_t prefetched = 0;   // and those that a prediction had read, or was reading
   std::uint64_t evictions = 0;
   std::uint64_t prefetched_bytes = 0;  // of those
   std::uint64_t demand_bytes = 0, speculative_bytes = 0;
-  std::uint64_t wasted_bytes = 0;  // read by prediction and given up unused
-  std::uint64_t used_bytes = 0;    // of experts computed with, wherever they were
+  std::uint64_t wasted_bytes = 0;                    // read by prediction and given up unused
+  std::uint64_t used_bytes = 0;                      // of experts computed with, wherever they were
   std::uint64_t skipped_pairs = 0, total_pairs = 0;  // (token, expert) left out by expert_threshold
   /// Experts predicted one layer ahead, how many of them were chosen, and how many were chosen in
   /// all in the layers that had a prediction.

@@ -198,16 +198,14 @@ class Model:
         return (logits, chosen) if return_experts else logits
 
     def routing_trace(self, ids: Ids, decode: bool = False) -> tuple[Experts, RouterLogits]:
-        """Return which experts each of `ids` chooses, and the routers' logits, from an empty context.
+        """Return the experts that each of `ids` chooses, and the routers' logits.
 
-        The first is as forward()'s `return_experts`; the second is float32 [MoE layers, tokens,
+        The context is empty at first. The first is as forward()'s `return_experts`; the second is float32 [MoE layers, tokens,
         experts]. This is what `bench/replay.py` replays.
         """
         _, chosen, logits = map(
             as_output,
-            self._core.forward(
-                check_integers("ids", ids), None, decode, return_router_logits=True
-            ),
+            self._core.forward(check_integers("ids", ids), None, decode, return_router_logits=True),
         )
         return chosen, logits
 

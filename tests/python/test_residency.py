@@ -60,9 +60,7 @@ def random_ids(model: dsfp4.Model, count: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_the_same_bits_as_loaded_whole(
-    folder: Path, whole: dsfp4.Model, decode: bool
-) -> None:
+def test_the_same_bits_as_loaded_whole(folder: Path, whole: dsfp4.Model, decode: bool) -> None:
     model = tiered(folder)
     ids = random_ids(whole, 40)
     logits, experts = model.forward(ids, return_experts=True, decode=decode)
@@ -104,9 +102,7 @@ _SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_sc
 
 @settings(max_examples=25, **_SETTINGS)
 @given(wanted=RESIDENCY)
-def test_residency_changes_no_bit(
-    folder: Path, whole: dsfp4.Model, wanted: dict[str, Any]
-) -> None:
+def test_residency_changes_no_bit(folder: Path, whole: dsfp4.Model, wanted: dict[str, Any]) -> None:
     check_bits(folder, whole, wanted)
 
 
@@ -123,10 +119,7 @@ def test_misses_are_those_of_the_replay(folder: Path, whole: dsfp4.Model) -> Non
     ids = random_ids(whole, 100)
     _, logits = whole.routing_trace(ids, decode=True)
     bias = np.stack(
-        [
-            np.frombuffer(tensor, np.float32)
-            for tensor in router_biases(folder, whole.config)
-        ]
+        [np.frombuffer(tensor, np.float32) for tensor in router_biases(folder, whole.config)]
     )
     scores = (1 / (1 + np.exp(-logits)) + bias[:, None, :]).astype(np.float32)
     for policy in POLICIES:
@@ -151,9 +144,7 @@ def router_biases(folder: Path, config: dict[str, Any]) -> list[bytes]:
     return [tensors[name].tobytes() for name in names]
 
 
-def test_prefetch_finds_experts_before_they_are_asked_for(
-    folder: Path, whole: dsfp4.Model
-) -> None:
+def test_prefetch_finds_experts_before_they_are_asked_for(folder: Path, whole: dsfp4.Model) -> None:
     model = tiered(folder, 4, prefetch_layers=1)
     ids = random_ids(whole, 60)
     assert np.array_equal(model.forward(ids, decode=True), whole.forward(ids, decode=True))
@@ -185,9 +176,7 @@ def test_settings_between_generations(folder: Path, whole: dsfp4.Model) -> None:
     assert warm > 0
 
 
-def test_threshold_leaves_out_light_experts_and_says_so(
-    folder: Path, whole: dsfp4.Model
-) -> None:
+def test_threshold_leaves_out_light_experts_and_says_so(folder: Path, whole: dsfp4.Model) -> None:
     ids = random_ids(whole, 40)
     expected = whole.forward(ids, decode=True)
     exact = tiered(folder, 4, expert_threshold=0.0)
@@ -263,7 +252,8 @@ def test_the_second_start_is_as_good_as_the_end_of_the_first(
 KILLED = """
 import sys
 import dsfp4
-model = dsfp4.Model(sys.argv[1], threads=1, max_context=64, cpu_cache_size=0, warm_start=sys.argv[2])
+options = dict(threads=1, max_context=64, cpu_cache_size=0)
+model = dsfp4.Model(sys.argv[1], warm_start=sys.argv[2], **options)
 print("ready", flush=True)
 while True:
     model.generate([3, 4], max_tokens=1)

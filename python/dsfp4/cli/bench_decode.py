@@ -30,7 +30,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "depth. The floor is what the bytes and the arithmetic need at least.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder; no tokenizer is needed")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder; no tokenizer is needed"
+    )
     parser.add_argument("--cpu-cache-size", type=real(0, 1e6), required=True, metavar="GB")
     parser.add_argument("--prefetch-size", type=real(0, 1e6), metavar="GB")
     parser.add_argument("--prefetch-layers", type=integer(0, 16), default=0, metavar="N")

@@ -127,7 +127,7 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         type=real(0, 1),
         default=0.0,
         metavar="SHARE",
-        help="leave out experts on the SSD with less of the routing weight; 0, the default, is exact",
+        help="leave out experts on the SSD with less of the routing weight; 0 is exact",
     )
     group.add_argument(
         "--no-warm-start",

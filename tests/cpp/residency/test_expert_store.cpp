@@ -1,5 +1,3 @@
-#include "residency/expert_store.h"
-
 #include <string>
 #include <thread>
 #include <vector>
@@ -7,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "residency/expert_store.h"
 #include "residency/fake_reader.h"
 
 namespace dsfp4::residency {

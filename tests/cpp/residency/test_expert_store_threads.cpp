@@ -81,7 +81,8 @@ TEST_P(ExpertStoreThreads, EveryoneGetsWhatTheyAskFor) {
       store.note_use(layer, std::span(&expert, 1), scores);
       store.unpin(key);
       store.trim();
-      if (random() % 3 == 0) store.prefetch(static_cast<ExpertKey>(random() % (kLayers * kExperts)));
+      if (random() % 3 == 0)
+        store.prefetch(static_cast<ExpertKey>(random() % (kLayers * kExperts)));
       if (random() % 5 == 0) store.drop_speculation(layer);
     }
   };

@@ -1,8 +1,7 @@
-#include "residency/plan.h"
-
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "residency/plan.h"
 
 namespace dsfp4::residency {
 namespace {

@@ -1,5 +1,3 @@
-#include "residency/policy.h"
-
 #include <cstdint>
 #include <random>
 #include <string>
@@ -8,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "residency/policy.h"
 
 namespace dsfp4::residency {
 namespace {

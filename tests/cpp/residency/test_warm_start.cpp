@@ -1,5 +1,3 @@
-#include "residency/warm_start.h"
-
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -8,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "residency/warm_start.h"
 
 namespace dsfp4::residency {
 namespace {
@@ -15,9 +14,9 @@ namespace {
 class WarmStart : public testing::Test {
  protected:
   WarmStart()
-      : folder_(std::filesystem::path(testing::TempDir()) /
-                (std::string("warm-") +
-                 testing::UnitTest::GetInstance()->current_test_info()->name())),
+      : folder_(
+            std::filesystem::path(testing::TempDir()) /
+            (std::string("warm-") + testing::UnitTest::GetInstance()->current_test_info()->name())),
         path_(warm_start_path(folder_ / "deep" / "er", 42)) {}
   ~WarmStart() override { std::filesystem::remove_all(folder_); }
 
