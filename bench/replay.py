@@ -1,6 +1,6 @@
 """Replays routing traces through every cache policy at several capacities, beside Belady's optimum.
 
-Traces: the demo model's on text (JSON lines with `text`, .gz too), each text a generation of its own
+Traces: the demo model's on text (JSON lines with `text`, .gz too), each a generation of its own
 with the cache kept between them, and synthetic ones: experts of Zipf's law that stay the same, and
 such whose ranking drifts. The policies are the engine's own. Prints a table of hit rates; --plot
 writes it as SVG.

@@ -55,7 +55,8 @@ def main() -> None:
         loss = float(all_losses.mean())
         base = base or loss
         print(
-            f"{threshold:4.2f}: perplexity {np.exp(loss):.4f} ({100 * (np.exp(loss - base) - 1):+.2f} %), "
+            f"{threshold:4.2f}: perplexity {np.exp(loss):.4f} "
+            f"({100 * (np.exp(loss - base) - 1):+.2f} %), "
             f"{stats['demand_bytes'] / len(all_losses) / 1e3:.0f} kB read a token, "
             f"{100 * stats['skipped_pairs'] / stats['total_pairs']:.1f} % of the experts left out"
         )

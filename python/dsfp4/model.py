@@ -200,8 +200,8 @@ class Model:
     def routing_trace(self, ids: Ids, decode: bool = False) -> tuple[Experts, RouterLogits]:
         """Return the experts that each of `ids` chooses, and the routers' logits.
 
-        The context is empty at first. The first is as forward()'s `return_experts`; the second is float32 [MoE layers, tokens,
-        experts]. This is what `bench/replay.py` replays.
+        The context is empty at first. The experts are as forward()'s `return_experts`; the logits
+        are float32 [MoE layers, tokens, experts]. This is what `bench/replay.py` replays.
         """
         _, chosen, logits = map(
             as_output,

@@ -161,7 +161,8 @@ def _judge(run: Mapping[str, Any], raw: float, compute: float) -> dict[str, Any]
 
 
 def _lines(report: Mapping[str, Any]) -> Iterable[str]:
-    yield f"disk: {report['raw_ssd_gb_s']:.2f} GB/s, blocks of {_BLOCK_BYTES >> 10} KiB, {_DEPTH} deep"
+    rate = report["raw_ssd_gb_s"]
+    yield f"disk: {rate:.2f} GB/s, blocks of {_BLOCK_BYTES >> 10} KiB, {_DEPTH} deep"
     for name in ("cold", "warm"):
         run = report[name]
         floor = run["floor_seconds"]
