@@ -1,5 +1,6 @@
 #include "engine/loader.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "engine/hash_check.h"
 #include "format/scalar.h"
 #include "memory/arena.h"
+#include "memory/limits.h"
 #include "storage/reader.h"
 
 namespace dsfp4::engine {
@@ -25,7 +27,10 @@ using memory::Arena;
 // everything and note what is to be read where.
 class Placement {
  public:
-  explicit Placement(const Catalogue& catalogue) : catalogue_(catalogue) {}
+  Placement(const Catalogue& catalogue, bool experts_in_files)
+      : catalogue_(catalogue), experts_in_files_(experts_in_files) {}
+
+  bool experts_in_files() const noexcept { return experts_in_files_; }
 
   void use_arena(Arena& arena) { arena_ = &arena; }
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
@@ -43,6 +48,15 @@ class Placement {
       view.scales = bytes_of(*source.scales);
       if (arena_ != nullptr) block_scales_.emplace_back(source.scales, &view);
     }
+    if (arena_ == nullptr) weight_bytes_ += source.bytes();
+    place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
+  }
+
+  // All but the matrix itself, which stays in its file.
+  void place_absent(const WeightSource& source, format::WeightView& view) {
+    view.format = source.format;
+    view.rows = source.rows;
+    view.cols = source.cols;
     if (arena_ == nullptr) weight_bytes_ += source.bytes();
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
   }
@@ -134,6 +148,7 @@ class Placement {
   }
 
   const Catalogue& catalogue_;
+  bool experts_in_files_;
   Arena* arena_ = nullptr;
   std::size_t arena_bytes_ = 0;
   std::uint64_t weight_bytes_ = 0;
@@ -172,7 +187,13 @@ void place_layer(Placement& placement, const checkpoint::LayerSource& source,
   placement.place(source.e_score_correction_bias, weights.e_score_correction_bias);
   weights.experts.resize(source.experts.size());
   for (std::size_t e = 0; e < source.experts.size(); ++e) {
-    place_mlp(placement, source.experts[e], weights.experts[e]);
+    if (placement.experts_in_files()) {
+      placement.place_absent(source.experts[e].gate_proj, weights.experts[e].gate_proj);
+      placement.place_absent(source.experts[e].up_proj, weights.experts[e].up_proj);
+      placement.place_absent(source.experts[e].down_proj, weights.experts[e].down_proj);
+    } else {
+      place_mlp(placement, source.experts[e], weights.experts[e]);
+    }
   }
   place_mlp(placement, source.shared_experts, weights.shared_experts);
 }
@@ -192,6 +213,42 @@ void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
   }
 }
 
+// FNV-1a over what the headers say: tells checkpoints apart, not bytes.
+std::uint64_t fingerprint(const Catalogue& catalogue) {
+  std::uint64_t hash = 0xcbf29ce484222325;
+  const auto mix = [&](std::uint64_t value) {
+    for (int i = 0; i < 8; ++i) hash = (hash ^ (value >> (8 * i) & 0xFF)) * 0x100000001b3;
+  };
+  for (const TensorInfo& tensor : catalogue.tensors()) {
+    for (const char c : tensor.name) mix(static_cast<unsigned char>(c));
+    mix(tensor.file);
+    mix(tensor.offset);
+    mix(tensor.bytes);
+  }
+  return hash;
+}
+
+WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& layout) {
+  model::ModelWeights weights;
+  Placement all(catalogue, false);
+  place_model(all, layout, weights);
+  model::ModelWeights dense_weights;
+  Placement dense(catalogue, true);
+  place_model(dense, layout, dense_weights);
+
+  WeightSizes sizes;
+  sizes.dense_bytes = dense.arena_bytes();
+  sizes.expert_bytes = all.arena_bytes() - dense.arena_bytes();
+  for (const checkpoint::LayerSource& layer : layout.layers) {
+    for (const checkpoint::MlpSource& expert : layer.experts) {
+      sizes.slot_bytes =
+          std::max<std::size_t>(sizes.slot_bytes, slot_bytes(residency::expert_image(expert, {})));
+      ++sizes.experts;
+    }
+  }
+  return sizes;
+}
+
 }  // namespace
 
 LoadedWeights load_weights(const std::filesystem::path& folder,
@@ -199,17 +256,17 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
                            const LoadWeightsOptions& options) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
+  std::unique_ptr<storage::Reader> reader = storage::make_reader(catalogue.files(), options.reader);
+
+  WeightSizes sizes = sizes_of(catalogue, layout);
+  sizes.staging = reader->staging_bytes();
+  const bool experts_stay = options.experts_stay && options.experts_stay(sizes);
 
   model::ModelWeights weights;
-  Placement counted(catalogue);
+  Placement counted(catalogue, experts_stay);
   place_model(counted, layout, weights);
-  const auto reader = storage::make_reader(catalogue.files(), options.reader);
-  if (options.before_taking) {
-    options.before_taking(counted.arena_bytes(), reader->staging_bytes());
-  }
-
   Arena arena(counted.arena_bytes(), "the weights");
-  Placement placement(catalogue);
+  Placement placement(catalogue, experts_stay);
   placement.use_arena(arena);
   place_model(placement, layout, weights);
 
@@ -220,7 +277,19 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   });
   check_hashes(catalogue, placement.tensors(), options.threads);
   placement.finish();
-  return {std::move(arena), std::move(weights), counted.weight_bytes()};
+  LoadedWeights loaded{std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
+  if (!experts_stay) return loaded;
+  std::vector<residency::ExpertImage>& images = loaded.images;
+  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
+    for (std::size_t e = 0; e < layout.layers[i].experts.size(); ++e) {
+      images.push_back(residency::expert_image(layout.layers[i].experts[e],
+                                               loaded.weights.layers[i].experts[e]));
+    }
+  }
+  loaded.experts = images.size();
+  loaded.fingerprint = fingerprint(catalogue);
+  loaded.reader = std::move(reader);
+  return loaded;
 }
 
 }  // namespace dsfp4::engine

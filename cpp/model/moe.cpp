@@ -29,9 +29,11 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
 
   const Matrix logits = scratch_matrix(arena, x.rows, spec.router.experts);
   backend.linear(weights.gate, x, logits, ops::Inputs::kF32);
-  const ops::Routing routing{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs)};
+  const ops::Routing routing{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs),
+                             logits};
   backend.route(spec.router, logits, weights.e_score_correction_bias, choice.forced, routing);
   if (!choice.chosen.empty()) std::ranges::copy(routing.experts, choice.chosen.begin());
+  if (!choice.logits.empty()) std::copy_n(logits.data, choice.logits.size(), choice.logits.data());
 
   if (spec.shared_intermediate_size > 0) {
     mlp(weights.shared_experts, backend, arena, x, out);

@@ -116,6 +116,8 @@ struct Routing {
   std::span<std::int32_t> experts;  // the router's own choice, best first, lower index on a tie
   std::span<std::int32_t> used;     // what `weights` belong to: the own choice or the forced one
   std::span<float> weights;
+  /// What the choice was made from, [tokens, experts]; empty where nobody asks for it.
+  ConstMatrix logits;
 };
 
 struct ExpertView {
