@@ -1,15 +1,12 @@
 #include "residency/warm_start.h"
 
 #include <array>
-#include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <fcntl.h>
-#include <fstream>
 #include <string>
 #include <system_error>
-#include <unistd.h>
 
+#include "base/files.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::residency {
@@ -37,51 +34,13 @@ bool take(std::string_view& from, T& value) {
   return true;
 }
 
-// A descriptor that is closed, and a file that is deleted unless it was renamed.
-class Temporary {
- public:
-  explicit Temporary(std::string path)
-      : path_(std::move(path)),
-        descriptor_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
-    if (descriptor_ < 0) throw IoError(path_, -1, errno, "cannot be made");
-  }
-  ~Temporary() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-    if (!renamed_) ::unlink(path_.c_str());
-  }
-  Temporary(const Temporary&) = delete;
-  Temporary& operator=(const Temporary&) = delete;
-
-  void write(std::string_view bytes) {
-    while (!bytes.empty()) {
-      const ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) throw IoError(path_, -1, errno, "cannot be written");
-      bytes.remove_prefix(static_cast<std::size_t>(written));
-    }
-    if (::fsync(descriptor_) != 0) throw IoError(path_, -1, errno, "cannot be made durable");
-  }
-  void rename_to(const std::string& path) {
-    if (::rename(path_.c_str(), path.c_str()) != 0) {
-      throw IoError(path, -1, errno, "cannot be replaced");
-    }
-    renamed_ = true;
-  }
-
- private:
-  std::string path_;
-  int descriptor_;
-  bool renamed_ = false;
-};
-
 // The file's bytes without their checksum, if that is right.
 std::optional<std::string> read_checked(const std::filesystem::path& path) {
   std::error_code error;
   const std::uintmax_t size = std::filesystem::file_size(path, error);
   if (error || size > kMostBytes || size < sizeof(std::uint64_t)) return std::nullopt;
-  std::string bytes(static_cast<std::size_t>(size), '\0');
-  std::ifstream file(path, std::ios::binary);
-  if (!file.read(bytes.data(), static_cast<std::streamsize>(size))) return std::nullopt;
+  std::string bytes = read_whole_file(path);
+  if (bytes.size() != size) return std::nullopt;
 
   std::string_view end = std::string_view(bytes).substr(bytes.size() - sizeof(std::uint64_t));
   std::uint64_t sum = 0;
@@ -119,10 +78,7 @@ void save_warm_start(const std::filesystem::path& path, std::uint64_t fingerprin
   if (error) {
     throw IoError(path.parent_path().string(), -1, error.value(), "the folder cannot be made");
   }
-  // One name a process: two that save at once do not write into each other's file.
-  Temporary temporary(path.string() + "." + std::to_string(::getpid()) + ".part");
-  temporary.write(bytes);
-  temporary.rename_to(path.string());
+  replace_file(path, bytes);
 }
 
 bool is_whole_warm_start(const std::filesystem::path& path) {
