@@ -1,5 +1,6 @@
 """Fixtures for all tests. That this file is here also puts `fixtures` on the import path."""
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,3 +22,9 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C; the tests of it need it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

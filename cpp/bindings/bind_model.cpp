@@ -38,15 +38,74 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
   return narrow;
 }
 
+MemoryConfig memory_config(std::int64_t prefetch_layers, double expert_threshold) {
+  return {prefetch_layers, expert_threshold};
+}
+
+MemoryStrategy memory_strategy(std::optional<double> cpu_cache_size,
+                               std::optional<double> prefetch_size) {
+  return {cpu_cache_size, prefetch_size};
+}
+
+nb::dict stats(const Model& model) {
+  ModelStats s;
+  {
+    const nb::gil_scoped_release released;
+    s = model.stats();
+  }
+  nb::dict d;
+  const auto put = [&](const char* name, auto value) { d[name] = value; };
+  put("reserved_bytes", s.reserved_bytes);
+  put("tiered", s.tiered);
+  put("slots", s.slots);
+  put("cache_slots", s.cache_slots);
+  put("slot_bytes", s.slot_bytes);
+  put("image_bytes", s.image_bytes);
+  put("hits", s.hits);
+  put("misses", s.misses);
+  put("joined", s.joined);
+  put("prefetched", s.prefetched);
+  put("evictions", s.evictions);
+  put("prefetched_bytes", s.prefetched_bytes);
+  put("demand_bytes", s.demand_bytes);
+  put("speculative_bytes", s.speculative_bytes);
+  put("wasted_bytes", s.wasted_bytes);
+  put("used_bytes", s.used_bytes);
+  put("skipped_pairs", s.skipped_pairs);
+  put("total_pairs", s.total_pairs);
+  put("predicted", s.predicted);
+  put("predicted_used", s.predicted_used);
+  put("predictable", s.predictable);
+  put("wait_seconds", s.wait_seconds);
+  put("expert_seconds", s.expert_seconds);
+  put("reads", s.reads);
+  put("read_bytes", s.read_bytes);
+  put("read_retries", s.read_retries);
+  put("read_stalls", s.read_stalls);
+  put("reads_in_flight", s.reads_in_flight);
+  put("ssd_busy_seconds", s.ssd_busy_seconds);
+  return d;
+}
+
 Model load(const std::string& path, const std::string& device, int threads,
            std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
-           std::uint64_t ram_limit, const std::optional<nb::callable>& progress) {
+           std::uint64_t ram_limit, const std::optional<nb::callable>& progress,
+           std::int64_t prefetch_layers, double expert_threshold,
+           std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
+           const std::string& cache_policy, const std::string& warm_start_folder,
+           const std::string& reader, bool direct_reads) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
   options.max_context = max_context;
   options.kv_cache_dtype = kv_cache_dtype;
   options.memory_limit = memory_limit;
+  options.memory = memory_config(prefetch_layers, expert_threshold);
+  options.strategy = memory_strategy(cpu_cache_size, prefetch_size);
+  options.cache_policy = cache_policy;
+  options.warm_start_folder = warm_start_folder;
+  options.reader = reader;
+  options.direct_reads = direct_reads;
   options.ram_limit = ram_limit;
   if (progress) {
     options.progress = [&](std::uint64_t done, std::uint64_t total) {
@@ -59,7 +118,8 @@ Model load(const std::string& path, const std::string& device, int threads,
 }
 
 nb::tuple forward(Model& model, const Ids& ids,
-                  const std::optional<ConstArray<std::int32_t>>& experts, bool decode) {
+                  const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
+                  bool return_router_logits) {
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
   if (count > model.max_context()) throw ContextLengthError(count, model.max_context());
@@ -68,8 +128,11 @@ nb::tuple forward(Model& model, const Ids& ids,
   const auto top_k = static_cast<std::size_t>(model.num_experts_per_tok());
   std::vector<float> logits(tokens.size() * vocab);
   std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
+  const auto width = static_cast<std::size_t>(model.num_experts());
+  std::vector<float> routers(return_router_logits ? layers * tokens.size() * width : 0);
   ForwardOptions options;
   options.chosen_experts = chosen;
+  options.router_logits = routers;
   options.decode = decode;
   if (experts) {
     if (experts->ndim() != 3 || experts->shape(0) != layers || experts->shape(1) != tokens.size() ||
@@ -85,8 +148,10 @@ nb::tuple forward(Model& model, const Ids& ids,
     const nb::gil_scoped_release released;
     model.forward(tokens, logits, options);
   }
-  return nb::make_tuple(own_array(std::move(logits), {tokens.size(), vocab}),
-                        own_array(std::move(chosen), {layers, tokens.size(), top_k}));
+  return nb::make_tuple(
+      own_array(std::move(logits), {tokens.size(), vocab}),
+      own_array(std::move(chosen), {layers, tokens.size(), top_k}),
+      own_array(std::move(routers), {return_router_logits ? layers : 0, tokens.size(), width}));
 }
 
 GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens, double temperature,
@@ -197,15 +262,36 @@ void bind_model(nb::module_& m) {
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
            nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
            nb::arg("memory_limit") = 0.0, nb::arg("ram_limit") = 0,
-           nb::arg("progress") = nb::none())
+           nb::arg("progress") = nb::none(), nb::arg("prefetch_layers") = 0,
+           nb::arg("expert_threshold") = 0.0, nb::arg("cpu_cache_size") = nb::none(),
+           nb::arg("prefetch_size") = nb::none(), nb::arg("cache_policy") = "default",
+           nb::arg("warm_start_folder") = "", nb::arg("reader") = "auto",
+           nb::arg("direct_reads") = true)
+      .def(
+          "set_memory_config",
+          [](Model& model, std::int64_t prefetch_layers, double expert_threshold) {
+            const nb::gil_scoped_release released;
+            model.set_memory_config(memory_config(prefetch_layers, expert_threshold));
+          },
+          nb::arg("prefetch_layers"), nb::arg("expert_threshold"))
+      .def(
+          "set_memory_strategy",
+          [](Model& model, std::optional<double> cpu_cache_size,
+             std::optional<double> prefetch_size) {
+            const nb::gil_scoped_release released;
+            model.set_memory_strategy(memory_strategy(cpu_cache_size, prefetch_size));
+          },
+          nb::arg("cpu_cache_size") = nb::none(), nb::arg("prefetch_size") = nb::none())
+      .def("stats", &stats)
       .def_prop_ro("vocab_size", &Model::vocab_size)
       .def_prop_ro("moe_layers", &Model::moe_layers)
       .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)
+      .def_prop_ro("num_experts", &Model::num_experts)
       .def_prop_ro("max_context", &Model::max_context, "Longest sequence, in tokens.")
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("device", &Model::device)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
-           nb::arg("decode") = false)
+           nb::arg("decode") = false, nb::arg("return_router_logits") = false)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

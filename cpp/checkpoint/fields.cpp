@@ -1,6 +1,8 @@
 #include "checkpoint/fields.h"
 
-#include <sstream>
+#include <array>
+#include <charconv>
+#include <string>
 #include <utility>
 
 #include "dsfp4/error.h"
@@ -9,10 +11,10 @@ namespace dsfp4::checkpoint {
 namespace {
 
 std::string number_text(double value) {
-  std::ostringstream text;
-  text.imbue(std::locale::classic());
-  text << value;
-  return text.str();
+  std::array<char, 32> text;
+  const auto end =
+      std::to_chars(text.data(), text.data() + text.size(), value, std::chars_format::general, 6);
+  return {text.data(), end.ptr};
 }
 
 }  // namespace

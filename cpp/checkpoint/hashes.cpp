@@ -1,10 +1,7 @@
 #include "checkpoint/hashes.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <charconv>
-#include <cstdio>
-#include <fstream>
 #include <system_error>
 #include <utility>
 
@@ -12,6 +9,7 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include "base/files.h"
 #include "checkpoint/file.h"
 #include "checkpoint/json.h"
 #include "dsfp4/error.h"
@@ -161,26 +159,13 @@ void TensorHashes::check(const Catalogue& catalogue, const TensorInfo& tensor,
 
 void write_tensor_hashes(const std::filesystem::path& folder, std::vector<TensorHash> hashes) {
   std::sort(hashes.begin(), hashes.end(), by_name);
-  const std::filesystem::path path = folder / kHashFile;
-  std::filesystem::path unfinished = path;
-  unfinished += ".part";
-  std::ofstream out(unfinished, std::ios::binary | std::ios::trunc);
-  out << "{\"algorithm\": \"" << kAlgorithm << "\", \"tensors\": {";
+  std::string text = "{\"algorithm\": \"" + std::string(kAlgorithm) + "\", \"tensors\": {";
   const char* separator = "\n";
   for (const TensorHash& entry : hashes) {
-    out << separator << nlohmann::json(entry.tensor).dump() << ": \"" << hex(entry.hash) << '"';
+    text += separator + nlohmann::json(entry.tensor).dump() + ": \"" + hex(entry.hash) + '"';
     separator = ",\n";
   }
-  out << "\n}}\n";
-  out.close();
-  if (!out) {
-    const int problem = errno;
-    std::remove(unfinished.c_str());
-    throw IoError(path.string(), -1, problem, "cannot be written");
-  }
-  std::error_code error;
-  std::filesystem::rename(unfinished, path, error);
-  if (error) throw IoError(path.string(), -1, error.value(), "cannot be written");
+  replace_file(folder / kHashFile, text + "\n}}\n");
 }
 
 }  // namespace dsfp4::checkpoint

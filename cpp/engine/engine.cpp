@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <chrono>
 #include <string>
+#include <utility>
 
 #include "base/log.h"
 #include "base/thread_pool.h"
 #include "dsfp4/error.h"
 #include "engine/ram_limit.h"
 #include "engine/sampler.h"
+#include "memory/limits.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -56,6 +58,19 @@ std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
   return wanted == 0 ? model_limit : wanted;
 }
 
+// The longest chunk whose activations fit.
+std::int64_t prefill_chunk(const model::Decoder& decoder, std::int64_t max_context) {
+  std::int64_t chunk = kPrefillChunk;
+  while (chunk < std::min(kLongestPrefillChunk, max_context) &&
+         decoder.scratch_bytes(2 * chunk) <= kActivationBytes) {
+    chunk *= 2;
+  }
+  return std::min(chunk, max_context);
+}
+
+// Leaves a prefill between two groups of experts.
+struct PrefillCancelled {};
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -67,21 +82,16 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       backend_(make_backend(options)),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(folder, config_, *backend_,
-                           {.reader = {},
-                            .threads = thread_count(options.threads),
-                            .progress = options.progress,
-                            .before_taking =
-                                [&](std::uint64_t weights, std::uint64_t staging) {
-                                  check_memory(options.ram_limit, weights, staging);
-                                }})),
-      experts_(*backend_, config_.hidden_size, config_.moe_intermediate_size,
-               [this](std::int64_t layer) -> std::span<const ops::ExpertView> {
-                 return loaded_.weights.layers[static_cast<std::size_t>(layer)].experts;
-               }),
-      decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_, kv_format_),
-      scratch_(decoder_.scratch_bytes(std::min(kPrefillChunk, max_context_)), "the activations",
-               backend_->memory()),
+      loaded_(load_weights(
+          folder, config_, *backend_,
+          {.reader = reader_options(options),
+           .threads = thread_count(options.threads),
+           .progress = options.progress,
+           .experts_stay = [&](const WeightSizes& sizes) { return plan(options, sizes); }})),
+      experts_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_, options),
+      decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_.runner(),
+               kv_format_),
+      scratch_(decoder_.scratch_bytes(prefill_chunk_), "the activations", backend_->memory()),
       logits_(
           backend_->host_visible()
               ? 0
@@ -93,8 +103,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
     backend_->prepare_experts(layer.experts);
   }
   const model::ModelSpec& model = decoder_.spec();
-  ops::Backend::Largest largest{
-      model.mla, std::min(kPrefillChunk, max_context_), max_context_, 0, model.router.top_k, {}};
+  ops::Backend::Largest largest{model.mla, prefill_chunk_, max_context_, 0, model.router.top_k, {}};
   largest.vocab = model.vocab_size;
   largest.width = std::max({model.hidden_size, model.intermediate_size, model.q_lora_rank,
                             model.shared_intermediate_size, model.moe_intermediate_size,
@@ -119,24 +128,61 @@ void Engine::head(ops::ConstMatrix hidden, float* logits) {
   }
 }
 
-void Engine::check_memory(std::uint64_t ram_limit, std::uint64_t weights,
-                          std::uint64_t staging) const {
+bool Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
   const model::ModelWeights none;  // sizes do not depend on them
   residency::ResidentExperts experts(*backend_, config_.hidden_size, config_.moe_intermediate_size,
                                      {});
   const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, kv_format_);
+  const memory::MachineMemory machine = memory::machine_memory();
+  prefill_chunk_ = std::min(kPrefillChunk, max_context_);
   if (!backend_->host_visible()) {  // its own memory source knows its limit
-    check_ram(ram_limit, {.staging = staging + kLoadBuffer}, memory::machine_memory());
-    return;
+    check_ram(options.ram_limit, {.staging = sizes.staging + kLoadBuffer}, machine);
+    return false;
   }
-  RamNeeds needs;
-  needs.weights = weights;
-  needs.staging = staging;
-  needs.scratch = decoder.scratch_bytes(std::min(kPrefillChunk, max_context_));
-  needs.kv_cache =
+  const std::uint64_t kv_cache =
       KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
-  check_ram(ram_limit, needs, memory::machine_memory());
+  const auto try_plan = [&] {
+    const std::uint64_t others = kv_cache + sizes.staging + decoder.scratch_bytes(prefill_chunk_);
+    plan_ = plan_experts(config_, options, sizes, others, machine);
+    reserved_ = sizes.dense_bytes + others;
+  };
+  try_plan();
+  if (plan_.tiered) {
+    // Longer chunks read less, so they come before a larger cache, up to a point.
+    const std::int64_t most = prefill_chunk(decoder, max_context_);
+    const std::size_t slots = plan_.cache_slots;
+    const std::int64_t least = std::exchange(prefill_chunk_, most);
+    try {
+      try_plan();
+    } catch (const MemoryLimitError&) {
+      prefill_chunk_ = least;
+      try_plan();
+    }
+    if (plan_.cache_slots < slots / 2) {
+      prefill_chunk_ = least;
+      try_plan();
+    }
+  }
+  RamNeeds needs;  // for its warnings
+  needs.weights = reserved_ + plan_.expert_bytes;
+  check_ram(options.ram_limit, needs, machine);
   if (const char* why = memory::why_no_huge_pages(); *why != '\0') log(LogLevel::kInfo, why);
+  return plan_.tiered;
+}
+
+void Engine::set_memory_config(const MemoryConfig& config) {
+  const std::lock_guard turn(turn_);
+  experts_.configure(config);
+}
+
+void Engine::set_memory_strategy(const MemoryStrategy& strategy) {
+  const std::lock_guard turn(turn_);
+  experts_.place(strategy);
+}
+
+ModelStats Engine::stats() const {
+  const std::lock_guard turn(turn_);
+  return experts_.stats();
 }
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
@@ -178,10 +224,16 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
   if (!options.chosen_experts.empty() && options.chosen_experts.size() != pairs) {
     throw ParameterError("chosen_experts", "must be [moe_layers, tokens, num_experts_per_tok]");
   }
+  const std::int64_t logits_stride = count * spec().router.experts;
+  if (!options.router_logits.empty() &&
+      options.router_logits.size() !=
+          static_cast<std::size_t>(spec().moe_layers() * logits_stride)) {
+    throw ParameterError("router_logits", "must be [moe_layers, tokens, experts]");
+  }
 
   const std::lock_guard turn(turn_);
   Sequence sequence(cache_);
-  const std::int64_t chunk = options.decode ? 1 : kPrefillChunk;
+  const std::int64_t chunk = options.decode ? 1 : prefill_chunk_;
   for (std::int64_t at = 0; at < count; at += chunk) {
     const std::int64_t rows = std::min(chunk, count - at);
     const auto first_pair = static_cast<std::size_t>(at * spec().router.top_k);
@@ -195,6 +247,10 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.chosen_experts = options.chosen_experts.data() + first_pair;
     }
     batch.expert_layer_stride = count * spec().router.top_k;
+    if (!options.router_logits.empty()) {
+      batch.router_logits = options.router_logits.data() + at * spec().router.experts;
+      batch.logits_layer_stride = logits_stride;
+    }
     step(sequence, batch,
          [&](ops::ConstMatrix hidden) { head(hidden, logits.data() + at * spec().vocab_size); });
   }
@@ -236,7 +292,11 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
 
   auto start = std::chrono::steady_clock::now();
-  const bool go_on = prefill(sequence, prompt, options, logits);
+  bool go_on = false;
+  try {
+    go_on = prefill(sequence, prompt, options, logits);
+  } catch (const PrefillCancelled&) {
+  }
   result.prefill_seconds = seconds_since(start);
   if (!go_on) {
     result.finish_reason = FinishReason::kCancelled;
@@ -244,14 +304,27 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   }
   start = std::chrono::steady_clock::now();
   decode(sequence, prompt, options, on_token, logits, result);
+  experts_.remember();
   result.decode_seconds = seconds_since(start);
   return result;
 }
 
 bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                      const GenerateOptions& options, std::span<float> logits) {
+  struct Unhook {
+    ExpertTiers& experts;
+    ~Unhook() { experts.between_groups({}); }
+  } unhook{experts_};
   for (std::size_t at = 0; at < prompt.size();) {
-    const std::size_t rows = std::min<std::size_t>(kPrefillChunk, prompt.size() - at);
+    if (options.on_prefill) {
+      experts_.between_groups([&options, at, &prompt] {
+        if (!options.on_prefill(static_cast<std::int64_t>(at),
+                                static_cast<std::int64_t>(prompt.size()))) {
+          throw PrefillCancelled();
+        }
+      });
+    }
+    const std::size_t rows = std::min(static_cast<std::size_t>(prefill_chunk_), prompt.size() - at);
     last_logits(sequence, model::Phase::kPrefill, prompt.subspan(at, rows), logits);
     at += rows;
     if (options.on_prefill && !options.on_prefill(static_cast<std::int64_t>(at),

@@ -10,19 +10,24 @@
 
 #include "checkpoint/config.h"
 #include "dsfp4/model.h"
+#include "engine/expert_tiers.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "ops/backend.h"
-#include "residency/resident_experts.h"
+#include "residency/plan.h"
 
 namespace dsfp4::engine {
 
-/// Tokens of a prompt that pass the layers together; bounds scratch.
+/// Tokens of a prompt that pass the layers together, where all weights are in memory.
 inline constexpr std::int64_t kPrefillChunk = 256;
 /// Rows of logits that a device keeps at a time.
 inline constexpr std::int64_t kLogitRows = 32;
+/// Where experts are read from the SSD, once for each chunk, chunks are as long as this much memory
+/// for activations allows, and at most kLongestPrefillChunk.
+inline constexpr std::size_t kActivationBytes = std::size_t{1} << 30;
+inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 
 class Engine {
  public:
@@ -37,8 +42,14 @@ class Engine {
                const ForwardOptions& options);
   GenerationResult generate(std::span<const std::int32_t> prompt, const GenerateOptions& options,
                             const TokenCallback& on_token);
+  void set_memory_config(const MemoryConfig& config);
+  void set_memory_strategy(const MemoryStrategy& strategy);
+  ModelStats stats() const;
 
  private:
+  /// Decides where the weights go, within the limit of RAM: plan_, reserved_ and prefill_chunk_.
+  /// Returns whether the experts stay in their files.
+  bool plan(const LoadOptions& options, const WeightSizes& sizes);
   /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
   /// [ids.size(), hidden], valid during the call.
   template <typename Use>
@@ -58,21 +69,22 @@ class Engine {
                                           const std::optional<ops::SampleSpec>& draw = {});
   /// logits (on the host) = head(hidden).
   void head(ops::ConstMatrix hidden, float* logits);
-  /// Throws MemoryLimitError if the model does not fit; all in bytes.
-  void check_memory(std::uint64_t ram_limit, std::uint64_t weights, std::uint64_t staging) const;
   void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;
 
   checkpoint::ModelConfig config_;
   std::int64_t max_context_;
   std::unique_ptr<ops::Backend> backend_;
   ops::KvFormat kv_format_;
+  residency::RamPlan plan_;
+  std::uint64_t reserved_ = 0;  // bytes of all but the experts
+  std::int64_t prefill_chunk_ = kPrefillChunk;
   LoadedWeights loaded_;
-  residency::ResidentExperts experts_;
+  ExpertTiers experts_;
   model::Decoder decoder_;
   memory::Arena scratch_;
   memory::Arena logits_;  // where the backend's memory is not the host's
   KvCache cache_;
-  std::mutex turn_;  // callers take turns
+  mutable std::mutex turn_;  // callers take turns
 };
 
 }  // namespace dsfp4::engine

@@ -13,6 +13,7 @@
 #include "engine/hash_check.h"
 #include "format/scalar.h"
 #include "memory/arena.h"
+#include "memory/limits.h"
 #include "storage/reader.h"
 
 namespace dsfp4::engine {
@@ -27,8 +28,10 @@ using memory::Arena;
 // everything and note what is to be read where.
 class Placement {
  public:
-  Placement(const Catalogue& catalogue, ops::Backend& backend)
-      : catalogue_(catalogue), backend_(backend) {}
+  Placement(const Catalogue& catalogue, ops::Backend& backend, bool experts_in_files)
+      : catalogue_(catalogue), backend_(backend), experts_in_files_(experts_in_files) {}
+
+  bool experts_in_files() const noexcept { return experts_in_files_; }
 
   void use_arena(Arena& arena) { arena_ = &arena; }
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
@@ -49,6 +52,15 @@ class Placement {
       view.scales = bytes_of(*source.scales);
       if (arena_ != nullptr) block_scales_.emplace(source.scales, &view);
     }
+    if (arena_ == nullptr) weight_bytes_ += source.bytes();
+    place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
+  }
+
+  // All but the matrix itself, which stays in its file.
+  void place_absent(const WeightSource& source, format::WeightView& view) {
+    view.format = source.format;
+    view.rows = source.rows;
+    view.cols = source.cols;
     if (arena_ == nullptr) weight_bytes_ += source.bytes();
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
   }
@@ -148,6 +160,7 @@ class Placement {
 
   const Catalogue& catalogue_;
   ops::Backend& backend_;
+  bool experts_in_files_;
   Arena* arena_ = nullptr;
   std::size_t arena_bytes_ = 0;
   std::uint64_t weight_bytes_ = 0;
@@ -188,7 +201,13 @@ void place_layer(Placement& placement, const checkpoint::LayerSource& source,
   placement.place(source.e_score_correction_bias, weights.e_score_correction_bias);
   weights.experts.resize(source.experts.size());
   for (std::size_t e = 0; e < source.experts.size(); ++e) {
-    place_mlp(placement, source.experts[e], weights.experts[e]);
+    if (placement.experts_in_files()) {
+      placement.place_absent(source.experts[e].gate_proj, weights.experts[e].gate_proj);
+      placement.place_absent(source.experts[e].up_proj, weights.experts[e].up_proj);
+      placement.place_absent(source.experts[e].down_proj, weights.experts[e].down_proj);
+    } else {
+      place_mlp(placement, source.experts[e], weights.experts[e]);
+    }
   }
   place_mlp(placement, source.shared_experts, weights.shared_experts);
 }
@@ -249,6 +268,43 @@ void read_through_host(const Catalogue& catalogue, const Placement& placement,
   }
 }
 
+// FNV-1a over what the headers say: tells checkpoints apart, not bytes.
+std::uint64_t fingerprint(const Catalogue& catalogue) {
+  std::uint64_t hash = 0xcbf29ce484222325;
+  const auto mix = [&](std::uint64_t value) {
+    for (int i = 0; i < 8; ++i) hash = (hash ^ (value >> (8 * i) & 0xFF)) * 0x100000001b3;
+  };
+  for (const TensorInfo& tensor : catalogue.tensors()) {
+    for (const char c : tensor.name) mix(static_cast<unsigned char>(c));
+    mix(tensor.file);
+    mix(tensor.offset);
+    mix(tensor.bytes);
+  }
+  return hash;
+}
+
+WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& layout,
+                     ops::Backend& backend) {
+  model::ModelWeights weights;
+  Placement all(catalogue, backend, false);
+  place_model(all, layout, weights);
+  model::ModelWeights dense_weights;
+  Placement dense(catalogue, backend, true);
+  place_model(dense, layout, dense_weights);
+
+  WeightSizes sizes;
+  sizes.dense_bytes = dense.arena_bytes();
+  sizes.expert_bytes = all.arena_bytes() - dense.arena_bytes();
+  for (const checkpoint::LayerSource& layer : layout.layers) {
+    for (const checkpoint::MlpSource& expert : layer.experts) {
+      sizes.slot_bytes =
+          std::max<std::size_t>(sizes.slot_bytes, slot_bytes(residency::expert_image(expert, {})));
+      ++sizes.experts;
+    }
+  }
+  return sizes;
+}
+
 }  // namespace
 
 LoadedWeights load_weights(const std::filesystem::path& folder,
@@ -256,17 +312,17 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
                            const LoadWeightsOptions& options) {
   const Catalogue catalogue = Catalogue::open(folder);
   const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
+  std::unique_ptr<storage::Reader> reader = storage::make_reader(catalogue.files(), options.reader);
+
+  WeightSizes sizes = sizes_of(catalogue, layout, backend);
+  sizes.staging = reader->staging_bytes();
+  const bool experts_stay = options.experts_stay && options.experts_stay(sizes);
 
   model::ModelWeights weights;
-  Placement counted(catalogue, backend);
+  Placement counted(catalogue, backend, experts_stay);
   place_model(counted, layout, weights);
-  const auto reader = storage::make_reader(catalogue.files(), options.reader);
-  if (options.before_taking) {
-    options.before_taking(counted.arena_bytes(), reader->staging_bytes());
-  }
-
   Arena arena(counted.arena_bytes(), "the weights", backend.memory());
-  Placement placement(catalogue, backend);
+  Placement placement(catalogue, backend, experts_stay);
   placement.use_arena(arena);
   place_model(placement, layout, weights);
 
@@ -292,7 +348,19 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   }
   check_hashes(catalogue, placement.staged_tensors(), options.threads);
   placement.finish();
-  return {std::move(arena), std::move(weights), counted.weight_bytes()};
+  LoadedWeights loaded{std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
+  if (!experts_stay) return loaded;
+  std::vector<residency::ExpertImage>& images = loaded.images;
+  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
+    for (std::size_t e = 0; e < layout.layers[i].experts.size(); ++e) {
+      images.push_back(residency::expert_image(layout.layers[i].experts[e],
+                                               loaded.weights.layers[i].experts[e]));
+    }
+  }
+  loaded.experts = images.size();
+  loaded.fingerprint = fingerprint(catalogue);
+  loaded.reader = std::move(reader);
+  return loaded;
 }
 
 }  // namespace dsfp4::engine

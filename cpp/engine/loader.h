@@ -4,11 +4,14 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
+#include <vector>
 
 #include "checkpoint/config.h"
 #include "memory/arena.h"
 #include "model/weights.h"
 #include "ops/backend.h"
+#include "residency/expert_image.h"
 #include "storage/reader.h"
 
 namespace dsfp4::engine {
@@ -16,7 +19,21 @@ namespace dsfp4::engine {
 struct LoadedWeights {
   memory::Arena arena;  // what `weights` points into
   model::ModelWeights weights;
-  std::uint64_t weight_bytes;  // stored bytes of the matrices
+  std::uint64_t weight_bytes;  // stored bytes of the matrices, experts too
+  /// Of a model whose experts stay in the files: what ExpertStore needs. Else empty.
+  std::vector<residency::ExpertImage> images;
+  std::unique_ptr<storage::Reader> reader;
+  std::size_t experts = 0;        // in all layers
+  std::uint64_t fingerprint = 0;  // of the tensors' names, places and sizes
+};
+
+/// What there is to load, from the headers alone; bytes.
+struct WeightSizes {
+  std::size_t dense_bytes = 0;   // of an arena that holds everything but the routed experts
+  std::size_t expert_bytes = 0;  // and of the routed experts in it
+  std::size_t slot_bytes = 0;    // of one routed expert in an ExpertStore; 0 if there are none
+  std::size_t experts = 0;       // in all layers
+  std::uint64_t staging = 0;     // of the reader
 };
 
 /// RAM through which weights pass to memory that the host cannot touch; more for a larger matrix.
@@ -28,8 +45,9 @@ struct LoadWeightsOptions {
   int threads = 1;
   /// Called while weights are read, in bytes.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
-  /// Called with what is about to be taken, in bytes; an exception thrown by it ends the load.
-  std::function<void(std::uint64_t weights, std::uint64_t staging)> before_taking;
+  /// Called before anything is taken; says whether the routed experts stay in the files: their
+  /// views then have formats and scales but no data. An exception thrown by it ends the load.
+  std::function<bool(const WeightSizes& sizes)> experts_stay;
 };
 
 /// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and

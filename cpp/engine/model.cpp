@@ -29,9 +29,18 @@ std::int64_t Model::moe_layers() const noexcept { return impl_->engine.spec().mo
 std::int64_t Model::num_experts_per_tok() const noexcept {
   return impl_->engine.spec().router.top_k;
 }
+std::int64_t Model::num_experts() const noexcept { return impl_->engine.spec().router.experts; }
 std::int64_t Model::max_context() const noexcept { return impl_->engine.max_context(); }
 std::uint64_t Model::weight_bytes() const noexcept { return impl_->engine.weight_bytes(); }
 const std::string& Model::device() const noexcept { return impl_->device; }
+
+void Model::set_memory_config(const MemoryConfig& config) {
+  impl_->engine.set_memory_config(config);
+}
+void Model::set_memory_strategy(const MemoryStrategy& strategy) {
+  impl_->engine.set_memory_strategy(strategy);
+}
+ModelStats Model::stats() const { return impl_->engine.stats(); }
 
 void Model::forward(std::span<const std::int32_t> ids, std::span<float> logits,
                     const ForwardOptions& options) {

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <unistd.h>
+
+#include "base/files.h"
 
 namespace dsfp4::memory {
 namespace {
@@ -16,14 +18,18 @@ constexpr std::uint64_t kUnknown = std::numeric_limits<std::uint64_t>::max();
 
 // The number after `key` in `file` (the first word if key is empty); kUnknown if there is none
 // ("max").
-std::uint64_t number_in(const std::filesystem::path& file, const std::string& key) {
-  std::ifstream in(file);
-  std::string word;
-  while (in >> word) {
-    if (!key.empty() && word != key) continue;
-    if (!key.empty() && !(in >> word)) break;
-    if (word[0] >= '0' && word[0] <= '9') return std::strtoull(word.c_str(), nullptr, 10);
-    break;
+std::uint64_t number_in(const std::filesystem::path& file, std::string_view key) {
+  const std::string text = read_whole_file(file);
+  bool found = key.empty();
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t begin = text.find_first_not_of(" \t\n", at);
+    if (begin == std::string::npos) break;
+    at = std::min(text.find_first_of(" \t\n", begin), text.size());
+    if (found) {
+      const bool digits = text[begin] >= '0' && text[begin] <= '9';
+      return digits ? std::strtoull(text.c_str() + begin, nullptr, 10) : kUnknown;
+    }
+    found = std::string_view(text).substr(begin, at - begin) == key;
   }
   return kUnknown;
 }
@@ -44,8 +50,10 @@ void apply_group(const std::filesystem::path& group, const char* limit_file, con
 // This process's path in the hierarchy whose line in /proc/self/cgroup begins with `start`, or in
 // which `controller` is; empty if there is none.
 std::string group_path(const std::string& controller) {
-  std::ifstream in("/proc/self/cgroup");
-  for (std::string line; std::getline(in, line);) {
+  const std::string text = read_whole_file("/proc/self/cgroup");
+  for (std::size_t at = 0, end = 0; at < text.size(); at = end + 1) {
+    end = std::min(text.find('\n', at), text.size());
+    const std::string line = text.substr(at, end - at);
     const std::size_t first = line.find(':');
     const std::size_t second = line.find(':', first + 1);
     if (second == std::string::npos) continue;

@@ -75,6 +75,10 @@ ExpertChoice Decoder::expert_choice(const Batch& batch, std::int64_t layer) cons
   ExpertChoice choice;
   if (batch.forced_experts != nullptr) choice.forced = {batch.forced_experts + offset, count};
   if (batch.chosen_experts != nullptr) choice.chosen = {batch.chosen_experts + offset, count};
+  if (batch.router_logits != nullptr) {
+    choice.logits = {batch.router_logits + (layer - spec_.dense_layers) * batch.logits_layer_stride,
+                     batch.ids.size() * static_cast<std::size_t>(spec_.router.experts)};
+  }
   return choice;
 }
 

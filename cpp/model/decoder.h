@@ -22,6 +22,9 @@ struct Batch {
   const std::int32_t* forced_experts = nullptr;
   std::int32_t* chosen_experts = nullptr;
   std::int64_t expert_layer_stride = 0;
+  /// Receives the routers' logits; layer l's rows begin l * logits_layer_stride in. May be null.
+  float* router_logits = nullptr;
+  std::int64_t logits_layer_stride = 0;
 };
 
 class Decoder {

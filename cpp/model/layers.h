@@ -23,10 +23,12 @@ struct Step {
   ops::ConstMatrix cos_sin;                      // [rows, qk_rope_head_dim]
 };
 
-/// The experts of one layer in one step, [rows, top_k] each; empty spans where not wanted.
+/// The experts of one layer in one step, [rows, top_k] each, and the router's logits
+/// [rows, experts]; empty spans where not wanted.
 struct ExpertChoice {
   std::span<const std::int32_t> forced;
   std::span<std::int32_t> chosen;
+  std::span<float> logits;
 };
 
 /// Multi-head latent attention (DeepSeek-V2, section 2.1): x and out are [rows, hidden].

@@ -29,10 +29,14 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
 
   const Matrix logits = scratch_matrix(arena, x.rows, spec.router.experts);
   backend.linear(weights.gate, x, logits, ops::Inputs::kF32);
-  const ops::Routing routing{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs)};
+  const ops::Routing routing{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs),
+                             logits};
   backend.route(spec.router, logits, weights.e_score_correction_bias, choice.forced, routing);
   if (!choice.chosen.empty()) {
     backend.download(routing.experts.data(), choice.chosen.data(), choice.chosen.size_bytes());
+  }
+  if (!choice.logits.empty()) {
+    backend.download(logits.data, choice.logits.data(), choice.logits.size_bytes());
   }
 
   if (spec.shared_intermediate_size > 0) {

@@ -120,6 +120,8 @@ struct Routing {
   std::span<std::int32_t> experts;  // the router's own choice, best first, lower index on a tie
   std::span<std::int32_t> used;     // what `weights` belong to: the own choice or the forced one
   std::span<float> weights;
+  /// What the choice was made from, [tokens, experts]; empty where nobody asks for it.
+  ConstMatrix logits = {};
 };
 
 struct ExpertView {
@@ -255,7 +257,7 @@ class Backend {
     std::int64_t width = 0;    // columns of the widest weight
     std::int64_t vocab = 0;
     std::int64_t top_k = 0;
-    std::span<const ExpertView> experts;  // of any layer; may be empty
+    std::span<const ExpertView> experts = {};  // of any layer; may be empty
   };
   virtual void reserve(const Largest& largest) { static_cast<void>(largest); }
   /// Tells of experts, or of a change of them, before routed_experts() is called with them.

@@ -10,7 +10,7 @@ namespace dsfp4::residency {
 /// One chosen expert and the pairs (token * top_k + slot, ascending) that chose it.
 struct ChosenExpert {
   std::int32_t expert = 0;
-  std::span<const std::int32_t> pairs;
+  std::span<std::int32_t> pairs;
 };
 
 /// The distinct experts of `used` [tokens, top_k], ascending. `pairs` is scratch with one entry a

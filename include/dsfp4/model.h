@@ -26,6 +26,48 @@
 
 namespace dsfp4 {
 
+/// How experts and layers that lie on the SSD are brought in. Exact, but for expert_threshold.
+struct MemoryConfig {
+  /// How many MoE layers ahead experts are predicted and read while the SSD is idle; 0 (off) to 16.
+  std::int64_t prefetch_layers = 0;
+  /// An expert that would have to come from the SSD and has less than this share of its token's
+  /// routing weight is left out, and the rest scaled to the original sum; 0 (exact) to 1.
+  double expert_threshold = 0.0;
+};
+
+/// Where RAM goes. GB are 10^9 bytes. Nothing given: planned from what the machine has.
+struct MemoryStrategy {
+  /// GB for cached experts. A model whose experts all fit is loaded whole.
+  std::optional<double> cpu_cache_size;
+  /// GB for experts that are being read, or pass by the cache; at least one expert.
+  std::optional<double> prefetch_size;
+};
+
+/// Counted since the model was loaded; bytes and seconds.
+struct ModelStats {
+  std::uint64_t reserved_bytes = 0;  // planned in all: weights, caches, staging, KV cache, scratch
+  bool tiered = false;               // experts lie on the SSD; if not, what follows is 0
+  std::uint64_t slots = 0, cache_slots = 0, slot_bytes = 0;
+  std::uint64_t image_bytes = 0;  // of an expert in its file
+  std::uint64_t hits = 0;         // chosen experts that were in RAM
+  std::uint64_t misses = 0;       // and those that had to be read
+  std::uint64_t joined = 0;       // and those that another request was reading already
+  std::uint64_t prefetched = 0;   // and those that a prediction had read, or was reading
+  std::uint64_t evictions = 0;
+  std::uint64_t prefetched_bytes = 0;  // of those
+  std::uint64_t demand_bytes = 0, speculative_bytes = 0;
+  std::uint64_t wasted_bytes = 0;                    // read by prediction and given up unused
+  std::uint64_t used_bytes = 0;                      // of experts computed with, wherever they were
+  std::uint64_t skipped_pairs = 0, total_pairs = 0;  // (token, expert) left out by expert_threshold
+  /// Experts predicted one layer ahead, how many of them were chosen, and how many were chosen in
+  /// all in the layers that had a prediction.
+  std::uint64_t predicted = 0, predicted_used = 0, predictable = 0;
+  double wait_seconds = 0.0;    // with nothing left to compute but what was being read
+  double expert_seconds = 0.0;  // computing experts
+  std::uint64_t reads = 0, read_bytes = 0, read_retries = 0, read_stalls = 0, reads_in_flight = 0;
+  double ssd_busy_seconds = 0.0;  // with at least one read in flight
+};
+
 struct LoadOptions {
   /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; all weights must fit in its memory) or "reference"
   /// (scalar, FP32 with FP64 sums; for checking, slow).
@@ -41,6 +83,16 @@ struct LoadOptions {
   /// GB (10^9 bytes) of VRAM that the process may take, the CUDA context included; over 0, or 0 for
   /// what is free. Device "cuda" only.
   double memory_limit = 0.0;
+  MemoryConfig memory;
+  MemoryStrategy strategy;
+  /// Which experts stay in RAM: "default", "lru", "lfu", "lrfu" or "router".
+  std::string cache_policy = "default";
+  /// A folder for a small file that remembers how experts were used, so that the next load caches
+  /// them at once; empty: nothing is remembered.
+  std::string warm_start_folder;
+  /// "auto", "io_uring" or "pread", and whether reads pass by the page cache.
+  std::string reader = "auto";
+  bool direct_reads = true;
   /// Most RAM of the process in bytes: weights, KV cache, buffers and what the process has already.
   /// 0: what the machine, or the control group, can spare. A limit below what is needed is refused
   /// with MemoryLimitError, which gives the number; so is one that makes the machine swap.
@@ -111,6 +163,8 @@ struct ForwardOptions {
   std::span<const std::int32_t> forced_experts;
   /// Receives the router's own choice, same shape, best first; empty: not wanted.
   std::span<std::int32_t> chosen_experts;
+  /// Receives the routers' logits, [moe_layers, tokens, num_experts()]; empty: not wanted.
+  std::span<float> router_logits;
   /// Run the tokens one by one through the decode path.
   bool decode = false;
 };
@@ -133,6 +187,8 @@ class DSFP4_API Model {
   /// choices.
   std::int64_t moe_layers() const noexcept;
   std::int64_t num_experts_per_tok() const noexcept;
+  /// Routed experts in a MoE layer.
+  std::int64_t num_experts() const noexcept;
   /// Tokens.
   std::int64_t max_context() const noexcept;
   /// Bytes of weights in memory, in their stored formats.
@@ -145,6 +201,12 @@ class DSFP4_API Model {
   /// of the wrong size, ContextLengthError for too many ids.
   void forward(std::span<const std::int32_t> ids, std::span<float> logits,
                const ForwardOptions& options = {});
+
+  /// Take effect with the next call; what can stay in memory stays. Throw ParameterError and
+  /// MemoryLimitError, and then nothing has changed.
+  void set_memory_config(const MemoryConfig& config);
+  void set_memory_strategy(const MemoryStrategy& strategy);
+  ModelStats stats() const;
 
   /// Continues `prompt` (at least one id; nothing is added to it) until a token in stop_ids,
   /// max_tokens, the end of the context or a callback that returns false. Throws ParameterError,

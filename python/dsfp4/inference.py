@@ -39,6 +39,19 @@ class Options(TypedDict, total=False):
     thinking: bool | None
 
 
+class Memory(TypedDict, total=False):
+    """Where a model that does not fit lies; Model says what each means."""
+
+    cpu_cache_size: float | None
+    prefetch_size: float | None
+    prefetch_layers: int
+    expert_threshold: float
+    cache_policy: str
+    warm_start: bool | str | os.PathLike[str]
+    reader: str
+    direct_reads: bool
+
+
 class DeepseekInference:
     """A checkpoint with its tokenizer, ready to write text.
 
@@ -47,8 +60,10 @@ class DeepseekInference:
     `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision;
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included, and None is what is
     free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
-    `progress` is called with the bytes loaded and the bytes in all. Raises the errors of
-    `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
+    `progress` is called with the bytes loaded and the bytes in all. For a model that does not fit
+    into RAM, `cpu_cache_size` and `prefetch_size` in GB, `prefetch_layers`, `expert_threshold`,
+    `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of Model. Raises the errors
+    of `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
     context manager.
 
     generate() and chat() take these options:
@@ -87,6 +102,7 @@ class DeepseekInference:
         memory_limit: float | None = None,
         ram_limit: float | None = None,
         progress: Progress | None = None,
+        **memory: "Unpack[Memory]",
     ) -> None:
         self.folder = resolve_model(model_path)
         self.tokenizer = Tokenizer(self.folder)
@@ -100,6 +116,7 @@ class DeepseekInference:
             memory_limit=memory_limit,
             ram_limit=ram_limit,
             progress=progress,
+            **memory,
         )
         self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
         self._template_lock = threading.Lock()
@@ -111,6 +128,22 @@ class DeepseekInference:
         if self._model is None:
             raise Dsfp4Error("this DeepseekInference is closed; make a new one")
         return self._model
+
+    def set_memory_config(
+        self, *, prefetch_layers: int | None = None, expert_threshold: float | None = None
+    ) -> None:
+        """Change how experts are read from the SSD; see Model.set_memory_config()."""
+        self.model.set_memory_config(
+            prefetch_layers=prefetch_layers, expert_threshold=expert_threshold
+        )
+
+    def set_memory_strategy(self, strategy: Mapping[str, float]) -> None:
+        """Change where RAM goes; see Model.set_memory_strategy()."""
+        self.model.set_memory_strategy(strategy)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was counted since loading; see Model.stats()."""
+        return self.model.stats()
 
     @property
     def chat_template(self) -> ChatTemplate | None:

@@ -22,6 +22,7 @@ from dsfp4.errors import MemoryLimitError
 
 Logits = npt.NDArray[np.float32]  # [tokens, vocab]
 Experts = npt.NDArray[np.int32]  # [MoE layers, tokens, experts per token]
+RouterLogits = npt.NDArray[np.float32]  # [MoE layers, tokens, experts]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -56,6 +57,15 @@ class Model:
     `ram_limit` is the most RAM of this process in GB, Python included; None leaves the machine, or
     the control group, room to breathe;
     `progress` is called with bytes.
+
+    A model whose experts do not fit into RAM is run from its files. `cpu_cache_size` is what cached
+    experts may take, `prefetch_size` the memory for reads in flight, both in GB; None is planned
+    from what is available. `prefetch_layers` and `expert_threshold` are as in
+    `set_memory_config()`. `cache_policy` is "default", "lru", "lfu", "lrfu" or "router".
+    `warm_start` remembers how experts were used in a small file, so that the next load caches them
+    at once: False turns it off, a path is the folder to use, True is
+    `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
+    `direct_reads` False goes through the page cache.
     Raises the errors of `dsfp4.errors`.
     """
 
@@ -68,16 +78,36 @@ class Model:
         max_context: int = 0,
         kv_cache_dtype: str = "bf16",
         memory_limit: float | None = None,
+        cpu_cache_size: float | None = None,
+        prefetch_size: float | None = None,
+        prefetch_layers: int = 0,
+        expert_threshold: float = 0.0,
+        cache_policy: str = "default",
+        warm_start: bool | str | os.PathLike[str] = True,
+        reader: str = "auto",
+        direct_reads: bool = True,
         ram_limit: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         folder = str(resolve_model(path))
         self._config: dict[str, Any] = _core.read_config(folder)
+        self._memory_config: dict[str, Any] = {
+            "prefetch_layers": prefetch_layers,
+            "expert_threshold": expert_threshold,
+        }
         options: dict[str, Any] = {
             "threads": check_integer("threads", threads),
             "max_context": check_integer("max_context", max_context),
             "kv_cache_dtype": check_text("kv_cache_dtype", kv_cache_dtype),
             "memory_limit": check_limit(memory_limit),
+            "cpu_cache_size": check_optional("cpu_cache_size", cpu_cache_size),
+            "prefetch_size": check_optional("prefetch_size", prefetch_size),
+            "prefetch_layers": check_integer("prefetch_layers", prefetch_layers),
+            "expert_threshold": check_real("expert_threshold", expert_threshold),
+            "cache_policy": check_text("cache_policy", cache_policy),
+            "warm_start_folder": warm_start_folder(warm_start),
+            "reader": check_text("reader", reader),
+            "direct_reads": bool(direct_reads),
             "ram_limit": check_gigabytes("ram_limit", ram_limit),
             "progress": progress,
         }
@@ -109,6 +139,49 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of weights in memory."""
         return self._core.weight_bytes
+
+    def set_memory_config(
+        self, *, prefetch_layers: int | None = None, expert_threshold: float | None = None
+    ) -> None:
+        """Change how experts are read from the SSD, from the next call on; None changes nothing.
+
+        `prefetch_layers`, 0 (off) to 16: so many layers ahead, experts are predicted and read while
+        the SSD is idle. `expert_threshold`, 0 (exact) to 1: an expert that would have to be read
+        and has less than this share of its token's routing weight is left out and the rest scaled
+        up; `stats()` counts them. Raises ParameterError.
+        """
+        wanted = dict(self._memory_config)
+        if prefetch_layers is not None:
+            wanted["prefetch_layers"] = check_integer("prefetch_layers", prefetch_layers)
+        if expert_threshold is not None:
+            wanted["expert_threshold"] = check_real("expert_threshold", expert_threshold)
+        self._core.set_memory_config(**wanted)
+        self._memory_config = wanted
+
+    def set_memory_strategy(self, strategy: Mapping[str, float]) -> None:
+        """Change where RAM goes, from the next call on: what fits stays.
+
+        Keys, in GB: `cpu_cache_size`, for cached experts, and `prefetch_size`, for reads in flight;
+        what is not named is planned. Raises ParameterError, and MemoryLimitError where there is not
+        so much.
+        """
+        if not isinstance(strategy, Mapping):
+            raise parameter_error("strategy", f"must map names to GB, not be {strategy!r}")
+        for name in strategy:
+            if name not in ("cpu_cache_size", "prefetch_size"):
+                raise parameter_error(
+                    "strategy", f"has {name!r}; it may have cpu_cache_size and prefetch_size"
+                )
+        self._core.set_memory_strategy(
+            **{name: check_optional(name, value) for name, value in strategy.items()}
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was counted since loading: hits, misses, bytes and seconds by name.
+
+        `include/dsfp4/model.h` (ModelStats) says what each is.
+        """
+        return self._core.stats()
 
     @overload
     def forward(
@@ -144,10 +217,22 @@ class Model:
         if experts is not None:
             shape = "[MoE layers, tokens, experts per token]"
             forced = check_integers("experts", experts, shape).astype(np.int32)
-        logits, chosen = map(
+        logits, chosen, _ = map(
             as_output, self._core.forward(check_integers("ids", ids), forced, decode)
         )
         return (logits, chosen) if return_experts else logits
+
+    def routing_trace(self, ids: Ids, decode: bool = False) -> tuple[Experts, RouterLogits]:
+        """Return the experts that each of `ids` chooses, and the routers' logits.
+
+        The context is empty at first. The experts are as forward()'s `return_experts`; the logits
+        are float32 [MoE layers, tokens, experts]. This is what `bench/replay.py` replays.
+        """
+        _, chosen, logits = map(
+            as_output,
+            self._core.forward(check_integers("ids", ids), None, decode, return_router_logits=True),
+        )
+        return chosen, logits
 
     def generate(
         self,
@@ -192,6 +277,23 @@ class Model:
             on_token=on_token,
             on_prefill=on_prefill,
         )
+
+
+def check_optional(name: str, value: float | None) -> float | None:
+    """Return `value` as a float, or None. Raises ParameterError for what is no number."""
+    return None if value is None else check_real(name, value)
+
+
+def warm_start_folder(warm_start: bool | str | os.PathLike[str]) -> str:
+    """Return the folder that `warm_start` means; empty is off."""
+    if warm_start is False:
+        return ""
+    if warm_start is not True:
+        return os.fspath(warm_start)
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # the specification ignores relative ones
+        cache = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "dsfp4")
 
 
 def bias_pairs(logit_bias: Mapping[int, float] | None) -> list[tuple[int, float]]:

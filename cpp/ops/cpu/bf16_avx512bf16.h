@@ -153,20 +153,20 @@ struct Fp4Row {
 // ---- FP8 and BF16 ------------------------------------------------------------------------------
 
 inline __m512i e4m3_to_bf16(__m256i codes) {
-  // Subnormals, mantissa * 2^-9, by table.
-  const __m512i small = _mm512_castsi128_si512(
-      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-  const __m512i words = _mm512_cvtepu8_epi16(codes);
+  // By table: subnormals, mantissa * 2^-9, and NaN; bits 0 .. 4 of a code tell them apart.
+  const __m512i special = _mm512_setr_epi32(0x3b000000, 0x3bc03b80, 0x3c203c00, 0x3c603c40, 0, 0, 0,
+                                            0, 0, 0, 0, 0, 0, 0, 0, 0x7fc00000);
+  const __m512i words = _mm512_cvtepi8_epi16(codes);
   const __m512i magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
   const __m512i normal =
       _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(0x3c00));
-  const __mmask32 subnormal = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-  const __m512i value = _mm512_mask_permutexvar_epi16(normal, subnormal, magnitude, small);
-  const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-  const __m512i marked = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
-  // marked | (words << 8 & sign)
-  return _mm512_ternarylogic_epi32(marked, _mm512_slli_epi16(words, 8),
-                                   _mm512_set1_epi16(static_cast<short>(0x8000)), 0xf8);
+  // 8 less, without sign: subnormals are above all normal numbers then, as NaN is.
+  const __mmask32 is_special = _mm512_cmpgt_epu16_mask(
+      _mm512_add_epi16(magnitude, _mm512_set1_epi16(-8)), _mm512_set1_epi16(0x76));
+  const __m512i value = _mm512_mask_permutexvar_epi16(normal, is_special, words, special);
+  // value | (words & sign)
+  return _mm512_ternarylogic_epi32(value, words, _mm512_set1_epi16(static_cast<short>(0x8000)),
+                                   0xf8);
 }
 
 // `cols` < 32 codes.

@@ -61,11 +61,12 @@ CpuBackend::Packed CpuBackend::pack(const Matmul& matmul, ConstMatrix x, Inputs 
 }
 
 void CpuBackend::begin_step(Phase phase) {
+  phase_ = phase;
   tiles_ = phase == Phase::kPrefill ? isa_.tiles : nullptr;
 }
 
 void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) {
-  const Matmul& matmul = isa_.matmul(weight.format, inputs);
+  const Matmul& matmul = isa_.matmul(weight.format, inputs, phase_);
   const Packed packed = pack(matmul, x, inputs);
   if (tiles_ != nullptr && &matmul != isa_.exact) {
     return linear_in_tiles(weight, packed, x.rows, y);

@@ -55,6 +55,9 @@ class CpuBackend final : public HostBackend {
       std::function<void(const format::WeightView& weight, std::int64_t begin, std::int64_t end,
                          std::int64_t first, std::int64_t count, float* y)>;
 
+  const Matmul& matmul_of(const format::WeightView& weight) const {
+    return isa_.matmul(weight.format, Inputs::kBf16, phase_);
+  }
   Packed pack(const Matmul& matmul, ConstMatrix x, Inputs inputs);
   /// Packed rows for the first projections of all tasks, room for those of the second ones; fills
   /// tokens_ and first_token_. Returns the rows of a piece's step.
@@ -82,6 +85,7 @@ class CpuBackend final : public HostBackend {
   const Isa& isa_;
   const Kernels& kernels_;
   const LayerKernels& layer_ = layer_kernels_for(kernels_.isa);
+  Phase phase_ = Phase::kDecode;
   const Tiles* tiles_ = nullptr;  // those of isa_ in prefill
   std::array<Scratch, kPackings> x_memory_;
   std::array<Packed, kPackings> x_;  // activations of the op that is running, by Matmul::packing

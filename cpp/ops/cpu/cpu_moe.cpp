@@ -29,12 +29,12 @@ std::int64_t CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t
   first_token_.clear();
   for (const ExpertTask& task : tasks) {
     for (const format::WeightView* weight : {&task.expert->gate_proj, &task.expert->up_proj}) {
-      const Matmul& matmul = isa_.matmul(weight->format, Inputs::kBf16);
+      const Matmul& matmul = matmul_of(*weight);
       bool& done = packed.at(static_cast<std::size_t>(matmul.packing));
       if (!done) pack(matmul, x, Inputs::kBf16);
       done = true;
     }
-    const Matmul& down = isa_.matmul(task.expert->down_proj.format, Inputs::kBf16);
+    const Matmul& down = matmul_of(task.expert->down_proj);
     stride = std::max(stride, down.packed_bytes(hidden.cols));
     step = std::max(step, down.pack_step);
     first_token_.push_back(tokens_.size());
@@ -53,7 +53,7 @@ void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::in
   const auto tokens = static_cast<std::int64_t>(task.pairs.size());
   float* gate = thread_scratch(0, std::min(block, tokens) * rows);
   float* up = thread_scratch(1, std::min(block, tokens) * rows);
-  const Matmul& down_matmul = isa_.matmul(expert.down_proj.format, Inputs::kBf16);
+  const Matmul& down_matmul = matmul_of(expert.down_proj);
   for (std::int64_t first = 0; first < tokens; first += block) {
     const std::int64_t count = std::min(block, tokens - first);
     multiply(expert.gate_proj, begin, end, first, count, gate);
@@ -86,7 +86,7 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
       const auto multiply = [&](const format::WeightView& weight, std::int64_t begin,
                                 std::int64_t end, std::int64_t first, std::int64_t count,
                                 float* y) {
-        const Matmul& matmul = isa_.matmul(weight.format, Inputs::kBf16);
+        const Matmul& matmul = matmul_of(weight);
         const Packed& packed = x_.at(static_cast<std::size_t>(matmul.packing));
         matmul.multiply({.weight = &weight,
                          .row_begin = begin,
@@ -112,7 +112,7 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
     for (std::int64_t piece = from; piece < to; ++piece) {
       const ExpertTask& task = tasks[static_cast<std::size_t>(piece / down_pieces)];
       const format::WeightView& down = task.expert->down_proj;
-      const Matmul& matmul = isa_.matmul(down.format, Inputs::kBf16);
+      const Matmul& matmul = matmul_of(down);
       const std::int64_t begin = piece % down_pieces * down_rows;
       matmul.multiply({.weight = &down,
                        .row_begin = begin,

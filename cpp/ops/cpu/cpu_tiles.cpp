@@ -22,9 +22,9 @@ std::int64_t tile_rows(const Tiles& tiles, std::int64_t rows, std::int64_t matri
 
 bool CpuBackend::tiles_fit(std::span<const ExpertTask> tasks) const {
   return std::ranges::all_of(tasks, [&](const ExpertTask& task) {
-    const Matmul& gate = isa_.matmul(task.expert->gate_proj.format, Inputs::kBf16);
-    const Matmul& up = isa_.matmul(task.expert->up_proj.format, Inputs::kBf16);
-    const Matmul& down = isa_.matmul(task.expert->down_proj.format, Inputs::kBf16);
+    const Matmul& gate = matmul_of(task.expert->gate_proj);
+    const Matmul& up = matmul_of(task.expert->up_proj);
+    const Matmul& down = matmul_of(task.expert->down_proj);
     return gate.packing == up.packing && &gate != isa_.exact && &down != isa_.exact;
   });
 }
@@ -105,7 +105,7 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
   };
 
   make_groups(tasks, tasks.front().expert->gate_proj.cols, x_bytes, memory, [&](std::size_t at) {
-    const Matmul& gate = isa_.matmul(tasks[at].expert->gate_proj.format, Inputs::kBf16);
+    const Matmul& gate = matmul_of(tasks[at].expert->gate_proj);
     return std::pair(
         x_.at(static_cast<std::size_t>(gate.packing)),
         static_cast<const std::int32_t*>(tokens_.data() + first_token_[first_task + at]));

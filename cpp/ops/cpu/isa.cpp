@@ -14,14 +14,18 @@ constexpr Isa kAvx512Bf16 = {"avx512bf16",
                              &kAvx512Kernels,
                              &kMatmulF32Avx512,
                              {&kMatmulF32Avx512, &kMatmulBf16Avx512Bf16, &kMatmulFp8Avx512Bf16,
-                              &kMatmulFp4Avx512Bf16, &kMatmulFp4Avx512Bf16}};
-constexpr Isa kAmx = {"amx", kAvx512Bf16.kernels, kAvx512Bf16.exact, kAvx512Bf16.rounded,
-                      &kTilesAmx};
-constexpr Isa kAvx512 = {"avx512",
-                         &kAvx512Kernels,
-                         &kMatmulF32Avx512,
-                         {&kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512,
-                          &kMatmulF32Avx512, &kMatmulF32Avx512}};
+                              &kMatmulFp4Avx512Bf16, &kMatmulFp4Avx512Bf16},
+                             {&kMatmulF32Avx512, &kMatmulBf16Avx512Bf16, &kMatmulFp8Avx512Bf16,
+                              &kMatmulFp4DecodeAvx512Bf16, &kMatmulFp4DecodeAvx512Bf16}};
+constexpr Isa kAmx = {
+    "amx",     kAvx512Bf16.kernels, kAvx512Bf16.exact, kAvx512Bf16.prefill, kAvx512Bf16.decode,
+    &kTilesAmx};
+constexpr Isa kAvx512 = {
+    "avx512",
+    &kAvx512Kernels,
+    &kMatmulF32Avx512,
+    {&kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512},
+    {&kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulFp4Avx2, &kMatmulFp4Avx2}};
 constexpr Isa kAvx2 = {
     "avx2",
     &kAvx2Kernels,
@@ -37,13 +41,15 @@ constexpr std::array<const Isa*, 5> kAll = {&kAmx, &kAvx512Bf16, &kAvx512, &kAvx
 
 bool runs(const Isa& isa) {
   __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      avx2;
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (&isa == &kAmx) return bf16 && amx_usable();
   if (&isa == &kAvx512Bf16) return bf16;
   if (&isa == &kAvx512) return avx512;
-  if (&isa == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&isa == &kAvx2) return avx2;
   return true;
 }
 

@@ -3,7 +3,7 @@
 // The first of these that the CPU (and the system) can run is taken; DSFP4_ISA names another one:
 //   amx        as avx512bf16, and AMX BF16 tiles for prefill
 //   avx512bf16 AVX-512 F, BW, DQ, VL and BF16: products of BF16 pairs
-//   avx512     AVX-512 F, BW, DQ, VL: FP32
+//   avx512     AVX-512 F, BW, DQ, VL: FP32, but FP4 in decode as avx2, which is faster there
 //   avx2       AVX2 and FMA: FP4 in exact integers, the rest in FP32
 //   baseline   every x86-64 CPU (also called "scalar"): FP32
 #pragma once
@@ -22,12 +22,15 @@ namespace dsfp4::ops::cpu {
 struct Isa {
   std::string_view name;
   const Kernels* kernels;
-  const Matmul* exact;                   // Inputs::kF32, and F32 weights
-  std::array<const Matmul*, 5> rounded;  // Inputs::kBf16, by WeightFormat
-  const Tiles* tiles = nullptr;          // for prefill, if there are any
+  const Matmul* exact;  // Inputs::kF32, and F32 weights
+  /// Inputs::kBf16, by WeightFormat; one arithmetic for each phase, whatever the tokens.
+  std::array<const Matmul*, 5> prefill;
+  std::array<const Matmul*, 5> decode = prefill;
+  const Tiles* tiles = nullptr;  // for prefill, if there are any
 
-  const Matmul& matmul(format::WeightFormat format, Inputs inputs) const {
-    return inputs == Inputs::kF32 ? *exact : *rounded.at(static_cast<std::size_t>(format));
+  const Matmul& matmul(format::WeightFormat format, Inputs inputs, Phase phase) const {
+    if (inputs == Inputs::kF32) return *exact;
+    return *(phase == Phase::kDecode ? decode : prefill).at(static_cast<std::size_t>(format));
   }
 };
 

@@ -45,13 +45,14 @@ struct Matmul {
   void (*multiply)(const Product& product, std::byte* scratch);
 };
 
-inline constexpr int kPackings = 4;
+inline constexpr int kPackings = 5;
 
 extern const Matmul kMatmulF32Baseline;
 extern const Matmul kMatmulF32Avx2;
 extern const Matmul kMatmulF32Avx512;
 extern const Matmul kMatmulFp4Avx2;
 extern const Matmul kMatmulFp4Avx512Bf16;
+extern const Matmul kMatmulFp4DecodeAvx512Bf16;
 extern const Matmul kMatmulFp8Avx512Bf16;
 extern const Matmul kMatmulBf16Avx512Bf16;
 

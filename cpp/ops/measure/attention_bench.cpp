@@ -33,6 +33,7 @@ std::map<std::string, Seconds> KernelBench::decode_attention(const MlaShape& sha
                                                              KvFormat cache_format,
                                                              std::int64_t context,
                                                              std::int64_t copies, int runs) {
+  backend_->begin_step(Phase::kDecode);
   const std::int64_t width = shape.cache_width();
   const CacheCopies cache(context, width, cache_format, copies);
   fill(*backend_, cache, context, width, copies);
@@ -69,6 +70,7 @@ std::map<std::string, Seconds> KernelBench::decode_attention(const MlaShape& sha
 Seconds KernelBench::prefill_attention(const MlaShape& shape, format::WeightFormat kv_b_proj,
                                        KvFormat cache_format, std::int64_t position,
                                        std::int64_t rows, std::int64_t copies, int runs) {
+  backend_->begin_step(Phase::kPrefill);
   const std::int64_t width = shape.cache_width();
   const std::int64_t tokens = position + rows;
   const CacheCopies cache(tokens, width, cache_format, copies);

@@ -4,6 +4,12 @@
 #include "ops/measure/timing.h"
 
 namespace dsfp4::ops::measure {
+namespace {
+
+// As in the engine: a batch of sequences decodes, longer runs of tokens are prompts.
+Phase phase_of(std::int64_t tokens) { return tokens <= 16 ? Phase::kDecode : Phase::kPrefill; }
+
+}  // namespace
 
 KernelBench::KernelBench(std::unique_ptr<Backend> backend, int threads)
     : backend_(std::move(backend)), pool_(threads) {}
@@ -16,6 +22,7 @@ Seconds KernelBench::linear(format::WeightFormat format, std::int64_t rows, std:
   }
   std::vector<float> x = random_floats(tokens * cols, 1);
   std::vector<float> y(static_cast<std::size_t>(tokens * rows));
+  backend_->begin_step(phase_of(tokens));
   Seconds seconds;
   for (int run = -1; run < runs; ++run) {
     const auto& weight = weights[static_cast<std::size_t>(run + 1) % weights.size()];
@@ -45,6 +52,7 @@ Seconds KernelBench::experts(format::WeightFormat format, std::int64_t hidden,
   std::vector<float> x = random_floats(tokens * hidden, 1);
   std::vector<float> scratch(pair_count * static_cast<std::size_t>(intermediate));
   std::vector<float> out(pair_count * static_cast<std::size_t>(hidden));
+  backend_->begin_step(phase_of(tokens));
   Seconds seconds;
   for (int run = -1; run < runs; ++run) {
     std::map<std::int32_t, std::vector<std::int32_t>> pairs;

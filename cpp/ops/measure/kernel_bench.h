@@ -52,6 +52,7 @@ class KernelBench {
   /// Operations a second of each register-only loop (cpu/peak.h): {name, {isa, rate}}.
   std::map<std::string, std::pair<std::string, double>> peaks();
 
+  /// Here and in experts(), up to 16 tokens are a decode step, more a prefill step.
   Seconds linear(format::WeightFormat format, std::int64_t rows, std::int64_t cols,
                  std::int64_t tokens, std::int64_t copies, int runs);
   /// The routed part of a layer. `chosen`: [runs + 1, tokens * top_k] expert numbers; expert e lies

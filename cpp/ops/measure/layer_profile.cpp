@@ -53,6 +53,7 @@ class Layer {
   }
 
   std::vector<ProfiledOp> run(bool decode, int runs) {
+    backend_.begin_step(decode ? Phase::kDecode : Phase::kPrefill);
     const std::int64_t hidden = shape_.hidden;
     const Matrix x = matrix(hidden);
     const Matrix normed = matrix(hidden);
@@ -176,7 +177,7 @@ class Layer {
     add_linear("router gate", weight(WeightFormat::kF32, shape_.experts, shape_.hidden), x, logits,
                Inputs::kF32);
     add("route", 0, 0,
-        [=, this] { backend_.route(spec_, logits, {}, {}, {own_, used_, mixing_}); });
+        [=, this] { backend_.route(spec_, logits, {}, {}, {own_, used_, mixing_, {}}); });
     const Matrix hidden = matrix(shape_.moe_intermediate, rows_ * shape_.top_k);
     const Matrix routed = matrix(shape_.hidden, rows_ * shape_.top_k);
     const double one =

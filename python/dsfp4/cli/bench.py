@@ -2,7 +2,7 @@
 
 import argparse
 
-from dsfp4.cli import bench_kernels, bench_storage
+from dsfp4.cli import bench_decode, bench_kernels, bench_storage
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,5 +14,5 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         examples=("dsfp4 bench kernels --quick",),
     )
     measurements = parser.add_subparsers(title="measurements", metavar="WHAT", required=True)
-    for measurement in (bench_kernels, bench_storage):
+    for measurement in (bench_kernels, bench_storage, bench_decode):
         measurement.add_command(measurements)

@@ -109,6 +109,47 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="most RAM of the whole process; default: what the machine can spare",
     )
+    _add_memory_flags(parser)
+
+
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what decides where a model lies that does not fit into RAM."""
+    group = parser.add_argument_group("memory, for models that do not fit")
+    group.add_argument(
+        "--cpu-cache-size", type=real(0, 1e6), metavar="GB", help="RAM for cached experts"
+    )
+    group.add_argument(
+        "--prefetch-size", type=real(0, 1e6), metavar="GB", help="RAM for reads in flight"
+    )
+    group.add_argument(
+        "--prefetch-layers",
+        type=integer(0, 16),
+        default=0,
+        metavar="N",
+        help="predict and read experts so many layers ahead; 0, the default, is off",
+    )
+    group.add_argument(
+        "--expert-threshold",
+        type=real(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="leave out experts on the SSD with less of the routing weight; 0 is exact",
+    )
+    group.add_argument(
+        "--no-warm-start",
+        dest="warm_start",
+        action="store_false",
+        help="do not remember in ~/.cache/dsfp4 how experts were used",
+    )
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the keywords of a load that the memory flags gave."""
+    names = (
+        *("cpu_cache_size", "prefetch_size", "prefetch_layers"),
+        *("expert_threshold", "warm_start"),
+    )
+    return {name: getattr(arguments, name) for name in names}
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -177,6 +218,7 @@ def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
             memory_limit=arguments.memory_limit,
             ram_limit=arguments.ram_limit,
             progress=progress,
+            **memory(arguments),
         )
 
 

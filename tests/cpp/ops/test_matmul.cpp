@@ -103,11 +103,17 @@ class MatmulOf : public ::testing::TestWithParam<const Isa*> {
     WeightFormat format;
     bool round;
   };
+  /// Of both phases, each once.
+  static std::vector<const Matmul*> rounded(WeightFormat format) {
+    const Matmul* decode = &GetParam()->matmul(format, Inputs::kBf16, Phase::kDecode);
+    const Matmul* prefill = &GetParam()->matmul(format, Inputs::kBf16, Phase::kPrefill);
+    return decode == prefill ? std::vector{decode} : std::vector{decode, prefill};
+  }
   static std::vector<Case> cases() {
     std::vector<Case> all;
     for (const WeightFormat format : kAllFormats) {
-      all.push_back({&GetParam()->matmul(format, Inputs::kF32), format, false});
-      all.push_back({&GetParam()->matmul(format, Inputs::kBf16), format, true});
+      all.push_back({&GetParam()->matmul(format, Inputs::kF32, Phase::kDecode), format, false});
+      for (const Matmul* matmul : rounded(format)) all.push_back({matmul, format, true});
     }
     return all;
   }
@@ -235,14 +241,55 @@ TEST_P(MatmulOf, EveryCodeAndScaleHasItsValue) {
       const format::WeightView weight{format, 16, group, data.data(), scales.data(), 1.0f};
       const std::vector<float> w = format::decode(weight);
       const std::vector<float> x(static_cast<std::size_t>(group), 1.0f);
-      const auto y = multiply(GetParam()->matmul(format, Inputs::kBf16), weight, x, 1, true);
-      for (std::size_t r = 0; r < 16; ++r) {
-        const float expected = w[r * static_cast<std::size_t>(group) + r];
-        if (std::isnan(expected)) {
-          ASSERT_TRUE(std::isnan(y[r]));
-        } else {
-          ASSERT_NEAR(y[r], expected, 1e-6 * std::fabs(expected))
-              << format::weight_format_name(format) << " scale " << scale << " code " << r;
+      for (const Matmul* matmul : rounded(format)) {
+        const auto y = multiply(*matmul, weight, x, 1, true);
+        for (std::size_t r = 0; r < 16; ++r) {
+          const float expected = w[r * static_cast<std::size_t>(group) + r];
+          if (std::isnan(expected)) {
+            ASSERT_TRUE(std::isnan(y[r]));
+          } else {
+            ASSERT_NEAR(y[r], expected, 1e-6 * std::fabs(expected))
+                << matmul->name << " " << format::weight_format_name(format) << " scale " << scale
+                << " code " << r;
+          }
+        }
+      }
+    }
+  }
+}
+
+// One block of a long row has the scale under test and the only activation that is not zero.
+TEST_P(MatmulOf, EveryScaleHasItsValueInEveryBlock) {
+  constexpr std::int64_t kCols = 2 * 128 + 96;
+  for (const WeightFormat format : {WeightFormat::kNvfp4, WeightFormat::kMxfp4}) {
+    const std::int64_t blocks = kCols / group_of(format);
+    const std::vector<std::byte> data(3 * kCols / 2, std::byte{0x33});  // 1.5
+    const std::vector<std::byte> one(3 * static_cast<std::size_t>(blocks),
+                                     std::byte(format == WeightFormat::kNvfp4 ? 0x38 : 127));
+    for (int scale = 0; scale < 256; ++scale) {
+      if (format == WeightFormat::kMxfp4 && (scale < 3 || scale > 200) && scale != 255) continue;
+      const std::int64_t block = scale % blocks;
+      auto scales = one;
+      scales[static_cast<std::size_t>(blocks + block)] = std::byte(scale);
+      const format::WeightView weight{format, 3, kCols, data.data(), scales.data(), 1.0f};
+      std::vector<float> x(7 * kCols);
+      for (std::int64_t t = 0; t < 7; ++t) {
+        x[static_cast<std::size_t>(t * kCols + block * group_of(format) + scale % 16)] = 1.0f;
+      }
+      const float expected =
+          format::decode(weight)[static_cast<std::size_t>(kCols + block * group_of(format))];
+      for (const Matmul* matmul : rounded(format)) {
+        for (const std::int64_t tokens : {1, 2, 7}) {
+          const auto y = multiply(*matmul, weight, x, tokens, true);
+          for (std::size_t i = 0; i < y.size(); ++i) {
+            const float value = i % 3 == 1 ? expected : 1.5f;
+            if (std::isnan(value)) {
+              ASSERT_TRUE(std::isnan(y[i])) << matmul->name << " scale " << scale;
+            } else {
+              ASSERT_NEAR(y[i], value, 1e-6 * std::fabs(value))
+                  << matmul->name << " scale " << scale << " token " << i / 3;
+            }
+          }
         }
       }
     }
@@ -258,8 +305,7 @@ TEST_P(MatmulOf, EveryFp8CodeHasItsValue) {
   std::memcpy(scales.data(), factors, sizeof(factors));
   const format::WeightView weight{WeightFormat::kFp8Block, 256, 1, data.data(),
                                   scales.data(),           1.0f};
-  const auto y =
-      multiply(GetParam()->matmul(WeightFormat::kFp8Block, Inputs::kBf16), weight, one, 1, true);
+  const auto y = multiply(*rounded(WeightFormat::kFp8Block).front(), weight, one, 1, true);
   for (std::size_t i = 0; i < 256; ++i) {
     const float expected = format::e4m3_to_float(static_cast<std::uint8_t>(i)) * factors[i / 128];
     if (std::isnan(expected)) {

@@ -25,6 +25,8 @@ struct Lanes {
 using F32 = Lanes<float, 16>;
 using I32 = Lanes<std::int32_t, 16>;
 using U16 = Lanes<std::uint16_t, 32>;
+using U8 = Lanes<std::uint8_t, 64>;
+using U64 = Lanes<std::uint64_t, 8>;
 
 template <class L>
 inline L lanes(const void* from) {
@@ -57,6 +59,12 @@ inline __m512i set1_epi32(int x) {
 inline __m512i set1_epi16(short x) {
   return make<__m512i, U16>([=](int) { return static_cast<std::uint16_t>(x); });
 }
+inline __m512i set1_epi8(char x) {
+  return make<__m512i, U8>([=](int) { return static_cast<std::uint8_t>(x); });
+}
+inline __m512i set1_epi64(long long x) {
+  return make<__m512i, U64>([=](int) { return static_cast<std::uint64_t>(x); });
+}
 template <class... T>
 inline __m512 setr_ps(T... x) {
   return bits_as<__m512>(F32{{static_cast<float>(x)...}});
@@ -72,11 +80,6 @@ inline __m512i set_epi64(long long h, long long g, long long f, long long e, lon
 inline __m512 castsi512_ps(__m512i a) { return bits_as<__m512>(a); }
 // The upper parts are undefined: make them bad.
 inline __m512i castsi256_si512(__m256i a) {
-  __m512i r = set1_epi16(0x7fc1);
-  std::memcpy(&r, &a, sizeof(a));
-  return r;
-}
-inline __m512i castsi128_si512(__m128i a) {
   __m512i r = set1_epi16(0x7fc1);
   std::memcpy(&r, &a, sizeof(a));
   return r;
@@ -99,6 +102,7 @@ inline __m512i widen(const void* from) {
   return make<__m512i, L>([&](int i) { return narrow[i]; });
 }
 inline __m512i cvtepu8_epi16(__m256i a) { return widen<std::uint8_t, U16>(&a); }
+inline __m512i cvtepi8_epi16(__m256i a) { return widen<std::int8_t, U16>(&a); }
 inline __m512i cvtepu16_epi32(__m256i a) { return widen<std::uint16_t, I32>(&a); }
 inline __m512i cvtepi8_epi32(__m128i a) { return widen<std::int8_t, I32>(&a); }
 inline __m512i cvtepu8_epi32(__m128i a) { return widen<std::uint8_t, I32>(&a); }
@@ -132,6 +136,24 @@ inline __m512i slli_epi16(__m512i a, unsigned n) {
   const auto x = bits_as<U16>(a);
   return make<__m512i, U16>([&](int i) { return static_cast<std::uint16_t>(x.v[i] << n); });
 }
+inline __m512i srli_epi16(__m512i a, unsigned n) {
+  const auto x = bits_as<U16>(a);
+  return make<__m512i, U16>([&](int i) { return static_cast<std::uint16_t>(x.v[i] >> n); });
+}
+inline __m512i srli_epi32(__m512i a, unsigned n) {
+  const auto x = bits_as<I32>(a);
+  return make<__m512i, I32>(
+      [&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(x.v[i]) >> n); });
+}
+inline __m512i srai_epi32(__m512i a, unsigned n) {
+  const auto x = bits_as<I32>(a);
+  return make<__m512i, I32>([&](int i) { return x.v[i] >> n; });
+}
+inline __m512i max_epi32(__m512i a, __m512i b) {
+  const auto x = bits_as<I32>(a);
+  const auto y = bits_as<I32>(b);
+  return make<__m512i, I32>([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
+}
 inline __m512i srlv_epi16(__m512i a, __m512i n) {
   const auto x = bits_as<U16>(a);
   const auto by = bits_as<U16>(n);
@@ -158,14 +180,32 @@ inline std::uint32_t mask_of(__m512i a, __m512i b, const F& holds) {
   }
   return mask;
 }
+inline __mmask64 cmpeq_epi8_mask(__m512i a, __m512i b) {
+  const auto x = bits_as<U8>(a);
+  const auto y = bits_as<U8>(b);
+  __mmask64 mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= static_cast<__mmask64>(x.v[i] == y.v[i]) << i;
+  return mask;
+}
+// Bytes whose bit is clear are not read.
+inline __m512i maskz_loadu_epi8(__mmask64 mask, const void* from) {
+  const auto* bytes = static_cast<const std::uint8_t*>(from);
+  return make<__m512i, U8>(
+      [&](int i) { return static_cast<std::uint8_t>((mask >> i & 1) != 0 ? bytes[i] : 0); });
+}
+// Within each 16 bytes.
+inline __m512i shuffle_epi8(__m512i a, __m512i index) {
+  const auto x = bits_as<U8>(a);
+  const auto at = bits_as<U8>(index);
+  return make<__m512i, U8>([&](int i) {
+    return static_cast<std::uint8_t>(at.v[i] >= 128 ? 0 : x.v[i / 16 * 16 + at.v[i] % 16]);
+  });
+}
 inline __mmask16 cmpeq_epi32_mask(__m512i a, __m512i b) {
   return static_cast<__mmask16>(mask_of<I32>(a, b, [](auto x, auto y) { return x == y; }));
 }
-inline __mmask32 cmpeq_epi16_mask(__m512i a, __m512i b) {
-  return mask_of<U16>(a, b, [](auto x, auto y) { return x == y; });
-}
-inline __mmask32 cmplt_epu16_mask(__m512i a, __m512i b) {
-  return mask_of<U16>(a, b, [](auto x, auto y) { return x < y; });
+inline __mmask32 cmpgt_epu16_mask(__m512i a, __m512i b) {
+  return mask_of<U16>(a, b, [](auto x, auto y) { return x > y; });
 }
 inline __m512 mask_mov_ps(__m512 a, __mmask16 mask, __m512 b) {
   const auto x = bits_as<F32>(a);
@@ -304,12 +344,12 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_broadcast_i64x4 emulated::broadcast_i64x4
 #define _mm512_castps512_ps256 emulated::castps512_ps256
-#define _mm512_castsi128_si512 emulated::castsi128_si512
 #define _mm512_castsi256_si512 emulated::castsi256_si512
 #define _mm512_castsi512_ps emulated::castsi512_ps
-#define _mm512_cmpeq_epi16_mask emulated::cmpeq_epi16_mask
 #define _mm512_cmpeq_epi32_mask emulated::cmpeq_epi32_mask
-#define _mm512_cmplt_epu16_mask emulated::cmplt_epu16_mask
+#define _mm512_cmpeq_epi8_mask emulated::cmpeq_epi8_mask
+#define _mm512_cmpgt_epu16_mask emulated::cmpgt_epu16_mask
+#define _mm512_cvtepi8_epi16 emulated::cvtepi8_epi16
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepu8_epi16 emulated::cvtepu8_epi16
@@ -323,15 +363,18 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_inserti64x4 emulated::inserti64x4
 #define _mm512_loadu_ps emulated::loadu_ps
 #define _mm512_loadu_si512 emulated::loadu_si512
-#define _mm512_mask_mov_epi16 emulated::mask_mov_epi16
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_permutexvar_epi16 emulated::mask_permutexvar_epi16
+#define _mm512_maskz_loadu_epi8 emulated::maskz_loadu_epi8
+#define _mm512_max_epi32 emulated::max_epi32
 #define _mm512_mul_ps emulated::mul_ps
 #define _mm512_permutex2var_ps emulated::permutex2var_ps
 #define _mm512_permutexvar_epi16 emulated::permutexvar_epi16
 #define _mm512_permutexvar_ps emulated::permutexvar_ps
 #define _mm512_set1_epi16 emulated::set1_epi16
 #define _mm512_set1_epi32 emulated::set1_epi32
+#define _mm512_set1_epi64 emulated::set1_epi64
+#define _mm512_set1_epi8 emulated::set1_epi8
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_set_epi64 emulated::set_epi64
 #undef _mm512_setr_epi32
@@ -340,8 +383,12 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_setr_ps emulated::setr_ps
 #define _mm512_setzero_ps emulated::setzero_ps
 #define _mm512_setzero_si512 emulated::setzero_si512
+#define _mm512_shuffle_epi8 emulated::shuffle_epi8
 #define _mm512_slli_epi16 emulated::slli_epi16
 #define _mm512_slli_epi32 emulated::slli_epi32
+#define _mm512_srai_epi32 emulated::srai_epi32
+#define _mm512_srli_epi16 emulated::srli_epi16
+#define _mm512_srli_epi32 emulated::srli_epi32
 #define _mm512_srlv_epi16 emulated::srlv_epi16
 #define _mm512_store_si512 emulated::storeu
 #define _mm512_storeu_ps emulated::storeu_ps

@@ -1,0 +1,72 @@
+// The residency of an engine's experts, put together: the plan, the store, the runner, and what is
+// remembered from run to run.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+
+#include "checkpoint/config.h"
+#include "dsfp4/model.h"
+#include "engine/loader.h"
+#include "memory/limits.h"
+#include "model/spec.h"
+#include "residency/expert_store.h"
+#include "residency/plan.h"
+#include "residency/resident_experts.h"
+#include "residency/tiered_experts.h"
+
+namespace dsfp4::engine {
+
+/// Throws ParameterError for an option out of range.
+void check_memory_config(const MemoryConfig& config);
+void check_memory_strategy(const MemoryStrategy& strategy);
+
+/// The plan for a checkpoint beside which `others` bytes are taken (KV cache, scratch, staging).
+/// Its total counts what the process has already, too. Throws MemoryLimitError with the least
+/// ram_limit.
+residency::RamPlan plan_experts(const checkpoint::ModelConfig& config, const LoadOptions& options,
+                                const WeightSizes& sizes, std::uint64_t others,
+                                const memory::MachineMemory& machine);
+
+/// How the files are read.
+storage::ReaderOptions reader_options(const LoadOptions& options);
+
+class ExpertTiers {
+ public:
+  /// The backend and the weights must outlive this.
+  ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
+              const residency::RamPlan& plan, std::uint64_t reserved, const LoadOptions& options);
+  /// Saves the warm-start file.
+  ~ExpertTiers();
+  ExpertTiers(const ExpertTiers&) = delete;
+  ExpertTiers& operator=(const ExpertTiers&) = delete;
+
+  residency::ExpertRunner& runner() noexcept { return *runner_; }
+  bool tiered() const noexcept { return store_ != nullptr; }
+
+  // Between steps only.
+  void configure(const MemoryConfig& config);
+  /// Throws ParameterError if the experts were loaded whole, MemoryLimitError if there is no room.
+  void place(const MemoryStrategy& strategy);
+  void between_groups(std::function<void()> call);
+  void remember() noexcept;
+  ModelStats stats() const;
+
+ private:
+  LoadedWeights& loaded_;
+  residency::RamPlan plan_;
+  std::filesystem::path warm_start_;
+  std::uint64_t fingerprint_;
+  std::uint64_t slot_bytes_ = 0;
+  std::size_t experts_per_token_ = 0;
+  std::string policy_;
+  std::uint64_t ceiling_;   // of the plan's total
+  std::uint64_t reserved_;  // by all but the experts
+  std::unique_ptr<residency::ExpertStore> store_;
+  std::unique_ptr<residency::ExpertRunner> runner_;
+  residency::TieredExperts* tiered_ = nullptr;  // the runner, if it is one
+};
+
+}  // namespace dsfp4::engine

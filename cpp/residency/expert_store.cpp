@@ -1,0 +1,498 @@
+#include "residency/expert_store.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <string>
+#include <sys/mman.h>
+#include <utility>
+
+#include "base/checked.h"
+#include "dsfp4/error.h"
+#include "memory/limits.h"
+
+namespace dsfp4::residency {
+
+// Whole pages, huge ones where the system has them; grows and shrinks without a second copy.
+class SlotMemory {
+ public:
+  explicit SlotMemory(std::size_t bytes)
+      : bytes_(bytes),
+        data_(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    if (data_ == MAP_FAILED) {
+      throw MemoryLimitError("the expert slots", bytes, memory::available_memory());
+    }
+    ::madvise(data_, bytes_, MADV_HUGEPAGE);
+  }
+  ~SlotMemory() { ::munmap(data_, bytes_); }
+  SlotMemory(const SlotMemory&) = delete;
+  SlotMemory& operator=(const SlotMemory&) = delete;
+
+  std::byte* data() const noexcept { return static_cast<std::byte*>(data_); }
+  void resize(std::size_t bytes) {
+    void* moved = ::mremap(data_, bytes_, bytes, MREMAP_MAYMOVE);
+    if (moved == MAP_FAILED) {
+      throw MemoryLimitError("the expert slots", bytes, memory::available_memory());
+    }
+    data_ = moved;
+    bytes_ = bytes;
+    ::madvise(data_, bytes_, MADV_HUGEPAGE);
+  }
+
+ private:
+  std::size_t bytes_;
+  void* data_;
+};
+
+namespace {
+
+constexpr std::chrono::milliseconds kLookAgain{1};
+
+void check_counts(std::size_t slots, std::size_t cache_slots) {
+  if (slots == 0 || cache_slots >= slots) {
+    throw ParameterError("prefetch_size", "must leave room for at least one expert to be read");
+  }
+}
+
+const std::byte* moved(const std::byte* base, std::uint64_t offset, bool present) {
+  return present ? base + offset : nullptr;
+}
+
+}  // namespace
+
+ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images, storage::Reader& reader,
+                         std::unique_ptr<Policy> policy)
+    : options_(options),
+      images_(std::move(images)),
+      reader_(reader),
+      policy_(std::move(policy)),
+      slots_(options.slots),
+      slot_of_(images_.size(), -1),
+      queued_(options.slots, false) {
+  check_counts(options_.slots, options_.cache_slots);
+  passing_.reserve(slots_.size());
+  for (const ExpertImage& image : images_) slot_size_ = std::max(slot_size_, slot_bytes(image));
+  memory_ = std::make_shared<SlotMemory>(slot_size_ * slots_.size());
+  for (std::size_t i = slots_.size(); i-- > 0;) free_.push_back(static_cast<int>(i));
+}
+
+ExpertStore::~ExpertStore() {
+  Lock lock(mutex_);
+  std::vector<storage::ReadTicket> tickets;
+  for (Slot& slot : slots_) {
+    if (slot.state == State::kReading) tickets.push_back(slot.ticket);
+  }
+  cancel(lock, tickets);
+  arrival_.wait(lock, [&] { return unread_ == 0; });
+}
+
+// A read may complete within cancel(), so this is done without the lock.
+void ExpertStore::cancel(Lock& lock, const std::vector<storage::ReadTicket>& tickets) {
+  lock.unlock();
+  for (const storage::ReadTicket& ticket : tickets) reader_.cancel(ticket);
+  lock.lock();
+}
+
+std::byte* ExpertStore::memory_of(int slot) const {
+  return memory_->data() + static_cast<std::uint64_t>(slot) * slot_size_;
+}
+
+ExpertStore::Found ExpertStore::pin(ExpertKey key, bool keep) {
+  const std::lock_guard lock(mutex_);
+  return pin_locked(key, keep);
+}
+
+ExpertStore::Found ExpertStore::pin_locked(ExpertKey key, bool keep) {
+  const int number = slot_of_[key];
+  if (number < 0) return Found::kAbsent;
+  Slot& slot = slots_[static_cast<std::size_t>(number)];
+  if (slot.cancelled || (slot.state == State::kFailed && slot.pins == 0)) {
+    slot_of_[key] = -1;  // the slot is taken back when the reader has let go of it
+    slot.key = kNoKey;
+    return Found::kAbsent;
+  }
+  if (slot.state == State::kReading) reader_.promote(slot.ticket);  // if it was speculative
+  if (slot.speculative) {
+    ++stats_.prefetched;
+    stats_.prefetched_bytes += images_[key].bytes();
+    slot.speculative = false;
+  } else if (slot.state == State::kReady) {
+    ++stats_.hits;
+  } else {
+    ++stats_.joined;
+  }
+  if (keep && !slot.keep) {
+    slot.keep = true;
+    ++cached_;
+  }
+  ++slot.pins;
+  return slot.state == State::kReady ? Found::kReady : Found::kReading;
+}
+
+ExpertStore::Found ExpertStore::fetch(ExpertKey key, bool keep) {
+  const std::lock_guard lock(mutex_);
+  // Another thread may have begun to read it since pin().
+  if (const Found found = pin_locked(key, keep); found != Found::kAbsent) return found;
+  const int number = find_slot(keep);
+  if (number < 0) return Found::kNoRoom;
+  read_into(number, key, storage::Priority::kDemand);
+  Slot& slot = slots_[static_cast<std::size_t>(number)];
+  slot.pins = 1;
+  slot.keep = keep;
+  if (keep) ++cached_;
+  ++stats_.misses;
+  stats_.demand_bytes += images_[key].bytes();
+  return Found::kReading;
+}
+
+void ExpertStore::unpin(ExpertKey key) {
+  const std::lock_guard lock(mutex_);
+  const int number = slot_of_[key];
+  Slot& slot = slots_[static_cast<std::size_t>(number)];
+  if (--slot.pins > 0) return;
+  if (slot.state == State::kFailed) {
+    slot_of_[key] = -1;
+    forget(slot);
+    slot.key = kNoKey;
+  } else if (!slot.keep) {
+    pass_by(number);
+  }
+}
+
+std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, bool wait) {
+  Lock lock(mutex_);
+  const auto slot_of = [&](ExpertKey key) -> const Slot& {
+    return slots_[static_cast<std::size_t>(slot_of_[key])];
+  };
+  const auto has_come = [&](ExpertKey key) { return slot_of(key).state != State::kReading; };
+  if (wait) arrival_.wait(lock, [&] { return std::ranges::any_of(pinned, has_come); });
+  std::vector<ExpertKey> ready;
+  for (const ExpertKey key : pinned) {
+    const Slot& slot = slot_of(key);
+    if (slot.state == State::kFailed) throw_failure(key, slot.result);
+    if (slot.state == State::kReady) ready.push_back(key);
+  }
+  return ready;
+}
+
+void ExpertStore::wait_for_room() {
+  Lock lock(mutex_);
+  const int unread = unread_;
+  // All may have ended by now; then the slots are there once the reader has let go of them.
+  arrival_.wait_for(lock, kLookAgain, [&] { return unread_ < unread; });
+}
+
+void ExpertStore::throw_failure(ExpertKey key, const storage::ReadResult& result) const {
+  const auto experts = static_cast<ExpertKey>(options_.experts);
+  throw IoError(result.file, result.offset, result.error_number,
+                "expert " + std::to_string(key % experts) + " of layer " +
+                    std::to_string(options_.first_layer + key / experts) + ": " + result.problem);
+}
+
+ops::ExpertView ExpertStore::view(ExpertKey key) const {
+  const std::lock_guard lock(mutex_);
+  const std::byte* base = memory_of(slot_of_[key]);
+  const ExpertImage& image = images_[key];
+  ops::ExpertView view = *image.view;
+  std::size_t place = 0;
+  for (format::WeightView* matrix : {&view.gate_proj, &view.up_proj, &view.down_proj}) {
+    matrix->data = base + image.places[place++];
+    matrix->scales = moved(base, image.places[place], image.places[place] != kNoPlace);
+    ++place;
+  }
+  return view;
+}
+
+bool ExpertStore::prefetch(ExpertKey key) {
+  const std::lock_guard lock(mutex_);
+  if (slot_of_[key] >= 0) return false;
+  const int number = free_or_passing();
+  if (number < 0) return false;
+  read_into(number, key, storage::Priority::kSpeculative);
+  slots_[static_cast<std::size_t>(number)].speculative = true;
+  stats_.speculative_bytes += images_[key].bytes();
+  return true;
+}
+
+void ExpertStore::drop_speculation(std::int64_t layer) {
+  Lock lock(mutex_);
+  std::vector<storage::ReadTicket> tickets;
+  const auto experts = static_cast<ExpertKey>(options_.experts);
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (!slot.speculative || slot.cancelled || slot.pins > 0) continue;
+    if (static_cast<std::int64_t>(slot.key / experts) != layer) continue;
+    if (slot.state == State::kReading) {
+      slot.cancelled = true;
+      tickets.push_back(slot.ticket);
+    } else if (slot.state == State::kReady) {
+      slot.speculative = false;  // it may still be found until the slot is taken
+      stats_.wasted_bytes += images_[slot.key].bytes();
+      pass_by(static_cast<int>(i));
+    }
+  }
+  cancel(lock, tickets);
+}
+
+// A slot that holds nothing worth keeping, or -1.
+int ExpertStore::free_or_passing() {
+  if (free_.empty()) reclaim();
+  if (!free_.empty()) {
+    const int number = free_.back();
+    free_.pop_back();
+    return number;
+  }
+  while (!passing_.empty()) {
+    const int number = passing_.front();
+    passing_.erase(passing_.begin());
+    queued_[static_cast<std::size_t>(number)] = false;
+    const Slot& slot = slots_[static_cast<std::size_t>(number)];
+    if (slot.state != State::kReady || slot.keep || slot.pins > 0 || slot.speculative) continue;
+    slot_of_[slot.key] = -1;
+    return number;
+  }
+  return -1;
+}
+
+// Slots of failed and cancelled reads, once the reader has let go of them.
+void ExpertStore::reclaim() {
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (slot.state != State::kFailed || slot.pins > 0 || !slot.ticket.quiet()) continue;
+    if (slot.key != kNoKey) slot_of_[slot.key] = -1;
+    forget(slot);
+    slot = Slot();
+    free_.push_back(static_cast<int>(i));
+  }
+}
+
+int ExpertStore::find_slot(bool evict) {
+  const int number = free_or_passing();
+  if (number >= 0) return number;
+  int best = -1;
+  float least = 0.0f;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.state != State::kReady || slot.pins > 0) continue;
+    if (slot.speculative) {  // read ahead for nothing, or too early
+      stats_.wasted_bytes += images_[slot.key].bytes();
+      best = static_cast<int>(i);
+      break;
+    }
+    const float value = policy_->value(slot.key);
+    if (evict && (best < 0 || value < least)) {
+      best = static_cast<int>(i);
+      least = value;
+    }
+  }
+  if (best < 0) return -1;
+  Slot& slot = slots_[static_cast<std::size_t>(best)];
+  if (slot.keep) ++stats_.evictions;
+  slot_of_[slot.key] = -1;
+  forget(slot);
+  return best;
+}
+
+// The slot's content is no longer counted as cached.
+void ExpertStore::forget(Slot& slot) noexcept {
+  if (slot.keep) --cached_;
+  slot.keep = false;
+}
+
+void ExpertStore::pass_by(int slot) {
+  const auto place = static_cast<std::size_t>(slot);
+  if (!queued_[place]) passing_.push_back(slot);
+  queued_[place] = true;
+}
+
+void ExpertStore::read_into(int number, ExpertKey key, storage::Priority priority) {
+  storage::ReadRequest request;
+  request.priority = priority;
+  request.owner = memory_;
+  for (const ExpertImage::Part& part : images_[key].parts) {
+    request.extents.push_back(
+        {part.file, part.offset, part.bytes, memory_of(number) + part.slot_offset, true});
+  }
+  request.on_complete = [this, number](const storage::ReadResult& result) {
+    arrived(number, result);
+  };
+  Slot& slot = slots_[static_cast<std::size_t>(number)];
+  slot = Slot();
+  try {
+    slot.ticket = reader_.submit(std::move(request));
+  } catch (...) {
+    free_.push_back(number);
+    throw;
+  }
+  slot.state = State::kReading;
+  slot.key = key;
+  slot_of_[key] = number;
+  ++unread_;
+}
+
+void ExpertStore::arrived(int number, const storage::ReadResult& result) noexcept {
+  const std::lock_guard lock(mutex_);
+  Slot& slot = slots_[static_cast<std::size_t>(number)];
+  const bool done = result.status == storage::ReadStatus::kDone && !slot.cancelled;
+  slot.state = done ? State::kReady : State::kFailed;
+  if (slot.cancelled) stats_.wasted_bytes += slot.ticket.bytes_done();
+  if (done && slot.pins == 0 && !slot.keep && !slot.speculative) pass_by(number);
+  if (!done) {
+    forget(slot);
+    slot.cancelled = false;
+    slot.speculative = false;
+    try {
+      slot.result = result;
+    } catch (...) {  // no memory for the words: the error number is left
+      slot.result.error_number = result.error_number;
+    }
+  }
+  --unread_;
+  arrival_.notify_all();
+}
+
+void ExpertStore::note_use(std::int64_t layer, std::span<const std::int32_t> experts,
+                           std::span<const float> scores) {
+  const std::lock_guard lock(mutex_);
+  policy_->use(layer, experts, scores);
+}
+
+void ExpertStore::trim() {
+  const std::lock_guard lock(mutex_);
+  if (cached_ <= options_.cache_slots) return;
+  std::vector<std::pair<float, int>> candidates;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.state == State::kReady && slot.keep && slot.pins == 0) {
+      candidates.emplace_back(policy_->value(slot.key), static_cast<int>(i));
+    }
+  }
+  const std::size_t surplus = std::min(cached_ - options_.cache_slots, candidates.size());
+  std::ranges::partial_sort(candidates, candidates.begin() + static_cast<std::ptrdiff_t>(surplus));
+  for (std::size_t i = 0; i < surplus; ++i) {
+    forget(slots_[static_cast<std::size_t>(candidates[i].second)]);
+    pass_by(candidates[i].second);
+    ++stats_.evictions;
+  }
+}
+
+std::size_t ExpertStore::cache_room() const {
+  const std::lock_guard lock(mutex_);
+  return options_.cache_slots - std::min(options_.cache_slots, cached_);
+}
+
+void ExpertStore::resize(std::size_t slots, std::size_t cache_slots) {
+  check_counts(slots, cache_slots);
+  Lock lock(mutex_);
+  std::vector<storage::ReadTicket> tickets;
+  for (Slot& slot : slots_) {
+    if (slot.state != State::kReading || !slot.speculative || slot.cancelled) continue;
+    slot.cancelled = true;
+    tickets.push_back(slot.ticket);
+  }
+  cancel(lock, tickets);
+  arrival_.wait(lock, [&] { return unread_ == 0; });
+
+  if (slots > slots_.size()) memory_->resize(slot_size_ * slots);
+  std::vector<std::pair<float, int>> staying;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.state == State::kReady) {
+      staying.emplace_back(-policy_->value(slot.key), static_cast<int>(i));
+    }
+  }
+  std::ranges::sort(staying);
+  if (staying.size() > cache_slots) staying.resize(cache_slots);
+
+  // Those that lie beyond the new end move to places that nobody keeps.
+  std::vector<ExpertKey> keys(slots, kNoKey);
+  std::vector<int> outside;
+  for (const auto& [value, number] : staying) {
+    if (static_cast<std::size_t>(number) >= slots) {
+      outside.push_back(number);
+    } else {
+      keys[static_cast<std::size_t>(number)] = slots_[static_cast<std::size_t>(number)].key;
+    }
+  }
+  std::size_t place = 0;
+  for (const int number : outside) {
+    while (keys[place] != kNoKey) ++place;
+    std::memcpy(memory_of(static_cast<int>(place)), memory_of(number), slot_size_);
+    keys[place] = slots_[static_cast<std::size_t>(number)].key;
+  }
+  if (slots < slots_.size()) memory_->resize(slot_size_ * slots);
+  start_over(keys, cache_slots);
+}
+
+// The slots hold `keys` and nothing else.
+void ExpertStore::start_over(const std::vector<ExpertKey>& keys, std::size_t cache_slots) {
+  options_.slots = keys.size();
+  options_.cache_slots = cache_slots;
+  slots_.assign(keys.size(), Slot());
+  queued_.assign(keys.size(), false);
+  passing_.clear();
+  passing_.reserve(keys.size());
+  free_.clear();
+  std::ranges::fill(slot_of_, -1);
+  cached_ = 0;
+  for (std::size_t i = keys.size(); i-- > 0;) {
+    if (keys[i] == kNoKey) {
+      free_.push_back(static_cast<int>(i));
+      continue;
+    }
+    slots_[i].state = State::kReady;
+    slots_[i].key = keys[i];
+    slots_[i].keep = true;
+    slot_of_[keys[i]] = static_cast<int>(i);
+    ++cached_;
+  }
+}
+
+StoreStats ExpertStore::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+std::vector<float> ExpertStore::policy_state() const {
+  const std::lock_guard lock(mutex_);
+  return policy_->state();
+}
+
+bool ExpertStore::restore_policy(std::span<const float> state) {
+  const std::lock_guard lock(mutex_);
+  return policy_->restore(state);
+}
+
+void ExpertStore::warm_up() {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::pair<float, ExpertKey>> values;
+  for (ExpertKey key = 0; key < images_.size(); ++key) {
+    if (slot_of_[key] < 0) values.emplace_back(-policy_->value(key), key);
+  }
+  std::ranges::sort(values);
+  for (const auto& [value, key] : values) {
+    if (cached_ >= options_.cache_slots || free_.empty()) return;
+    const int number = free_.back();
+    free_.pop_back();
+    read_into(number, key, storage::Priority::kSpeculative);
+    slots_[static_cast<std::size_t>(number)].keep = true;
+    ++cached_;
+    stats_.warm_bytes += images_[key].bytes();
+  }
+}
+
+bool ExpertStore::is_consistent() const {
+  const std::lock_guard lock(mutex_);
+  std::size_t cached = 0;
+  std::size_t mapped = 0;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    if (slot.pins != 0) return false;
+    if (slot.keep) ++cached;
+    if (slot.key != kNoKey && slot_of_[slot.key] == static_cast<int>(i)) ++mapped;
+  }
+  const auto present = std::ranges::count_if(slot_of_, [](int slot) { return slot >= 0; });
+  return cached == cached_ && static_cast<std::size_t>(present) == mapped;
+}
+
+}  // namespace dsfp4::residency

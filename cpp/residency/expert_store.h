@@ -1,0 +1,160 @@
+// The routed experts that lie in RAM, the ones on their way there, and the reads that bring them.
+//
+// RAM is a fixed number of equal slots, taken at start. At most `cache_slots` hold cached experts;
+// the others are for reads in flight, speculation and experts that only pass by. An expert that is
+// pinned stays where it is. However many ask for an expert, it is read once: a second demand joins
+// the read in flight, and a demand for an expert that is read on speculation promotes that read.
+//
+// Threads: all functions may be called from any thread; policy and pins are under one lock, which
+// no read is waited for under.
+// Errors: a failed read fails those who wait for that expert, with an IoError that names layer,
+// expert, file and offset; the expert is absent afterwards and may be asked for again.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "ops/backend.h"
+#include "residency/expert_image.h"
+#include "residency/policy.h"
+#include "storage/reader.h"
+
+namespace dsfp4::residency {
+
+struct StoreStats {
+  std::uint64_t hits = 0;        // pins that found the expert ready
+  std::uint64_t misses = 0;      // pins that had to wait for a read of their own
+  std::uint64_t joined = 0;      // pins that found a read of a demand under way
+  std::uint64_t prefetched = 0;  // pins that found a speculative read, done or under way
+  std::uint64_t prefetched_bytes = 0;
+  std::uint64_t demand_bytes = 0;  // read because an expert was needed
+  std::uint64_t speculative_bytes = 0;
+  std::uint64_t wasted_bytes = 0;  // of those, read and given up unused
+  std::uint64_t warm_bytes = 0;    // read by warm_up()
+  std::uint64_t evictions = 0;
+};
+
+class SlotMemory;
+
+class ExpertStore {
+ public:
+  struct Options {
+    std::int64_t layers = 0;       // MoE layers
+    std::int64_t first_layer = 0;  // the model's number of the first of them, for messages
+    std::int64_t experts = 0;      // of a layer
+    std::size_t slots = 0;
+    std::size_t cache_slots = 0;  // < slots
+  };
+  /// `images`: by key. The reader must outlive the store. Throws MemoryLimitError.
+  ExpertStore(Options options, std::vector<ExpertImage> images, storage::Reader& reader,
+              std::unique_ptr<Policy> policy);
+  /// Cancels what is unfinished.
+  ~ExpertStore();
+  ExpertStore(const ExpertStore&) = delete;
+  ExpertStore& operator=(const ExpertStore&) = delete;
+
+  const Options& options() const noexcept { return options_; }
+  std::uint64_t slot_size() const noexcept { return slot_size_; }
+  std::uint64_t image_bytes(ExpertKey key) const { return images_[key].bytes(); }
+
+  /// What a pin found. kNoRoom: nothing is pinned, all slots are in use; unpin something first.
+  enum class Found : std::uint8_t { kReady, kReading, kAbsent, kNoRoom };
+  /// Pins the expert if it is in RAM or on its way (and makes that a demand); kAbsent if not.
+  /// With `keep` it is a cached expert from now on.
+  Found pin(ExpertKey key, bool keep);
+  /// Pins an absent expert and submits its read: kReading, or kNoRoom; as pin() if it is there by
+  /// now. With `keep` it stays in the
+  /// cache if its value is high enough, and cached experts are given up for it; without, it passes
+  /// by and takes only slots that hold nothing cached.
+  Found fetch(ExpertKey key, bool keep);
+  void unpin(ExpertKey key);
+  /// Those of `pinned` that are ready; with `wait`, at least one. Throws the error of one whose
+  /// read failed.
+  std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned, bool wait);
+  /// Waits until a read that nobody has pinned has ended: for who found no room and has nothing
+  /// pinned.
+  void wait_for_room();
+  /// Of a pinned expert that is ready.
+  ops::ExpertView view(ExpertKey key) const;
+
+  /// Submits a speculative read if the expert is absent and a slot is free of anything cached.
+  bool prefetch(ExpertKey key);
+  /// Cancels the speculative reads of that MoE layer that are not pinned, and frees their slots.
+  void drop_speculation(std::int64_t layer);
+
+  /// The policy's use(); then gives up cached experts beyond cache_slots.
+  void note_use(std::int64_t layer, std::span<const std::int32_t> experts,
+                std::span<const float> scores);
+  void trim();
+  /// Cached experts that there is room for.
+  std::size_t cache_room() const;
+
+  StoreStats stats() const;
+  std::vector<float> policy_state() const;
+  bool restore_policy(std::span<const float> state);
+  /// Changes the number of slots and of cached experts among them. What has the highest values and
+  /// fits stays. Only while nothing is pinned; waits for reads in flight, and cancels speculation.
+  /// Throws ParameterError, and MemoryLimitError, and then nothing has changed.
+  void resize(std::size_t slots, std::size_t cache_slots);
+
+  /// Submits reads, behind every demand, of the absent experts with the highest values until the
+  /// cache is full.
+  void warm_up();
+  /// Every slot is free, ready or being read, and nothing is pinned: for tests.
+  bool is_consistent() const;
+
+ private:
+  static constexpr ExpertKey kNoKey = std::numeric_limits<ExpertKey>::max();
+  enum class State : std::uint8_t { kFree, kReading, kReady, kFailed };
+  struct Slot {
+    State state = State::kFree;
+    ExpertKey key = kNoKey;
+    int pins = 0;
+    bool keep = false;
+    bool speculative = false;  // nobody has asked for it yet
+    bool cancelled = false;    // and nobody will: its read is to end
+    storage::ReadTicket ticket;
+    storage::ReadResult result;  // kFailed
+  };
+  using Lock = std::unique_lock<std::mutex>;
+
+  // All but the first are called under the lock.
+  void arrived(int slot, const storage::ReadResult& result) noexcept;
+  void cancel(Lock& lock, const std::vector<storage::ReadTicket>& tickets);
+  Found pin_locked(ExpertKey key, bool keep);
+  int free_or_passing();
+  void reclaim();
+  int find_slot(bool evict);
+  void forget(Slot& slot) noexcept;
+  void pass_by(int slot);
+  void read_into(int slot, ExpertKey key, storage::Priority priority);
+  void start_over(const std::vector<ExpertKey>& keys, std::size_t cache_slots);
+  std::byte* memory_of(int slot) const;
+  [[noreturn]] void throw_failure(ExpertKey key, const storage::ReadResult& result) const;
+
+  Options options_;
+  std::vector<ExpertImage> images_;
+  storage::Reader& reader_;
+  std::unique_ptr<Policy> policy_;
+  std::uint64_t slot_size_ = 0;
+  std::shared_ptr<SlotMemory> memory_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable arrival_;
+  std::vector<Slot> slots_;
+  std::vector<int> slot_of_;  // by key; -1 absent
+  std::vector<int> free_;
+  std::vector<int> passing_;  // slots that may be free for the taking; checked when taken
+  std::vector<bool> queued_;  // whether a slot is in there
+  std::size_t cached_ = 0;    // slots with keep
+  int unread_ = 0;            // completions still to come
+  StoreStats stats_;
+};
+
+}  // namespace dsfp4::residency

@@ -1,0 +1,39 @@
+// How much of RAM the routed experts get, and whether they all fit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+namespace dsfp4::residency {
+
+/// What the user gave, in bytes; nothing: planned.
+struct RamWishes {
+  std::optional<std::uint64_t> cpu_cache_size;  // of cached experts
+  std::optional<std::uint64_t> prefetch_size;   // of slots for reads in flight and speculation
+};
+
+/// What there is to place, in bytes.
+struct RamNeeds {
+  std::uint64_t others = 0;        // everything but the routed experts
+  std::uint64_t expert_bytes = 0;  // of all routed experts, loaded whole
+  std::uint64_t slot_bytes = 0;    // of one in an ExpertStore
+  std::uint64_t experts = 0;
+  std::uint64_t experts_per_token = 0;  // of a layer
+};
+
+struct RamPlan {
+  bool tiered = false;  // experts stay in the files; else everything is loaded
+  std::size_t slots = 0;
+  std::size_t cache_slots = 0;
+  std::uint64_t expert_bytes = 0;  // of slots, or of all experts
+  std::uint64_t total_bytes = 0;   // that and the others
+};
+
+/// Everything is loaded if it fits into `available` and no cpu_cache_size below all experts was
+/// given. Else staging gets prefetch_size, by default two layers' choices, and the cache
+/// cpu_cache_size, by default what is left. Throws MemoryLimitError where that is not there, with
+/// the bytes that are needed at least, and ParameterError for a prefetch_size below one expert.
+RamPlan plan_ram(const RamNeeds& needs, const RamWishes& wishes, std::uint64_t available);
+
+}  // namespace dsfp4::residency

@@ -1,0 +1,293 @@
+#include "residency/tiered_experts.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+#include <utility>
+
+#include "ops/scratch.h"
+
+namespace dsfp4::residency {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// More rows than this are a prompt: its experts pass by the cache once that is full.
+constexpr std::int64_t kDecodeRows = 16;
+/// Experts of a prompt that are computed together; between groups the caller may look up.
+constexpr std::size_t kPromptGroup = 4;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+// One run(): its experts, which of them are pinned, and what is computed already.
+class TieredExperts::Layer {
+ public:
+  Layer(TieredExperts& runner, std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
+        std::vector<ChosenExpert> chosen, ops::Matrix hidden, ops::Matrix routed)
+      : runner_(runner),
+        store_(runner.store_),
+        first_key_(static_cast<ExpertKey>(moe_layer * runner.router_.experts)),
+        x_(x),
+        top_k_(top_k),
+        chosen_(std::move(chosen)),
+        hidden_(hidden),
+        routed_(routed),
+        streams_(x.rows > kDecodeRows) {}
+  ~Layer() {
+    for (const auto* list : {&ready_, &reading_}) {
+      for (const std::size_t i : *list) store_.unpin(key(i));
+    }
+  }
+  Layer(const Layer&) = delete;
+  Layer& operator=(const Layer&) = delete;
+
+  const std::vector<ChosenExpert>& chosen() const { return chosen_; }
+
+  // Pins what is there; what is not is left in missing().
+  void find() {
+    for (std::size_t i = 0; i < chosen_.size(); ++i) {
+      if (chosen_[i].pairs.empty()) continue;
+      switch (store_.pin(key(i), keep())) {
+        case ExpertStore::Found::kReady:
+          ready_.push_back(i);
+          break;
+        case ExpertStore::Found::kReading:
+          reading_.push_back(i);
+          break;
+        default:
+          missing_.push_back(i);
+      }
+    }
+  }
+  std::vector<std::size_t>& missing() { return missing_; }
+  ChosenExpert& expert(std::size_t i) { return chosen_[i]; }
+
+  // Submits reads of missing experts, as many as there are slots for.
+  void fetch() {
+    std::size_t done = 0;
+    while (done < missing_.size() &&
+           store_.fetch(key(missing_[done]), keep()) != ExpertStore::Found::kNoRoom) {
+      reading_.push_back(missing_[done++]);  // ready or not: collect() finds out
+    }
+    missing_.erase(missing_.begin(), missing_.begin() + static_cast<std::ptrdiff_t>(done));
+  }
+
+  void compute_all() {
+    for (;;) {
+      while (!ready_.empty()) {
+        if (runner_.between_groups_) runner_.between_groups_();
+        compute_group();
+        collect(false);
+        fetch();
+      }
+      if (reading_.empty()) {
+        if (missing_.empty()) return;
+        fetch();
+        if (reading_.empty()) {  // cancelled speculation still holds the slots
+          store_.wait_for_room();
+          continue;
+        }
+      }
+      collect(true);
+    }
+  }
+
+ private:
+  ExpertKey key(std::size_t i) const {
+    return first_key_ + static_cast<ExpertKey>(chosen_[i].expert);
+  }
+  bool keep() const { return !streams_ || store_.cache_room() > 0; }
+
+  void compute_group() {
+    const std::size_t count = streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
+    std::vector<ops::ExpertView> views;
+    std::vector<ops::ExpertTask> tasks;
+    views.reserve(count);
+    for (std::size_t n = 0; n < count; ++n) {
+      views.push_back(store_.view(key(ready_[n])));
+      tasks.push_back({&views.back(), chosen_[ready_[n]].pairs});
+      runner_.stats_.used_bytes += store_.image_bytes(key(ready_[n]));
+    }
+    const auto start = Clock::now();
+    runner_.backend_.experts(tasks, top_k_, x_, hidden_, routed_);
+    runner_.stats_.compute_seconds += seconds_since(start);
+    for (std::size_t n = 0; n < count; ++n) store_.unpin(key(ready_[n]));
+    ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
+  }
+
+  // Moves what has arrived to the ready ones; waits for something if `wait`.
+  void collect(bool wait) {
+    if (reading_.empty()) return;
+    std::vector<ExpertKey> keys;
+    for (const std::size_t i : reading_) keys.push_back(key(i));
+    const auto start = Clock::now();
+    const std::vector<ExpertKey> arrived = store_.ready_of(keys, wait);
+    if (wait) runner_.stats_.wait_seconds += seconds_since(start);
+    std::erase_if(reading_, [&](std::size_t i) {
+      if (std::ranges::find(arrived, key(i)) == arrived.end()) return false;
+      ready_.push_back(i);
+      return true;
+    });
+  }
+
+  TieredExperts& runner_;
+  ExpertStore& store_;
+  ExpertKey first_key_;
+  ops::ConstMatrix x_;
+  std::int64_t top_k_;
+  std::vector<ChosenExpert> chosen_;
+  ops::Matrix hidden_;
+  ops::Matrix routed_;
+  bool streams_;
+  // Indices into chosen_; the first two are pinned.
+  std::vector<std::size_t> ready_, reading_, missing_;
+};
+
+TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::RouterSpec router,
+                             std::vector<RouterView> routers, std::int64_t first_layer,
+                             std::int64_t hidden_size, std::int64_t moe_intermediate_size)
+    : backend_(backend),
+      store_(store),
+      router_(router),
+      routers_(std::move(routers)),
+      first_layer_(first_layer),
+      hidden_size_(hidden_size),
+      moe_intermediate_size_(moe_intermediate_size),
+      predicted_(routers_.size()) {}
+
+void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
+                        std::int64_t top_k, memory::Arena& arena, ops::Matrix y) {
+  const ops::ScratchScope scope(arena);
+  const std::int64_t moe_layer = layer - first_layer_;
+  const std::int64_t pairs = x.rows * top_k;
+  const auto count = static_cast<std::size_t>(pairs);
+  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
+  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
+  const std::span<std::int32_t> order(arena.take_array<std::int32_t>(count), count);
+
+  Layer work(*this, moe_layer, x, top_k, group_by_expert(routing.used, order), hidden, routed);
+  stats_.total_pairs += count;
+  note_prediction(moe_layer, work.chosen());
+  work.find();
+  if (options_.expert_threshold > 0.0f) {
+    leave_out(work, routing, top_k, routed);
+  }
+  work.fetch();
+  store_.drop_speculation(moe_layer);
+  note_use(moe_layer, routing, x.rows, top_k);
+  predict(moe_layer, x, top_k, arena);
+  work.compute_all();
+  store_.trim();
+  backend_.combine(routed, routing.weights, top_k, y);
+}
+
+void TieredExperts::leave_out(Layer& work, const ops::Routing& routing, std::int64_t top_k,
+                              ops::Matrix routed) {
+  const auto slots = static_cast<std::size_t>(top_k);
+  std::vector<bool> missing(routing.used.size(), false);
+  for (const std::size_t i : work.missing()) {
+    for (const std::int32_t pair : work.expert(i).pairs) {
+      missing[static_cast<std::size_t>(pair)] = true;
+    }
+  }
+  // Which pairs go is decided token by token, then the experts that nobody is left for.
+  std::vector<bool> left_out(routing.used.size(), false);
+  for (std::size_t first = 0; first < routing.used.size(); first += slots) {
+    const std::span<float> weights = routing.weights.subspan(first, slots);
+    const float sum = std::accumulate(weights.begin(), weights.end(), 0.0f);
+    const auto best = static_cast<std::size_t>(std::ranges::max_element(weights) - weights.begin());
+    float kept = sum;
+    for (std::size_t k = 0; k < slots; ++k) {
+      // The heaviest stays, so that there is something to give the weight to.
+      if (k == best || !missing[first + k] || weights[k] >= options_.expert_threshold * sum) {
+        continue;
+      }
+      left_out[first + k] = true;
+      kept -= weights[k];
+      weights[k] = 0.0f;
+      std::fill_n(routed.row(static_cast<std::int64_t>(first + k)), routed.cols, 0.0f);
+      ++stats_.skipped_pairs;
+    }
+    if (kept < sum) {
+      for (float& weight : weights) weight *= sum / kept;
+    }
+  }
+  std::erase_if(work.missing(), [&](std::size_t i) {
+    ChosenExpert& expert = work.expert(i);
+    const auto end = std::remove_if(expert.pairs.begin(), expert.pairs.end(), [&](std::int32_t p) {
+      return left_out[static_cast<std::size_t>(p)];
+    });
+    expert.pairs = expert.pairs.first(static_cast<std::size_t>(end - expert.pairs.begin()));
+    return expert.pairs.empty();
+  });
+}
+
+void TieredExperts::note_use(std::int64_t moe_layer, const ops::Routing& routing,
+                             std::int64_t tokens, std::int64_t top_k) {
+  const std::span<const float> bias = routers_[static_cast<std::size_t>(moe_layer)].bias;
+  const auto width = static_cast<std::size_t>(router_.experts);
+  std::vector<float> scores(width);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const float* logits = routing.logits.row(t);
+    selection_scores(router_.scoring, {logits, width}, bias, scores);
+    store_.note_use(
+        moe_layer,
+        routing.used.subspan(static_cast<std::size_t>(t * top_k), static_cast<std::size_t>(top_k)),
+        scores);
+  }
+}
+
+void TieredExperts::predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
+                            memory::Arena& arena) {
+  const auto layers = static_cast<std::int64_t>(routers_.size());
+  for (std::int64_t ahead = 1; ahead <= options_.prefetch_layers; ++ahead) {
+    const std::int64_t next = moe_layer + ahead;
+    if (next >= layers) return;
+    const ops::ScratchScope scope(arena);
+    const auto pairs = static_cast<std::size_t>(x.rows * top_k);
+    const auto ints = [&] { return std::span(arena.take_array<std::int32_t>(pairs), pairs); };
+    const RouterView& router = routers_[static_cast<std::size_t>(next)];
+    const ops::Matrix logits = ops::scratch_matrix(arena, x.rows, router_.experts);
+    backend_.linear(router.gate, x, logits, ops::Inputs::kF32);
+    const ops::Routing guess{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs), {}};
+    backend_.route(router_, logits, router.bias, {}, guess);
+
+    // How many rows want each; one row of many is not enough to read for.
+    std::vector<std::int32_t> wanted(static_cast<std::size_t>(router_.experts), 0);
+    for (const std::int32_t e : guess.experts) ++wanted[static_cast<std::size_t>(e)];
+    const std::int32_t least = x.rows > kDecodeRows ? 2 : 1;
+    std::vector<std::int32_t>& predicted = predicted_[static_cast<std::size_t>(next)];
+    if (ahead == 1) predicted.clear();
+    for (const std::int32_t e : guess.experts) {  // best first
+      std::int32_t& count = wanted[static_cast<std::size_t>(e)];
+      if (count < least) continue;
+      count = 0;
+      if (ahead == 1) predicted.push_back(e);
+      store_.prefetch(static_cast<ExpertKey>(next * router_.experts + e));
+    }
+  }
+}
+
+void TieredExperts::note_prediction(std::int64_t moe_layer, std::span<const ChosenExpert> chosen) {
+  std::vector<std::int32_t>& predicted = predicted_[static_cast<std::size_t>(moe_layer)];
+  if (predicted.empty()) return;
+  stats_.predicted += predicted.size();
+  stats_.chosen += chosen.size();
+  for (const ChosenExpert& expert : chosen) {
+    if (std::ranges::find(predicted, expert.expert) != predicted.end()) ++stats_.predicted_used;
+  }
+  predicted.clear();
+}
+
+std::size_t TieredExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {
+  const std::int64_t pairs = tokens * top_k;
+  return 4 * ops::scratch_bytes(pairs) + ops::scratch_bytes(pairs * moe_intermediate_size_) +
+         ops::scratch_bytes(pairs * hidden_size_) + ops::scratch_bytes(tokens * router_.experts);
+}
+
+}  // namespace dsfp4::residency

@@ -1,0 +1,179 @@
+"""`dsfp4 bench decode MODEL`: how near decoding comes to what the machine's wires allow."""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsfp4 import _core
+from dsfp4.cli.options import integer, real
+from dsfp4.demo import resolve_model
+from dsfp4.model import Model
+
+_BLOCK_BYTES = 512 << 10  # as the engine reads
+_DEPTH = 64
+_RATE_SECONDS = 1.5
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "decode",
+        help="tokens/s of a model that does not fit, beside the floor of each wire",
+        description="Decodes random text from an empty cache, then again from the cache as that "
+        "left it. The raw rate of the disk is measured before and after, with the same blocks and "
+        "depth. The floor is what the bytes and the arithmetic need at least.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a checkpoint folder; no tokenizer is needed"
+    )
+    parser.add_argument("--cpu-cache-size", type=real(0, 1e6), required=True, metavar="GB")
+    parser.add_argument("--prefetch-size", type=real(0, 1e6), metavar="GB")
+    parser.add_argument("--prefetch-layers", type=integer(0, 16), default=0, metavar="N")
+    parser.add_argument("--cache-policy", default="default", choices=_core.policy_names())
+    parser.add_argument("--tokens", type=integer(2, 1 << 20), default=32, metavar="N")
+    parser.add_argument("--threads", type=integer(0, 1024), default=0, metavar="N")
+    parser.add_argument(
+        "--reader", default="auto", choices=["auto", "io_uring", "pread"], help="%(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.set_defaults(execute=execute)
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    report = measure(arguments)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(_lines(report)))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the report that --json prints."""
+    folder = resolve_model(arguments.model)
+    files = sorted(folder.glob("*.safetensors"))
+    before = _raw_rate(files, arguments.reader)
+    model = Model(
+        folder,
+        threads=arguments.threads,
+        max_context=2 * arguments.tokens + 2,
+        cpu_cache_size=arguments.cpu_cache_size,
+        prefetch_size=arguments.prefetch_size,
+        prefetch_layers=arguments.prefetch_layers,
+        cache_policy=arguments.cache_policy,
+        reader=arguments.reader,
+        warm_start=False,
+    )
+    ids = np.random.default_rng(0).integers(2, model.config["vocab_size"], 2 * arguments.tokens)
+    cold = _decode(model, ids[: arguments.tokens])
+    warm = _decode(model, ids[arguments.tokens :])
+    compute = _compute_seconds(model, ids[:1])
+    raw = (before + _raw_rate(files, arguments.reader)) / 2
+    runs = {name: _judge(run, raw, compute) for name, run in (("cold", cold), ("warm", warm))}
+    return {
+        "model": str(arguments.model),
+        "tokens": arguments.tokens,
+        "cpu_cache_size": arguments.cpu_cache_size,
+        "prefetch_layers": arguments.prefetch_layers,
+        "cache_policy": arguments.cache_policy,
+        "raw_ssd_gb_s": raw,
+        "compute_seconds_per_token": compute,
+        **runs,
+        "reserved_bytes": model.stats()["reserved_bytes"],
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _raw_rate(files: list[Path], reader: str) -> float:
+    """Return GB/s of random reads with the block size and depth of the engine."""
+    kind = "io_uring" if reader == "auto" else reader
+    try:
+        rate = _core.measure_raw_rate(
+            files, reader=kind, block_bytes=_BLOCK_BYTES, depth=_DEPTH, seconds=_RATE_SECONDS
+        )
+    except _core.UnsupportedError:
+        if reader != "auto":
+            raise
+        return _raw_rate(files, "pread")
+    return float(rate["gb_per_second"])
+
+
+def _decode(model: Model, ids: np.ndarray) -> dict[str, Any]:
+    """Decode the ids one by one; return the time, and what the counters gained."""
+    before = model.stats()
+    start = time.perf_counter()
+    chosen, logits = model.routing_trace(ids, decode=True)
+    seconds = time.perf_counter() - start
+    after = model.stats()
+    counted = {
+        name: after[name] - before[name]
+        for name, value in after.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    trace = {"chosen": chosen, "logits": logits, "cache_slots": after["cache_slots"]}
+    return {**counted, "seconds": seconds, "tokens": len(ids), "trace": trace}
+
+
+def _compute_seconds(model: Model, ids: np.ndarray, tokens: int = 4) -> float:
+    """Return the seconds of a token whose experts are all in RAM: nothing but arithmetic."""
+    experts = np.arange(model.config["num_experts_per_tok"], dtype=np.int32)
+    layers = model.config["num_hidden_layers"] - model.config["first_k_dense_replace"]
+    times = []
+    for count in (1, 1 + tokens):  # the first one reads the experts
+        forced = np.broadcast_to(experts, (layers, count, len(experts))).copy()
+        start = time.perf_counter()
+        model.forward(np.repeat(ids, count), experts=forced, decode=True)
+        times.append(time.perf_counter() - start)
+    return times[1] / (1 + tokens)
+
+
+def _judge(run: Mapping[str, Any], raw: float, compute: float) -> dict[str, Any]:
+    """Set what was measured beside the floor."""
+    found = run["hits"] + run["misses"] + run["joined"] + run["prefetched"]
+    useful = run["demand_bytes"] + run["prefetched_bytes"]
+    floor = {"ssd": useful / raw / 1e9, "compute": compute * run["tokens"]}
+    return {
+        "seconds": run["seconds"],
+        "tokens_per_s": run["tokens"] / run["seconds"],
+        "read_bytes": run["read_bytes"],
+        "useful_bytes": useful,
+        "useful_gb_s": useful / run["seconds"] / 1e9,
+        "useful_over_raw": useful / run["seconds"] / 1e9 / raw,
+        "ssd_busy": run["ssd_busy_seconds"] / run["seconds"],
+        "floor_seconds": floor,
+        "time_over_floor": run["seconds"] / max(floor.values()),
+        "hit_rate": run["hits"] / max(found, 1),
+        "misses": run["misses"],
+        "prefetched": run["prefetched"],
+        "wasted_bytes": run["wasted_bytes"],
+        "prediction_recall": run["predicted_used"] / max(run["predictable"], 1),
+        "prediction_precision": run["predicted_used"] / max(run["predicted"], 1),
+        "wait_seconds": run["wait_seconds"],
+        "expert_seconds": run["expert_seconds"],
+    }
+
+
+def _lines(report: Mapping[str, Any]) -> Iterable[str]:
+    rate = report["raw_ssd_gb_s"]
+    yield f"disk: {rate:.2f} GB/s, blocks of {_BLOCK_BYTES >> 10} KiB, {_DEPTH} deep"
+    for name in ("cold", "warm"):
+        run = report[name]
+        floor = run["floor_seconds"]
+        yield (
+            f"{name}: {run['tokens_per_s']:.2f} tokens/s, {run['seconds']:.1f} s; floor "
+            f"{max(floor.values()):.1f} s (disk {floor['ssd']:.1f}, "
+            f"arithmetic {floor['compute']:.1f})"
+        )
+        yield (
+            f"  useful {run['useful_gb_s']:.2f} GB/s, {100 * run['useful_over_raw']:.0f} % of the "
+            f"disk's rate; disk busy {100 * run['ssd_busy']:.0f} % of the time; hit rate "
+            f"{100 * run['hit_rate']:.1f} %"
+        )
+    yield f"peak memory {report['peak_rss_bytes'] / 1e9:.2f} GB"

@@ -1,0 +1,235 @@
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "dsfp4/error.h"
+#include "residency/expert_store.h"
+#include "residency/fake_reader.h"
+
+namespace dsfp4::residency {
+namespace {
+
+using Found = ExpertStore::Found;
+using storage::Priority;
+using storage::ReadStatus;
+
+constexpr std::int64_t kLayers = 2;
+constexpr std::int64_t kExperts = 8;
+const ops::ExpertView kView;
+
+std::vector<ExpertImage> images() {
+  std::vector<ExpertImage> all;
+  for (ExpertKey key = 0; key < kLayers * kExperts; ++key) {
+    ExpertImage image;
+    image.parts.push_back({0, 100 + key, 50, (100 + key) % 4096});
+    image.view = &kView;
+    image.places.fill(kNoPlace);
+    for (const std::size_t matrix : {0u, 2u, 4u}) image.places[matrix] = (100 + key) % 4096;
+    all.push_back(image);
+  }
+  return all;
+}
+
+class ExpertStoreTest : public testing::Test {
+ protected:
+  ExpertStore& make(std::size_t slots, std::size_t cache_slots) {
+    store_ = std::make_unique<ExpertStore>(
+        ExpertStore::Options{kLayers, 3, kExperts, slots, cache_slots}, images(), reader_,
+        make_policy("lru", kLayers, kExperts));
+    return *store_;
+  }
+  ~ExpertStoreTest() override {
+    std::jthread end([this] { store_.reset(); });
+    while (reader_.open() > 0) reader_.complete(reader_.reads.size() - reader_.open());
+  }
+  void bring(ExpertKey key, bool keep) {
+    ASSERT_EQ(store_->fetch(key, keep), Found::kReading);
+    reader_.complete(reader_.reads.size() - 1);
+    store_->unpin(key);
+  }
+  void use(std::int64_t layer, std::int32_t expert) {
+    const std::vector<float> scores(kExperts, 0.0f);
+    store_->note_use(layer, std::span(&expert, 1), scores);
+  }
+
+  FakeReader reader_;
+  std::unique_ptr<ExpertStore> store_;
+};
+
+TEST_F(ExpertStoreTest, ReadsOnceHoweverManyAsk) {
+  ExpertStore& store = make(4, 3);
+  EXPECT_EQ(store.pin(5, true), Found::kAbsent);
+  EXPECT_EQ(store.fetch(5, true), Found::kReading);
+  EXPECT_EQ(store.pin(5, true), Found::kReading);
+  EXPECT_EQ(store.pin(5, true), Found::kReading);
+  EXPECT_EQ(reader_.reads.size(), 1u);
+  EXPECT_TRUE(store.ready_of(std::vector<ExpertKey>{5}, false).empty());
+  reader_.complete(0);
+  EXPECT_EQ(store.ready_of(std::vector<ExpertKey>{5}, true), std::vector<ExpertKey>{5});
+  EXPECT_EQ(store.view(5).gate_proj.data[0], static_cast<std::byte>(105));
+  for (int i = 0; i < 3; ++i) store.unpin(5);
+  EXPECT_EQ(store.pin(5, true), Found::kReady);
+  store.unpin(5);
+  const StoreStats stats = store.stats();
+  EXPECT_EQ(stats.misses, 1u);
+  EXPECT_EQ(stats.joined, 2u);
+  EXPECT_EQ(stats.hits, 1u);
+  EXPECT_TRUE(store.is_consistent());
+}
+
+TEST_F(ExpertStoreTest, GivesUpTheLeastValuedAndNeverAPinnedOne) {
+  ExpertStore& store = make(3, 2);
+  for (const ExpertKey key : {0u, 1u, 2u}) {
+    bring(key, true);
+    use(0, static_cast<std::int32_t>(key));
+  }
+  ASSERT_EQ(store.pin(0, true), Found::kReady);
+  store.trim();
+  store.unpin(0);
+  // 1 went: 0 was pinned. Its slot is the next to be taken.
+  bring(3, true);
+  EXPECT_EQ(store.pin(1, true), Found::kAbsent);
+  EXPECT_EQ(store.pin(0, true), Found::kReady);
+  EXPECT_EQ(store.pin(2, true), Found::kReady);
+  store.unpin(0);
+  store.unpin(2);
+  EXPECT_TRUE(store.is_consistent());
+}
+
+TEST_F(ExpertStoreTest, HasNoRoomWhenAllIsPinned) {
+  ExpertStore& store = make(2, 1);
+  EXPECT_EQ(store.fetch(0, true), Found::kReading);
+  EXPECT_EQ(store.fetch(1, true), Found::kReading);
+  EXPECT_EQ(store.fetch(2, true), Found::kNoRoom);
+  reader_.complete(0);
+  reader_.complete(1);
+  EXPECT_EQ(store.fetch(2, true), Found::kNoRoom);
+  store.unpin(0);
+  EXPECT_EQ(store.fetch(2, true), Found::kReading);
+  reader_.complete(2);
+  store.unpin(1);
+  store.unpin(2);
+}
+
+TEST_F(ExpertStoreTest, StreamsPastTheCache) {
+  ExpertStore& store = make(3, 2);
+  bring(0, true);
+  bring(1, true);
+  for (ExpertKey key = 8; key < 16; ++key) bring(key, false);
+  EXPECT_EQ(store.pin(0, true), Found::kReady);
+  EXPECT_EQ(store.pin(1, true), Found::kReady);
+  store.unpin(0);
+  store.unpin(1);
+  EXPECT_EQ(store.stats().evictions, 0u);
+}
+
+TEST_F(ExpertStoreTest, PromotesASpeculativeRead) {
+  ExpertStore& store = make(4, 3);
+  EXPECT_TRUE(store.prefetch(9));
+  EXPECT_FALSE(store.prefetch(9));
+  EXPECT_EQ(reader_.reads[0].request.priority, Priority::kSpeculative);
+  EXPECT_EQ(store.pin(9, true), Found::kReading);
+  EXPECT_EQ(reader_.reads[0].request.priority, Priority::kDemand);
+  store.drop_speculation(1);  // it is none any more
+  EXPECT_TRUE(reader_.cancelled.empty());
+  reader_.complete(0);
+  store.unpin(9);
+  EXPECT_EQ(store.stats().prefetched, 1u);
+  EXPECT_EQ(reader_.reads.size(), 1u);
+}
+
+TEST_F(ExpertStoreTest, SpeculationTakesNothingThatIsCached) {
+  ExpertStore& store = make(3, 2);
+  bring(0, true);
+  bring(1, true);
+  EXPECT_TRUE(store.prefetch(8));
+  EXPECT_FALSE(store.prefetch(9));
+  reader_.complete(2);
+  store.drop_speculation(1);
+  EXPECT_TRUE(store.prefetch(9));  // takes the place of 8
+  EXPECT_EQ(store.stats().wasted_bytes, 50u);
+  EXPECT_EQ(store.pin(8, true), Found::kAbsent);
+}
+
+TEST_F(ExpertStoreTest, ACancelledSpeculationIsReadAgainWhenAskedFor) {
+  ExpertStore& store = make(3, 2);
+  EXPECT_TRUE(store.prefetch(8));
+  store.drop_speculation(1);
+  ASSERT_EQ(reader_.cancelled.size(), 1u);
+  EXPECT_EQ(store.pin(8, true), Found::kAbsent);
+  EXPECT_EQ(store.fetch(8, true), Found::kReading);
+  reader_.complete(1);
+  EXPECT_EQ(store.ready_of(std::vector<ExpertKey>{8}, true).size(), 1u);
+  reader_.complete_cancelled();
+  store.unpin(8);
+  // The cancelled one's slot comes back: all three can be had.
+  bring(0, true);
+  bring(1, true);
+  EXPECT_EQ(store.pin(8, true), Found::kReady);
+  store.unpin(8);
+  EXPECT_TRUE(store.is_consistent());
+}
+
+TEST_F(ExpertStoreTest, AFailedReadNamesLayerAndExpertAndMayBeTriedAgain) {
+  ExpertStore& store = make(3, 2);
+  EXPECT_EQ(store.fetch(10, true), Found::kReading);
+  EXPECT_EQ(store.pin(10, true), Found::kReading);
+  reader_.complete(0, ReadStatus::kFailed);
+  try {
+    store.ready_of(std::vector<ExpertKey>{10}, true);
+    FAIL();
+  } catch (const IoError& error) {
+    EXPECT_NE(std::string(error.what()).find("expert 2 of layer 4"), std::string::npos);
+    EXPECT_EQ(error.offset(), 77);
+    EXPECT_EQ(error.error_number(), EIO);
+  }
+  store.unpin(10);
+  store.unpin(10);
+  EXPECT_TRUE(store.is_consistent());
+  for (const ExpertKey key : {10u, 11u, 12u}) EXPECT_EQ(store.fetch(key, true), Found::kReading);
+  for (std::size_t i = 1; i < 4; ++i) reader_.complete(i);
+  for (const ExpertKey key : {10u, 11u, 12u}) store.unpin(key);
+}
+
+TEST_F(ExpertStoreTest, ResizeKeepsTheMostValuable) {
+  ExpertStore& store = make(6, 5);
+  for (ExpertKey key = 0; key < 5; ++key) {
+    bring(key, true);
+    use(0, static_cast<std::int32_t>(key));
+  }
+  store.resize(3, 2);
+  EXPECT_TRUE(store.is_consistent());
+  for (const ExpertKey key : {3u, 4u}) {
+    ASSERT_EQ(store.pin(key, true), Found::kReady);
+    for (int b = 0; b < 50; ++b) {
+      EXPECT_EQ(store.view(key).up_proj.data[b], static_cast<std::byte>(100 + key + b));
+    }
+    store.unpin(key);
+  }
+  EXPECT_EQ(store.pin(2, true), Found::kAbsent);
+  store.resize(10, 9);
+  EXPECT_EQ(store.pin(4, true), Found::kReady);
+  EXPECT_EQ(store.view(4).down_proj.data[49], static_cast<std::byte>(153));
+  store.unpin(4);
+  EXPECT_THROW(store.resize(2, 2), ParameterError);
+}
+
+TEST_F(ExpertStoreTest, WarmsUpWithWhatThePolicyValues) {
+  ExpertStore& store = make(4, 2);
+  for (const std::int32_t e : {5, 6, 7}) use(1, e);
+  store.warm_up();
+  ASSERT_EQ(reader_.reads.size(), 2u);
+  EXPECT_EQ(store.pin(15, true), Found::kReading);
+  EXPECT_EQ(reader_.reads[0].request.priority, Priority::kDemand);  // 7, promoted
+  EXPECT_EQ(reader_.reads[1].request.priority, Priority::kSpeculative);
+  reader_.complete(0);
+  reader_.complete(1);
+  store.unpin(15);
+  EXPECT_EQ(store.pin(14, true), Found::kReady);
+  store.unpin(14);
+}
+
+}  // namespace
+}  // namespace dsfp4::residency
