@@ -10,10 +10,10 @@
 // with each lane's block scale adds them to the accumulator of (row, token). A scale that is NaN
 // makes its row NaN; that is looked up once for a row, beside the loop.
 //
-// Up to 4 tokens: 2 rows at a time are decoded in registers. One token and 128 NVFP4 weights take
-// 16 vector instructions (MXFP4: 15): 8 cycles on a core with two ports for them, 9 bytes a cycle;
-// a core's share of the memory bandwidth of a server is about half of that. More tokens:
-// matmul_blocked.h with tiles of 2 rows x 6 tokens.
+// Up to 4 tokens: 2 rows at a time are decoded in registers, and the next 2 are prefetched. One
+// token and 128 NVFP4 weights take 16 vector instructions (MXFP4: 15): 8 cycles on a core with two
+// ports for them, 9 bytes a cycle. Another token adds 5 instructions. More tokens: matmul_blocked.h
+// with tiles of 2 rows x 6 tokens.
 #include "ops/cpu/bf16_avx512bf16.h"
 
 namespace dsfp4::ops::cpu {
