@@ -10,10 +10,10 @@
 // with each lane's block scale adds them to the accumulator of (row, token). A scale that is NaN
 // makes its row NaN; that is looked up once for a row, beside the loop.
 //
-// Up to 4 tokens: 2 rows at a time are decoded in registers. One token and 128 NVFP4 weights take
-// 16 vector instructions (MXFP4: 15): 8 cycles on a core with two ports for them, 9 bytes a cycle;
-// a core's share of the memory bandwidth of a server is about half of that. More tokens:
-// matmul_blocked.h with tiles of 2 rows x 6 tokens.
+// Up to 4 tokens: 2 rows at a time are decoded in registers, and the next 2 are prefetched. One
+// token and 128 NVFP4 weights take 16 vector instructions (MXFP4: 15): 8 cycles on a core with two
+// ports for them, 9 bytes a cycle. Another token adds 5 instructions. More tokens: matmul_blocked.h
+// with tiles of 2 rows x 6 tokens.
 #include "ops/cpu/bf16_avx512bf16.h"
 
 namespace dsfp4::ops::cpu {
@@ -23,7 +23,6 @@ constexpr std::int64_t kChunkCols = 128;
 constexpr std::int64_t kChunkBytes = kChunkCols / 2;
 constexpr std::size_t kPackedChunk = kChunkCols * 2;  // bytes of activations
 constexpr int kRows = 2;
-constexpr bool kPrefetch = true;  // the rows after these, while these are computed
 
 inline std::int64_t chunks_of(std::int64_t cols) { return (cols + kChunkCols - 1) / kChunkCols; }
 
@@ -158,14 +157,10 @@ struct Row {
     }
     return found != 0;
   }
-  // Chunk `i` of the row that lies kRows further on. (Past the matrix it does no harm.)
-  void prefetch(std::int64_t i) const {
-    if constexpr (!kPrefetch) return;
-    _mm_prefetch(reinterpret_cast<const char*>(data + kRows * cols / 2 + kChunkBytes * i),
-                 _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(scales + kRows * cols / Scales::kCols) +
-                     sizeof(Bytes) * static_cast<std::size_t>(i),
-                 _MM_HINT_T0);
+  // Chunk `i` of the row that lies kRows further on: the next to be computed.
+  void prefetch_next(std::int64_t i) const {
+    prefetch(data + kRows * cols / 2 + kChunkBytes * i);
+    prefetch(scales + kRows * cols / Scales::kCols + static_cast<std::int64_t>(sizeof(Bytes)) * i);
   }
 
   std::int64_t cols;
@@ -206,8 +201,8 @@ void multiply_direct(const Product& p) {
     for (int t = 0; t < count; ++t) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
     for (std::int64_t i = 0; i < whole; ++i) {
       const Chunk chunks[kRows] = {rows[0].whole(i), rows[1].whole(i)};
-      rows[0].prefetch(i);
-      rows[1].prefetch(i);
+      rows[0].prefetch_next(i);
+      rows[1].prefetch_next(i);
       add_chunk<count>(chunks, x, static_cast<std::int64_t>(kPackedChunk) * i, sum);
     }
     if (whole * kChunkCols < cols) {
@@ -240,7 +235,10 @@ struct Blocked {
     const Row<Scales> from(w, row);
     const std::int64_t first = begin / kChunkCols;
     const std::int64_t last = end / kChunkCols;
-    for (std::int64_t i = first; i < last; ++i) weights.chunk[i - first][index] = from.whole(i);
+    for (std::int64_t i = first; i < last; ++i) {
+      weights.chunk[i - first][index] = from.whole(i);
+      from.prefetch_next(i);
+    }
     if (last * kChunkCols < end) weights.chunk[last - first][index] = from.part(last);
     if (!from.nan(begin, end)) return;
     for (auto& chunk : weights.chunk) chunk[index].scale = _mm512_set1_ps(__builtin_nanf(""));

@@ -21,6 +21,12 @@ struct Row {
     return e4m3_tail(data + c, cols - c);
   }
 
+  // A tile's columns, from column `c` on, of the row that lies kRows further on.
+  void prefetch_next(std::int64_t c) const {
+    prefetch(data + kRows * cols + c);
+    prefetch(data + kRows * cols + c + 64);
+  }
+
   const std::uint8_t* data;
   std::int64_t cols;
 };
@@ -48,6 +54,7 @@ void multiply_direct(const Product& p) {
           }
         }
       }
+      for (const Row& r : rows) r.prefetch_next(tile * kTile);
       const __m512 scales[kRows] = {_mm512_set1_ps(fp8_scale(weight, row, tile)),
                                     _mm512_set1_ps(fp8_scale(weight, other, tile))};
       for (int t = 0; t < count; ++t) {
@@ -81,6 +88,7 @@ struct Blocked {
       _mm512_store_si512(weights.value[index] + (c - begin), from.at(c));
     }
     for (std::int64_t c = begin; c < end; c += kTile) {
+      from.prefetch_next(c);
       weights.scale[index][(c - begin) / kTile] = fp8_scale(w, row, c / kTile);
     }
   }
