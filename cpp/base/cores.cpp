@@ -31,7 +31,8 @@ int first_sibling(int cpu, const cpu_set_t& allowed) {
     for (int i = first; i <= last && i < CPU_SETSIZE; ++i) {
       if (CPU_ISSET(i, &allowed)) return i;
     }
-    if (at == end || *at++ != ',') break;
+    if (at == end || *at != ',') break;
+    ++at;
   }
   return cpu;
 }

@@ -296,6 +296,7 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   try {
     go_on = prefill(sequence, prompt, options, logits);
   } catch (const PrefillCancelled&) {
+    go_on = false;
   }
   result.prefill_seconds = seconds_since(start);
   if (!go_on) {

@@ -12,8 +12,10 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
+// NOLINTBEGIN(readability-identifier-naming): functions by another name
 constexpr auto decode_nvfp4 = portable_nvfp4;
 constexpr auto decode_mxfp4 = portable_mxfp4;
+// NOLINTEND(readability-identifier-naming)
 
 void decode_bf16(const std::uint8_t* codes, std::int64_t n, float* out) {
   std::int64_t i = 0;

@@ -8,10 +8,12 @@
 
 namespace dsfp4::ops::cpu {
 namespace {
+// NOLINTBEGIN(readability-identifier-naming): functions by another name
 constexpr auto decode_bf16 = portable_bf16;
 constexpr auto decode_e4m3 = portable_e4m3;
 constexpr auto decode_nvfp4 = portable_nvfp4;
 constexpr auto decode_mxfp4 = portable_mxfp4;
+// NOLINTEND(readability-identifier-naming)
 }  // namespace
 }  // namespace dsfp4::ops::cpu
 

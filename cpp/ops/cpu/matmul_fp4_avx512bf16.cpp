@@ -63,7 +63,7 @@ void pack_chunks(const float* x, std::int64_t cols, std::int64_t begin, std::int
 // ---- weights -----------------------------------------------------------------------------------
 
 inline __mmask64 first_bytes(std::int64_t count) {
-  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << (count & 63)) - 1;
 }
 
 struct Nvfp4Scales {

@@ -61,6 +61,7 @@ Seconds KernelBench::experts(format::WeightFormat format, std::int64_t hidden,
       pairs[choice[p]].push_back(static_cast<std::int32_t>(p));
     }
     std::vector<ExpertTask> tasks;
+    tasks.reserve(pairs.size());
     for (const auto& [expert, own] : pairs) {
       tasks.push_back({&views[static_cast<std::size_t>(expert) % views.size()], own});
     }

@@ -13,6 +13,7 @@ import numpy as np
 from dsfp4 import _core
 from dsfp4.cli.options import integer, real
 from dsfp4.demo import resolve_model
+from dsfp4.errors import UnsupportedError
 from dsfp4.model import Model
 
 _BLOCK_BYTES = 512 << 10  # as the engine reads
@@ -98,7 +99,7 @@ def _raw_rate(files: list[Path], reader: str) -> float:
         rate = _core.measure_raw_rate(
             files, reader=kind, block_bytes=_BLOCK_BYTES, depth=_DEPTH, seconds=_RATE_SECONDS
         )
-    except _core.UnsupportedError:
+    except UnsupportedError:
         if reader != "auto":
             raise
         return _raw_rate(files, "pread")
