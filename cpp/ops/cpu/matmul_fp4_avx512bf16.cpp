@@ -56,7 +56,7 @@ void pack_chunks(const float* x, std::int64_t cols, std::int64_t begin, std::int
     _mm512_store_si512(ordered, _mm512_permutexvar_epi16(order, words));
     std::byte* to = out + c / kChunkCols * static_cast<std::int64_t>(kPackedChunk) +
                     c % kChunkCols / kStep * 16;
-    for (int i = 0; i < 4; ++i) std::memcpy(to + 64 * i, ordered + 16 * i, 16);
+    for (std::int64_t i = 0; i < 4; ++i) std::memcpy(to + 64 * i, ordered + 16 * i, 16);
   }
 }
 
@@ -174,7 +174,7 @@ inline void add_chunk(const Chunk* chunks, const std::byte* const* x, std::int64
                       __m512 (*sum)[kRows]) {
   for (int t = 0; t < count; ++t) {
     __m512bh values[4];
-    for (int i = 0; i < 4; ++i) values[i] = as_bf16(load_512(x[t] + offset + 64 * i));
+    for (std::int64_t i = 0; i < 4; ++i) values[i] = as_bf16(load_512(x[t] + offset + 64 * i));
     for (int r = 0; r < kRows; ++r) {
       __m512 part = _mm512_setzero_ps();
       for (int i = 0; i < 4; ++i) {
