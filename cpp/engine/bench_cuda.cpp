@@ -53,8 +53,8 @@ class Bench {
     const auto bytes = static_cast<double>(format::data_bytes(format, rows, cols) +
                                            format::scale_bytes(format, rows, cols));
     const int rotate = rotations(bytes);
-    std::vector<WeightView> weights;
-    for (int i = 0; i < rotate; ++i) weights.push_back(weight(format, rows, cols));
+    std::vector<WeightView> weights(static_cast<std::size_t>(rotate));
+    for (WeightView& view : weights) view = weight(format, rows, cols);
     time(name, rotate, bytes + 4.0 * static_cast<double>(tokens * (rows + cols)),
          2.0 * static_cast<double>(rows * cols * tokens), [&](int i) {
            backend_.linear(weights[static_cast<std::size_t>(i)], x, y, ops::Inputs::kBf16);

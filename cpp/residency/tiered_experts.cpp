@@ -123,8 +123,8 @@ class TieredExperts::Layer {
   // Moves what has arrived to the ready ones; waits for something if `wait`.
   void collect(bool wait) {
     if (reading_.empty()) return;
-    std::vector<ExpertKey> keys;
-    for (const std::size_t i : reading_) keys.push_back(key(i));
+    std::vector<ExpertKey> keys(reading_.size());
+    std::ranges::transform(reading_, keys.begin(), [&](std::size_t i) { return key(i); });
     const auto start = Clock::now();
     const std::vector<ExpertKey> arrived = store_.ready_of(keys, wait);
     if (wait) runner_.stats_.wait_seconds += seconds_since(start);

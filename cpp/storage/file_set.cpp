@@ -66,7 +66,7 @@ void FileSet::say_not_direct(const std::string& path) noexcept {
     log_(path +
          ": its file system has no direct reads (O_DIRECT); reading through the page cache, which "
          "is slower and takes memory that the system may have to reclaim");
-  } catch (...) {  // a message that cannot be made is not worth a read
+  } catch (...) {  // NOLINT(bugprone-empty-catch): a read is worth more than a message
   }
 }
 
@@ -98,7 +98,7 @@ bool FileSet::unchanged(std::uint32_t file, ReadResult& result) const noexcept {
     result.file = files_[file].path;
     result.problem = refused == 0 ? "the file was changed while it was in use"
                                   : "whether the file was changed cannot be seen";
-  } catch (...) {  // no memory for the words
+  } catch (...) {  // NOLINT(bugprone-empty-catch): no memory for the words
   }
   return false;
 }

@@ -481,7 +481,7 @@ void RequestQueue::look_for_stalls(Lock& lock) noexcept {
         options_.log(files_.path(piece.file) + ": a read of " + std::to_string(piece.bytes) +
                      " bytes at byte " + std::to_string(piece.offset) + " has not come back for " +
                      std::to_string(seconds.count()) + " s; waiting on");
-      } catch (...) {  // a message that cannot be made is not worth a read
+      } catch (...) {  // NOLINT(bugprone-empty-catch): a read is worth more than a message
       }
       lock.lock();
     }

@@ -136,7 +136,7 @@ RequestQueue::Next RequestQueue::came_short(Job& job) noexcept {
       result = files_.truncated(extent);
       break;
     }
-  } catch (...) {  // no memory for the words: the file must do
+  } catch (...) {  // NOLINT(bugprone-empty-catch): no memory for the words: the file must do
     result = {};
   }
   return fail(job, std::move(result));
@@ -150,7 +150,7 @@ RequestQueue::Next RequestQueue::fail(Job& job, int error, const char* problem) 
   try {
     result.file = files_.path(job.piece.file);
     result.problem = problem;
-  } catch (...) {  // no memory for the words: the numbers must do
+  } catch (...) {  // NOLINT(bugprone-empty-catch): no memory for the words: the numbers must do
   }
   return fail(job, std::move(result));
 }
