@@ -234,7 +234,7 @@ cuda::KvRows CudaBackend::rows_of(std::span<const SequenceRows> batch) {
     host_rows_ = rows;
   }
   if (blocks != host_blocks_) {
-    upload(static_cast<const void*>(blocks.data()), on_gpu_blocks, block_bytes);
+    upload(reinterpret_cast<const std::byte*>(blocks.data()), on_gpu_blocks, block_bytes);
     host_blocks_ = blocks;
   }
   if (phase_ == Phase::kDecode) {  // a recording is good up to the next power of two
