@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -25,7 +26,9 @@ char content(std::uint64_t offset) { return static_cast<char>(offset * 265443576
 
 class ExpertStoreThreads : public testing::TestWithParam<storage::ReaderKind> {
  protected:
-  ExpertStoreThreads() : path_(std::filesystem::path(testing::TempDir()) / "store-threads.bin") {
+  ExpertStoreThreads()
+      : path_(std::filesystem::path(testing::TempDir()) /
+              ("store-threads." + std::to_string(::getpid()))) {
     std::string bytes(kLayers * kExperts * kBytes, '\0');
     for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = content(i);
     std::ofstream(path_, std::ios::binary) << bytes;
