@@ -26,11 +26,12 @@ class Temporary {
   Temporary& operator=(const Temporary&) = delete;
 
   void write(std::string_view bytes) {
-    while (!bytes.empty()) {
-      const ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
+    for (off_t at = 0; !bytes.empty();) {
+      const ssize_t written = ::pwrite(descriptor_, bytes.data(), bytes.size(), at);
       if (written < 0 && errno == EINTR) continue;
-      if (written < 0) throw IoError(path_, -1, errno, "cannot be written");
+      if (written < 0) throw IoError(path_, at, errno, "cannot be written");
       bytes.remove_prefix(static_cast<std::size_t>(written));
+      at += written;
     }
     if (::fsync(descriptor_) != 0) throw IoError(path_, -1, errno, "cannot be made durable");
   }

@@ -23,20 +23,12 @@ std::size_t packed_f32_bytes(std::int64_t cols) {
   return static_cast<std::size_t>(padded(cols)) * sizeof(float);
 }
 
-void pack_f32(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end, bool round,
-              std::byte* out) {
+// Rounding to BF16 would gain nothing here.
+void pack_f32(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end,
+              bool /*round*/, std::byte* out) {
   auto* y = reinterpret_cast<float*>(out);
-  if (!round && end > begin) {
+  if (end > begin) {
     std::memcpy(y + begin, x + begin, static_cast<std::size_t>(end - begin) * sizeof(float));
-  } else {
-    for (std::int64_t i = begin; i < end; ++i) {
-      std::uint32_t bits;
-      std::memcpy(&bits, x + i, sizeof(bits));
-      const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-      const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-      bits = nan ? bits | 0x00400000u : rounded;
-      std::memcpy(y + i, &bits, sizeof(bits));
-    }
   }
   if (end == cols) {
     for (std::int64_t i = cols; i < padded(cols); ++i) y[i] = 0.0f;
