@@ -54,7 +54,7 @@ enum class Phase : std::uint8_t { kPrefill, kDecode };
 
 /// What a matrix product does to its activations.
 enum class Inputs : std::uint8_t {
-  kBf16,  // rounded to BF16 (not by `reference`)
+  kBf16,  // may be rounded to BF16, or to a block-scaled integer that loses less
   kF32,   // as they are: the router
 };
 

@@ -27,8 +27,7 @@ Wakeup::Wakeup() : event_(::eventfd(0, EFD_CLOEXEC)) {
 Wakeup::~Wakeup() { ::close(event_); }
 
 void Wakeup::notify() noexcept {
-  const std::uint64_t one = 1;
-  while (::write(event_, &one, sizeof(one)) < 0 && errno == EINTR) {
+  while (::eventfd_write(event_, 1) < 0 && errno == EINTR) {
   }
 }
 
