@@ -2,11 +2,11 @@
 // `reference` defines them, the others agree with it to a stated tolerance.
 //
 // Conventions: matrices are row-major FP32 in the backend's memory; a row is a token unless said
-// otherwise. Weights stay in their stored format. Backends other than `reference` round the inputs
-// of a matrix product to BF16 and accumulate in FP32. In host memory the order of every sum depends
-// on nothing but the shape of a single row, so a token's result does not depend on its company; on
-// a GPU the number of tokens chooses the kernel, and company may change the last bits. Ops of one
-// backend object are called from one thread at a time.
+// otherwise. Weights stay in their stored format. Backends other than `reference` may round the
+// inputs of a matrix product to BF16 and accumulate in FP32. In host memory the order of every sum
+// depends on nothing but the shape of a single row, so a token's result does not depend on its
+// company; on a GPU the number of tokens chooses the kernel, and company may change the last bits.
+// Ops of one backend object are called from one thread at a time.
 #pragma once
 
 #include <cstddef>
