@@ -142,7 +142,8 @@ GREEDY = {
 def test_greedy_templates_are_stopped(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    monkeypatch.setattr(template_process, "CPU_SECONDS", 0.5)
+    if "seconds" in GREEDY[template]:
+        monkeypatch.setattr(template_process, "CPU_SECONDS", 0.5)
     with pytest.raises(CheckpointError, match=GREEDY[template]) as error:
         with_template(tmp_path, template, tokenizer).render(HELLO)
     assert error.value.file == str(tmp_path / "tokenizer_config.json")

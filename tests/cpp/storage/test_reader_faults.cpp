@@ -157,8 +157,9 @@ TEST_P(ReaderFaults, OnlyTheRequestAtFaultFails) {
 
 TEST_P(ReaderFaults, AStalledReadIsWarnedAboutOnceThenGivenUpAndItsOwnerKept) {
   const auto path = files_.write("a", 20'000, 1);
-  // The thread of the abandoned read closes the files, so the system outlives the test.
-  static std::vector<std::unique_ptr<FaultAt>> kept;
+  // The thread of the abandoned read closes the files, perhaps while the process ends already:
+  // its system is never destroyed, though still reachable.
+  static auto& kept = *new std::vector<std::unique_ptr<FaultAt>>;
   kept.push_back(std::make_unique<FaultAt>(Fault::kStallForever, 2, path.string()));
   FaultAt& system = *kept.back();
   ReaderOptions faulty = options();
