@@ -3,11 +3,24 @@
 // use streams.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <string>
 #include <string_view>
+#include <sys/stat.h>
 
 namespace dsfp4 {
+
+/// Tells whether a file is still the one that it was, and unchanged.
+struct FileIdentity {
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
+  std::uint64_t bytes = 0;
+  std::int64_t changed_ns = 0;  // time of the last change of its content
+
+  static FileIdentity of(const struct stat& status) noexcept;
+  bool operator==(const FileIdentity&) const = default;
+};
 
 /// All bytes of a file, also of one of /proc or /sys; what there is where it cannot be read on.
 std::string read_whole_file(const std::filesystem::path& path);

@@ -78,6 +78,9 @@ nb::dict stats(const Model& model) {
   put("predictable", s.predictable);
   put("wait_seconds", s.wait_seconds);
   put("expert_seconds", s.expert_seconds);
+  put("streamed_layers", s.streamed_layers);
+  put("streamed_bytes", s.streamed_bytes);
+  put("stream_wait_seconds", s.stream_wait_seconds);
   put("reads", s.reads);
   put("read_bytes", s.read_bytes);
   put("read_retries", s.read_retries);
@@ -93,7 +96,7 @@ Model load(const std::string& path, const std::string& device, int threads,
            std::int64_t prefetch_layers, double expert_threshold,
            std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
            const std::string& cache_policy, const std::string& warm_start_folder,
-           const std::string& reader, bool direct_reads) {
+           const std::string& reader, bool direct_reads, const std::string& trace_file) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
@@ -106,6 +109,7 @@ Model load(const std::string& path, const std::string& device, int threads,
   options.warm_start_folder = warm_start_folder;
   options.reader = reader;
   options.direct_reads = direct_reads;
+  options.trace_file = trace_file;
   options.ram_limit = ram_limit;
   if (progress) {
     options.progress = [&](std::uint64_t done, std::uint64_t total) {
@@ -266,7 +270,7 @@ void bind_model(nb::module_& m) {
            nb::arg("expert_threshold") = 0.0, nb::arg("cpu_cache_size") = nb::none(),
            nb::arg("prefetch_size") = nb::none(), nb::arg("cache_policy") = "default",
            nb::arg("warm_start_folder") = "", nb::arg("reader") = "auto",
-           nb::arg("direct_reads") = true)
+           nb::arg("direct_reads") = true, nb::arg("trace_file") = "")
       .def(
           "set_memory_config",
           [](Model& model, std::int64_t prefetch_layers, double expert_threshold) {

@@ -60,6 +60,7 @@ void Catalogue::read_headers(const std::vector<std::string>& shards,
     if (file) {
       read_safetensors_header(*file, static_cast<std::uint32_t>(files_.size()), tensors_);
       files_.push_back(path);
+      identities_.push_back(file->identity());
     } else if (std::binary_search(indexed.begin(), indexed.end(), shard)) {
       absent_shards_.push_back(shard);
     } else {  // listed and gone: a link that leads nowhere

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/files.h"
 #include "format/dtype.h"
 
 namespace dsfp4::checkpoint {
@@ -38,6 +39,8 @@ class Catalogue {
 
   const std::filesystem::path& folder() const noexcept { return folder_; }
   const std::vector<std::filesystem::path>& files() const noexcept { return files_; }
+  /// What each file was when its header was read.
+  const std::vector<FileIdentity>& identities() const noexcept { return identities_; }
   const std::vector<TensorInfo>& tensors() const noexcept { return tensors_; }
   /// Null if there is none.
   const TensorInfo* find(std::string_view name) const;
@@ -64,6 +67,7 @@ class Catalogue {
 
   std::filesystem::path folder_;
   std::vector<std::filesystem::path> files_;
+  std::vector<FileIdentity> identities_;
   std::vector<TensorInfo> tensors_;
   // Sorted, not hashed: names are chosen by strangers, and a hash can be made to collide.
   std::vector<std::uint32_t> by_name_;

@@ -10,13 +10,13 @@
 
 namespace dsfp4::checkpoint {
 
-InputFile::InputFile(std::string name, int descriptor, std::uint64_t size)
-    : name_(std::move(name)), descriptor_(descriptor), size_(size) {}
+InputFile::InputFile(std::string name, int descriptor)
+    : name_(std::move(name)), descriptor_(descriptor) {}
 
 InputFile::InputFile(InputFile&& other) noexcept
     : name_(std::move(other.name_)),
       descriptor_(std::exchange(other.descriptor_, -1)),
-      size_(other.size_) {}
+      identity_(other.identity_) {}
 
 InputFile::~InputFile() {
   if (descriptor_ >= 0) ::close(descriptor_);
@@ -32,13 +32,13 @@ std::optional<InputFile> InputFile::open_if_exists(const std::filesystem::path& 
     if (errno == ENOENT) return std::nullopt;
     throw IoError(std::move(name), -1, errno, "cannot be opened");
   }
-  InputFile file(std::move(name), descriptor, 0);
+  InputFile file(std::move(name), descriptor);
   struct stat status {};
   if (::fstat(descriptor, &status) != 0) {
     throw IoError(file.name_, -1, errno, "its size cannot be read");
   }
   if (!S_ISREG(status.st_mode)) throw CheckpointError(file.name_, "", -1, "is not a regular file");
-  file.size_ = static_cast<std::uint64_t>(status.st_size);
+  file.identity_ = FileIdentity::of(status);
   return file;
 }
 

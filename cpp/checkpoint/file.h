@@ -7,6 +7,8 @@
 #include <optional>
 #include <string>
 
+#include "base/files.h"
+
 namespace dsfp4::checkpoint {
 
 /// An open regular file. Symbolic links are followed.
@@ -23,17 +25,19 @@ class InputFile {
   InputFile& operator=(InputFile&&) = delete;
 
   const std::string& name() const noexcept { return name_; }
+  /// As it was when it was opened.
+  const FileIdentity& identity() const noexcept { return identity_; }
   /// In bytes, when it was opened.
-  std::uint64_t size() const noexcept { return size_; }
+  std::uint64_t size() const noexcept { return identity_.bytes; }
   /// Bytes [offset, offset + bytes). Throws IoError, and CheckpointError if the file ends before.
   std::string read(std::uint64_t offset, std::size_t bytes) const;
 
  private:
-  InputFile(std::string name, int descriptor, std::uint64_t size);
+  InputFile(std::string name, int descriptor);
 
   std::string name_;
   int descriptor_;
-  std::uint64_t size_;
+  FileIdentity identity_;
 };
 
 /// All of a file; empty if there is none. Throws CheckpointError if it is larger than `max_bytes`.

@@ -169,7 +169,7 @@ class Bench {
       return std::span<const ops::ExpertView>(
           weights.layers[static_cast<std::size_t>(layer)].experts);
     });
-    const model::Decoder decoder(spec, weights, backend_, experts, ops::KvFormat::kBf16);
+    const model::Decoder decoder(spec, weights, backend_, experts, nullptr, ops::KvFormat::kBf16);
     KvCache cache(context + 1, layers, decoder.kv_layer_bytes(), ops::KvFormat::kBf16,
                   backend_.memory());
     Sequence sequence(cache);

@@ -77,20 +77,23 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 }  // namespace
 
-Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options)
+Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
+               const storage::ReaderOptions& reading)
     : config_(checkpoint::read_config(folder)),
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
+      trace_(options.trace_file.empty() ? nullptr : std::make_unique<Trace>(options.trace_file)),
       backend_(make_backend(options)),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(load_weights(
-          folder, config_, *backend_,
-          {.reader = reader_options(options),
-           .threads = thread_count(options.threads),
-           .progress = options.progress,
-           .experts_stay = [&](const WeightSizes& sizes) { return plan(options, sizes); }})),
-      experts_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_, options),
-      decoder_(model::make_spec(config_), loaded_.weights, *backend_, experts_.runner(),
-               kv_format_),
+      loaded_(
+          load_weights(folder, config_, *backend_,
+                       {.reader = reading,
+                        .threads = thread_count(options.threads),
+                        .progress = options.progress,
+                        .plan = [&](const WeightSizes& sizes) { return plan(options, sizes); }})),
+      tiers_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_, options,
+             trace_.get()),
+      decoder_(model::make_spec(config_), loaded_.weights, *backend_, tiers_.runner(),
+               tiers_.layers(), kv_format_),
       scratch_(decoder_.scratch_bytes(prefill_chunk_), "the activations", backend_->memory()),
       logits_(
           backend_->host_visible()
@@ -128,29 +131,31 @@ void Engine::head(ops::ConstMatrix hidden, float* logits) {
   }
 }
 
-bool Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
+InFiles Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
   const model::ModelWeights none;  // sizes do not depend on them
   residency::ResidentExperts experts(*backend_, config_.hidden_size, config_.moe_intermediate_size,
                                      {});
-  const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, kv_format_);
+  const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, nullptr,
+                               kv_format_);
   const memory::MachineMemory machine = memory::machine_memory();
   prefill_chunk_ = std::min(kPrefillChunk, max_context_);
   if (!backend_->host_visible()) {  // its own memory source knows its limit
     check_ram(options.ram_limit, {.staging = sizes.staging + kLoadBuffer}, machine);
-    return false;
+    return {};
   }
   const std::uint64_t kv_cache =
       KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
   const auto try_plan = [&] {
     const std::uint64_t others = kv_cache + sizes.staging + decoder.scratch_bytes(prefill_chunk_);
-    plan_ = plan_experts(config_, options, sizes, others, machine);
-    reserved_ = sizes.dense_bytes + others;
+    plan_ = plan_tiers(config_, options, sizes, others, machine);
+    reserved_ = plan_.total_bytes - plan_.expert_bytes - machine.process - memory::kUncountedBytes;
   };
   try_plan();
   if (plan_.tiered) {
     // Longer chunks read less, so they come before a larger cache, up to a point.
     const std::int64_t most = prefill_chunk(decoder, max_context_);
     const std::size_t slots = plan_.cache_slots;
+    const std::size_t streamed = plan_.streamed_layers();
     const std::int64_t least = std::exchange(prefill_chunk_, most);
     try {
       try_plan();
@@ -158,7 +163,7 @@ bool Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
       prefill_chunk_ = least;
       try_plan();
     }
-    if (plan_.cache_slots < slots / 2) {
+    if (plan_.cache_slots < slots / 2 || plan_.streamed_layers() > streamed) {
       prefill_chunk_ = least;
       try_plan();
     }
@@ -167,22 +172,28 @@ bool Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
   needs.weights = reserved_ + plan_.expert_bytes;
   check_ram(options.ram_limit, needs, machine);
   if (const char* why = memory::why_no_huge_pages(); *why != '\0') log(LogLevel::kInfo, why);
-  return plan_.tiered;
+  if (const std::size_t streamed = plan_.streamed_layers(); streamed > 0) {
+    log(LogLevel::kWarning, "RAM does not hold the dense weights of " + std::to_string(streamed) +
+                                " of " + std::to_string(plan_.streamed.size()) +
+                                " layers: they are read again for each token, which is slower; a "
+                                "larger ram_limit or a shorter max_context holds more");
+  }
+  return {plan_.tiered, plan_.streamed};
 }
 
 void Engine::set_memory_config(const MemoryConfig& config) {
   const std::lock_guard turn(turn_);
-  experts_.configure(config);
+  tiers_.configure(config);
 }
 
 void Engine::set_memory_strategy(const MemoryStrategy& strategy) {
   const std::lock_guard turn(turn_);
-  experts_.place(strategy);
+  tiers_.place(strategy);
 }
 
 ModelStats Engine::stats() const {
   const std::lock_guard turn(turn_);
-  return experts_.stats();
+  return tiers_.stats();
 }
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
@@ -204,8 +215,14 @@ void Engine::step(Sequence& sequence, model::Batch batch, const Use& use) {
   const ops::SequenceRows part = sequence.next_rows(0, rows);
   batch.sequences = {&part, 1};
   const ops::ScratchScope scope(scratch_);
+  const auto start = Trace::Clock::now();
   use(decoder_.forward(batch, scratch_));
   sequence.advance(rows);
+  if (trace_ == nullptr) return;
+  const char* phase = batch.phase == model::Phase::kPrefill ? "prefill " : "decode ";
+  trace_->span(Trace::Track::kSteps,
+               phase + std::to_string(rows) + " at " + std::to_string(part.position), start,
+               Trace::Clock::now());
 }
 
 void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
@@ -305,7 +322,7 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   }
   start = std::chrono::steady_clock::now();
   decode(sequence, prompt, options, on_token, logits, result);
-  experts_.remember();
+  tiers_.remember();
   result.decode_seconds = seconds_since(start);
   return result;
 }
@@ -313,12 +330,12 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
 bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                      const GenerateOptions& options, std::span<float> logits) {
   struct Unhook {
-    ExpertTiers& experts;
-    ~Unhook() { experts.between_groups({}); }
-  } unhook{experts_};
+    Tiers& tiers;
+    ~Unhook() { tiers.between_groups({}); }
+  } unhook{tiers_};
   for (std::size_t at = 0; at < prompt.size();) {
     if (options.on_prefill) {
-      experts_.between_groups([&options, at, &prompt] {
+      tiers_.between_groups([&options, at, &prompt] {
         if (!options.on_prefill(static_cast<std::int64_t>(at),
                                 static_cast<std::int64_t>(prompt.size()))) {
           throw PrefillCancelled();

@@ -8,11 +8,12 @@
 #include <span>
 #include <vector>
 
+#include "base/trace.h"
 #include "checkpoint/config.h"
 #include "dsfp4/model.h"
-#include "engine/expert_tiers.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
+#include "engine/tiers.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "ops/backend.h"
@@ -31,7 +32,11 @@ inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 
 class Engine {
  public:
-  Engine(const std::filesystem::path& folder, const LoadOptions& options);
+  Engine(const std::filesystem::path& folder, const LoadOptions& options)
+      : Engine(folder, options, reader_options(options)) {}
+  /// With a reader of its own kind, for tests.
+  Engine(const std::filesystem::path& folder, const LoadOptions& options,
+         const storage::ReaderOptions& reading);
 
   const checkpoint::ModelConfig& config() const noexcept { return config_; }
   const model::ModelSpec& spec() const noexcept { return decoder_.spec(); }
@@ -48,8 +53,8 @@ class Engine {
 
  private:
   /// Decides where the weights go, within the limit of RAM: plan_, reserved_ and prefill_chunk_.
-  /// Returns whether the experts stay in their files.
-  bool plan(const LoadOptions& options, const WeightSizes& sizes);
+  /// Returns what stays in the files.
+  InFiles plan(const LoadOptions& options, const WeightSizes& sizes);
   /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
   /// [ids.size(), hidden], valid during the call.
   template <typename Use>
@@ -73,13 +78,14 @@ class Engine {
 
   checkpoint::ModelConfig config_;
   std::int64_t max_context_;
+  std::unique_ptr<Trace> trace_;  // null: none was asked for
   std::unique_ptr<ops::Backend> backend_;
   ops::KvFormat kv_format_;
   residency::RamPlan plan_;
   std::uint64_t reserved_ = 0;  // bytes of all but the experts
   std::int64_t prefill_chunk_ = kPrefillChunk;
   LoadedWeights loaded_;
-  ExpertTiers experts_;
+  Tiers tiers_;
   model::Decoder decoder_;
   memory::Arena scratch_;
   memory::Arena logits_;  // where the backend's memory is not the host's

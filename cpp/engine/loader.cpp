@@ -3,14 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "checkpoint/catalogue.h"
 #include "checkpoint/layout.h"
 #include "dsfp4/error.h"
-#include "engine/hash_check.h"
 #include "format/scalar.h"
 #include "memory/arena.h"
 #include "memory/limits.h"
@@ -28,10 +26,13 @@ using memory::Arena;
 // everything and note what is to be read where.
 class Placement {
  public:
-  Placement(const Catalogue& catalogue, ops::Backend& backend, bool experts_in_files)
-      : catalogue_(catalogue), backend_(backend), experts_in_files_(experts_in_files) {}
+  Placement(const Catalogue& catalogue, ops::Backend& backend, InFiles in_files)
+      : catalogue_(catalogue), backend_(backend), in_files_(std::move(in_files)) {}
 
-  bool experts_in_files() const noexcept { return experts_in_files_; }
+  bool experts_in_files() const noexcept { return in_files_.experts; }
+  bool layer_in_files(std::size_t layer) const {
+    return layer < in_files_.layers.size() && in_files_.layers[layer];
+  }
 
   void use_arena(Arena& arena) { arena_ = &arena; }
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
@@ -50,7 +51,7 @@ class Placement {
     view.data = bytes_of(*source.data);
     if (source.scales != nullptr) {
       view.scales = bytes_of(*source.scales);
-      if (arena_ != nullptr) block_scales_.emplace(source.scales, &view);
+      if (arena_ != nullptr) tensors_.back().scales_of = &view;
     }
     if (arena_ == nullptr) weight_bytes_ += source.bytes();
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
@@ -79,19 +80,6 @@ class Placement {
     auto* values = arena_->take_array<float>(count);
     view = {values, count};
     vectors_.push_back({vector, values, read_later(*vector)});
-  }
-
-  // Block scales that were read to `bytes`; other tensors pass.
-  void check_scales(const TensorInfo& tensor, const std::byte* bytes) const {
-    const auto found = block_scales_.find(&tensor);
-    if (found == block_scales_.end()) return;
-    format::WeightView view = *found->second;
-    view.scales = bytes;
-    if (const auto bad = format::find_bad_scale(view)) {
-      throw CheckpointError(catalogue_.file_name(tensor), tensor.name,
-                            static_cast<std::int64_t>(tensor.offset + *bad),
-                            "this block scale is NaN or infinite; download the file again");
-    }
   }
 
   // Once the extents are read: what is kept as FP32 is converted.
@@ -160,7 +148,7 @@ class Placement {
 
   const Catalogue& catalogue_;
   ops::Backend& backend_;
-  bool experts_in_files_;
+  InFiles in_files_;
   Arena* arena_ = nullptr;
   std::size_t arena_bytes_ = 0;
   std::uint64_t weight_bytes_ = 0;
@@ -171,45 +159,61 @@ class Placement {
   std::vector<std::vector<std::byte>> staging_;
   std::vector<Vector> vectors_;
   std::vector<Scale> scales_;
-  std::unordered_map<const TensorInfo*, const format::WeightView*> block_scales_;
 };
 
-void place_mlp(Placement& placement, const checkpoint::MlpSource& source,
-               model::MlpWeights& weights) {
-  placement.place(source.gate_proj, weights.gate_proj);
-  placement.place(source.up_proj, weights.up_proj);
-  placement.place(source.down_proj, weights.down_proj);
+struct Matrix {
+  const WeightSource* source;
+  format::WeightView* view;
+};
+
+void add_mlp(const checkpoint::MlpSource& from, model::MlpWeights& to, std::vector<Matrix>& all) {
+  all.push_back({&from.gate_proj, &to.gate_proj});
+  all.push_back({&from.up_proj, &to.up_proj});
+  all.push_back({&from.down_proj, &to.down_proj});
 }
 
-void place_layer(Placement& placement, const checkpoint::LayerSource& source,
+// What is streamed of a layer, if it is: all that each token needs, but the router, which is used
+// ahead of its layer.
+std::vector<Matrix> dense_matrices(const checkpoint::LayerSource& source,
+                                   model::LayerWeights& weights) {
+  const checkpoint::AttentionSource& from = source.self_attn;
+  model::AttentionWeights& to = weights.self_attn;
+  std::vector<Matrix> all = {
+      {&from.q_proj, &to.q_proj},       {&from.q_a_proj, &to.q_a_proj},
+      {&from.q_b_proj, &to.q_b_proj},   {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa},
+      {&from.kv_b_proj, &to.kv_b_proj}, {&from.o_proj, &to.o_proj}};
+  add_mlp(source.mlp, weights.mlp, all);
+  add_mlp(source.shared_experts, weights.shared_experts, all);
+  std::erase_if(all, [](const Matrix& matrix) { return !matrix.source->present(); });
+  return all;
+}
+
+void place_all(Placement& placement, const std::vector<Matrix>& matrices, bool in_files) {
+  for (const auto& [source, view] : matrices) {
+    if (in_files) {
+      placement.place_absent(*source, *view);
+    } else {
+      placement.place(*source, *view);
+    }
+  }
+}
+
+void place_layer(Placement& placement, const checkpoint::LayerSource& source, bool in_files,
                  model::LayerWeights& weights) {
   placement.place(source.input_layernorm, weights.input_layernorm);
   placement.place(source.post_attention_layernorm, weights.post_attention_layernorm);
-  const checkpoint::AttentionSource& from = source.self_attn;
-  model::AttentionWeights& to = weights.self_attn;
-  placement.place(from.q_proj, to.q_proj);
-  placement.place(from.q_a_proj, to.q_a_proj);
-  placement.place(from.q_a_layernorm, to.q_a_layernorm);
-  placement.place(from.q_b_proj, to.q_b_proj);
-  placement.place(from.kv_a_proj_with_mqa, to.kv_a_proj_with_mqa);
-  placement.place(from.kv_a_layernorm, to.kv_a_layernorm);
-  placement.place(from.kv_b_proj, to.kv_b_proj);
-  placement.place(from.o_proj, to.o_proj);
-  placement.place(from.k_scale, to.k_scale);
-  place_mlp(placement, source.mlp, weights.mlp);
+  placement.place(source.self_attn.q_a_layernorm, weights.self_attn.q_a_layernorm);
+  placement.place(source.self_attn.kv_a_layernorm, weights.self_attn.kv_a_layernorm);
+  placement.place(source.self_attn.k_scale, weights.self_attn.k_scale);
+  place_all(placement, dense_matrices(source, weights), in_files);
   placement.place(source.gate, weights.gate);
   placement.place(source.e_score_correction_bias, weights.e_score_correction_bias);
   weights.experts.resize(source.experts.size());
+  std::vector<Matrix> experts;
   for (std::size_t e = 0; e < source.experts.size(); ++e) {
-    if (placement.experts_in_files()) {
-      placement.place_absent(source.experts[e].gate_proj, weights.experts[e].gate_proj);
-      placement.place_absent(source.experts[e].up_proj, weights.experts[e].up_proj);
-      placement.place_absent(source.experts[e].down_proj, weights.experts[e].down_proj);
-    } else {
-      place_mlp(placement, source.experts[e], weights.experts[e]);
-    }
+    add_mlp(source.experts[e], weights.experts[e], experts);
   }
-  place_mlp(placement, source.shared_experts, weights.shared_experts);
+  place_all(placement, experts, placement.experts_in_files());
 }
 
 void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
@@ -217,7 +221,7 @@ void place_model(Placement& placement, const checkpoint::ModelLayout& layout,
   placement.place(layout.embed_tokens, weights.embed_tokens);
   weights.layers.resize(layout.layers.size());
   for (std::size_t i = 0; i < layout.layers.size(); ++i) {
-    place_layer(placement, layout.layers[i], weights.layers[i]);
+    place_layer(placement, layout.layers[i], placement.layer_in_files(i), weights.layers[i]);
   }
   placement.place(layout.norm, weights.norm);
   if (layout.lm_head.data == layout.embed_tokens.data) {
@@ -236,8 +240,8 @@ std::uint64_t bytes_of(const std::vector<storage::Extent>& extents) {
 // Reads what goes to memory that the host cannot touch, by way of a buffer: some whole tensors at a
 // time, which are checked there.
 template <typename Read>
-void read_through_host(const Catalogue& catalogue, const Placement& placement,
-                       ops::Backend& backend, int threads, const Read& read) {
+void read_through_host(const Placement& placement, ops::Backend& backend, WeightCheck& check,
+                       const Read& read) {
   constexpr std::size_t kBuffer = 256u << 20;
   std::size_t largest = kBuffer;
   for (const storage::Extent& extent : placement.extents()) {
@@ -256,12 +260,12 @@ void read_through_host(const Catalogue& catalogue, const Placement& placement,
       if (next > first && buffer.used() + Arena::padded(extent.bytes) > kBuffer) break;
       std::byte* to = buffer.take(extent.bytes);
       here.push_back({extent.file, extent.offset, extent.bytes, to});
-      tensors.push_back({placement.tensors()[next].tensor, to});
+      tensors.push_back(placement.tensors()[next]);
+      tensors.back().bytes = to;
     }
     read(here);
-    check_hashes(catalogue, tensors, threads);
+    check.check(tensors);
     for (std::size_t i = 0; i < here.size(); ++i) {
-      placement.check_scales(*tensors[i].tensor, tensors[i].bytes);
       backend.upload(tensors[i].bytes, extents[first + i].destination, here[i].bytes);
     }
     first = next;
@@ -283,26 +287,63 @@ std::uint64_t fingerprint(const Catalogue& catalogue) {
   return hash;
 }
 
+residency::StreamedLayer streamed_layer(std::size_t number, const std::vector<Matrix>& matrices) {
+  residency::StreamedLayer layer;
+  layer.layer = static_cast<std::int64_t>(number);
+  std::vector<const WeightSource*> sources;
+  for (const Matrix& matrix : matrices) sources.push_back(matrix.source);
+  std::vector<residency::MatrixPlace> places(matrices.size());
+  layer.files = residency::file_image(sources, places);
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    layer.matrices.push_back({matrices[i].source, places[i], matrices[i].view});
+  }
+  return layer;
+}
+
 WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& layout,
                      ops::Backend& backend) {
   model::ModelWeights weights;
-  Placement all(catalogue, backend, false);
+  Placement all(catalogue, backend, {});
   place_model(all, layout, weights);
   model::ModelWeights dense_weights;
-  Placement dense(catalogue, backend, true);
+  const InFiles experts{.experts = true, .layers = {}};
+  Placement dense(catalogue, backend, experts);
   place_model(dense, layout, dense_weights);
 
   WeightSizes sizes;
   sizes.dense_bytes = dense.arena_bytes();
   sizes.expert_bytes = all.arena_bytes() - dense.arena_bytes();
-  for (const checkpoint::LayerSource& layer : layout.layers) {
+  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
+    const checkpoint::LayerSource& layer = layout.layers[i];
     for (const checkpoint::MlpSource& expert : layer.experts) {
-      sizes.slot_bytes =
-          std::max<std::size_t>(sizes.slot_bytes, slot_bytes(residency::expert_image(expert, {})));
+      const residency::ExpertImage image = residency::expert_image(expert, {});
+      sizes.slot_bytes = std::max<std::size_t>(sizes.slot_bytes, image.files.slot_bytes);
       ++sizes.experts;
     }
+    const std::vector<Matrix> matrices = dense_matrices(layer, dense_weights.layers[i]);
+    Placement alone(catalogue, backend, {});
+    place_all(alone, matrices, false);
+    sizes.layer_bytes.push_back(alone.arena_bytes());
+    sizes.layer_slot_bytes =
+        std::max<std::size_t>(sizes.layer_slot_bytes, streamed_layer(i, matrices).files.slot_bytes);
   }
   return sizes;
+}
+
+// What stays in the files, for those who read it later.
+void describe_files(const checkpoint::ModelLayout& layout, const Placement& placement,
+                    LoadedWeights& loaded) {
+  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
+    const checkpoint::LayerSource& layer = layout.layers[i];
+    model::LayerWeights& weights = loaded.weights.layers[i];
+    if (placement.layer_in_files(i)) {
+      loaded.streamed.push_back(streamed_layer(i, dense_matrices(layer, weights)));
+    }
+    for (std::size_t e = 0; placement.experts_in_files() && e < layer.experts.size(); ++e) {
+      loaded.images.push_back(residency::expert_image(layer.experts[e], weights.experts[e]));
+    }
+  }
+  loaded.experts = loaded.images.size();
 }
 
 }  // namespace
@@ -310,19 +351,22 @@ WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& 
 LoadedWeights load_weights(const std::filesystem::path& folder,
                            const checkpoint::ModelConfig& config, ops::Backend& backend,
                            const LoadWeightsOptions& options) {
-  const Catalogue catalogue = Catalogue::open(folder);
-  const checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
-  std::unique_ptr<storage::Reader> reader = storage::make_reader(catalogue.files(), options.reader);
+  auto check = std::make_unique<WeightCheck>(Catalogue::open(folder), options.threads);
+  const Catalogue& catalogue = check->catalogue();
+  checkpoint::ModelLayout layout = checkpoint::resolve_layout(catalogue, config);
+  storage::ReaderOptions reading = options.reader;
+  reading.expected = catalogue.identities();
+  std::unique_ptr<storage::Reader> reader = storage::make_reader(catalogue.files(), reading);
 
   WeightSizes sizes = sizes_of(catalogue, layout, backend);
   sizes.staging = reader->staging_bytes();
-  const bool experts_stay = options.experts_stay && options.experts_stay(sizes);
+  const InFiles in_files = options.plan ? options.plan(sizes) : InFiles();
 
   model::ModelWeights weights;
-  Placement counted(catalogue, backend, experts_stay);
+  Placement counted(catalogue, backend, in_files);
   place_model(counted, layout, weights);
   Arena arena(counted.arena_bytes(), "the weights", backend.memory());
-  Placement placement(catalogue, backend, experts_stay);
+  Placement placement(catalogue, backend, in_files);
   placement.use_arena(arena);
   place_model(placement, layout, weights);
 
@@ -338,27 +382,20 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
     std::vector<storage::Extent> all = placement.extents();
     all.insert(all.end(), placement.staged().begin(), placement.staged().end());
     read(all);
-    check_hashes(catalogue, placement.tensors(), options.threads);
-    for (const ReadTensor& read_tensor : placement.tensors()) {
-      placement.check_scales(*read_tensor.tensor, read_tensor.bytes);
-    }
+    check->check(placement.tensors());
   } else {
-    read_through_host(catalogue, placement, backend, options.threads, read);
+    read_through_host(placement, backend, *check, read);
     read(placement.staged());
   }
-  check_hashes(catalogue, placement.staged_tensors(), options.threads);
+  check->check(placement.staged_tensors());
   placement.finish();
-  LoadedWeights loaded{std::move(arena), std::move(weights), counted.weight_bytes(), {}, nullptr};
-  if (!experts_stay) return loaded;
-  std::vector<residency::ExpertImage>& images = loaded.images;
-  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
-    for (std::size_t e = 0; e < layout.layers[i].experts.size(); ++e) {
-      images.push_back(residency::expert_image(layout.layers[i].experts[e],
-                                               loaded.weights.layers[i].experts[e]));
-    }
-  }
-  loaded.experts = images.size();
+  LoadedWeights loaded{
+      std::move(arena), std::move(weights), counted.weight_bytes(), {}, {}, {}, nullptr, nullptr};
+  describe_files(layout, placement, loaded);
+  if (loaded.images.empty() && loaded.streamed.empty()) return loaded;
   loaded.fingerprint = fingerprint(catalogue);
+  loaded.layout = std::move(layout);
+  loaded.check = std::move(check);
   loaded.reader = std::move(reader);
   return loaded;
 }

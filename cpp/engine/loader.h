@@ -8,10 +8,13 @@
 #include <vector>
 
 #include "checkpoint/config.h"
+#include "checkpoint/layout.h"
+#include "engine/weight_check.h"
 #include "memory/arena.h"
 #include "model/weights.h"
 #include "ops/backend.h"
-#include "residency/expert_image.h"
+#include "residency/file_image.h"
+#include "residency/layer_stream.h"
 #include "storage/reader.h"
 
 namespace dsfp4::engine {
@@ -20,11 +23,20 @@ struct LoadedWeights {
   memory::Arena arena;  // what `weights` points into
   model::ModelWeights weights;
   std::uint64_t weight_bytes;  // stored bytes of the matrices, experts too
-  /// Of a model whose experts stay in the files: what ExpertStore needs. Else empty.
-  std::vector<residency::ExpertImage> images;
+  // Of a model of which a part stays in the files: how that is read and checked later. Else empty.
+  std::vector<residency::ExpertImage> images;      // for the ExpertStore
+  std::vector<residency::StreamedLayer> streamed;  // for the LayerStream
+  checkpoint::ModelLayout layout;
+  std::unique_ptr<WeightCheck> check;
   std::unique_ptr<storage::Reader> reader;
   std::size_t experts = 0;        // in all layers
   std::uint64_t fingerprint = 0;  // of the tensors' names, places and sizes
+};
+
+/// What of a model is not loaded, but read when it is needed.
+struct InFiles {
+  bool experts = false;      // all routed ones
+  std::vector<bool> layers;  // whose attention, MLP and shared experts; empty: none
 };
 
 /// What there is to load, from the headers alone; bytes.
@@ -33,7 +45,10 @@ struct WeightSizes {
   std::size_t expert_bytes = 0;  // and of the routed experts in it
   std::size_t slot_bytes = 0;    // of one routed expert in an ExpertStore; 0 if there are none
   std::size_t experts = 0;       // in all layers
-  std::uint64_t staging = 0;     // of the reader
+  /// Of dense_bytes, what goes where a layer is streamed, and the size of a buffer for one.
+  std::vector<std::uint64_t> layer_bytes;
+  std::size_t layer_slot_bytes = 0;
+  std::uint64_t staging = 0;  // of the reader
 };
 
 /// RAM through which weights pass to memory that the host cannot touch; more for a larger matrix.
@@ -45,9 +60,9 @@ struct LoadWeightsOptions {
   int threads = 1;
   /// Called while weights are read, in bytes.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
-  /// Called before anything is taken; says whether the routed experts stay in the files: their
-  /// views then have formats and scales but no data. An exception thrown by it ends the load.
-  std::function<bool(const WeightSizes& sizes)> experts_stay;
+  /// Called before anything is taken; says what stays in the files: the views of that then have
+  /// formats and scales but no data. An exception thrown by it ends the load.
+  std::function<InFiles(const WeightSizes& sizes)> plan;
 };
 
 /// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and

@@ -102,6 +102,12 @@ std::string describe(const Nonfinite& found, std::string_view tensor) {
   return text;
 }
 
+storage::ReaderOptions reading(const Catalogue& catalogue) {
+  storage::ReaderOptions options;
+  options.expected = catalogue.identities();
+  return options;
+}
+
 class Verifier {
  public:
   using Progress = std::function<void(std::uint64_t, std::uint64_t)>;
@@ -109,7 +115,7 @@ class Verifier {
   Verifier(const Catalogue& catalogue, const Progress& progress)
       : catalogue_(catalogue),
         progress_(progress),
-        reader_(storage::make_reader(catalogue.files())),
+        reader_(storage::make_reader(catalogue.files(), reading(catalogue))),
         hashes_(TensorHashes::read(catalogue.folder())),
         order_(catalogue.tensors().size()),
         results_(order_.size()) {

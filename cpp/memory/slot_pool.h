@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "memory/arena.h"
+#include "memory/source.h"
 
 namespace dsfp4::memory {
 
@@ -32,31 +32,41 @@ class PhasedLayout {
 /// Not safe to use from several threads at once.
 class SlotPool {
  public:
-  /// `count` slots of at least `slot_bytes` bytes, taken at once. Throws MemoryLimitError if the
-  /// source does not have them.
+  /// `count` >= 1 slots of at least `slot_bytes` bytes, taken at once. Throws MemoryLimitError if
+  /// the source does not have them for `purpose` ("the expert slots").
   SlotPool(std::size_t count, std::size_t slot_bytes, const char* purpose,
            MemorySource& source = host_memory());
+  ~SlotPool();
+  SlotPool(const SlotPool&) = delete;
+  SlotPool& operator=(const SlotPool&) = delete;
 
   std::size_t count() const noexcept { return count_; }
   std::size_t slot_bytes() const noexcept { return slot_bytes_; }
   std::size_t free_count() const noexcept { return free_.size(); }
-  std::uint64_t total_bytes() const noexcept { return arena_.size(); }
+  std::uint64_t total_bytes() const noexcept { return bytes_; }
 
   /// The number of a free slot, or -1.
-  std::int64_t acquire() noexcept;
+  int acquire() noexcept;
   /// Gives a slot back that is in use.
-  void release(std::int64_t slot) noexcept;
+  void release(int slot) noexcept;
   /// The slot's memory, aligned to PhasedLayout::kBlock.
-  std::byte* data(std::int64_t slot) const noexcept {
-    return first_ + static_cast<std::size_t>(slot) * slot_bytes_;
+  std::byte* data(int slot) const noexcept {
+    return memory_ + static_cast<std::size_t>(slot) * slot_bytes_;
   }
 
+  /// Makes it used.size() >= 1 slots, perhaps at another place, which keep what they hold; those
+  /// with `used` are in use from now on, the others free. Throws MemoryLimitError where there is no
+  /// room for more slots, and then nothing has changed.
+  void resize(const std::vector<bool>& used);
+
  private:
+  MemorySource& source_;
+  const char* purpose_;
   std::size_t count_;
   std::size_t slot_bytes_;
-  Arena arena_;
-  std::byte* first_;
-  std::vector<std::int64_t> free_;  // has room for all
+  std::size_t bytes_;  // that were taken
+  std::byte* memory_;
+  std::vector<int> free_;  // has room for all
 };
 
 }  // namespace dsfp4::memory

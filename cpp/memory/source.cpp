@@ -1,5 +1,6 @@
 #include "memory/source.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -12,6 +13,8 @@ namespace dsfp4::memory {
 namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+constexpr std::size_t in_pages(std::size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 class HostMemory final : public MemorySource {
  public:
@@ -29,14 +32,25 @@ class HostMemory final : public MemorySource {
     const std::size_t before = (kHugePage - address % kHugePage) % kHugePage;
     if (before > 0) ::munmap(memory, before);
     std::byte* start = memory + before;
-    const std::size_t length = (bytes + 4095) / 4096 * 4096;
+    const std::size_t length = in_pages(bytes);
     const std::size_t after = static_cast<std::size_t>(memory + bytes + spare - (start + length));
     if (after >= 4096) ::munmap(start + length, after);
     if (::madvise(start, length, MADV_HUGEPAGE) != 0) huge_refused_.store(true);
     return start;
   }
   void release(std::byte* memory, std::size_t bytes) noexcept override {
-    ::munmap(memory, (bytes + 4095) / 4096 * 4096);
+    ::munmap(memory, in_pages(bytes));
+  }
+  // Without a second copy, however large it is.
+  std::byte* resize(std::byte* memory, std::size_t before, std::size_t after) noexcept override {
+    if (after > SIZE_MAX - 4095) return nullptr;
+    const std::size_t length = in_pages(after);
+    void* moved = ::mremap(memory, in_pages(before), length, MREMAP_MAYMOVE);
+    if (moved == MAP_FAILED) return nullptr;
+    if (length >= kHugePage && ::madvise(moved, length, MADV_HUGEPAGE) != 0) {
+      huge_refused_.store(true);
+    }
+    return static_cast<std::byte*>(moved);
   }
   bool host_accessible() const noexcept override { return true; }
   const char* name() const noexcept override { return "RAM"; }
@@ -80,6 +94,15 @@ const char* why_no_huge_pages() noexcept {
     return kOff;
   }
   return std::strstr(text, "[never]") != nullptr ? kOff : "";
+}
+
+std::byte* MemorySource::resize(std::byte* memory, std::size_t before, std::size_t after) noexcept {
+  if (!host_accessible()) return nullptr;
+  std::byte* other = allocate(after);
+  if (other == nullptr) return nullptr;
+  std::memcpy(other, memory, std::min(before, after));
+  release(memory, before);
+  return other;
 }
 
 std::size_t MemorySource::available() const noexcept { return available_memory(); }

@@ -13,6 +13,9 @@ class MemorySource {
   virtual std::byte* allocate(std::size_t bytes) noexcept = 0;
   /// Gives back what allocate(bytes) gave.
   virtual void release(std::byte* memory, std::size_t bytes) noexcept = 0;
+  /// Makes a block that allocate(`before`) gave `after` > 0 bytes long, perhaps elsewhere; what it
+  /// held stays as far as it fits. Null, and nothing has changed, if there are not so many bytes.
+  virtual std::byte* resize(std::byte* memory, std::size_t before, std::size_t after) noexcept;
   /// Whether the processor can read and write it.
   virtual bool host_accessible() const noexcept = 0;
   /// "RAM", "VRAM".

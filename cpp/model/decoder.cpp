@@ -42,6 +42,7 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
   if (recorded && backend_.begin_recorded(batch.ids, sequences)) return x;
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
+    const residency::LayerStream::Use use(streamed_, layer);
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
     for (ops::SequenceRows& sequence : sequences) {
       sequence.kv.layer_offset = static_cast<std::size_t>(layer) * kv_layer_bytes();

@@ -9,6 +9,7 @@
 #include "model/spec.h"
 #include "model/weights.h"
 #include "ops/backend.h"
+#include "residency/layer_stream.h"
 
 namespace dsfp4::model {
 
@@ -29,13 +30,16 @@ struct Batch {
 
 class Decoder {
  public:
-  /// The weights, the backend and the experts must outlive the decoder.
+  /// The weights, the backend, the experts and `streamed` (null where all layers' dense weights are
+  /// in memory) must outlive the decoder.
   Decoder(ModelSpec spec, const ModelWeights& weights, ops::Backend& backend,
-          residency::ExpertRunner& experts, ops::KvFormat kv_format)
+          residency::ExpertRunner& experts, residency::LayerStream* streamed,
+          ops::KvFormat kv_format)
       : spec_(std::move(spec)),
         weights_(weights),
         backend_(backend),
         experts_(experts),
+        streamed_(streamed),
         kv_format_(kv_format) {}
 
   const ModelSpec& spec() const noexcept { return spec_; }
@@ -58,6 +62,7 @@ class Decoder {
   const ModelWeights& weights_;
   ops::Backend& backend_;
   residency::ExpertRunner& experts_;
+  residency::LayerStream* streamed_;
   ops::KvFormat kv_format_;
 };
 

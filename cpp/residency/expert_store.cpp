@@ -2,47 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <string>
-#include <sys/mman.h>
 #include <utility>
 
-#include "base/checked.h"
 #include "dsfp4/error.h"
-#include "memory/limits.h"
 
 namespace dsfp4::residency {
-
-// Whole pages, huge ones where the system has them; grows and shrinks without a second copy.
-class SlotMemory {
- public:
-  explicit SlotMemory(std::size_t bytes)
-      : bytes_(bytes),
-        data_(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
-    if (data_ == MAP_FAILED) {
-      throw MemoryLimitError("the expert slots", bytes, memory::available_memory());
-    }
-    ::madvise(data_, bytes_, MADV_HUGEPAGE);
-  }
-  ~SlotMemory() { ::munmap(data_, bytes_); }
-  SlotMemory(const SlotMemory&) = delete;
-  SlotMemory& operator=(const SlotMemory&) = delete;
-
-  std::byte* data() const noexcept { return static_cast<std::byte*>(data_); }
-  void resize(std::size_t bytes) {
-    void* moved = ::mremap(data_, bytes_, bytes, MREMAP_MAYMOVE);
-    if (moved == MAP_FAILED) {
-      throw MemoryLimitError("the expert slots", bytes, memory::available_memory());
-    }
-    data_ = moved;
-    bytes_ = bytes;
-    ::madvise(data_, bytes_, MADV_HUGEPAGE);
-  }
-
- private:
-  std::size_t bytes_;
-  void* data_;
-};
 
 namespace {
 
@@ -54,26 +21,29 @@ void check_counts(std::size_t slots, std::size_t cache_slots) {
   }
 }
 
-const std::byte* moved(const std::byte* base, std::uint64_t offset, bool present) {
-  return present ? base + offset : nullptr;
+std::size_t largest_slot(const std::vector<ExpertImage>& images) {
+  std::size_t bytes = 0;
+  for (const ExpertImage& image : images) {
+    bytes = std::max<std::size_t>(bytes, image.files.slot_bytes);
+  }
+  return bytes;
 }
 
 }  // namespace
 
 ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images, storage::Reader& reader,
                          std::unique_ptr<Policy> policy)
-    : options_(options),
+    : options_(std::move(options)),
       images_(std::move(images)),
       reader_(reader),
       policy_(std::move(policy)),
-      slots_(options.slots),
+      slots_(options_.slots),
       slot_of_(images_.size(), -1),
-      queued_(options.slots, false) {
+      queued_(options_.slots, false) {
   check_counts(options_.slots, options_.cache_slots);
   passing_.reserve(slots_.size());
-  for (const ExpertImage& image : images_) slot_size_ = std::max(slot_size_, slot_bytes(image));
-  memory_ = std::make_shared<SlotMemory>(slot_size_ * slots_.size());
-  for (std::size_t i = slots_.size(); i-- > 0;) free_.push_back(static_cast<int>(i));
+  pool_ =
+      std::make_shared<memory::SlotPool>(slots_.size(), largest_slot(images_), "the expert slots");
 }
 
 ExpertStore::~ExpertStore() {
@@ -93,10 +63,6 @@ void ExpertStore::cancel(Lock& lock, const std::vector<storage::ReadTicket>& tic
   lock.lock();
 }
 
-std::byte* ExpertStore::memory_of(int slot) const {
-  return memory_->data() + static_cast<std::uint64_t>(slot) * slot_size_;
-}
-
 ExpertStore::Found ExpertStore::pin(ExpertKey key, bool keep) {
   const std::lock_guard lock(mutex_);
   return pin_locked(key, keep);
@@ -114,7 +80,7 @@ ExpertStore::Found ExpertStore::pin_locked(ExpertKey key, bool keep) {
   if (slot.state == State::kReading) reader_.promote(slot.ticket);  // if it was speculative
   if (slot.speculative) {
     ++stats_.prefetched;
-    stats_.prefetched_bytes += images_[key].bytes();
+    stats_.prefetched_bytes += image_bytes(key);
     slot.speculative = false;
   } else if (slot.state == State::kReady) {
     ++stats_.hits;
@@ -141,7 +107,7 @@ ExpertStore::Found ExpertStore::fetch(ExpertKey key, bool keep) {
   slot.keep = keep;
   if (keep) ++cached_;
   ++stats_.misses;
-  stats_.demand_bytes += images_[key].bytes();
+  stats_.demand_bytes += image_bytes(key);
   return Found::kReading;
 }
 
@@ -169,7 +135,7 @@ std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, 
   std::vector<ExpertKey> ready;
   for (const ExpertKey key : pinned) {
     const Slot& slot = slot_of(key);
-    if (slot.state == State::kFailed) throw_failure(key, slot.result);
+    if (slot.state == State::kFailed) throw_failure(key, slot);
     if (slot.state == State::kReady) ready.push_back(key);
   }
   return ready;
@@ -182,7 +148,9 @@ void ExpertStore::wait_for_room() {
   arrival_.wait_for(lock, kLookAgain, [&] { return unread_ < unread; });
 }
 
-void ExpertStore::throw_failure(ExpertKey key, const storage::ReadResult& result) const {
+void ExpertStore::throw_failure(ExpertKey key, const Slot& slot) const {
+  if (slot.error) std::rethrow_exception(slot.error);
+  const storage::ReadResult& result = slot.result;
   const auto experts = static_cast<ExpertKey>(options_.experts);
   throw IoError(result.file, result.offset, result.error_number,
                 "expert " + std::to_string(key % experts) + " of layer " +
@@ -191,16 +159,41 @@ void ExpertStore::throw_failure(ExpertKey key, const storage::ReadResult& result
 
 ops::ExpertView ExpertStore::view(ExpertKey key) const {
   const std::lock_guard lock(mutex_);
-  const std::byte* base = memory_of(slot_of_[key]);
-  const ExpertImage& image = images_[key];
-  ops::ExpertView view = *image.view;
-  std::size_t place = 0;
-  for (format::WeightView* matrix : {&view.gate_proj, &view.up_proj, &view.down_proj}) {
-    matrix->data = base + image.places[place++];
-    matrix->scales = moved(base, image.places[place], image.places[place] != kNoPlace);
-    ++place;
+  return view_locked(key);
+}
+
+ops::ExpertView ExpertStore::view_locked(ExpertKey key) const {
+  return images_[key].view_in(pool_->data(slot_of_[key]));
+}
+
+void ExpertStore::check(std::span<const ExpertKey> pinned) {
+  if (!options_.check) return;
+  std::vector<ExpertKey> keys;
+  std::vector<ops::ExpertView> views;
+  const auto slot_of = [&](ExpertKey key) -> Slot& {
+    return slots_[static_cast<std::size_t>(slot_of_[key])];
+  };
+  {
+    const std::lock_guard lock(mutex_);
+    for (const ExpertKey key : pinned) {
+      if (slot_of(key).checked) continue;
+      keys.push_back(key);
+      views.push_back(view_locked(key));
+    }
   }
-  return view;
+  if (keys.empty()) return;
+  try {
+    options_.check(keys, views);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    for (const ExpertKey key : keys) {
+      slot_of(key).state = State::kFailed;
+      slot_of(key).error = std::current_exception();
+    }
+    throw;
+  }
+  const std::lock_guard lock(mutex_);
+  for (const ExpertKey key : keys) slot_of(key).checked = true;
 }
 
 bool ExpertStore::prefetch(ExpertKey key) {
@@ -210,7 +203,7 @@ bool ExpertStore::prefetch(ExpertKey key) {
   if (number < 0) return false;
   read_into(number, key, storage::Priority::kSpeculative);
   slots_[static_cast<std::size_t>(number)].speculative = true;
-  stats_.speculative_bytes += images_[key].bytes();
+  stats_.speculative_bytes += image_bytes(key);
   return true;
 }
 
@@ -227,7 +220,7 @@ void ExpertStore::drop_speculation(std::int64_t layer) {
       tickets.push_back(slot.ticket);
     } else if (slot.state == State::kReady) {
       slot.speculative = false;  // it may still be found until the slot is taken
-      stats_.wasted_bytes += images_[slot.key].bytes();
+      stats_.wasted_bytes += image_bytes(slot.key);
       pass_by(static_cast<int>(i));
     }
   }
@@ -236,12 +229,8 @@ void ExpertStore::drop_speculation(std::int64_t layer) {
 
 // A slot that holds nothing worth keeping, or -1.
 int ExpertStore::free_or_passing() {
-  if (free_.empty()) reclaim();
-  if (!free_.empty()) {
-    const int number = free_.back();
-    free_.pop_back();
-    return number;
-  }
+  if (pool_->free_count() == 0) reclaim();
+  if (const int number = pool_->acquire(); number >= 0) return number;
   while (!passing_.empty()) {
     const int number = passing_.front();
     passing_.erase(passing_.begin());
@@ -262,7 +251,7 @@ void ExpertStore::reclaim() {
     if (slot.key != kNoKey) slot_of_[slot.key] = -1;
     forget(slot);
     slot = Slot();
-    free_.push_back(static_cast<int>(i));
+    pool_->release(static_cast<int>(i));
   }
 }
 
@@ -275,7 +264,7 @@ int ExpertStore::find_slot(bool evict) {
     const Slot& slot = slots_[i];
     if (slot.state != State::kReady || slot.pins > 0) continue;
     if (slot.speculative) {  // read ahead for nothing, or too early
-      stats_.wasted_bytes += images_[slot.key].bytes();
+      stats_.wasted_bytes += image_bytes(slot.key);
       best = static_cast<int>(i);
       break;
     }
@@ -308,20 +297,18 @@ void ExpertStore::pass_by(int slot) {
 void ExpertStore::read_into(int number, ExpertKey key, storage::Priority priority) {
   storage::ReadRequest request;
   request.priority = priority;
-  request.owner = memory_;
-  for (const ExpertImage::Part& part : images_[key].parts) {
-    request.extents.push_back(
-        {part.file, part.offset, part.bytes, memory_of(number) + part.slot_offset, true});
-  }
+  request.owner = pool_;
+  request.extents = images_[key].files.extents(pool_->data(number));
   request.on_complete = [this, number](const storage::ReadResult& result) {
     arrived(number, result);
   };
   Slot& slot = slots_[static_cast<std::size_t>(number)];
   slot = Slot();
+  slot.asked = Trace::Clock::now();
   try {
     slot.ticket = reader_.submit(std::move(request));
   } catch (...) {
-    free_.push_back(number);
+    pool_->release(number);
     throw;
   }
   slot.state = State::kReading;
@@ -334,6 +321,7 @@ void ExpertStore::arrived(int number, const storage::ReadResult& result) noexcep
   const std::lock_guard lock(mutex_);
   Slot& slot = slots_[static_cast<std::size_t>(number)];
   const bool done = result.status == storage::ReadStatus::kDone && !slot.cancelled;
+  if (options_.trace != nullptr && slot.key != kNoKey) trace_read(slot);
   slot.state = done ? State::kReady : State::kFailed;
   if (slot.cancelled) stats_.wasted_bytes += slot.ticket.bytes_done();
   if (done && slot.pins == 0 && !slot.keep && !slot.speculative) pass_by(number);
@@ -349,6 +337,16 @@ void ExpertStore::arrived(int number, const storage::ReadResult& result) noexcep
   }
   --unread_;
   arrival_.notify_all();
+}
+
+void ExpertStore::trace_read(const Slot& slot) const noexcept {
+  const auto experts = static_cast<ExpertKey>(options_.experts);
+  char name[48];
+  std::snprintf(name, sizeof(name), "layer %u expert %u%s",
+                static_cast<unsigned>(options_.first_layer) + slot.key / experts,
+                slot.key % experts, slot.speculative ? " ahead" : "");
+  options_.trace->span(Trace::Track::kReads, name, slot.asked, Trace::Clock::now(),
+                       slot.ticket.bytes_done());
 }
 
 void ExpertStore::note_use(std::int64_t layer, std::span<const std::int32_t> experts,
@@ -393,7 +391,6 @@ void ExpertStore::resize(std::size_t slots, std::size_t cache_slots) {
   cancel(lock, tickets);
   arrival_.wait(lock, [&] { return unread_ == 0; });
 
-  if (slots > slots_.size()) memory_->resize(slot_size_ * slots);
   std::vector<std::pair<float, int>> staying;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
@@ -417,10 +414,12 @@ void ExpertStore::resize(std::size_t slots, std::size_t cache_slots) {
   std::size_t place = 0;
   for (const int number : outside) {
     while (keys[place] != kNoKey) ++place;
-    std::memcpy(memory_of(static_cast<int>(place)), memory_of(number), slot_size_);
+    std::memcpy(pool_->data(static_cast<int>(place)), pool_->data(number), pool_->slot_bytes());
     keys[place] = slots_[static_cast<std::size_t>(number)].key;
   }
-  if (slots < slots_.size()) memory_->resize(slot_size_ * slots);
+  std::vector<bool> used(slots);
+  for (std::size_t i = 0; i < slots; ++i) used[i] = keys[i] != kNoKey;
+  pool_->resize(used);
   start_over(keys, cache_slots);
 }
 
@@ -432,14 +431,10 @@ void ExpertStore::start_over(const std::vector<ExpertKey>& keys, std::size_t cac
   queued_.assign(keys.size(), false);
   passing_.clear();
   passing_.reserve(keys.size());
-  free_.clear();
   std::ranges::fill(slot_of_, -1);
   cached_ = 0;
   for (std::size_t i = keys.size(); i-- > 0;) {
-    if (keys[i] == kNoKey) {
-      free_.push_back(static_cast<int>(i));
-      continue;
-    }
+    if (keys[i] == kNoKey) continue;
     slots_[i].state = State::kReady;
     slots_[i].key = keys[i];
     slots_[i].keep = true;
@@ -471,13 +466,13 @@ void ExpertStore::warm_up() {
   }
   std::ranges::sort(values);
   for (const auto& [value, key] : values) {
-    if (cached_ >= options_.cache_slots || free_.empty()) return;
-    const int number = free_.back();
-    free_.pop_back();
+    if (cached_ >= options_.cache_slots) return;
+    const int number = pool_->acquire();
+    if (number < 0) return;
     read_into(number, key, storage::Priority::kSpeculative);
     slots_[static_cast<std::size_t>(number)].keep = true;
     ++cached_;
-    stats_.warm_bytes += images_[key].bytes();
+    stats_.warm_bytes += image_bytes(key);
   }
 }
 

@@ -14,14 +14,18 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <vector>
 
+#include "base/trace.h"
+#include "memory/slot_pool.h"
 #include "ops/backend.h"
-#include "residency/expert_image.h"
+#include "residency/file_image.h"
 #include "residency/policy.h"
 #include "storage/reader.h"
 
@@ -40,8 +44,6 @@ struct StoreStats {
   std::uint64_t evictions = 0;
 };
 
-class SlotMemory;
-
 class ExpertStore {
  public:
   struct Options {
@@ -50,6 +52,11 @@ class ExpertStore {
     std::int64_t experts = 0;      // of a layer
     std::size_t slots = 0;
     std::size_t cache_slots = 0;  // < slots
+    /// Says whether what was read is what it should be, before it is used: throws if not. Called
+    /// from check(), without a lock; may be empty.
+    std::function<void(std::span<const ExpertKey> keys, std::span<const ops::ExpertView> views)>
+        check;
+    Trace* trace = nullptr;  // may be null
   };
   /// `images`: by key. The reader must outlive the store. Throws MemoryLimitError.
   ExpertStore(Options options, std::vector<ExpertImage> images, storage::Reader& reader,
@@ -60,8 +67,8 @@ class ExpertStore {
   ExpertStore& operator=(const ExpertStore&) = delete;
 
   const Options& options() const noexcept { return options_; }
-  std::uint64_t slot_size() const noexcept { return slot_size_; }
-  std::uint64_t image_bytes(ExpertKey key) const { return images_[key].bytes(); }
+  std::uint64_t slot_size() const noexcept { return pool_->slot_bytes(); }
+  std::uint64_t image_bytes(ExpertKey key) const { return images_[key].files.bytes(); }
 
   /// What a pin found. kNoRoom: nothing is pinned, all slots are in use; unpin something first.
   enum class Found : std::uint8_t { kReady, kReading, kAbsent, kNoRoom };
@@ -77,6 +84,9 @@ class ExpertStore {
   /// Those of `pinned` that are ready; with `wait`, at least one. Throws the error of one whose
   /// read failed.
   std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned, bool wait);
+  /// Lets Options::check look at those of `pinned`, all ready, that it has not seen since they were
+  /// read. If it throws, they are absent once nobody has them pinned.
+  void check(std::span<const ExpertKey> pinned);
   /// Waits until a read that nobody has pinned has ended: for who found no room and has nothing
   /// pinned.
   void wait_for_room();
@@ -119,13 +129,17 @@ class ExpertStore {
     bool keep = false;
     bool speculative = false;  // nobody has asked for it yet
     bool cancelled = false;    // and nobody will: its read is to end
+    bool checked = false;      // what was read is what it should be
+    Trace::Clock::time_point asked;
     storage::ReadTicket ticket;
-    storage::ReadResult result;  // kFailed
+    storage::ReadResult result;  // kFailed, or
+    std::exception_ptr error;    // what check() threw
   };
   using Lock = std::unique_lock<std::mutex>;
 
   // All but the first are called under the lock.
   void arrived(int slot, const storage::ReadResult& result) noexcept;
+  void trace_read(const Slot& slot) const noexcept;
   void cancel(Lock& lock, const std::vector<storage::ReadTicket>& tickets);
   Found pin_locked(ExpertKey key, bool keep);
   int free_or_passing();
@@ -135,21 +149,19 @@ class ExpertStore {
   void pass_by(int slot);
   void read_into(int slot, ExpertKey key, storage::Priority priority);
   void start_over(const std::vector<ExpertKey>& keys, std::size_t cache_slots);
-  std::byte* memory_of(int slot) const;
-  [[noreturn]] void throw_failure(ExpertKey key, const storage::ReadResult& result) const;
+  ops::ExpertView view_locked(ExpertKey key) const;
+  [[noreturn]] void throw_failure(ExpertKey key, const Slot& slot) const;
 
   Options options_;
   std::vector<ExpertImage> images_;
   storage::Reader& reader_;
   std::unique_ptr<Policy> policy_;
-  std::uint64_t slot_size_ = 0;
-  std::shared_ptr<SlotMemory> memory_;
+  std::shared_ptr<memory::SlotPool> pool_;
 
   mutable std::mutex mutex_;
   std::condition_variable arrival_;
   std::vector<Slot> slots_;
   std::vector<int> slot_of_;  // by key; -1 absent
-  std::vector<int> free_;
   std::vector<int> passing_;  // slots that may be free for the taking; checked when taken
   std::vector<bool> queued_;  // whether a slot is in there
   std::size_t cached_ = 0;    // slots with keep

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <numeric>
 #include <utility>
 
@@ -11,16 +12,10 @@
 namespace dsfp4::residency {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 /// More rows than this are a prompt: its experts pass by the cache once that is full.
 constexpr std::int64_t kDecodeRows = 16;
 /// Experts of a prompt that are computed together; between groups the caller may look up.
 constexpr std::size_t kPromptGroup = 4;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 }  // namespace
 
@@ -31,6 +26,7 @@ class TieredExperts::Layer {
         std::vector<ChosenExpert> chosen, ops::Matrix hidden, ops::Matrix routed)
       : runner_(runner),
         store_(runner.store_),
+        layer_(moe_layer + runner.first_layer_),
         first_key_(static_cast<ExpertKey>(moe_layer * runner.router_.experts)),
         x_(x),
         top_k_(top_k),
@@ -105,17 +101,20 @@ class TieredExperts::Layer {
 
   void compute_group() {
     const std::size_t count = streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
+    std::vector<ExpertKey> keys;
     std::vector<ops::ExpertView> views;
     std::vector<ops::ExpertTask> tasks;
     views.reserve(count);
     for (std::size_t n = 0; n < count; ++n) {
-      views.push_back(store_.view(key(ready_[n])));
+      keys.push_back(key(ready_[n]));
+      views.push_back(store_.view(keys.back()));
       tasks.push_back({&views.back(), chosen_[ready_[n]].pairs});
-      runner_.stats_.used_bytes += store_.image_bytes(key(ready_[n]));
+      runner_.stats_.used_bytes += store_.image_bytes(keys.back());
     }
-    const auto start = Clock::now();
+    const auto start = Trace::Clock::now();
+    store_.check(keys);
     runner_.backend_.experts(tasks, top_k_, x_, hidden_, routed_);
-    runner_.stats_.compute_seconds += seconds_since(start);
+    runner_.stats_.compute_seconds += span(Trace::Track::kCompute, count, start);
     for (std::size_t n = 0; n < count; ++n) store_.unpin(key(ready_[n]));
     ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
   }
@@ -125,9 +124,11 @@ class TieredExperts::Layer {
     if (reading_.empty()) return;
     std::vector<ExpertKey> keys(reading_.size());
     std::ranges::transform(reading_, keys.begin(), [&](std::size_t i) { return key(i); });
-    const auto start = Clock::now();
+    const auto start = Trace::Clock::now();
     const std::vector<ExpertKey> arrived = store_.ready_of(keys, wait);
-    if (wait) runner_.stats_.wait_seconds += seconds_since(start);
+    if (wait) {
+      runner_.stats_.wait_seconds += span(Trace::Track::kWaits, arrived.size(), start);
+    }
     std::erase_if(reading_, [&](std::size_t i) {
       if (std::ranges::find(arrived, key(i)) == arrived.end()) return false;
       ready_.push_back(i);
@@ -135,8 +136,21 @@ class TieredExperts::Layer {
     });
   }
 
+  // The seconds since `start`, which become a span of the trace.
+  double span(Trace::Track track, std::size_t experts, Trace::Clock::time_point start) const {
+    const auto end = Trace::Clock::now();
+    if (runner_.trace_ != nullptr) {
+      char name[64];
+      std::snprintf(name, sizeof(name), "layer %lld experts %zu", static_cast<long long>(layer_),
+                    experts);
+      runner_.trace_->span(track, name, start, end);
+    }
+    return std::chrono::duration<double>(end - start).count();
+  }
+
   TieredExperts& runner_;
   ExpertStore& store_;
+  std::int64_t layer_;  // the model's number
   ExpertKey first_key_;
   ops::ConstMatrix x_;
   std::int64_t top_k_;
@@ -150,7 +164,8 @@ class TieredExperts::Layer {
 
 TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::RouterSpec router,
                              std::vector<RouterView> routers, std::int64_t first_layer,
-                             std::int64_t hidden_size, std::int64_t moe_intermediate_size)
+                             std::int64_t hidden_size, std::int64_t moe_intermediate_size,
+                             Trace* trace)
     : backend_(backend),
       store_(store),
       router_(router),
@@ -158,6 +173,7 @@ TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::Rou
       first_layer_(first_layer),
       hidden_size_(hidden_size),
       moe_intermediate_size_(moe_intermediate_size),
+      trace_(trace),
       predicted_(routers_.size()) {}
 
 void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,

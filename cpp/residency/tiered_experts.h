@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "base/trace.h"
 #include "residency/expert_runner.h"
 #include "residency/expert_store.h"
 #include "residency/expert_tasks.h"
@@ -45,10 +46,10 @@ struct RouterView {
 class TieredExperts final : public ExpertRunner {
  public:
   /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. Store and
-  /// backend must outlive this.
+  /// backend must outlive this. `trace` may be null.
   TieredExperts(ops::Backend& backend, ExpertStore& store, ops::RouterSpec router,
                 std::vector<RouterView> routers, std::int64_t first_layer, std::int64_t hidden_size,
-                std::int64_t moe_intermediate_size);
+                std::int64_t moe_intermediate_size, Trace* trace = nullptr);
 
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
            memory::Arena& arena, ops::Matrix y) override;
@@ -78,6 +79,7 @@ class TieredExperts final : public ExpertRunner {
   std::int64_t first_layer_;
   std::int64_t hidden_size_;
   std::int64_t moe_intermediate_size_;
+  Trace* trace_;
   TieredOptions options_;
   TieredStats stats_;
   std::function<void()> between_groups_;

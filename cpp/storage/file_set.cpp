@@ -9,15 +9,23 @@
 
 namespace dsfp4::storage {
 
-FileSet::FileSet(const std::vector<std::filesystem::path>& paths, bool direct, System& system,
-                 std::function<void(std::string_view)> log)
-    : system_(system), log_(std::move(log)), files_(paths.size()) {
+FileSet::FileSet(const std::vector<std::filesystem::path>& paths, const ReaderOptions& options,
+                 System& system)
+    : system_(system), log_(options.log), files_(paths.size()) {
+  const std::vector<FileIdentity>& expected = options.expected;
+  if (!expected.empty() && expected.size() != paths.size()) {
+    throw ParameterError("expected", "must be one for each file");
+  }
   try {
-    std::vector<dev_t> devices;
+    std::vector<std::uint64_t> devices;
     for (std::size_t i = 0; i < paths.size(); ++i) {
       files_[i].path = paths[i].string();
-      open(files_[i], direct);
-      const dev_t device = files_[i].opened.st_dev;
+      open(files_[i], options.direct);
+      if (!expected.empty() && files_[i].opened != expected[i]) {
+        throw IoError(files_[i].path, -1, 0,
+                      "was replaced or changed since its header was read; load it again");
+      }
+      const std::uint64_t device = files_[i].opened.device;
       auto found = std::ranges::find(devices, device);
       if (found == devices.end()) found = devices.insert(devices.end(), device);
       files_[i].lane = static_cast<std::size_t>(found - devices.begin()) % kMaxLanes;
@@ -34,8 +42,13 @@ FileSet::~FileSet() { close_all(); }
 void FileSet::open(File& file, bool direct) {
   file.descriptor = system_.open(file.path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file.descriptor < 0) throw IoError(file.path, -1, -file.descriptor, "cannot be opened");
-  const int refused = system_.status(file.descriptor, file.opened);
-  if (refused < 0) throw IoError(file.path, -1, -refused, "its size cannot be read");
+  const auto identity = [&](int descriptor) {
+    struct stat status {};
+    const int refused = system_.status(descriptor, status);
+    if (refused < 0) throw IoError(file.path, -1, -refused, "its size cannot be read");
+    return FileIdentity::of(status);
+  };
+  file.opened = identity(file.descriptor);
   if (!direct) return;
   const int descriptor = system_.open(file.path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
   if (descriptor == -EINVAL || descriptor == -EOPNOTSUPP) {
@@ -44,10 +57,7 @@ void FileSet::open(File& file, bool direct) {
   }
   if (descriptor < 0) throw IoError(file.path, -1, -descriptor, "cannot be opened");
   file.direct_descriptor = descriptor;
-  struct stat second {};
-  const int unknown = system_.status(descriptor, second);
-  if (unknown < 0) throw IoError(file.path, -1, -unknown, "its size cannot be read");
-  if (second.st_ino != file.opened.st_ino || second.st_dev != file.opened.st_dev) {
+  if (identity(descriptor) != file.opened) {
     throw IoError(file.path, -1, 0, "was replaced while it was opened");
   }
   file.direct = true;
@@ -86,11 +96,7 @@ bool FileSet::size_now(std::uint32_t file, std::uint64_t& bytes) const noexcept 
 bool FileSet::unchanged(std::uint32_t file, ReadResult& result) const noexcept {
   struct stat now {};
   const int refused = system_.status(files_[file].descriptor, now);
-  const struct stat& then = files_[file].opened;
-  if (refused == 0 && now.st_size == then.st_size && now.st_mtim.tv_sec == then.st_mtim.tv_sec &&
-      now.st_mtim.tv_nsec == then.st_mtim.tv_nsec) {
-    return true;
-  }
+  if (refused == 0 && FileIdentity::of(now) == files_[file].opened) return true;
   result.status = ReadStatus::kFailed;
   result.offset = -1;
   result.error_number = -refused;

@@ -9,7 +9,6 @@
 #include <memory>
 #include <string>
 #include <string_view>
-#include <sys/stat.h>
 #include <vector>
 
 #include "storage/reader.h"
@@ -19,9 +18,9 @@ namespace dsfp4::storage {
 
 class FileSet {
  public:
-  /// Throws IoError for a file that cannot be opened.
-  FileSet(const std::vector<std::filesystem::path>& paths, bool direct, System& system,
-          std::function<void(std::string_view)> log);
+  /// Throws IoError for a file that cannot be opened or is not the expected one.
+  FileSet(const std::vector<std::filesystem::path>& paths, const ReaderOptions& options,
+          System& system);
   ~FileSet();
   FileSet(const FileSet&) = delete;
   FileSet& operator=(const FileSet&) = delete;
@@ -57,7 +56,7 @@ class FileSet {
     int direct_descriptor = -1;
     std::atomic<bool> direct = false;
     std::size_t lane = 0;
-    struct stat opened {};
+    FileIdentity opened;
   };
 
   void open(File& file, bool direct);

@@ -35,6 +35,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/files.h"
+
 namespace dsfp4::storage {
 
 class System;
@@ -164,6 +166,8 @@ struct ReaderOptions {
   std::uint64_t piece_bytes = std::uint64_t{512} << 10;
   /// Most bytes of speculative reads in flight for each device; a single read may exceed it.
   std::uint64_t speculative_bytes = std::uint64_t{8} << 20;
+  /// Empty, or what each file must be: one that was replaced or changed since is refused.
+  std::vector<FileIdentity> expected;
   /// Pass by the page cache where the file system can.
   bool direct = true;
   /// A read that takes longer is reported, and at the limit given up.
@@ -176,9 +180,9 @@ struct ReaderOptions {
   System* system = nullptr;
 };
 
-/// Opens `files` (for the Extent's file numbers). Throws IoError for a file that cannot be opened,
-/// ParameterError for options out of range, UnsupportedError for ReaderKind::kUring where io_uring
-/// is not permitted.
+/// Opens `files` (for the Extent's file numbers). Throws IoError for a file that cannot be opened
+/// or is not the expected one, ParameterError for options out of range, UnsupportedError for
+/// ReaderKind::kUring where io_uring is not permitted.
 std::unique_ptr<Reader> make_reader(const std::vector<std::filesystem::path>& files,
                                     const ReaderOptions& options = {});
 

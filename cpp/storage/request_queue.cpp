@@ -37,7 +37,7 @@ RequestQueue::RequestQueue(const std::vector<std::filesystem::path>& paths,
                            const ReaderOptions& options)
     : options_(checked(options)),
       system_(options.system != nullptr ? *options.system : System::real()),
-      files_(paths, options.direct, system_, options.log),
+      files_(paths, options, system_),
       staging_(std::min(static_cast<std::size_t>(options.depth), kMaxStagingBuffers),
                options.piece_bytes),
       jobs_(static_cast<std::size_t>(options.depth) * files_.lanes()),

@@ -29,6 +29,8 @@ namespace dsfp4 {
 /// How experts and layers that lie on the SSD are brought in. Exact, but for expert_threshold.
 struct MemoryConfig {
   /// How many MoE layers ahead experts are predicted and read while the SSD is idle; 0 (off) to 16.
+  /// Dense weights that are streamed are read so many layers ahead, at least one; that number is
+  /// taken when the model is loaded.
   std::int64_t prefetch_layers = 0;
   /// An expert that would have to come from the SSD and has less than this share of its token's
   /// routing weight is left out, and the rest scaled to the original sum; 0 (exact) to 1.
@@ -46,7 +48,7 @@ struct MemoryStrategy {
 /// Counted since the model was loaded; bytes and seconds.
 struct ModelStats {
   std::uint64_t reserved_bytes = 0;  // planned in all: weights, caches, staging, KV cache, scratch
-  bool tiered = false;               // experts lie on the SSD; if not, what follows is 0
+  bool tiered = false;               // experts lie on the SSD; if not, what follows of them is 0
   std::uint64_t slots = 0, cache_slots = 0, slot_bytes = 0;
   std::uint64_t image_bytes = 0;  // of an expert in its file
   std::uint64_t hits = 0;         // chosen experts that were in RAM
@@ -62,8 +64,11 @@ struct ModelStats {
   /// Experts predicted one layer ahead, how many of them were chosen, and how many were chosen in
   /// all in the layers that had a prediction.
   std::uint64_t predicted = 0, predicted_used = 0, predictable = 0;
-  double wait_seconds = 0.0;    // with nothing left to compute but what was being read
-  double expert_seconds = 0.0;  // computing experts
+  double wait_seconds = 0.0;          // with nothing left to compute but what was being read
+  double expert_seconds = 0.0;        // computing experts
+  std::uint64_t streamed_layers = 0;  // whose dense weights are read again for each step
+  std::uint64_t streamed_bytes = 0;   // that steps computed with
+  double stream_wait_seconds = 0.0;   // for those
   std::uint64_t reads = 0, read_bytes = 0, read_retries = 0, read_stalls = 0, reads_in_flight = 0;
   double ssd_busy_seconds = 0.0;  // with at least one read in flight
 };
@@ -90,12 +95,16 @@ struct LoadOptions {
   /// A folder for a small file that remembers how experts were used, so that the next load caches
   /// them at once; empty: nothing is remembered.
   std::string warm_start_folder;
+  /// A file for a timeline that Perfetto (ui.perfetto.dev) opens: steps, computing, waits and
+  /// reads. Replaced; written while the Model lives. Empty: none.
+  std::string trace_file;
   /// "auto", "io_uring" or "pread", and whether reads pass by the page cache.
   std::string reader = "auto";
   bool direct_reads = true;
   /// Most RAM of the process in bytes: weights, KV cache, buffers and what the process has already.
   /// 0: what the machine, or the control group, can spare. A limit below what is needed is refused
-  /// with MemoryLimitError, which gives the number; so is one that makes the machine swap.
+  /// with MemoryLimitError, which gives the number; so is one that makes the machine swap. Experts
+  /// that do not fit stay on the SSD, and so do the dense weights of as many layers as must.
   std::uint64_t ram_limit = 0;
   /// Called while weights are read, in bytes. An exception thrown by it ends the load.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;

@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
 
 
 class Memory(TypedDict, total=False):
-    """Where a model that does not fit lies; Model says what each means."""
+    """Where a model that does not fit lies, and how to see it; Model says what each means."""
 
     cpu_cache_size: float | None
     prefetch_size: float | None
@@ -50,6 +50,7 @@ class Memory(TypedDict, total=False):
     warm_start: bool | str | os.PathLike[str]
     reader: str
     direct_reads: bool
+    trace: str | os.PathLike[str] | None
 
 
 class DeepseekInference:
@@ -62,9 +63,9 @@ class DeepseekInference:
     free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
     `progress` is called with the bytes loaded and the bytes in all. For a model that does not fit
     into RAM, `cpu_cache_size` and `prefetch_size` in GB, `prefetch_layers`, `expert_threshold`,
-    `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of Model. Raises the errors
-    of `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
-    context manager.
+    `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of Model, and so is `trace`.
+    Raises the errors of `dsfp4.errors`. May be used by several threads: generations run one after
+    the other. Is a context manager.
 
     generate() and chat() take these options:
 

@@ -58,14 +58,16 @@ class Model:
     the control group, room to breathe;
     `progress` is called with bytes.
 
-    A model whose experts do not fit into RAM is run from its files. `cpu_cache_size` is what cached
+    A model whose experts do not fit into RAM is run from its files, and so are the dense weights of
+    as many layers as must. `cpu_cache_size` is what cached
     experts may take, `prefetch_size` the memory for reads in flight, both in GB; None is planned
     from what is available. `prefetch_layers` and `expert_threshold` are as in
     `set_memory_config()`. `cache_policy` is "default", "lru", "lfu", "lrfu" or "router".
     `warm_start` remembers how experts were used in a small file, so that the next load caches them
     at once: False turns it off, a path is the folder to use, True is
     `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
-    `direct_reads` False goes through the page cache.
+    `direct_reads` False goes through the page cache. `trace` is a file for a timeline that Perfetto
+    (ui.perfetto.dev) opens: steps, computing, waits and reads; it is whole once the model is gone.
     Raises the errors of `dsfp4.errors`.
     """
 
@@ -86,6 +88,7 @@ class Model:
         warm_start: bool | str | os.PathLike[str] = True,
         reader: str = "auto",
         direct_reads: bool = True,
+        trace: str | os.PathLike[str] | None = None,
         ram_limit: float | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -108,6 +111,7 @@ class Model:
             "warm_start_folder": warm_start_folder(warm_start),
             "reader": check_text("reader", reader),
             "direct_reads": bool(direct_reads),
+            "trace_file": "" if trace is None else os.fspath(trace),
             "ram_limit": check_gigabytes("ram_limit", ram_limit),
             "progress": progress,
         }

@@ -15,7 +15,7 @@ from dsfp4.cli import main
 from dsfp4.errors import CheckpointError, Dsfp4Error, ParameterError
 from dsfp4.quantize import quantize
 from dsfp4.verify import HASH_FILE, verify
-from fixtures.checkpoint_io import read_shard, write_shard
+from fixtures.checkpoint_io import flip, place_of, read_shard, write_shard
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
 DAMAGE = {
@@ -32,17 +32,6 @@ def folder(random_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(random_checkpoint("v3-nvfp4-mtp"), tmp_path / "checkpoint"))
 
 
-def place_of(folder: Path, tensor: str) -> tuple[Path, int]:
-    """The file and the byte where a tensor begins."""
-    for path in sorted(folder.glob("*.safetensors")):
-        data = path.read_bytes()
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
-        if tensor in header:
-            return path, start + header[tensor]["data_offsets"][0]
-    raise AssertionError(tensor)
-
-
 def damage(folder: Path, tensor: str, value: float, at: int) -> None:
     path, _ = place_of(folder, tensor)
     tensors = read_shard(path)
@@ -50,14 +39,6 @@ def damage(folder: Path, tensor: str, value: float, at: int) -> None:
     changed.reshape(-1)[at:] = value
     tensors[tensor] = changed
     write_shard(path, tensors)
-
-
-def flip(folder: Path, tensor: str) -> Path:
-    path, offset = place_of(folder, tensor)
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-    return path
 
 
 def test_a_sound_checkpoint(folder: Path) -> None:

@@ -43,6 +43,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--reader", default="auto", choices=["auto", "io_uring", "pread"], help="%(default)s"
     )
+    parser.add_argument("--ram-limit", type=real(1e-9, 1e9), metavar="GB", help="of the process")
+    parser.add_argument("--trace", metavar="FILE", help="a timeline for ui.perfetto.dev")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser.set_defaults(execute=execute)
 
@@ -70,6 +72,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         prefetch_layers=arguments.prefetch_layers,
         cache_policy=arguments.cache_policy,
         reader=arguments.reader,
+        ram_limit=arguments.ram_limit,
+        trace=arguments.trace,
         warm_start=False,
     )
     ids = np.random.default_rng(0).integers(2, model.config["vocab_size"], 2 * arguments.tokens)
@@ -83,6 +87,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens": arguments.tokens,
         "cpu_cache_size": arguments.cpu_cache_size,
         "prefetch_layers": arguments.prefetch_layers,
+        "streamed_layers": model.stats()["streamed_layers"],
         "cache_policy": arguments.cache_policy,
         "raw_ssd_gb_s": raw,
         "compute_seconds_per_token": compute,
@@ -138,7 +143,7 @@ def _compute_seconds(model: Model, ids: np.ndarray, tokens: int = 4) -> float:
 def _judge(run: Mapping[str, Any], raw: float, compute: float) -> dict[str, Any]:
     """Set what was measured beside the floor."""
     found = run["hits"] + run["misses"] + run["joined"] + run["prefetched"]
-    useful = run["demand_bytes"] + run["prefetched_bytes"]
+    useful = run["demand_bytes"] + run["prefetched_bytes"] + run["streamed_bytes"]
     floor = {"ssd": useful / raw / 1e9, "compute": compute * run["tokens"]}
     return {
         "seconds": run["seconds"],
@@ -156,7 +161,7 @@ def _judge(run: Mapping[str, Any], raw: float, compute: float) -> dict[str, Any]
         "wasted_bytes": run["wasted_bytes"],
         "prediction_recall": run["predicted_used"] / max(run["predictable"], 1),
         "prediction_precision": run["predicted_used"] / max(run["predicted"], 1),
-        "wait_seconds": run["wait_seconds"],
+        "wait_seconds": run["wait_seconds"] + run["stream_wait_seconds"],
         "expert_seconds": run["expert_seconds"],
     }
 

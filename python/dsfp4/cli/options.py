@@ -109,6 +109,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="most RAM of the whole process; default: what the machine can spare",
     )
+    group.add_argument(
+        "--trace", metavar="FILE", help="write a timeline there, for ui.perfetto.dev to open"
+    )
     _add_memory_flags(parser)
 
 
@@ -218,6 +221,7 @@ def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
             memory_limit=arguments.memory_limit,
             ram_limit=arguments.ram_limit,
             progress=progress,
+            trace=arguments.trace if model == arguments.model else None,
             **memory(arguments),
         )
 

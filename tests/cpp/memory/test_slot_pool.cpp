@@ -1,18 +1,44 @@
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <optional>
 #include <set>
+#include <vector>
 
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
-#include "memory/budget.h"
+#include "memory/arena.h"
 #include "memory/limits.h"
 #include "memory/slot_pool.h"
 
 namespace dsfp4::memory {
 namespace {
+
+// Counts what is out, and refuses the N-th.
+class CountingSource final : public MemorySource {
+ public:
+  std::byte* allocate(std::size_t bytes) noexcept override {
+    if (calls++ == refuse_at) return nullptr;
+    std::byte* memory = real_.allocate(bytes);
+    if (memory != nullptr) out += bytes;
+    return memory;
+  }
+  void release(std::byte* memory, std::size_t bytes) noexcept override {
+    out -= bytes;
+    real_.release(memory, bytes);
+  }
+  bool host_accessible() const noexcept override { return true; }
+  const char* name() const noexcept override { return "test"; }
+
+  int calls = 0;
+  int refuse_at = -1;
+  std::size_t out = 0;
+
+ private:
+  MemorySource& real_ = host_memory();
+};
 
 TEST(PhasedLayout, KeepsThePhaseAndGivesEachExtentBlocksOfItsOwn) {
   for (const std::uint64_t offset : {0u, 1u, 4095u, 4096u, 123'457u}) {
@@ -39,7 +65,7 @@ TEST(SlotPool, HandsOutEachSlotOnce) {
   EXPECT_EQ(pool.slot_bytes(), 12'288u);
   std::set<std::byte*> places;
   for (int i = 0; i < 5; ++i) {
-    const std::int64_t slot = pool.acquire();
+    const int slot = pool.acquire();
     ASSERT_GE(slot, 0);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(pool.data(slot)) % PhasedLayout::kBlock, 0u);
     std::memset(pool.data(slot), i, pool.slot_bytes());
@@ -52,36 +78,46 @@ TEST(SlotPool, HandsOutEachSlotOnce) {
   EXPECT_EQ(pool.acquire(), 3);
 }
 
+// Also where the source has no way of its own to resize.
+TEST(SlotPool, ChangesItsSizeAndKeepsWhatStays) {
+  CountingSource source;
+  for (MemorySource* memory : {&host_memory(), static_cast<MemorySource*>(&source)}) {
+    SlotPool pool(3, std::size_t{3} << 20, "the test's slots", *memory);
+    const auto fill = [&](int slot, int value) {
+      std::memset(pool.data(slot), value, pool.slot_bytes());
+    };
+    const auto holds = [&](int slot, int value) {
+      const std::byte* data = pool.data(slot);
+      return std::all_of(data, data + pool.slot_bytes(),
+                         [&](std::byte b) { return b == static_cast<std::byte>(value); });
+    };
+    for (int i = 0; i < 3; ++i) fill(i, i + 1);
+    pool.resize({true, false, true, false, false});
+    EXPECT_EQ(pool.count(), 5u);
+    EXPECT_EQ(pool.free_count(), 3u);
+    EXPECT_TRUE(holds(0, 1) && holds(1, 2) && holds(2, 3));
+    EXPECT_EQ(pool.acquire(), 1);
+    EXPECT_EQ(pool.acquire(), 3);
+    fill(4, 5);
+    pool.resize({false, true});
+    EXPECT_TRUE(holds(0, 1) && holds(1, 2));
+    EXPECT_EQ(pool.acquire(), 0);
+    EXPECT_EQ(pool.acquire(), -1);
+    if (memory != &source) continue;
+    source.refuse_at = source.calls;
+    EXPECT_THROW(pool.resize(std::vector<bool>(9)), MemoryLimitError);
+    EXPECT_EQ(pool.count(), 2u);
+    EXPECT_TRUE(holds(1, 2));
+  }
+  EXPECT_EQ(source.out, 0u);
+}
+
 TEST(SlotPool, ImpossibleSizesAreTypedErrors) {
   constexpr std::size_t kMost = std::numeric_limits<std::size_t>::max();
   EXPECT_THROW(SlotPool(kMost / 4096, 8192, "the test's slots"), MemoryLimitError);
   EXPECT_THROW(SlotPool(1, kMost, "the test's slots"), MemoryLimitError);
   EXPECT_THROW(SlotPool(1, kMost / 4, "the test's slots"), MemoryLimitError);
 }
-
-// Counts what is out, and refuses the N-th.
-class CountingSource final : public MemorySource {
- public:
-  std::byte* allocate(std::size_t bytes) noexcept override {
-    if (calls++ == refuse_at) return nullptr;
-    std::byte* memory = real_.allocate(bytes);
-    if (memory != nullptr) out += bytes;
-    return memory;
-  }
-  void release(std::byte* memory, std::size_t bytes) noexcept override {
-    out -= bytes;
-    real_.release(memory, bytes);
-  }
-  bool host_accessible() const noexcept override { return true; }
-  const char* name() const noexcept override { return "test"; }
-
-  int calls = 0;
-  int refuse_at = -1;
-  std::size_t out = 0;
-
- private:
-  MemorySource& real_ = host_memory();
-};
 
 TEST(MemorySource, EverythingGoesBackToWhereItCameFrom) {
   CountingSource source;
@@ -108,21 +144,6 @@ TEST(MemorySource, LargeMemoryIsAlignedForHugePages) {
     memory[0] = memory[bytes - 1] = std::byte{1};
     host_memory().release(memory, bytes);
   }
-}
-
-TEST(Budget, CountsAndRefuses) {
-  Budget budget("RAM", 100);
-  {
-    Budget::Reservation first = budget.reserve(60, "the weights");
-    EXPECT_EQ(budget.left(), 40u);
-    EXPECT_THROW(budget.reserve(41, "the KV cache"), MemoryLimitError);
-    EXPECT_EQ(budget.reserved(), 60u);
-    Budget::Reservation second = budget.reserve(40, "the KV cache");
-    first = std::move(second);
-    EXPECT_EQ(budget.reserved(), 100u);  // both live until the moved-from one ends
-  }
-  EXPECT_EQ(budget.reserved(), 0u);
-  EXPECT_THROW(budget.reserve(std::numeric_limits<std::uint64_t>::max(), "all"), MemoryLimitError);
 }
 
 TEST(Limits, TheMachineIsPlausible) {

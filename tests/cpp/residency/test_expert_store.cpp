@@ -23,10 +23,10 @@ std::vector<ExpertImage> images() {
   std::vector<ExpertImage> all;
   for (ExpertKey key = 0; key < kLayers * kExperts; ++key) {
     ExpertImage image;
-    image.parts.push_back({0, 100 + key, 50, (100 + key) % 4096});
+    image.files.parts.push_back({0, 100 + key, 50, 100 + key});
+    image.files.slot_bytes = storage::kBlockBytes;
     image.view = &kView;
-    image.places.fill(kNoPlace);
-    for (const std::size_t matrix : {0u, 2u, 4u}) image.places[matrix] = (100 + key) % 4096;
+    for (MatrixPlace& place : image.places) place.data = 100 + key;
     all.push_back(image);
   }
   return all;
@@ -36,8 +36,8 @@ class ExpertStoreTest : public testing::Test {
  protected:
   ExpertStore& make(std::size_t slots, std::size_t cache_slots) {
     store_ = std::make_unique<ExpertStore>(
-        ExpertStore::Options{kLayers, 3, kExperts, slots, cache_slots}, images(), reader_,
-        make_policy("lru", kLayers, kExperts));
+        ExpertStore::Options{kLayers, 3, kExperts, slots, cache_slots, check_, nullptr}, images(),
+        reader_, make_policy("lru", kLayers, kExperts));
     return *store_;
   }
   ~ExpertStoreTest() override {
@@ -55,8 +55,45 @@ class ExpertStoreTest : public testing::Test {
   }
 
   FakeReader reader_;
+  std::function<void(std::span<const ExpertKey>, std::span<const ops::ExpertView>)> check_;
   std::unique_ptr<ExpertStore> store_;
 };
+
+TEST_F(ExpertStoreTest, ChecksWhatWasReadOnceAndForgetsWhatIsWrong) {
+  std::vector<ExpertKey> seen;
+  bool wrong = true;
+  check_ = [&](std::span<const ExpertKey> keys, std::span<const ops::ExpertView> views) {
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      seen.push_back(keys[i]);
+      EXPECT_EQ(views[i].up_proj.data[0], static_cast<std::byte>(100 + keys[i]));
+    }
+    if (wrong) throw CheckpointError("file", "tensor", 7, "is not what it was");
+  };
+  ExpertStore& store = make(4, 3);
+  const std::vector<ExpertKey> both = {5, 6};
+  const auto bring_both = [&] {
+    for (const ExpertKey key : both) {
+      ASSERT_EQ(store.fetch(key, true), Found::kReading);
+      reader_.complete(reader_.reads.size() - 1);
+    }
+  };
+  bring_both();
+  EXPECT_THROW(store.check(both), CheckpointError);
+  EXPECT_THROW(store.ready_of(both, false), CheckpointError);  // whoever else waits for them
+  for (const ExpertKey key : both) store.unpin(key);
+  EXPECT_TRUE(store.is_consistent());
+  EXPECT_EQ(store.pin(5, true), Found::kAbsent);
+
+  wrong = false;
+  bring_both();
+  seen.clear();
+  store.check(std::vector<ExpertKey>{6});
+  store.check(both);
+  store.check(both);
+  EXPECT_EQ(seen, (std::vector<ExpertKey>{6, 5}));
+  for (const ExpertKey key : both) store.unpin(key);
+  EXPECT_TRUE(store.is_consistent());
+}
 
 TEST_F(ExpertStoreTest, ReadsOnceHoweverManyAsk) {
   ExpertStore& store = make(4, 3);

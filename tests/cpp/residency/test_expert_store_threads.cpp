@@ -43,12 +43,10 @@ std::vector<ExpertImage> images() {
   for (std::uint64_t key = 0; key < kLayers * kExperts; ++key) {
     ExpertImage image;
     const std::uint64_t offset = key * kBytes;
-    image.parts.push_back({0, offset, kBytes, offset % storage::kBlockBytes});
+    image.files.parts.push_back({0, offset, kBytes, offset % storage::kBlockBytes});
+    image.files.slot_bytes = memory::PhasedLayout::most(kBytes);
     image.view = &kView;
-    image.places.fill(kNoPlace);
-    for (const std::size_t matrix : {0u, 2u, 4u}) {
-      image.places[matrix] = offset % storage::kBlockBytes;
-    }
+    for (MatrixPlace& place : image.places) place.data = offset % storage::kBlockBytes;
     all.push_back(image);
   }
   return all;
@@ -66,7 +64,7 @@ TEST_P(ExpertStoreThreads, EveryoneGetsWhatTheyAskFor) {
   storage::ReaderOptions options;
   options.kind = GetParam();
   const auto reader = storage::make_reader({path_}, options);
-  ExpertStore store({kLayers, 0, kExperts, 20, 10}, images(), *reader,
+  ExpertStore store({kLayers, 0, kExperts, 20, 10, {}, nullptr}, images(), *reader,
                     make_policy("default", kLayers, kExperts));
   std::atomic<int> wrong = 0;
   const auto work = [&](unsigned seed) {

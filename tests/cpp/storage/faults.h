@@ -27,7 +27,9 @@ enum class Fault {
   kReplaced,         // renamed over: the reader keeps the file that it opened
   kStallThenGoesOn,  // long enough for a warning
   kStallForever,     // given up
+  kBitFlip,          // in what was read: nobody but a checksum can see it
 };
+/// Those that a reader itself can deal with.
 constexpr Fault kAllFaults[] = {
     Fault::kIoErrorOnce, Fault::kIoErrorForever, Fault::kShort,           Fault::kShortInBlock,
     Fault::kInterrupted, Fault::kAgain,          Fault::kNoMemory,        Fault::kTruncated,
@@ -90,6 +92,7 @@ class FaultAt final : public FaultSystem {
         return -ENOMEM;
       case Fault::kShort:
       case Fault::kShortInBlock:
+      case Fault::kBitFlip:
         shorten_ = call.offset;
         return std::nullopt;
       case Fault::kTruncated:
@@ -120,6 +123,10 @@ class FaultAt final : public FaultSystem {
     std::uint64_t shortened = call.offset;
     if (result <= 0 || !shorten_.compare_exchange_strong(shortened, kNowhere)) return result;
     const int half = result / 2;
+    if (fault_ == Fault::kBitFlip) {
+      call.buffer[half] ^= std::byte{8};
+      return result;
+    }
     return fault_ == Fault::kShort ? std::max(half & ~4095, std::min(result, 4096)) : half + 1;
   }
   std::uint64_t size() const { return std::filesystem::file_size(path_); }

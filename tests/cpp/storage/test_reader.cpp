@@ -184,6 +184,25 @@ TEST_P(ReaderBasics, MissingFileIsAnErrorAndLeavesNothingOpen) {
   EXPECT_EQ(ReaderFiles::open_descriptors(), before);
 }
 
+TEST_P(ReaderBasics, AFileThatIsNotTheExpectedOneIsRefused) {
+  const auto path = files_.write("a", 10'000, 1);
+  struct stat status {};
+  ASSERT_EQ(::stat(path.c_str(), &status), 0);
+  ReaderOptions expecting = options();
+  expecting.expected = {FileIdentity::of(status)};
+  EXPECT_NO_THROW(make_reader({path}, expecting));
+  std::filesystem::copy_file(path, path.string() + ".new");
+  std::filesystem::rename(path.string() + ".new", path);
+  try {
+    make_reader({path}, expecting);
+    FAIL();
+  } catch (const IoError& error) {
+    EXPECT_EQ(error.file(), path.string());
+    EXPECT_NE(std::string(error.what()).find("replaced or changed"), std::string::npos);
+  }
+  EXPECT_THROW(make_reader({path, path}, expecting), ParameterError);
+}
+
 TEST_P(ReaderBasics, RefusedReadNamesErrno) {
   ReaderOptions plain = options();
   plain.direct = false;  // a folder opens but does not read

@@ -1,5 +1,5 @@
-// The residency of an engine's experts, put together: the plan, the store, the runner, and what is
-// remembered from run to run.
+// The residency of an engine's weights, put together: the plan, the store and the runner of
+// experts, the stream of layers, and what is remembered from run to run.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,14 @@
 #include <functional>
 #include <memory>
 
+#include "base/trace.h"
 #include "checkpoint/config.h"
 #include "dsfp4/model.h"
 #include "engine/loader.h"
 #include "memory/limits.h"
 #include "model/spec.h"
 #include "residency/expert_store.h"
+#include "residency/layer_stream.h"
 #include "residency/plan.h"
 #include "residency/resident_experts.h"
 #include "residency/tiered_experts.h"
@@ -26,24 +28,27 @@ void check_memory_strategy(const MemoryStrategy& strategy);
 /// The plan for a checkpoint beside which `others` bytes are taken (KV cache, scratch, staging).
 /// Its total counts what the process has already, too. Throws MemoryLimitError with the least
 /// ram_limit.
-residency::RamPlan plan_experts(const checkpoint::ModelConfig& config, const LoadOptions& options,
-                                const WeightSizes& sizes, std::uint64_t others,
-                                const memory::MachineMemory& machine);
+residency::RamPlan plan_tiers(const checkpoint::ModelConfig& config, const LoadOptions& options,
+                              const WeightSizes& sizes, std::uint64_t others,
+                              const memory::MachineMemory& machine);
 
 /// How the files are read.
 storage::ReaderOptions reader_options(const LoadOptions& options);
 
-class ExpertTiers {
+class Tiers {
  public:
-  /// The backend and the weights must outlive this.
-  ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
-              const residency::RamPlan& plan, std::uint64_t reserved, const LoadOptions& options);
+  /// The backend, the weights and the trace (which may be null) must outlive this.
+  Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
+        const residency::RamPlan& plan, std::uint64_t reserved, const LoadOptions& options,
+        Trace* trace);
   /// Saves the warm-start file.
-  ~ExpertTiers();
-  ExpertTiers(const ExpertTiers&) = delete;
-  ExpertTiers& operator=(const ExpertTiers&) = delete;
+  ~Tiers();
+  Tiers(const Tiers&) = delete;
+  Tiers& operator=(const Tiers&) = delete;
 
   residency::ExpertRunner& runner() noexcept { return *runner_; }
+  /// Null where all layers' dense weights are in memory.
+  residency::LayerStream* layers() noexcept { return stream_.get(); }
   bool tiered() const noexcept { return store_ != nullptr; }
 
   // Between steps only.
@@ -55,6 +60,9 @@ class ExpertTiers {
   ModelStats stats() const;
 
  private:
+  void make_store(ops::Backend& backend, const model::ModelSpec& spec, Trace* trace);
+  void warm_start(const std::string& folder);
+
   LoadedWeights& loaded_;
   residency::RamPlan plan_;
   std::filesystem::path warm_start_;
@@ -67,6 +75,7 @@ class ExpertTiers {
   std::unique_ptr<residency::ExpertStore> store_;
   std::unique_ptr<residency::ExpertRunner> runner_;
   residency::TieredExperts* tiered_ = nullptr;  // the runner, if it is one
+  std::unique_ptr<residency::LayerStream> stream_;
 };
 
 }  // namespace dsfp4::engine

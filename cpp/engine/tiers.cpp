@@ -1,4 +1,4 @@
-#include "engine/expert_tiers.h"
+#include "engine/tiers.h"
 
 #include <algorithm>
 #include <cmath>
@@ -34,12 +34,33 @@ residency::RamWishes wishes_of(const MemoryStrategy& strategy) {
   return {bytes_of(strategy.cpu_cache_size), bytes_of(strategy.prefetch_size)};
 }
 
+// The layer that is computed, and those that are read ahead of it.
+std::size_t layer_buffers(const MemoryConfig& config) {
+  return static_cast<std::size_t>(1 + std::max<std::int64_t>(1, config.prefetch_layers));
+}
+
 // What this process may have in all, and can have without swapping.
 std::uint64_t ram_ceiling(const LoadOptions& options, const memory::MachineMemory& machine) {
   const std::uint64_t limit =
       options.ram_limit > 0 ? options.ram_limit : memory::default_ram_limit(machine);
   if (machine.available >= limit) return limit;  // also where it is not known
   return std::min(limit, machine.process + machine.available);
+}
+
+// Which bytes of which tensors a matrix is, for WeightCheck.
+void add_tensors(const checkpoint::WeightSource& source, const format::WeightView& view,
+                 std::vector<ReadTensor>& tensors) {
+  tensors.push_back({source.data, view.data, nullptr});
+  if (source.scales != nullptr) tensors.push_back({source.scales, view.scales, &view});
+}
+
+void count_reads(const storage::ReaderStats& reader, ModelStats& stats) {
+  stats.reads = reader.reads;
+  stats.read_bytes = reader.bytes_read;
+  stats.read_retries = reader.retries;
+  stats.read_stalls = reader.stalls;
+  stats.reads_in_flight = reader.in_flight;
+  stats.ssd_busy_seconds = reader.busy_seconds;
 }
 
 }  // namespace
@@ -61,9 +82,9 @@ void check_memory_strategy(const MemoryStrategy& strategy) {
   check_gigabytes(strategy.prefetch_size, "prefetch_size");
 }
 
-residency::RamPlan plan_experts(const checkpoint::ModelConfig& config, const LoadOptions& options,
-                                const WeightSizes& sizes, std::uint64_t others,
-                                const memory::MachineMemory& machine) {
+residency::RamPlan plan_tiers(const checkpoint::ModelConfig& config, const LoadOptions& options,
+                              const WeightSizes& sizes, std::uint64_t others,
+                              const memory::MachineMemory& machine) {
   check_memory_config(options.memory);
   check_memory_strategy(options.strategy);
   residency::RamNeeds needs;
@@ -72,6 +93,8 @@ residency::RamPlan plan_experts(const checkpoint::ModelConfig& config, const Loa
   needs.slot_bytes = sizes.slot_bytes;
   needs.experts = sizes.experts;
   needs.experts_per_token = static_cast<std::uint64_t>(config.num_experts_per_tok);
+  needs.layer_bytes = sizes.layer_bytes;
+  needs.layer_buffer_bytes = layer_buffers(options.memory) * sizes.layer_slot_bytes;
   return residency::plan_ram(needs, wishes_of(options.strategy), ram_ceiling(options, machine));
 }
 
@@ -89,9 +112,9 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
   return reading;
 }
 
-ExpertTiers::ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
-                         const residency::RamPlan& plan, std::uint64_t reserved,
-                         const LoadOptions& options)
+Tiers::Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
+             const residency::RamPlan& plan, std::uint64_t reserved, const LoadOptions& options,
+             Trace* trace)
     : loaded_(loaded),
       plan_(plan),
       fingerprint_(loaded.fingerprint),
@@ -99,45 +122,80 @@ ExpertTiers::ExpertTiers(ops::Backend& backend, const model::ModelSpec& spec, Lo
       policy_(options.cache_policy),
       ceiling_(ram_ceiling(options, memory::machine_memory())),
       reserved_(reserved) {
-  if (!plan.tiered) {
-    runner_ = std::make_unique<residency::ResidentExperts>(
-        backend, spec.hidden_size, spec.moe_intermediate_size,
-        [&loaded](std::int64_t layer) -> std::span<const ops::ExpertView> {
-          return loaded.weights.layers[static_cast<std::size_t>(layer)].experts;
-        });
+  if (!loaded.streamed.empty()) {
+    stream_ = std::make_unique<residency::LayerStream>(
+        std::move(loaded.streamed), layer_buffers(options.memory), *loaded.reader,
+        [check = loaded.check.get()](const residency::StreamedLayer& layer) {
+          std::vector<ReadTensor> tensors;
+          for (const auto& matrix : layer.matrices) {
+            add_tensors(*matrix.source, *matrix.view, tensors);
+          }
+          check->check(tensors);
+        },
+        trace);
+  }
+  if (plan.tiered) {
+    make_store(backend, spec, trace);
+    configure(options.memory);
+    warm_start(options.warm_start_folder);
     return;
   }
+  runner_ = std::make_unique<residency::ResidentExperts>(
+      backend, spec.hidden_size, spec.moe_intermediate_size,
+      [&loaded](std::int64_t layer) -> std::span<const ops::ExpertView> {
+        return loaded.weights.layers[static_cast<std::size_t>(layer)].experts;
+      });
+}
+
+void Tiers::make_store(ops::Backend& backend, const model::ModelSpec& spec, Trace* trace) {
   residency::ExpertStore::Options store;
   store.layers = spec.moe_layers();
   store.first_layer = spec.dense_layers;
   store.experts = spec.router.experts;
-  store.slots = plan.slots;
-  store.cache_slots = plan.cache_slots;
+  store.slots = plan_.slots;
+  store.cache_slots = plan_.cache_slots;
+  store.trace = trace;
+  store.check = [this, first = spec.dense_layers, experts = spec.router.experts](
+                    std::span<const residency::ExpertKey> keys,
+                    std::span<const ops::ExpertView> views) {
+    std::vector<ReadTensor> tensors;
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const auto key = static_cast<std::int64_t>(keys[i]);
+      const checkpoint::MlpSource& source =
+          loaded_.layout.layers[static_cast<std::size_t>(first + key / experts)]
+              .experts[static_cast<std::size_t>(key % experts)];
+      add_tensors(source.gate_proj, views[i].gate_proj, tensors);
+      add_tensors(source.up_proj, views[i].up_proj, tensors);
+      add_tensors(source.down_proj, views[i].down_proj, tensors);
+    }
+    loaded_.check->check(tensors);
+  };
   store_ = std::make_unique<residency::ExpertStore>(
-      store, std::move(loaded.images), *loaded.reader,
-      residency::make_policy(policy_, store.layers, store.experts));
+      std::move(store), std::move(loaded_.images), *loaded_.reader,
+      residency::make_policy(policy_, spec.moe_layers(), spec.router.experts));
   slot_bytes_ = store_->slot_size();
   std::vector<residency::RouterView> routers;
   for (std::int64_t layer = spec.dense_layers; layer < spec.layers; ++layer) {
-    const model::LayerWeights& weights = loaded.weights.layers[static_cast<std::size_t>(layer)];
+    const model::LayerWeights& weights = loaded_.weights.layers[static_cast<std::size_t>(layer)];
     routers.push_back({weights.gate, weights.e_score_correction_bias});
   }
   auto tiered = std::make_unique<residency::TieredExperts>(
       backend, *store_, spec.router, std::move(routers), spec.dense_layers, spec.hidden_size,
-      spec.moe_intermediate_size);
+      spec.moe_intermediate_size, trace);
   tiered_ = tiered.get();
   runner_ = std::move(tiered);
-  configure(options.memory);
+}
 
-  if (options.warm_start_folder.empty()) return;
-  warm_start_ = residency::warm_start_path(options.warm_start_folder, fingerprint_);
+void Tiers::warm_start(const std::string& folder) {
+  if (folder.empty()) return;
+  warm_start_ = residency::warm_start_path(folder, fingerprint_);
   const auto state = residency::load_warm_start(warm_start_, fingerprint_, policy_);
   if (state && store_->restore_policy(*state)) store_->warm_up();
 }
 
-ExpertTiers::~ExpertTiers() { remember(); }
+Tiers::~Tiers() { remember(); }
 
-void ExpertTiers::remember() noexcept {
+void Tiers::remember() noexcept {
   if (warm_start_.empty()) return;
   try {
     residency::save_warm_start(warm_start_, fingerprint_, policy_, store_->policy_state());
@@ -147,14 +205,14 @@ void ExpertTiers::remember() noexcept {
   }
 }
 
-void ExpertTiers::configure(const MemoryConfig& config) {
+void Tiers::configure(const MemoryConfig& config) {
   check_memory_config(config);
   if (tiered_ != nullptr) {
     tiered_->configure({config.prefetch_layers, static_cast<float>(config.expert_threshold)});
   }
 }
 
-void ExpertTiers::place(const MemoryStrategy& strategy) {
+void Tiers::place(const MemoryStrategy& strategy) {
   check_memory_strategy(strategy);
   if (!tiered()) {
     if (!strategy.cpu_cache_size && !strategy.prefetch_size) return;
@@ -173,18 +231,23 @@ void ExpertTiers::place(const MemoryStrategy& strategy) {
   plan_ = plan;
 }
 
-void ExpertTiers::between_groups(std::function<void()> call) {
+void Tiers::between_groups(std::function<void()> call) {
   if (tiered_ != nullptr) tiered_->between_groups(std::move(call));
 }
 
-ModelStats ExpertTiers::stats() const {
+ModelStats Tiers::stats() const {
   ModelStats stats;
   stats.reserved_bytes = reserved_ + plan_.expert_bytes;
   stats.tiered = tiered();
+  if (stream_ != nullptr) {
+    stats.streamed_layers = stream_->layers();
+    stats.streamed_bytes = stream_->stats().bytes;
+    stats.stream_wait_seconds = stream_->stats().wait_seconds;
+  }
+  if (loaded_.reader != nullptr) count_reads(loaded_.reader->stats(), stats);
   if (!tiered()) return stats;
   const residency::StoreStats store = store_->stats();
   const residency::TieredStats& runner = tiered_->stats();
-  const storage::ReaderStats reader = loaded_.reader->stats();
   stats.cache_slots = plan_.cache_slots;
   stats.slots = plan_.slots;
   stats.slot_bytes = slot_bytes_;
@@ -206,12 +269,6 @@ ModelStats ExpertTiers::stats() const {
   stats.image_bytes = store_->image_bytes(0);
   stats.wait_seconds = runner.wait_seconds;
   stats.expert_seconds = runner.compute_seconds;
-  stats.reads = reader.reads;
-  stats.read_bytes = reader.bytes_read;
-  stats.read_retries = reader.retries;
-  stats.read_stalls = reader.stalls;
-  stats.reads_in_flight = reader.in_flight;
-  stats.ssd_busy_seconds = reader.busy_seconds;
   return stats;
 }
 

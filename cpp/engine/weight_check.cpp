@@ -1,0 +1,36 @@
+#include "engine/weight_check.h"
+
+#include <utility>
+
+#include "dsfp4/error.h"
+
+namespace dsfp4::engine {
+
+WeightCheck::WeightCheck(checkpoint::Catalogue catalogue, int threads)
+    : catalogue_(std::move(catalogue)),
+      hashes_(checkpoint::TensorHashes::read(catalogue_.folder())),
+      pool_(threads) {}
+
+void WeightCheck::check(std::span<const ReadTensor> tensors) {
+  pool_.parallel_for(static_cast<std::int64_t>(tensors.size()), 1,
+                     [&](std::int64_t begin, std::int64_t end) {
+                       for (std::int64_t i = begin; i < end; ++i) {
+                         check_one(tensors[static_cast<std::size_t>(i)]);
+                       }
+                     });
+}
+
+void WeightCheck::check_one(const ReadTensor& read) const {
+  const checkpoint::TensorInfo& tensor = *read.tensor;
+  if (hashes_) hashes_->check(catalogue_, tensor, {read.bytes, tensor.bytes});
+  if (read.scales_of == nullptr) return;
+  format::WeightView view = *read.scales_of;
+  view.scales = read.bytes;
+  if (const auto bad = format::find_bad_scale(view)) {
+    throw CheckpointError(catalogue_.file_name(tensor), tensor.name,
+                          static_cast<std::int64_t>(tensor.offset + *bad),
+                          "this block scale is NaN or infinite; download the file again");
+  }
+}
+
+}  // namespace dsfp4::engine

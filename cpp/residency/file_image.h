@@ -1,0 +1,64 @@
+// How weights from files lie in a slot of memory: as in the files, so that direct reads land in
+// place.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "checkpoint/layout.h"
+#include "format/weight.h"
+#include "ops/backend.h"
+#include "storage/reader.h"
+
+namespace dsfp4::residency {
+
+/// What is to be read into a slot, and how much room that takes.
+struct FileImage {
+  struct Part {
+    std::uint32_t file = 0;
+    std::uint64_t offset = 0;  // in the file
+    std::uint64_t bytes = 0;
+    /// Congruent to `offset` modulo storage::kBlockBytes; no other part shares a block of the slot.
+    std::uint64_t slot_offset = 0;
+  };
+  std::vector<Part> parts;
+  /// A multiple of storage::kBlockBytes.
+  std::uint64_t slot_bytes = 0;
+
+  /// Of the parts.
+  std::uint64_t bytes() const noexcept;
+  std::vector<storage::Extent> extents(std::byte* slot) const;
+};
+
+/// Where data and block scales of a matrix lie in a slot.
+struct MatrixPlace {
+  static constexpr std::uint64_t kNone = std::numeric_limits<std::uint64_t>::max();
+  std::uint64_t data = kNone;
+  std::uint64_t scales = kNone;  // kNone where the format has none
+
+  void point(format::WeightView& view, const std::byte* slot) const noexcept;
+};
+
+/// Adjacent tensors are one part. places[i] becomes the place of matrices[i], all of which are
+/// present.
+FileImage file_image(std::span<const checkpoint::WeightSource* const> matrices,
+                     std::span<MatrixPlace> places);
+
+/// How one expert gets into a slot, and what it is there.
+struct ExpertImage {
+  FileImage files;
+  /// Formats, shapes and global scales; the pointers are filled in from `places`.
+  const ops::ExpertView* view = nullptr;
+  std::array<MatrixPlace, 3> places;  // gate, up, down
+
+  ops::ExpertView view_in(const std::byte* slot) const noexcept;
+};
+
+/// `view` must outlive the image.
+ExpertImage expert_image(const checkpoint::MlpSource& source, const ops::ExpertView& view);
+
+}  // namespace dsfp4::residency

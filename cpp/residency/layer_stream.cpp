@@ -1,0 +1,139 @@
+#include "residency/layer_stream.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <string>
+#include <utility>
+
+#include "base/log.h"
+#include "dsfp4/error.h"
+
+namespace dsfp4::residency {
+namespace {
+
+constexpr std::chrono::milliseconds kAtMost{1000};
+
+std::size_t largest_slot(const std::vector<StreamedLayer>& layers) {
+  std::size_t bytes = 0;
+  for (const StreamedLayer& layer : layers) {
+    bytes = std::max<std::size_t>(bytes, layer.files.slot_bytes);
+  }
+  return bytes;
+}
+
+}  // namespace
+
+LayerStream::LayerStream(std::vector<StreamedLayer> layers, std::size_t buffers,
+                         storage::Reader& reader, Check check, Trace* trace)
+    : layers_(std::move(layers)),
+      reader_(reader),
+      check_(std::move(check)),
+      trace_(trace),
+      buffers_(std::make_shared<memory::SlotPool>(buffers, largest_slot(layers_),
+                                                  "the buffers of streamed layers")) {
+  stalled_.reserve(buffers);
+  read_ahead();
+}
+
+LayerStream::~LayerStream() {
+  while (!ring_.empty()) drop_first();
+}
+
+// Fills the free buffers with what comes next.
+void LayerStream::read_ahead() {
+  std::erase_if(stalled_, [&](const Reading& reading) {
+    if (!reading.ticket.quiet()) return false;
+    buffers_->release(reading.buffer);
+    return true;
+  });
+  while (buffers_->free_count() > 0 && ring_.size() < layers_.size()) {
+    Reading reading{next_, buffers_->acquire(), {}};
+    const StreamedLayer& layer = layers_[next_];
+    try {
+      storage::ReadRequest request;
+      request.priority = storage::Priority::kSpeculative;
+      request.owner = buffers_;
+      request.extents = layer.files.extents(buffers_->data(reading.buffer));
+      if (trace_ != nullptr) {
+        request.on_complete = [trace = trace_, number = layer.layer, bytes = layer.files.bytes(),
+                               start = Trace::Clock::now()](const storage::ReadResult&) {
+          trace->span(Trace::Track::kReads, "layer " + std::to_string(number), start,
+                      Trace::Clock::now(), bytes);
+        };
+      }
+      ring_.push_back(reading);
+      ring_.back().ticket = reader_.submit(std::move(request));
+    } catch (...) {
+      if (!ring_.empty() && ring_.back().buffer == reading.buffer) ring_.pop_back();
+      buffers_->release(reading.buffer);
+      throw;
+    }
+    next_ = (next_ + 1) % layers_.size();
+  }
+}
+
+void LayerStream::drop_first() noexcept {
+  const Reading first = ring_.front();
+  ring_.pop_front();
+  if (first.ticket.status() == storage::ReadStatus::kPending) {
+    reader_.cancel(first.ticket);
+    while (!reader_.wait_for(first.ticket, kAtMost)) continue;
+  }
+  if (first.ticket.quiet()) {
+    buffers_->release(first.buffer);
+  } else {
+    stalled_.push_back(first);
+  }
+}
+
+void LayerStream::enter(std::int64_t layer) {
+  const auto found = std::ranges::find(layers_, layer, &StreamedLayer::layer);
+  if (found == layers_.end()) return;
+  const auto index = static_cast<std::size_t>(found - layers_.begin());
+  // After a step that was broken off, another layer comes next than was expected.
+  while (!ring_.empty() && ring_.front().index != index) drop_first();
+  if (ring_.empty()) next_ = index;
+  read_ahead();
+  if (ring_.empty()) {
+    throw IoError("", -1, ETIMEDOUT,
+                  "layer " + std::to_string(layer) +
+                      ": all its buffers are held by reads that the disk does not answer");
+  }
+  try {
+    wait_for(ring_.front());
+    for (const StreamedLayer::Matrix& matrix : found->matrices) {
+      matrix.place.point(*matrix.view, buffers_->data(ring_.front().buffer));
+    }
+    if (check_) check_(*found);
+  } catch (...) {
+    drop_first();
+    throw;
+  }
+  entered_ = true;
+  stats_.bytes += found->files.bytes();
+}
+
+void LayerStream::wait_for(const Reading& reading) {
+  const auto start = Trace::Clock::now();
+  reader_.promote(reading.ticket);
+  const storage::ReadResult result = reader_.wait(reading.ticket);
+  const auto end = Trace::Clock::now();
+  stats_.wait_seconds += std::chrono::duration<double>(end - start).count();
+  const std::string name = "layer " + std::to_string(layers_[reading.index].layer);
+  if (trace_ != nullptr) trace_->span(Trace::Track::kWaits, name, start, end);
+  if (result.status == storage::ReadStatus::kDone) return;
+  throw IoError(result.file, result.offset, result.error_number, name + ": " + result.problem);
+}
+
+void LayerStream::leave(std::int64_t layer) noexcept {
+  if (!entered_ || layers_[ring_.front().index].layer != layer) return;
+  entered_ = false;
+  drop_first();
+  try {
+    read_ahead();
+  } catch (const std::exception& error) {  // enter() tries again, and throws
+    log(LogLevel::kInfo, error.what());
+  }
+}
+
+}  // namespace dsfp4::residency

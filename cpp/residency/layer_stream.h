@@ -1,0 +1,108 @@
+// The dense weights of layers that do not fit into RAM: read again for every step, each layer while
+// the ones before it are computed.
+//
+// A few buffers of the size of a layer go round. The layer that is entered is in one of them, the
+// next ones are on their way into the others, and after the last layer comes the first again, for
+// the next step. A layer that is waited for is a demand; reads ahead of it are behind every demand,
+// so that they fill the time in which the disk would idle.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "base/trace.h"
+#include "format/weight.h"
+#include "memory/slot_pool.h"
+#include "residency/file_image.h"
+#include "storage/reader.h"
+
+namespace dsfp4::residency {
+
+/// Matrices of one layer in their files, and the views that are to point to them while the layer is
+/// entered.
+struct StreamedLayer {
+  struct Matrix {
+    const checkpoint::WeightSource* source = nullptr;
+    MatrixPlace place;
+    format::WeightView* view = nullptr;
+  };
+  std::int64_t layer = 0;  // the model's number
+  FileImage files;
+  std::vector<Matrix> matrices;
+};
+
+struct LayerStreamStats {
+  std::uint64_t bytes = 0;  // of layers that were entered
+  double wait_seconds = 0.0;
+};
+
+/// Not safe to use from several threads at once.
+class LayerStream {
+ public:
+  /// Called once a layer has been read and its views point to it; what it throws leaves enter().
+  using Check = std::function<void(const StreamedLayer& layer)>;
+
+  /// `layers`: ascending, at least one. `buffers` >= 2. Views and reader must outlive the stream;
+  /// `trace` may be null. Throws MemoryLimitError. Reading begins at once.
+  LayerStream(std::vector<StreamedLayer> layers, std::size_t buffers, storage::Reader& reader,
+              Check check, Trace* trace);
+  /// Cancels what is under way.
+  ~LayerStream();
+  LayerStream(const LayerStream&) = delete;
+  LayerStream& operator=(const LayerStream&) = delete;
+
+  /// Waits until the layer's weights are there; nothing for a layer that is not streamed. Throws
+  /// IoError that names the layer, and what Check throws; the layer may be entered again then.
+  void enter(std::int64_t layer);
+  /// The weights are no longer needed in this step.
+  void leave(std::int64_t layer) noexcept;
+
+  /// Enters a layer for as long as it lives. `stream` may be null.
+  class Use {
+   public:
+    Use(LayerStream* stream, std::int64_t layer) : stream_(stream), layer_(layer) {
+      if (stream_ != nullptr) stream_->enter(layer_);
+    }
+    ~Use() {
+      if (stream_ != nullptr) stream_->leave(layer_);
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    LayerStream* stream_;
+    std::int64_t layer_;
+  };
+
+  const LayerStreamStats& stats() const noexcept { return stats_; }
+  std::size_t layers() const noexcept { return layers_.size(); }
+
+ private:
+  struct Reading {
+    std::size_t index = 0;  // into layers_
+    int buffer = -1;
+    storage::ReadTicket ticket;
+  };
+
+  void read_ahead();
+  void wait_for(const Reading& reading);
+  /// Gives the first one's buffer back, once the reader has let go of it.
+  void drop_first() noexcept;
+
+  std::vector<StreamedLayer> layers_;
+  storage::Reader& reader_;
+  Check check_;
+  Trace* trace_;
+  std::shared_ptr<memory::SlotPool> buffers_;
+  std::deque<Reading> ring_;      // what is entered or comes next, in order
+  std::vector<Reading> stalled_;  // dropped, but still with the system
+  std::size_t next_ = 0;          // index of the layer to be read after those
+  bool entered_ = false;          // the first of the ring is in use
+  LayerStreamStats stats_;
+};
+
+}  // namespace dsfp4::residency

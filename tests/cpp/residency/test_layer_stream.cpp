@@ -1,0 +1,133 @@
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "dsfp4/error.h"
+#include "residency/layer_stream.h"
+#include "storage/reader_fixture.h"
+
+namespace dsfp4::residency {
+namespace {
+
+constexpr std::size_t kLayerBytes = 30'000;
+constexpr std::size_t kFirstByte = 77;
+constexpr std::int64_t kLayers[] = {1, 3, 4, 8};
+
+class LayerStreamTest : public storage::ReaderTest {
+ protected:
+  LayerStreamTest()
+      : reader_(nullptr), views_(std::size(kLayers)), path_(files_.write("weights", 200'000, 1)) {}
+
+  LayerStream& make(std::size_t buffers, LayerStream::Check check = {}, Trace* trace = nullptr) {
+    reader_ = storage::make_reader({path_}, options());
+    std::vector<StreamedLayer> layers;
+    for (std::size_t i = 0; i < std::size(kLayers); ++i) {
+      StreamedLayer layer;
+      layer.layer = kLayers[i];
+      const std::uint64_t offset = kFirstByte + i * kLayerBytes;
+      layer.files.parts = {{0, offset, kLayerBytes, offset % storage::kBlockBytes}};
+      layer.files.slot_bytes = memory::PhasedLayout::most(kLayerBytes);
+      layer.matrices = {{nullptr, {offset % storage::kBlockBytes, MatrixPlace::kNone}, &views_[i]}};
+      layers.push_back(layer);
+    }
+    stream_ = std::make_unique<LayerStream>(std::move(layers), buffers, *reader_, std::move(check),
+                                            trace);
+    return *stream_;
+  }
+  ~LayerStreamTest() override { stream_.reset(); }
+
+  // Enters the layer and says whether its weights are there.
+  bool is_right(std::int64_t layer) {
+    const LayerStream::Use use(stream_.get(), layer);
+    const auto i = static_cast<std::size_t>(std::ranges::find(kLayers, layer) - kLayers);
+    return storage::ReaderFiles::same(views_[i].data, kLayerBytes, kFirstByte + i * kLayerBytes, 1);
+  }
+  bool step() {
+    bool right = true;
+    for (std::int64_t layer = 0; layer < 10; ++layer) {
+      if (std::ranges::find(kLayers, layer) == std::end(kLayers)) {
+        const LayerStream::Use use(stream_.get(), layer);  // not a streamed one
+      } else {
+        right = is_right(layer) && right;
+      }
+    }
+    return right;
+  }
+
+  std::unique_ptr<storage::Reader> reader_;
+  std::vector<format::WeightView> views_;
+  std::filesystem::path path_;
+  std::unique_ptr<LayerStream> stream_;
+};
+
+TEST_P(LayerStreamTest, EachLayerIsReadOnceAStepIntoFewBuffers) {
+  for (const std::size_t buffers : {2u, 3u, 4u, 9u}) {
+    LayerStream& stream = make(buffers);
+    for (int i = 0; i < 5; ++i) EXPECT_TRUE(step()) << buffers;
+    EXPECT_EQ(stream.stats().bytes, 5 * std::size(kLayers) * kLayerBytes);
+    stream_.reset();  // what was read ahead is given up
+    EXPECT_LE(reader_->stats().bytes_useful, (5 * std::size(kLayers) + buffers) * kLayerBytes);
+  }
+}
+
+TEST_P(LayerStreamTest, ABrokenStepIsFollowedByAWholeOne) {
+  LayerStream& stream = make(3);
+  EXPECT_TRUE(is_right(1));
+  EXPECT_TRUE(is_right(3));
+  EXPECT_TRUE(step());
+  EXPECT_THROW(
+      {
+        const LayerStream::Use use(&stream, 1);
+        throw Error("within the layer");
+      },
+      Error);
+  EXPECT_TRUE(step());
+}
+
+TEST_P(LayerStreamTest, AFailedReadNamesTheLayerAndTheNextStepIsWhole) {
+  std::atomic<bool> broken = false;
+  system_.before = [&](storage::ReadCall& call) -> std::optional<int> {
+    const std::uint64_t bad = kFirstByte + 2 * kLayerBytes + 9000;  // of layer 4
+    const bool covers = call.offset <= bad && bad < call.offset + call.bytes;
+    return broken && covers ? std::optional(-EIO) : std::nullopt;
+  };
+  make(2);
+  EXPECT_TRUE(step());
+  broken = true;
+  EXPECT_TRUE(is_right(1));
+  EXPECT_TRUE(is_right(3));
+  try {
+    // The layer may have been read ahead before it broke: then the next step meets it.
+    for (int i = 0; i < 2; ++i) step();
+    FAIL();
+  } catch (const IoError& error) {
+    EXPECT_NE(std::string(error.what()).find("layer 4"), std::string::npos) << error.what();
+    EXPECT_EQ(error.error_number(), EIO);
+    EXPECT_EQ(error.file(), path_.string());
+  }
+  broken = false;
+  EXPECT_TRUE(step());
+  EXPECT_TRUE(step());
+}
+
+TEST_P(LayerStreamTest, WhatTheCheckRefusesIsReadAgain) {
+  int refusals = 1;
+  make(2, [&](const StreamedLayer& layer) {
+    if (layer.layer == 3 && refusals-- > 0) throw CheckpointError("file", "tensor", 1, "is wrong");
+  });
+  EXPECT_TRUE(is_right(1));
+  EXPECT_THROW(is_right(3), CheckpointError);
+  EXPECT_TRUE(is_right(3));
+  EXPECT_TRUE(step());
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, LayerStreamTest,
+                         testing::Values(storage::ReaderKind::kUring, storage::ReaderKind::kPread),
+                         storage::kind_name);
+
+}  // namespace
+}  // namespace dsfp4::residency
