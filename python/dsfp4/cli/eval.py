@@ -59,7 +59,9 @@ def execute(arguments: argparse.Namespace) -> None:
     documents = read_documents(arguments.file)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(load(arguments, arguments.model))
-        other = arguments.against and stack.enter_context(load(arguments, arguments.against))
+        other = arguments.against and stack.enter_context(
+            load(arguments, arguments.against, traced=False)
+        )
         progress = stack.enter_context(Progress("evaluating", format_tokens))
         evaluation = evaluate(
             model,

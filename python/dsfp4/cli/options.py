@@ -209,7 +209,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
     )
 
 
-def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
+def load(arguments: argparse.Namespace, model: str, *, traced: bool = True) -> DeepseekInference:
     """Load `model` as the engine flags say, with progress on a terminal."""
     with Progress("loading") as progress:
         return DeepseekInference(
@@ -221,7 +221,7 @@ def load(arguments: argparse.Namespace, model: str) -> DeepseekInference:
             memory_limit=arguments.memory_limit,
             ram_limit=arguments.ram_limit,
             progress=progress,
-            trace=arguments.trace if model == arguments.model else None,
+            trace=arguments.trace if traced else None,
             **memory(arguments),
         )
 
