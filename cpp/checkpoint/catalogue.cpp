@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <numeric>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -47,18 +46,19 @@ Catalogue Catalogue::open(const std::filesystem::path& folder) {
   shards.erase(std::unique(shards.begin(), shards.end()), shards.end());
 
   catalogue.read_headers(shards, indexed);
-  catalogue.sort_names();
   if (index) catalogue.check_index(*index);
   return catalogue;
 }
 
 void Catalogue::read_headers(const std::vector<std::string>& shards,
                              const std::vector<std::string>& indexed) {
+  std::vector<std::ptrdiff_t> runs;  // where in by_name_ each file's names begin
   for (const std::string& shard : shards) {
     const std::filesystem::path path = folder_ / shard;
     const std::optional<InputFile> file = InputFile::open_if_exists(path);
     if (file) {
-      read_safetensors_header(*file, static_cast<std::uint32_t>(files_.size()), tensors_);
+      runs.push_back(static_cast<std::ptrdiff_t>(by_name_.size()));
+      read_safetensors_header(*file, static_cast<std::uint32_t>(files_.size()), tensors_, by_name_);
       files_.push_back(path);
       identities_.push_back(file->identity());
     } else if (std::binary_search(indexed.begin(), indexed.end(), shard)) {
@@ -75,15 +75,26 @@ void Catalogue::read_headers(const std::vector<std::string>& shards,
                                     " shards that the index names is there, '" +
                                     absent_shards_.front() + "' for one");
   }
+  merge_names(std::move(runs));
 }
 
-void Catalogue::sort_names() {
-  by_name_.resize(tensors_.size());
-  std::iota(by_name_.begin(), by_name_.end(), 0u);
-  std::sort(by_name_.begin(), by_name_.end(), [&](std::uint32_t a, std::uint32_t b) {
-    const int names = tensors_[a].name.compare(tensors_[b].name);
-    return names != 0 ? names < 0 : a < b;
-  });
+// The names of each file are in order: neighbours are merged until one run is left.
+void Catalogue::merge_names(std::vector<std::ptrdiff_t> runs) {
+  const auto by_name = [&](std::uint32_t a, std::uint32_t b) {
+    return tensors_[a].name < tensors_[b].name;
+  };
+  const auto begin = by_name_.begin();
+  runs.push_back(static_cast<std::ptrdiff_t>(by_name_.size()));
+  while (runs.size() > 2) {
+    std::vector<std::ptrdiff_t> merged;
+    for (std::size_t i = 0; i + 1 < runs.size(); i += 2) {
+      merged.push_back(runs[i]);
+      if (i + 2 == runs.size()) break;
+      std::inplace_merge(begin + runs[i], begin + runs[i + 1], begin + runs[i + 2], by_name);
+    }
+    merged.push_back(runs.back());
+    runs = std::move(merged);
+  }
   const auto twice = std::adjacent_find(
       by_name_.begin(), by_name_.end(),
       [&](std::uint32_t a, std::uint32_t b) { return tensors_[a].name == tensors_[b].name; });
@@ -95,25 +106,40 @@ void Catalogue::sort_names() {
 
 // The headers are the truth, so what the index leaves out is welcome; what it says must be so.
 void Catalogue::check_index(ShardIndex& index) {
-  if (!absent_shards_.empty()) absent_.reserve(index.entries.size());
-  for (ShardIndex::Entry& entry : index.entries) {
-    const std::string& shard = index.shards[entry.shard];
+  struct Place {
+    std::optional<std::uint32_t> absent;  // index into absent_shards_
+    std::uint32_t file = 0;               // else index into files_
+  };
+  std::vector<Place> places;  // of the index's shards
+  for (const std::string& shard : index.shards) {
     const auto absent = std::lower_bound(absent_shards_.begin(), absent_shards_.end(), shard);
-    const TensorInfo* tensor = find(entry.tensor);
     if (absent != absent_shards_.end() && *absent == shard) {
-      if (tensor == nullptr) {
-        absent_.push_back(
-            {std::move(entry.tensor), static_cast<std::uint32_t>(absent - absent_shards_.begin())});
-      }
-    } else if (tensor == nullptr) {
-      throw CheckpointError((folder_ / shard).string(), entry.tensor, -1,
-                            "the index places this tensor here, but the file does not have it");
-    } else if (files_[tensor->file].filename() != shard) {
-      throw CheckpointError(index.file, entry.tensor, entry.at,
-                            "the index places this tensor in '" + shard + "', but it lies in '" +
-                                files_[tensor->file].filename().string() + "'");
+      places.push_back({static_cast<std::uint32_t>(absent - absent_shards_.begin())});
+    } else {
+      const auto file = std::lower_bound(files_.begin(), files_.end(), folder_ / shard);
+      places.push_back({std::nullopt, static_cast<std::uint32_t>(file - files_.begin())});
     }
   }
+  if (!absent_shards_.empty()) absent_.reserve(index.entries.size());
+  auto here = by_name_.begin();
+  for (const ShardIndex::Entry& entry : index.entries) {  // both are in the order of the names
+    const std::string_view name = index.name(entry);
+    while (here != by_name_.end() && tensors_[*here].name < name) ++here;
+    const bool found = here != by_name_.end() && tensors_[*here].name == name;
+    const Place& place = places[entry.shard];
+    if (place.absent) {
+      if (!found) absent_.push_back({entry.name_begin, entry.name_bytes, *place.absent});
+    } else if (!found) {
+      throw CheckpointError(files_[place.file].string(), std::string(name), -1,
+                            "the index places this tensor here, but the file does not have it");
+    } else if (tensors_[*here].file != place.file) {
+      throw CheckpointError(index.file, std::string(name), entry.at,
+                            "the index places this tensor in '" + index.shards[entry.shard] +
+                                "', but it lies in '" +
+                                files_[tensors_[*here].file].filename().string() + "'");
+    }
+  }
+  if (!absent_.empty()) absent_names_ = std::move(index.names);
 }
 
 const TensorInfo* Catalogue::find(std::string_view name) const {
@@ -124,16 +150,20 @@ const TensorInfo* Catalogue::find(std::string_view name) const {
 }
 
 const Catalogue::AbsentTensor* Catalogue::find_absent(std::string_view name) const {
-  const auto found = std::lower_bound(
-      absent_.begin(), absent_.end(), name,
-      [](const AbsentTensor& tensor, std::string_view wanted) { return tensor.name < wanted; });
-  return found != absent_.end() && found->name == name ? &*found : nullptr;
+  const auto name_of = [&](const AbsentTensor& tensor) {
+    return std::string_view(absent_names_).substr(tensor.name_begin, tensor.name_bytes);
+  };
+  const auto found = std::lower_bound(absent_.begin(), absent_.end(), name,
+                                      [&](const AbsentTensor& tensor, std::string_view wanted) {
+                                        return name_of(tensor) < wanted;
+                                      });
+  return found != absent_.end() && name_of(*found) == name ? &*found : nullptr;
 }
 
 const TensorInfo& Catalogue::require(std::string_view name) const {
   if (const TensorInfo* tensor = find(name)) return *tensor;
   if (const AbsentTensor* absent = find_absent(name)) {
-    throw CheckpointError((folder_ / absent_shards_[absent->shard]).string(), absent->name, -1,
+    throw CheckpointError((folder_ / absent_shards_[absent->shard]).string(), std::string(name), -1,
                           "this shard holds the tensor and is not there; download it");
   }
   std::string problem = "this tensor is missing from the checkpoint";

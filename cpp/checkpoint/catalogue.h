@@ -1,6 +1,7 @@
 // The catalogue: every tensor of a checkpoint folder and where its bytes lie. Reads headers only.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <string>
@@ -54,16 +55,17 @@ class Catalogue {
  private:
   // A tensor that the index places in a shard that is not there.
   struct AbsentTensor {
-    std::string name;
+    std::uint32_t name_begin = 0;  // bytes of absent_names_
+    std::uint32_t name_bytes = 0;
     std::uint32_t shard = 0;  // index into absent_shards_
   };
 
   Catalogue() = default;
   void read_headers(const std::vector<std::string>& shards,
                     const std::vector<std::string>& indexed);
-  void sort_names();
+  void merge_names(std::vector<std::ptrdiff_t> runs);
   const AbsentTensor* find_absent(std::string_view name) const;
-  void check_index(ShardIndex& index);  // takes names out of it
+  void check_index(ShardIndex& index);  // may take its names
 
   std::filesystem::path folder_;
   std::vector<std::filesystem::path> files_;
@@ -72,6 +74,7 @@ class Catalogue {
   // Sorted, not hashed: names are chosen by strangers, and a hash can be made to collide.
   std::vector<std::uint32_t> by_name_;
   std::vector<AbsentTensor> absent_;  // sorted by name
+  std::string absent_names_;
   std::vector<std::string> absent_shards_;
 };
 

@@ -17,7 +17,8 @@ enum class TopkMethod : std::uint8_t { kGreedy, kGroupLimitedGreedy, kNoauxTc };
 std::string_view scoring_name(Scoring scoring);
 std::string_view topk_method_name(TopkMethod method);
 
-/// The largest config.json, generation_config.json and hf_quant_config.json that are read.
+/// The largest config.json, generation_config.json and hf_quant_config.json that are read: real
+/// ones have some kB, and one that listed R1's 46,000 expert matrices one by one would have 5 MB.
 inline constexpr std::uint64_t kMaxConfigBytes = std::uint64_t{16} << 20;
 
 /// Present when the checkpoint scales its rotary frequencies with YaRN.

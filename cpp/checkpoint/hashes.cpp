@@ -12,12 +12,12 @@
 #include "base/files.h"
 #include "checkpoint/file.h"
 #include "checkpoint/json.h"
+#include "checkpoint/name_order.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::checkpoint {
 namespace {
 
-constexpr std::uint64_t kMaxHashFileBytes = std::uint64_t{256} << 20;
 constexpr std::string_view kAlgorithm = "xxh3-64";
 constexpr std::size_t kDigits = 16;
 
@@ -28,17 +28,25 @@ std::string hex(std::uint64_t hash) {
   return text;
 }
 
+bool by_name(const TensorHash& a, const TensorHash& b) { return a.tensor < b.tensor; }
+
+}  // namespace
+
 class HashFileHandler : public JsonHandler {
  public:
-  HashFileHandler(std::string file, std::vector<TensorHash>& entries)
-      : file_(std::move(file)), entries_(entries) {}
+  HashFileHandler(std::string file, TensorHashes& hashes)
+      : file_(std::move(file)), hashes_(hashes) {}
 
+  void begin_document(const JsonOutline& outline) override {
+    hashes_.entries_.reserve(std::min(outline.strings / 2, kMaxHashes));
+    hashes_.names_.reserve(outline.bytes);  // they are parts of the text, and escapes are longer
+  }
   void begin_object(std::size_t at) override {
     if (depth_ == 2 || (depth_ == 1 && key_ != "tensors")) fail(at, kShape);
     ++depth_;
   }
-  void key(std::string name, std::size_t at) override {
-    key_ = std::move(name);
+  void key(std::string_view name, std::size_t at) override {
+    key_ = name;
     if (depth_ == 2) return;
     bool& seen = key_ == "tensors" ? tensors_seen_ : algorithm_seen_;
     if (key_ != "tensors" && key_ != "algorithm") fail(at, kShape);
@@ -48,11 +56,16 @@ class HashFileHandler : public JsonHandler {
   void begin_array(std::size_t at) override { fail(at, kShape); }
   void end_array(std::size_t /*at*/) override {}
 
-  void scalar(JsonScalar value, std::size_t at) override {
-    const auto* text = std::get_if<std::string>(&value);
+  void scalar(const JsonScalar& value, std::size_t at) override {
+    const auto* text = std::get_if<std::string_view>(&value);
     if (text == nullptr || (depth_ == 1 && key_ == "tensors")) fail(at, kShape);
     if (depth_ == 2) {
-      entries_.push_back({key_, parse(*text, at)});
+      if (hashes_.entries_.size() == kMaxHashes) {
+        fail(at, "the file has more than " + std::to_string(kMaxHashes) + " tensors");
+      }
+      hashes_.entries_.push_back({static_cast<std::uint32_t>(hashes_.names_.size()),
+                                  static_cast<std::uint32_t>(key_.size()), parse(*text, at)});
+      hashes_.names_ += key_;
     } else if (*text != kAlgorithm) {
       fail(at, "the algorithm must be \"xxh3-64\"");
     }
@@ -68,11 +81,11 @@ class HashFileHandler : public JsonHandler {
       "a checksum file must be {\"algorithm\": \"xxh3-64\", \"tensors\": {name: 16 hexadecimal "
       "digits}}; delete it, and write it anew with `dsfp4 verify MODEL --write`";
 
-  [[noreturn]] void fail(std::size_t at, const char* problem) const {
+  [[noreturn]] void fail(std::size_t at, const std::string& problem) const {
     throw CheckpointError(file_, key_, static_cast<std::int64_t>(at), problem);
   }
 
-  std::uint64_t parse(const std::string& text, std::size_t at) const {
+  std::uint64_t parse(std::string_view text, std::size_t at) const {
     std::uint64_t hash = 0;
     const char* end = text.data() + text.size();
     const auto [stop, error] = std::from_chars(text.data(), end, hash, 16);
@@ -81,16 +94,12 @@ class HashFileHandler : public JsonHandler {
   }
 
   std::string file_;
-  std::vector<TensorHash>& entries_;
+  TensorHashes& hashes_;
   std::size_t depth_ = 0;
   std::string key_;
   bool tensors_seen_ = false;
   bool algorithm_seen_ = false;
 };
-
-bool by_name(const TensorHash& a, const TensorHash& b) { return a.tensor < b.tensor; }
-
-}  // namespace
 
 struct Xxh3::State {
   XXH3_state_t state;
@@ -114,24 +123,25 @@ std::optional<TensorHashes> TensorHashes::read(const std::filesystem::path& fold
   const std::optional<std::string> text = read_file_if_exists(path, kMaxHashFileBytes);
   if (!text) return std::nullopt;
   TensorHashes hashes;
-  HashFileHandler handler(path.string(), hashes.entries_);
+  HashFileHandler handler(path.string(), hashes);
   parse_json(*text, path.string(), 0, handler);
   handler.finish();
-  std::sort(hashes.entries_.begin(), hashes.entries_.end(), by_name);
-  const auto twice = std::adjacent_find(
-      hashes.entries_.begin(), hashes.entries_.end(),
-      [](const TensorHash& a, const TensorHash& b) { return a.tensor == b.tensor; });
-  if (twice != hashes.entries_.end()) {
-    throw CheckpointError(path.string(), twice->tensor, -1, "this tensor is there twice");
+  NameOrder names = order_names(hashes.entries_.size(),
+                                [&](std::size_t i) { return hashes.name(hashes.entries_[i]); });
+  if (names.twice) {
+    const Entry& second = hashes.entries_[names.order[*names.twice + 1]];
+    throw CheckpointError(path.string(), std::string(hashes.name(second)), -1,
+                          "this tensor is there twice");
   }
+  apply_order(std::move(names.order), hashes.entries_);
   return hashes;
 }
 
 std::optional<std::uint64_t> TensorHashes::find(std::string_view tensor) const {
   const auto found = std::lower_bound(
       entries_.begin(), entries_.end(), tensor,
-      [](const TensorHash& entry, std::string_view name) { return entry.tensor < name; });
-  if (found == entries_.end() || found->tensor != tensor) return std::nullopt;
+      [&](const Entry& entry, std::string_view wanted) { return name(entry) < wanted; });
+  if (found == entries_.end() || name(*found) != tensor) return std::nullopt;
   return found->hash;
 }
 

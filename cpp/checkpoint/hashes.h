@@ -18,6 +18,10 @@
 namespace dsfp4::checkpoint {
 
 inline constexpr std::string_view kHashFile = "dsfp4.xxh3.json";
+/// What a sidecar may hold at most, as an index may: that of DeepSeek-V4-Pro in NVFP4 would have
+/// 285,000 tensors and 18 MB.
+inline constexpr std::uint64_t kMaxHashFileBytes = std::uint64_t{72} << 20;
+inline constexpr std::size_t kMaxHashes = 1'150'000;
 
 /// XXH3 with 64 bits and seed 0 of bytes that come in pieces. Source: xxHash's specification.
 class Xxh3 {
@@ -45,12 +49,11 @@ struct TensorHash {
 
 class TensorHashes {
  public:
-  /// Empty if the folder has no sidecar. Throws CheckpointError, with the byte, for a malformed
-  /// one.
+  /// Empty if the folder has no sidecar. Throws CheckpointError, with the byte, for one that is
+  /// malformed or over the limits above.
   static std::optional<TensorHashes> read(const std::filesystem::path& folder);
 
-  /// Sorted by tensor.
-  const std::vector<TensorHash>& entries() const noexcept { return entries_; }
+  std::size_t size() const noexcept { return entries_.size(); }
   std::optional<std::uint64_t> find(std::string_view tensor) const;
   /// Throws CheckpointError, naming file and tensor, unless `bytes`, all of the tensor's, have the
   /// hash that the sidecar gives.
@@ -60,7 +63,19 @@ class TensorHashes {
   std::optional<std::string> problem(std::string_view tensor, std::uint64_t hash) const;
 
  private:
-  std::vector<TensorHash> entries_;
+  friend class HashFileHandler;
+  struct Entry {
+    std::uint32_t name_begin = 0;  // bytes of names_
+    std::uint32_t name_bytes = 0;
+    std::uint64_t hash = 0;
+  };
+
+  std::string_view name(const Entry& entry) const {
+    return std::string_view(names_).substr(entry.name_begin, entry.name_bytes);
+  }
+
+  std::string names_;           // of all tensors: a million small strings are slow to free
+  std::vector<Entry> entries_;  // sorted by name
 };
 
 /// Writes the sidecar, whole or not at all. Throws IoError.

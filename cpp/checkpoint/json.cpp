@@ -1,20 +1,25 @@
 #include "checkpoint/json.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <iterator>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include <nlohmann/json.hpp>
 
+#include "checkpoint/name_order.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::checkpoint {
 namespace {
 
 constexpr std::size_t kMaxDepth = 64;
-constexpr std::size_t kMaxTokenBytes = std::size_t{1} << 20;
+constexpr std::size_t kMaxStringBytes = std::size_t{1} << 20;
+constexpr std::size_t kMaxNumberBytes = 1024;  // strtod takes its time over digits that say nothing
+constexpr std::size_t kMaxSlowBytes = std::size_t{8} << 20;  // they take up to 30 ns a byte
 constexpr std::size_t kMaxValues = std::size_t{1} << 18;
 
 [[noreturn]] void fail(const std::string& file, std::size_t at, const std::string& problem) {
@@ -23,19 +28,55 @@ constexpr std::size_t kMaxValues = std::size_t{1} << 18;
 
 bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
 
-// One past the end of the string, number or literal that begins at `i`.
-std::size_t token_end(std::string_view text, std::size_t i) {
-  if (text[i] == '"') {
-    for (++i; i < text.size() && text[i] != '"'; ++i) {
-      if (text[i] == '\\') ++i;
-    }
-    return std::min(i + 1, text.size());
+enum Kind : std::uint8_t { kOther, kSpace, kSeparator, kOpen, kClose, kQuote };
+
+constexpr std::array<Kind, 256> kKinds = [] {
+  std::array<Kind, 256> kinds{};
+  for (const char c : {' ', '\t', '\n', '\r'}) kinds[static_cast<unsigned char>(c)] = kSpace;
+  for (const char c : {',', ':'}) kinds[static_cast<unsigned char>(c)] = kSeparator;
+  for (const char c : {'{', '['}) kinds[static_cast<unsigned char>(c)] = kOpen;
+  for (const char c : {'}', ']'}) kinds[static_cast<unsigned char>(c)] = kClose;
+  kinds['"'] = kQuote;
+  return kinds;
+}();
+
+Kind kind_of(char c) { return kKinds[static_cast<unsigned char>(c)]; }
+
+struct StringEnd {
+  std::size_t end;  // one past the closing quote, or the text's end
+  bool plain;       // closed, and nothing but printable ASCII without escapes
+};
+
+// Of the string whose opening quote is at `i`.
+StringEnd string_end(std::string_view text, std::size_t i) {
+  std::size_t end = std::min(text.find('"', i + 1), text.size());
+  bool odd = end == text.size();
+  for (const char c : text.substr(i + 1, end - i - 1)) odd |= c < ' ' || c > '~' || c == '\\';
+  if (!odd) return {end + 1, true};
+  for (end = i + 1; end < text.size() && text[end] != '"'; ++end) {
+    if (text[end] == '\\') ++end;
   }
-  while (i < text.size() && !is_space(text[i]) &&
-         std::string_view(",:[]{}\"").find(text[i]) == std::string_view::npos) {
-    ++i;
-  }
+  return {std::min(end + 1, text.size()), false};
+}
+
+// One past the end of the number or literal that begins at `i`.
+std::size_t word_end(std::string_view text, std::size_t i) {
+  while (i < text.size() && kind_of(text[i]) == kOther) ++i;
   return i;
+}
+
+// One past the white space that begins at `i`.
+std::size_t space_end(std::string_view text, std::size_t i) {
+  while (i < text.size() && is_space(text[i])) ++i;
+  return i;
+}
+
+std::string over(const std::string& what, std::size_t limit) {
+  return "holds " + what + " of more than " + std::to_string(limit) + " bytes";
+}
+
+std::string too_slow() {
+  return over("numbers, and strings with escapes or beyond ASCII,", kMaxSlowBytes) + " in all";
 }
 
 // A cheap first pass that bounds what the parser can be made to hold.
@@ -50,22 +91,28 @@ JsonOutline outline_json(std::string_view text, const std::string& file, std::si
   }
   JsonOutline outline{text.size(), 0, 0};
   std::size_t depth = 0;
+  std::size_t slow = 0;  // bytes of numbers, and of strings that are not plain
   for (std::size_t i = 0; i < text.size();) {
-    const char c = text[i];
-    if (c == '{' || c == '[') {
-      if (c == '{') ++outline.objects;
+    const Kind kind = kind_of(text[i]);
+    if (kind == kOpen) {
+      if (text[i] == '{') ++outline.objects;
       if (++depth > kMaxDepth) {
         fail(file, base + i, "nests deeper than " + std::to_string(kMaxDepth) + " levels");
       }
-    } else if ((c == '}' || c == ']') && depth > 0) {
+    } else if (kind == kClose && depth > 0) {
       --depth;
-    } else if (!is_space(c) && c != ',' && c != ':' && c != '}' && c != ']') {
-      const std::size_t end = token_end(text, i);
-      if (c == '"') ++outline.strings;
-      if (end - i > kMaxTokenBytes) {
-        fail(file, base + i,
-             "holds a string or number of more than " + std::to_string(kMaxTokenBytes) + " bytes");
-      }
+    } else if (kind == kQuote) {
+      const StringEnd string = string_end(text, i);
+      const std::size_t bytes = string.end - i;
+      ++outline.strings;
+      if (bytes > kMaxStringBytes) fail(file, base + i, over("a string", kMaxStringBytes));
+      if (!string.plain && (slow += bytes) > kMaxSlowBytes) fail(file, base + i, too_slow());
+      i = string.end;
+      continue;
+    } else if (kind == kOther) {
+      const std::size_t end = word_end(text, i);
+      if (end - i > kMaxNumberBytes) fail(file, base + i, over("a number", kMaxNumberBytes));
+      if ((slow += end - i) > kMaxSlowBytes) fail(file, base + i, too_slow());
       i = end;
       continue;
     }
@@ -74,8 +121,9 @@ JsonOutline outline_json(std::string_view text, const std::string& file, std::si
   return outline;
 }
 
-// Walks a text and keeps count in a place that outlives the parser's own copies of it.
-class CountingIterator {
+// Walks a text for nlohmann's parser, which takes some 8 ns a byte, and passes over what it need
+// not see: the inside of plain strings and repeated white space. Where it is, all copies share.
+class SkippingIterator {
  public:
   using iterator_category = std::input_iterator_tag;
   using value_type = char;
@@ -83,24 +131,40 @@ class CountingIterator {
   using pointer = const char*;
   using reference = const char&;
 
-  CountingIterator(const char* here, std::size_t* consumed) : here_(here), consumed_(consumed) {}
-  reference operator*() const { return *here_; }
-  CountingIterator& operator++() {
-    ++here_;
-    ++*consumed_;
+  struct Place {
+    std::string_view text;
+    std::size_t consumed = 0;
+    std::size_t closing = 0;  // the closing quote of the string that is being read
+  };
+
+  explicit SkippingIterator(Place* place) : place_(place) {}  // null: the end
+  reference operator*() const { return place_->text[place_->consumed]; }
+  SkippingIterator& operator++() {
+    Place& p = *place_;
+    const std::size_t at = p.consumed++;
+    const Kind kind = kind_of(p.text[at]);
+    if (at < p.closing) return *this;
+    if (kind == kQuote && at > p.closing) {
+      const StringEnd string = string_end(p.text, at);
+      p.closing = string.end - 1;
+      if (string.plain) p.consumed = p.closing;
+    } else if (kind == kSpace) {
+      p.consumed = space_end(p.text, p.consumed);
+    }
     return *this;
   }
-  CountingIterator operator++(int) {
-    CountingIterator before = *this;
+  SkippingIterator operator++(int) {
+    SkippingIterator before = *this;
     ++*this;
     return before;
   }
-  bool operator==(const CountingIterator& other) const { return here_ == other.here_; }
-  bool operator!=(const CountingIterator& other) const { return here_ != other.here_; }
+  bool operator==(const SkippingIterator& other) const { return at_end() == other.at_end(); }
+  bool operator!=(const SkippingIterator& other) const { return !(*this == other); }
 
  private:
-  const char* here_;
-  std::size_t* consumed_;
+  bool at_end() const { return place_ == nullptr || place_->consumed >= place_->text.size(); }
+
+  Place* place_;
 };
 
 // nlohmann's message without its prefix and without the text that it read.
@@ -119,24 +183,29 @@ std::string plain_message(const nlohmann::detail::exception& error) {
 
 // nlohmann's events with the offsets that it does not give. Between two tokens there are only
 // spaces, commas and colons, so a token's first byte is found from the end of the one before it.
+// At an event the parser has read just its token, and where that is a number one byte more.
 class SaxAdapter : public nlohmann::json_sax<nlohmann::json> {
  public:
   SaxAdapter(std::string_view text, const std::string& file, std::size_t base, JsonHandler& handler)
-      : text_(text), file_(file), base_(base), handler_(handler) {}
+      : place_{text}, file_(file), base_(base), handler_(handler) {}
 
-  std::size_t* consumed() { return &consumed_; }
+  SkippingIterator begin() { return SkippingIterator(&place_); }
 
   bool null() override { return scalar({}); }
   bool boolean(bool value) override { return scalar(value); }
-  bool number_integer(number_integer_t value) override { return scalar(std::int64_t{value}); }
+  bool number_integer(number_integer_t value) override { return number(std::int64_t{value}); }
   bool number_unsigned(number_unsigned_t value) override {
     if (value > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
-      return scalar(static_cast<double>(value));
+      return number(static_cast<double>(value));
     }
-    return scalar(static_cast<std::int64_t>(value));
+    return number(static_cast<std::int64_t>(value));
   }
-  bool number_float(number_float_t value, const string_t&) override { return scalar(value); }
-  bool string(string_t& value) override { return scalar(std::move(value)); }
+  bool number_float(number_float_t value, const string_t&) override { return number(value); }
+  bool string(string_t& value) override {
+    const std::size_t at = next_token();
+    handler_.scalar(content(value, at), at);
+    return true;
+  }
   bool binary(binary_t&) override { return false; }  // no such thing in a text
   bool start_object(std::size_t) override {
     handler_.begin_object(next_token());
@@ -144,7 +213,7 @@ class SaxAdapter : public nlohmann::json_sax<nlohmann::json> {
   }
   bool key(string_t& name) override {
     const std::size_t at = next_token();
-    handler_.key(std::move(name), at);
+    handler_.key(content(name, at), at);
     return true;
   }
   bool end_object() override {
@@ -161,28 +230,46 @@ class SaxAdapter : public nlohmann::json_sax<nlohmann::json> {
   }
   bool parse_error(std::size_t, const std::string&,
                    const nlohmann::detail::exception& error) override {
-    fail(file_, base_ + (consumed_ == 0 ? 0 : consumed_ - 1), plain_message(error));
+    fail(file_, base_ + (place_.consumed == 0 ? 0 : place_.consumed - 1), plain_message(error));
   }
 
  private:
-  bool scalar(JsonScalar value) {
-    handler_.scalar(std::move(value), next_token());
+  bool scalar(const JsonScalar& value) {
+    handler_.scalar(value, next_token());
     return true;
   }
 
-  std::size_t next_token() {
+  // The parser has read one byte more, and perhaps passed over white space.
+  bool number(const JsonScalar& value) {
+    const std::size_t at = begin_of_next();
+    end_ = word_end(place_.text, at);
+    handler_.scalar(value, base_ + at);
+    return true;
+  }
+
+  std::size_t begin_of_next() const {
     std::size_t at = end_;
-    while (is_space(text_[at]) || text_[at] == ',' || text_[at] == ':') ++at;
-    const bool bracket = std::string_view("[]{}").find(text_[at]) != std::string_view::npos;
-    end_ = bracket ? at + 1 : token_end(text_, at);
+    while (kind_of(place_.text[at]) == kSpace || kind_of(place_.text[at]) == kSeparator) ++at;
+    return at;
+  }
+
+  std::size_t next_token() {
+    const std::size_t at = begin_of_next();
+    end_ = place_.consumed;
     return base_ + at;
   }
 
-  std::string_view text_;
+  // The parser saw nothing of a plain string.
+  std::string_view content(const string_t& parsed, std::size_t at) const {
+    if (!parsed.empty()) return parsed;
+    const std::size_t begin = at - base_ + 1;
+    return place_.text.substr(begin, end_ - 1 - begin);
+  }
+
+  SkippingIterator::Place place_;
   const std::string& file_;
   std::size_t base_;
   JsonHandler& handler_;
-  std::size_t consumed_ = 0;
   std::size_t end_ = 0;
 };
 
@@ -192,9 +279,7 @@ void parse_json(std::string_view text, const std::string& file, std::size_t base
                 JsonHandler& handler) {
   handler.begin_document(outline_json(text, file, base));
   SaxAdapter adapter(text, file, base, handler);
-  const CountingIterator begin(text.data(), adapter.consumed());
-  const CountingIterator end(text.data() + text.size(), adapter.consumed());
-  nlohmann::json::sax_parse(begin, end, &adapter);
+  nlohmann::json::sax_parse(adapter.begin(), SkippingIterator(nullptr), &adapter);
 }
 
 const JsonValue* JsonValue::find(std::string_view name) const {
@@ -241,21 +326,20 @@ void JsonTreeBuilder::begin_object(std::size_t at) {
   open_.push_back(&add({JsonValue::Object(), at}));
 }
 
-void JsonTreeBuilder::key(std::string name, std::size_t at) {
-  std::get<JsonValue::Object>(open_.back()->data).push_back({std::move(name), {}, at});
+void JsonTreeBuilder::key(std::string_view name, std::size_t at) {
+  std::get<JsonValue::Object>(open_.back()->data).push_back({std::string(name), {}, at});
 }
 
 void JsonTreeBuilder::end_object(std::size_t) {
   auto& members = std::get<JsonValue::Object>(open_.back()->data);
-  std::stable_sort(members.begin(), members.end(),
-                   [](const JsonMember& a, const JsonMember& b) { return a.name < b.name; });
-  const auto twice =
-      std::adjacent_find(members.begin(), members.end(),
-                         [](const JsonMember& a, const JsonMember& b) { return a.name == b.name; });
-  if (twice != members.end()) {
-    throw CheckpointError(file_, twice->name, static_cast<std::int64_t>(std::next(twice)->at),
+  NameOrder names = order_names(
+      members.size(), [&](std::size_t i) -> const std::string& { return members[i].name; });
+  if (names.twice) {
+    const JsonMember& second = members[names.order[*names.twice + 1]];
+    throw CheckpointError(file_, second.name, static_cast<std::int64_t>(second.at),
                           "this key is there twice");
   }
+  apply_order(std::move(names.order), members);
   open_.pop_back();
 }
 
@@ -265,8 +349,16 @@ void JsonTreeBuilder::begin_array(std::size_t at) {
 
 void JsonTreeBuilder::end_array(std::size_t) { open_.pop_back(); }
 
-void JsonTreeBuilder::scalar(JsonScalar value, std::size_t at) {
-  std::visit([&](auto& held) { add({std::move(held), at}); }, value);
+void JsonTreeBuilder::scalar(const JsonScalar& value, std::size_t at) {
+  std::visit(
+      [&](auto held) {
+        if constexpr (std::is_same_v<decltype(held), std::string_view>) {
+          add({std::string(held), at});
+        } else {
+          add({held, at});
+        }
+      },
+      value);
 }
 
 JsonValue parse_json_tree(std::string_view text, const std::string& file) {

@@ -11,8 +11,8 @@
 
 namespace dsfp4::checkpoint {
 
-/// null, a boolean, an integer that fits, any other number, a string.
-using JsonScalar = std::variant<std::monostate, bool, std::int64_t, double, std::string>;
+/// null, a boolean, an integer that fits, any other number, a string (valid during the event).
+using JsonScalar = std::variant<std::monostate, bool, std::int64_t, double, std::string_view>;
 
 /// What is known of a text before it is parsed.
 struct JsonOutline {
@@ -22,22 +22,25 @@ struct JsonOutline {
 };
 
 /// Receives a document's events in order; `at` is the byte offset in the file of the token's first
-/// byte. A handler refuses a document by throwing.
+/// byte. Names and strings are the parser's: a handler copies what it keeps, and refuses a document
+/// by throwing.
 class JsonHandler {
  public:
   virtual ~JsonHandler() = default;
   virtual void begin_document(const JsonOutline& /*outline*/) {}
   virtual void begin_object(std::size_t at) = 0;
-  virtual void key(std::string name, std::size_t at) = 0;
+  virtual void key(std::string_view name, std::size_t at) = 0;
   virtual void end_object(std::size_t at) = 0;
   virtual void begin_array(std::size_t at) = 0;
   virtual void end_array(std::size_t at) = 0;
-  virtual void scalar(JsonScalar value, std::size_t at) = 0;
+  virtual void scalar(const JsonScalar& value, std::size_t at) = 0;
 };
 
 /// Parses all of `text`, which lies at byte `base` of `file`. Throws CheckpointError, with the
 /// byte, for what is not a JSON object (ill-formed UTF-8 included), nests deeper than 64 levels, or
-/// holds a string or number longer than 1 MiB. Duplicate keys are for the handler to refuse.
+/// holds a string longer than 1 MiB, a number longer than 1024 bytes, or over 8 MiB of numbers and
+/// of strings with escapes or beyond ASCII, which take long to read. Duplicate keys are for the
+/// handler to refuse.
 void parse_json(std::string_view text, const std::string& file, std::size_t base,
                 JsonHandler& handler);
 
@@ -66,20 +69,20 @@ struct JsonMember {
 /// The value in words, for messages: 3, "abc" (shortened), "a list", ...
 std::string describe(const JsonValue& value);
 
-/// Builds a tree. Throws CheckpointError for duplicate keys and for more than 2^18 values.
+/// Builds trees. Throws CheckpointError for duplicate keys and for more than 2^18 values.
 class JsonTreeBuilder : public JsonHandler {
  public:
   explicit JsonTreeBuilder(std::string file) : file_(std::move(file)) {}
 
   void begin_object(std::size_t at) override;
-  void key(std::string name, std::size_t at) override;
+  void key(std::string_view name, std::size_t at) override;
   void end_object(std::size_t at) override;
   void begin_array(std::size_t at) override;
   void end_array(std::size_t at) override;
-  void scalar(JsonScalar value, std::size_t at) override;
+  void scalar(const JsonScalar& value, std::size_t at) override;
 
-  /// Once the events of one whole value have come.
-  JsonValue take() { return std::move(root_); }
+  /// Once the events of one whole value have come. Another may follow: the limit is for all.
+  JsonValue take() { return std::exchange(root_, {}); }
 
  private:
   JsonValue& add(JsonValue value);

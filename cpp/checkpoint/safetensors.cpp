@@ -3,15 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <numeric>
 #include <optional>
-#include <set>
 #include <span>
 #include <string_view>
 #include <utility>
 
 #include "base/checked.h"
 #include "checkpoint/json.h"
+#include "checkpoint/name_order.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::checkpoint {
@@ -54,7 +53,7 @@ class HeaderHandler : public JsonHandler {
     } else if (place_ == Place::kRoot) {
       place_ = Place::kTensor;
       tensors_.emplace_back();
-      tensors_.back().name = std::move(key_);
+      tensors_.back().name = key_;
       tensors_.back().file = file_number_;
       key_at_.push_back(static_cast<std::uint32_t>(root_key_at_));
       field_ = Field::kNone;
@@ -64,17 +63,20 @@ class HeaderHandler : public JsonHandler {
     }
   }
 
-  void key(std::string name, std::size_t at) override {
+  void key(std::string_view name, std::size_t at) override {
     if (place_ == Place::kTensor) {
       begin_field(name, at);
       return;
     }
     if (place_ == Place::kMetadata) {
-      if (!metadata_.insert(name).second) fail("__metadata__", at, "'" + name + "' is there twice");
-      if (metadata_.size() > kMaxMetadataKeys) fail("__metadata__", at, "has too many keys");
+      if (metadata_.size() == kMaxMetadataKeys) {
+        fail("__metadata__", at,
+             "has too many keys; the limit is " + std::to_string(kMaxMetadataKeys));
+      }
+      metadata_.push_back({std::string(name), at});
       return;
     }
-    key_ = std::move(name);
+    key_ = name;
     root_key_at_ = at;
   }
 
@@ -83,6 +85,7 @@ class HeaderHandler : public JsonHandler {
       end_tensor(at);
       place_ = Place::kRoot;
     } else if (place_ == Place::kMetadata) {
+      end_metadata();
       place_ = Place::kRoot;
     } else {
       place_ = Place::kOutside;
@@ -110,8 +113,8 @@ class HeaderHandler : public JsonHandler {
     field_ = Field::kNone;
   }
 
-  void scalar(JsonScalar value, std::size_t at) override {
-    const auto* text = std::get_if<std::string>(&value);
+  void scalar(const JsonScalar& value, std::size_t at) override {
+    const auto* text = std::get_if<std::string_view>(&value);
     if (place_ == Place::kMetadata) {
       if (text == nullptr) fail("__metadata__", at, "its values must be strings");
     } else if (place_ == Place::kList) {
@@ -131,6 +134,11 @@ class HeaderHandler : public JsonHandler {
   enum class Place { kOutside, kRoot, kMetadata, kTensor, kList };
   enum class Field { kNone, kDtype, kShape, kOffsets };
 
+  struct MetadataKey {
+    std::string name;
+    std::size_t at = 0;
+  };
+
   [[noreturn]] void fail(const std::string& tensor, std::size_t at,
                          const std::string& problem) const {
     throw CheckpointError(file_.name(), tensor, static_cast<std::int64_t>(at), problem);
@@ -144,13 +152,24 @@ class HeaderHandler : public JsonHandler {
              "\"data_offsets\": two numbers}");
   }
 
-  void begin_field(const std::string& name, std::size_t at) {
+  void end_metadata() {
+    const NameOrder names = order_names(
+        metadata_.size(), [&](std::size_t i) -> const std::string& { return metadata_[i].name; });
+    if (names.twice) {
+      const MetadataKey& second = metadata_[names.order[*names.twice + 1]];
+      fail("__metadata__", second.at, "'" + second.name + "' is there twice");
+    }
+    metadata_ = {};
+  }
+
+  void begin_field(std::string_view name, std::size_t at) {
     constexpr std::array<std::string_view, 3> kNames = {"dtype", "shape", "data_offsets"};
     const auto* found = std::find(kNames.begin(), kNames.end(), name);
     const std::string& tensor = tensors_.back().name;
-    if (found == kNames.end()) fail(tensor, at, "has an unknown field '" + name + "'");
+    if (found == kNames.end()) fail(tensor, at, "has an unknown field '" + std::string(name) + "'");
     const auto index = static_cast<unsigned>(found - kNames.begin());
-    if ((fields_seen_ & (1u << index)) != 0) fail(tensor, at, "has '" + name + "' twice");
+    if ((fields_seen_ & (1u << index)) != 0)
+      fail(tensor, at, "has '" + std::string(name) + "' twice");
     fields_seen_ |= 1u << index;
     field_ = static_cast<Field>(index + 1);
   }
@@ -169,9 +188,9 @@ class HeaderHandler : public JsonHandler {
     numbers_[count_++] = *number;
   }
 
-  void set_dtype(const std::string& name, std::size_t at) {
+  void set_dtype(std::string_view name, std::size_t at) {
     const std::optional<format::DType> dtype = format::parse_dtype(name);
-    if (!dtype) fail(tensors_.back().name, at, "has the unknown dtype '" + name + "'");
+    if (!dtype) fail(tensors_.back().name, at, "has the unknown dtype '" + std::string(name) + "'");
     tensors_.back().dtype = *dtype;
     field_ = Field::kNone;
   }
@@ -185,18 +204,20 @@ class HeaderHandler : public JsonHandler {
       if (bytes) bytes = checked_mul(*bytes, static_cast<std::uint64_t>(dimension));
     }
     if (!bytes) fail(tensor.name, name_at, "its shape is too large: the product overflows");
-    const std::string range = "[" + std::to_string(begin_) + ", " + std::to_string(end_) + "]";
-    if (begin_ > end_) fail(tensor.name, name_at, "data_offsets " + range + " run backwards");
+    const auto range = [&] {
+      return "data_offsets [" + std::to_string(begin_) + ", " + std::to_string(end_) + "]";
+    };
+    if (begin_ > end_) fail(tensor.name, name_at, range() + " run backwards");
     if (end_ - begin_ != *bytes) {
       fail(tensor.name, name_at,
-           "data_offsets " + range + " hold " + std::to_string(end_ - begin_) + " bytes; " +
+           range() + " hold " + std::to_string(end_ - begin_) + " bytes; " +
                std::string(format::dtype_name(tensor.dtype)) + " " + shape_text(tensor.shape) +
                " takes " + std::to_string(*bytes));
     }
     const std::uint64_t data_bytes = file_.size() - data_begin_;
     if (end_ > data_bytes) {
       fail(tensor.name, name_at,
-           "data_offsets " + range + " go beyond the file's " + std::to_string(data_bytes) +
+           range() + " go beyond the file's " + std::to_string(data_bytes) +
                " bytes of data: the file is truncated, download it again");
     }
     tensor.offset = data_begin_ + begin_;
@@ -214,7 +235,7 @@ class HeaderHandler : public JsonHandler {
   std::string key_;
   std::size_t root_key_at_ = 0;
   bool metadata_seen_ = false;
-  std::set<std::string> metadata_;
+  std::vector<MetadataKey> metadata_;
   Field field_ = Field::kNone;
   unsigned fields_seen_ = 0;  // one bit a field
   std::array<std::int64_t, kMaxRank> numbers_{};
@@ -223,30 +244,35 @@ class HeaderHandler : public JsonHandler {
   std::uint64_t end_ = 0;
 };
 
-void check_names(const InputFile& file, const HeaderHandler& header,
-                 std::span<const TensorInfo> tensors, std::vector<std::uint32_t>& order) {
-  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-    const int names = tensors[a].name.compare(tensors[b].name);
-    return names != 0 ? names < 0 : a < b;
-  });
-  const auto twice = std::adjacent_find(
-      order.begin(), order.end(),
-      [&](std::uint32_t a, std::uint32_t b) { return tensors[a].name == tensors[b].name; });
-  if (twice == order.end()) return;
-  throw CheckpointError(file.name(), tensors[*twice].name, header.key_at(*std::next(twice)),
+NameOrder check_names(const InputFile& file, const HeaderHandler& header,
+                      std::span<const TensorInfo> tensors) {
+  NameOrder names = order_names(
+      tensors.size(), [&](std::size_t i) -> const std::string& { return tensors[i].name; });
+  if (!names.twice) return names;
+  const std::uint32_t second = names.order[*names.twice + 1];
+  throw CheckpointError(file.name(), tensors[second].name, header.key_at(second),
                         "this tensor is there twice in the header");
 }
 
 // The tensors, in the order of their offsets, must follow each other without overlap or hole.
 void check_coverage(const InputFile& file, const HeaderHandler& header, std::uint64_t data_begin,
-                    std::span<const TensorInfo> tensors, std::vector<std::uint32_t>& order) {
-  std::sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
-    return std::pair(tensors[a].offset, tensors[a].bytes) <
-           std::pair(tensors[b].offset, tensors[b].bytes);
-  });
+                    std::span<const TensorInfo> tensors) {
+  struct Extent {
+    std::uint64_t offset, bytes;
+    std::uint32_t tensor;
+    auto operator<=>(const Extent&) const = default;
+  };
+  std::vector<Extent> extents;
+  extents.reserve(tensors.size());
+  for (const TensorInfo& tensor : tensors) {
+    extents.push_back(
+        {tensor.offset, tensor.bytes, static_cast<std::uint32_t>(&tensor - tensors.data())});
+  }
+  if (!std::is_sorted(extents.begin(), extents.end())) std::sort(extents.begin(), extents.end());
   std::uint64_t covered = data_begin;
   const TensorInfo* previous = nullptr;
-  for (const std::uint32_t i : order) {
+  for (const Extent& extent : extents) {
+    const std::uint32_t i = extent.tensor;
     const TensorInfo& tensor = tensors[i];
     if (tensor.offset < covered) {
       throw CheckpointError(file.name(), tensor.name, header.key_at(i),
@@ -305,7 +331,8 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 }
 
 void read_safetensors_header(const InputFile& file, std::uint32_t file_number,
-                             std::vector<TensorInfo>& tensors) {
+                             std::vector<TensorInfo>& tensors,
+                             std::vector<std::uint32_t>& by_name) {
   const std::uint64_t length = read_header_length(file);
   const std::uint64_t data_begin = kLengthBytes + length;
   HeaderHandler handler(file, file_number, data_begin, tensors);
@@ -317,10 +344,11 @@ void read_safetensors_header(const InputFile& file, std::uint32_t file_number,
     parse_json(text, file.name(), kLengthBytes, handler);
   }
   const std::span<const TensorInfo> added = std::span(tensors).subspan(handler.first());
-  std::vector<std::uint32_t> order(added.size());
-  std::iota(order.begin(), order.end(), 0u);
-  check_names(file, handler, added, order);
-  check_coverage(file, handler, data_begin, added, order);
+  const NameOrder names = check_names(file, handler, added);
+  check_coverage(file, handler, data_begin, added);
+  for (const std::uint32_t i : names.order) {
+    by_name.push_back(static_cast<std::uint32_t>(handler.first()) + i);
+  }
 }
 
 }  // namespace dsfp4::checkpoint

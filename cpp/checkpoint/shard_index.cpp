@@ -1,6 +1,7 @@
 #include "checkpoint/shard_index.h"
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <set>
 #include <string_view>
@@ -8,14 +9,13 @@
 
 #include "checkpoint/file.h"
 #include "checkpoint/json.h"
+#include "checkpoint/name_order.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::checkpoint {
 namespace {
 
-constexpr std::uint64_t kMaxIndexBytes = std::uint64_t{256} << 20;
 constexpr std::size_t kMaxRootKeys = 256;
-constexpr std::size_t kMaxShards = 16384;
 constexpr std::size_t kMinEntryBytes = 18;  // the text "":".safetensors",
 constexpr std::size_t kMaxFileName = 255;
 constexpr std::string_view kExtension = ".safetensors";
@@ -27,7 +27,8 @@ class IndexHandler : public JsonHandler {
 
   void begin_document(const JsonOutline& outline) override {
     const std::size_t possible = outline.bytes / kMinEntryBytes + 1;
-    index_.entries.reserve(std::min(outline.strings / 2, possible));
+    index_.entries.reserve(std::min({outline.strings / 2, possible, kMaxIndexTensors}));
+    index_.names.reserve(outline.bytes);  // they are parts of the text, and escapes are longer
   }
 
   void begin_object(std::size_t at) override {
@@ -39,16 +40,26 @@ class IndexHandler : public JsonHandler {
     ++depth_;
   }
 
-  void key(std::string name, std::size_t at) override {
+  void key(std::string_view name, std::size_t at) override {
     if (depth_ == 1) {
-      if (!root_keys_.insert(name).second) fail(name, at, "this key is there twice");
-      if (root_keys_.size() > kMaxRootKeys) fail(name, at, "the index has too many keys");
+      root_key_ = name;
+      if (!root_keys_.insert(root_key_).second) fail(root_key_, at, "this key is there twice");
+      if (root_keys_.size() > kMaxRootKeys) {
+        fail(root_key_, at,
+             "the index has too many keys; the limit is " + std::to_string(kMaxRootKeys));
+      }
       weight_map_seen_ = weight_map_seen_ || name == "weight_map";
-      root_key_ = std::move(name);
     } else if (in_weight_map_) {
-      index_.entries.push_back({std::move(name), 0, static_cast<std::uint32_t>(at)});
+      if (index_.entries.size() == kMaxIndexTensors) {
+        fail(std::string(name), at,
+             "the index names more than " + std::to_string(kMaxIndexTensors) + " tensors");
+      }
+      index_.entries.push_back({static_cast<std::uint32_t>(index_.names.size()),
+                                static_cast<std::uint32_t>(name.size()), 0,
+                                static_cast<std::uint32_t>(at)});
+      index_.names += name;
     } else {
-      other_.key(std::move(name), at);
+      other_.key(name, at);
     }
   }
 
@@ -70,14 +81,14 @@ class IndexHandler : public JsonHandler {
     leave();
   }
 
-  void scalar(JsonScalar value, std::size_t at) override {
+  void scalar(const JsonScalar& value, std::size_t at) override {
     if (!in_weight_map_ && root_key_ == "weight_map") refuse(at);
     if (!in_weight_map_) {
-      other_.scalar(std::move(value), at);
+      other_.scalar(value, at);
       leave();
       return;
     }
-    const auto* shard = std::get_if<std::string>(&value);
+    const auto* shard = std::get_if<std::string_view>(&value);
     if (shard == nullptr) refuse(at);
     index_.entries.back().shard = shard_number(*shard, at);
   }
@@ -90,39 +101,40 @@ class IndexHandler : public JsonHandler {
   }
 
   [[noreturn]] void refuse(std::size_t at) const {
-    fail(index_.entries.empty() || !in_weight_map_ ? "weight_map" : index_.entries.back().tensor,
-         at, "weight_map must be an object of tensor names and shard file names");
+    fail(index_.entries.empty() || !in_weight_map_ ? "weight_map" : last_tensor(), at,
+         "weight_map must be an object of tensor names and shard file names");
   }
 
-  // After a value at the root's level: the next one starts afresh.
+  std::string last_tensor() const { return std::string(index_.name(index_.entries.back())); }
+
+  // After a value at the root's level, of which nothing is kept.
   void leave() {
     if (depth_ != 1) return;
     in_weight_map_ = false;
-    other_ = JsonTreeBuilder(index_.file);
+    other_.take();
   }
 
-  std::uint32_t shard_number(const std::string& shard, std::size_t at) {
-    const auto known = numbers_.find(shard);
-    if (known != numbers_.end()) return known->second;
-    const std::string& tensor = index_.entries.back().tensor;
+  std::uint32_t shard_number(std::string_view shard, std::size_t at) {
+    if (const auto known = numbers_.find(shard); known != numbers_.end()) return known->second;
+    const std::string tensor = last_tensor();
     if (shard.size() > kMaxFileName || shard.find('/') != std::string::npos ||
-        shard.find('\0') != std::string::npos || !std::string_view(shard).ends_with(kExtension)) {
+        shard.find('\0') != std::string::npos || !shard.ends_with(kExtension)) {
       fail(tensor, at,
            "its shard must be the bare name of a *.safetensors file in the same folder, not " +
-               describe(JsonValue{shard, at}));
+               describe(JsonValue{std::string(shard), at}));
     }
     if (index_.shards.size() == kMaxShards) {
       fail(tensor, at, "the index names more than " + std::to_string(kMaxShards) + " shards");
     }
     const auto number = static_cast<std::uint32_t>(index_.shards.size());
-    index_.shards.push_back(shard);
+    index_.shards.emplace_back(shard);
     numbers_.emplace(shard, number);
     return number;
   }
 
   ShardIndex& index_;
   JsonTreeBuilder other_;
-  std::map<std::string, std::uint32_t> numbers_;
+  std::map<std::string, std::uint32_t, std::less<>> numbers_;
   std::size_t depth_ = 0;
   bool in_weight_map_ = false;
   bool weight_map_seen_ = false;
@@ -145,18 +157,14 @@ std::optional<ShardIndex> read_shard_index(const std::filesystem::path& folder) 
       throw CheckpointError(index.file, "weight_map", -1, "is missing");
     }
   }
-  std::sort(index.entries.begin(), index.entries.end(),
-            [](const ShardIndex::Entry& a, const ShardIndex::Entry& b) {
-              const int names = a.tensor.compare(b.tensor);
-              return names != 0 ? names < 0 : a.at < b.at;
-            });
-  const auto twice = std::adjacent_find(
-      index.entries.begin(), index.entries.end(),
-      [](const ShardIndex::Entry& a, const ShardIndex::Entry& b) { return a.tensor == b.tensor; });
-  if (twice != index.entries.end()) {
-    throw CheckpointError(index.file, twice->tensor, std::next(twice)->at,
+  NameOrder names = order_names(index.entries.size(),
+                                [&](std::size_t i) { return index.name(index.entries[i]); });
+  if (names.twice) {
+    const ShardIndex::Entry& second = index.entries[names.order[*names.twice + 1]];
+    throw CheckpointError(index.file, std::string(index.name(second)), second.at,
                           "this tensor is there twice");
   }
+  apply_order(std::move(names.order), index.entries);
   return index;
 }
 

@@ -275,10 +275,10 @@ def assert_nearest(dtype, x, codes, scale):
     `scale` is float64 and exact, of x's shape.
     """
     every = ALL[: 16 if dtype is E2M1 else 256].view(dtype).astype(np.float64)
-    values = every * np.float64(scale)[:, :, None]
+    values = every * np.asarray(scale, np.float64)[:, :, None]
     with np.errstate(over="ignore"):
         values[~np.isfinite(values.astype(np.float32))] = np.inf
-    error = np.abs(values - np.float64(x)[:, :, None])
+    error = np.abs(values - np.asarray(x, np.float64)[:, :, None])
     chosen = np.take_along_axis(error, codes[:, :, None].astype(np.int64), axis=2)[:, :, 0]
     np.testing.assert_array_equal(chosen, error.min(axis=2))
 

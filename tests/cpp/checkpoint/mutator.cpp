@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <charconv>
 
+#include "checkpoint/safetensors.h"
+
 namespace dsfp4::testing {
 namespace {
 
@@ -420,8 +422,8 @@ void Mutator::damage_length(std::string& bytes) {
                                               bytes.size(),
                                               bytes.size() - 8,
                                               bytes.size() - 7,
-                                              100'000'000,
-                                              100'000'001,
+                                              checkpoint::kMaxHeaderBytes,
+                                              checkpoint::kMaxHeaderBytes + 1,
                                               std::uint64_t{1} << 32,
                                               std::uint64_t{1} << 63,
                                               ~std::uint64_t{0},

@@ -50,7 +50,7 @@ TEST(TensorHashes, ComeBackAsTheyWereWritten) {
   checkpoint::write_tensor_hashes(folder.path(), {{odd, 0x0123456789abcdef}, {"a", 1}});
   const auto hashes = TensorHashes::read(folder.path());
   ASSERT_TRUE(hashes);
-  EXPECT_EQ(hashes->entries().size(), 2u);
+  EXPECT_EQ(hashes->size(), 2u);
   EXPECT_EQ(hashes->find(odd), 0x0123456789abcdefu);
   EXPECT_EQ(hashes->find("a"), 1u);
   EXPECT_FALSE(hashes->find("b"));
@@ -94,6 +94,28 @@ TEST(TensorHashes, MalformedFilesAreNamed) {
       EXPECT_EQ(error.file(), (folder.path() / checkpoint::kHashFile).string()) << text;
     }
   }
+}
+
+TEST(TensorHashes, TooMuchIsRefused) {
+  const ScratchFolder folder;
+  const auto refusal = [&] {
+    try {
+      TensorHashes::read(folder.path());
+    } catch (const CheckpointError& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  testing::write_file(folder.path() / checkpoint::kHashFile, "");
+  std::filesystem::resize_file(folder.path() / checkpoint::kHashFile,  // sparse: it takes no room
+                               checkpoint::kMaxHashFileBytes + 1);
+  EXPECT_NE(refusal().find("has 75497473 bytes; the limit is 75497472"), std::string::npos);
+  std::string text = R"({"algorithm": "xxh3-64", "tensors": {"0": "0123456789abcdef")";
+  for (std::size_t i = 1; i <= checkpoint::kMaxHashes; ++i) {
+    text += ",\"" + std::to_string(i) + R"(":"0123456789abcdef")";
+  }
+  testing::write_file(folder.path() / checkpoint::kHashFile, text + "}}");
+  EXPECT_NE(refusal().find("more than 1150000 tensors"), std::string::npos) << refusal();
 }
 
 TEST(Verify, EveryFlippedByteIsFound) {

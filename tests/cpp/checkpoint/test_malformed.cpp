@@ -7,9 +7,12 @@
 #include <fstream>
 #include <string>
 #include <sys/stat.h>
+#include <utility>
 #include <vector>
 
 #include "checkpoint/malformed.h"
+#include "checkpoint/safetensors.h"
+#include "checkpoint/shard_index.h"
 
 namespace dsfp4::testing {
 namespace {
@@ -152,7 +155,7 @@ TEST_F(Malformed, TooMuchOfAnything) {
   expect_refused(checkpoint, "config.json", "", "values");
   checkpoint = sound_;
   checkpoint.shards[1].header.set("__metadata__", many((std::size_t{1} << 16) + 1, "\"\""));
-  expect_refused(checkpoint, kShard, "__metadata__", "too many keys");
+  expect_refused(checkpoint, kShard, "__metadata__", "too many keys; the limit is 65536");
   checkpoint = sound_;
   for (const JsonNode::Member& member : many(257, "0").members) {
     checkpoint.index.members.push_back(member);
@@ -160,17 +163,93 @@ TEST_F(Malformed, TooMuchOfAnything) {
   EXPECT_NE(open(checkpoint).message.find("too many keys"), std::string::npos);
   checkpoint = sound_;
   JsonNode& map = *checkpoint.index.find("weight_map");
-  for (int i = 0; i < 16385; ++i) {
+  for (std::size_t i = 0; i <= checkpoint::kMaxShards; ++i) {
     map.members.push_back(
         {"\"t" + std::to_string(i) + '"', JsonNode::text(std::to_string(i) + ".safetensors")});
   }
-  EXPECT_NE(open(checkpoint).message.find("16384 shards"), std::string::npos);
-  for (const char* name : {"config.json", kIndex}) {  // a sparse file: it takes no room
-    sound_.write(folder_.path());
-    fs::resize_file(folder_.path() / name, (std::uintmax_t{256} << 20) + 1);
-    const Refusal refusal = open();
-    EXPECT_EQ(refusal.file, name);
-    EXPECT_NE(refusal.message.find("the limit is"), std::string::npos) << refusal.message;
+  EXPECT_NE(open(checkpoint).message.find("1024 shards"), std::string::npos);
+}
+
+// The last size that is read is told apart from the first that is not by what is said of it: a file
+// of nothing but zeros is sparse, and no JSON.
+TEST_F(Malformed, FileSizes) {
+  for (const auto& [name, limit] : {std::pair("config.json", checkpoint::kMaxConfigBytes),
+                                    std::pair(kIndex, checkpoint::kMaxIndexBytes),
+                                    std::pair(kShard, checkpoint::kMaxHeaderBytes)}) {
+    for (const std::uint64_t bytes : {limit, limit + 1}) {
+      sound_.write(folder_.path());
+      fs::remove(folder_.path() / name);
+      std::string length;
+      if (name == kShard) {
+        for (int i = 0; i < 8; ++i) length += static_cast<char>(bytes >> (8 * i));
+      }
+      write_file(folder_.path() / name, length);
+      fs::resize_file(folder_.path() / name, length.size() + bytes);
+      const Refusal refusal = open();
+      EXPECT_EQ(refusal.file, name) << refusal.message;
+      const std::string words =
+          std::to_string(bytes) + " bytes; the limit is " + std::to_string(limit);
+      EXPECT_EQ(refusal.message.find(words) != std::string::npos, bytes > limit) << refusal.message;
+    }
+  }
+}
+
+TEST_F(Malformed, TooManyTensorsInTheIndex) {
+  TinyCheckpoint checkpoint = sound_;
+  std::string map = R"({"0":"x.safetensors")";
+  for (std::size_t i = 1; i <= checkpoint::kMaxIndexTensors; ++i) {
+    map += ",\"" + std::to_string(i) + R"(":"x.safetensors")";
+  }
+  checkpoint.index.set("weight_map", JsonNode::raw(map + "}"));
+  expect_refused(checkpoint, kIndex, std::to_string(checkpoint::kMaxIndexTensors),
+                 "more than 1150000 tensors");
+}
+
+// What costs most to read is bounded apart; what is cheap may fill a file.
+TEST_F(Malformed, NumbersAndEscapesInAll) {
+  const auto list = [](std::size_t bytes, const std::string& value) {
+    std::string text = "[" + value;
+    for (std::size_t i = 1; i < bytes / value.size(); ++i) text += "," + value;
+    return JsonNode::raw(text + "]");
+  };
+  constexpr std::size_t kLimit = std::size_t{8} << 20;
+  const std::string escaped = '"' + std::string(510, ' ') + "\\n\"";
+  const std::string number = "1" + std::string(999, '0');
+  for (const std::string& value : {escaped, std::string("\"\xc3\xa4\""), '-' + number + "e-999"}) {
+    const std::size_t most = value.size() < 100 ? 200'000 * value.size() : kLimit;
+    for (const char* name : {"config.json", kIndex}) {
+      TinyCheckpoint checkpoint = sound_;
+      JsonNode& tree = name == kIndex ? checkpoint.index : checkpoint.config;
+      tree.set("extra", list(most - 100'000, value));
+      EXPECT_EQ(open(checkpoint).message, "");
+      if (most < kLimit) continue;
+      tree.set("extra", list(kLimit + 10'000, value));
+      expect_refused(checkpoint, name, "", "of more than 8388608 bytes in all");
+    }
+  }
+  TinyCheckpoint checkpoint = sound_;
+  checkpoint.config.set("extra", list(kLimit + 10'000, '"' + std::string(510, ' ') + '"'));
+  EXPECT_EQ(open(checkpoint).message, "");
+  checkpoint.config.set("extra", JsonNode::raw(number + std::string(25, '0')));
+  expect_refused(checkpoint, "config.json", "", "a number of more than 1024 bytes");
+}
+
+// Where the parser is led past plain strings and white space, offsets and contents must not suffer.
+TEST_F(Malformed, OffsetsAmongSpacesEscapesAndNumbers) {
+  const std::string before =
+      "{ \n\t\"a\" :\r[ 1 ,-2.5e1, true,null , \"x\\\"y\", \"\", \"\xc3\xa4\" ,{\"b\":\"c\"} ]  , "
+      " ";
+  write_file(folder_.path() / "config.json", before + "\"a\" : 1 }");
+  Refusal refusal = open();
+  EXPECT_NE(refusal.message.find("twice"), std::string::npos) << refusal.message;
+  EXPECT_EQ(refusal.tensor, "a");
+  EXPECT_EQ(refusal.offset, static_cast<std::int64_t>(before.size()));
+  for (const std::string bad : {"\"k\" 1", "\"k\": \"v\" \"w\"", "\"k\":  ]", "7"}) {
+    write_file(folder_.path() / "config.json", before + bad + "}");
+    refusal = open();
+    EXPECT_NE(refusal.message.find("not valid JSON"), std::string::npos) << refusal.message;
+    EXPECT_GE(refusal.offset, static_cast<std::int64_t>(before.size())) << refusal.message;
+    EXPECT_LE(refusal.offset, static_cast<std::int64_t>(before.size() + bad.size()));
   }
 }
 

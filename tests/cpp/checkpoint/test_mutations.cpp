@@ -246,7 +246,7 @@ INSTANTIATE_TEST_SUITE_P(AllKinds, Mutations, ::testing::ValuesIn(kTinyKinds),
 
 // The most tensors that the longest header can hold: its memory is bounded by its own size.
 TEST(HeaderMemory, StaysBelowFourTimesTheHeader) {
-  const std::size_t wanted = environment("DSFP4_FULL") ? 99'000'000 : 20'000'000;
+  const std::size_t wanted = environment("DSFP4_FULL") ? 25'000'000 : 5'000'000;
   ScratchFolder folder;
   std::string header = "{";
   header.reserve(wanted + 128);
@@ -269,7 +269,7 @@ TEST(HeaderMemory, StaysBelowFourTimesTheHeader) {
 
 // The same for an index: every tensor in a shard that is not there is remembered twice.
 TEST(IndexMemory, StaysBelowFourTimesTheIndex) {
-  const std::size_t wanted = std::size_t{environment("DSFP4_FULL") ? 250u : 20u} << 20;
+  const std::size_t wanted = std::size_t{environment("DSFP4_FULL") ? 24u : 6u} << 20;
   ScratchFolder folder;
   make_tiny_checkpoint(TinyKind::kNvfp4).write(folder.path());
   std::string index = R"({"weight_map":{"t":"model-00001-of-00002.safetensors")";
