@@ -27,8 +27,8 @@ def commands() -> set[str]:
 
 def snippet_of(readme: str) -> str:
     text = (ROOT / readme).read_text(encoding="utf-8")
-    [snippet] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return str(snippet)
+    # One program: the second snippet goes on where the first one ends.
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
 
 
 def test_the_snippet_runs_as_printed() -> None:
@@ -36,10 +36,14 @@ def test_the_snippet_runs_as_printed() -> None:
     assert 'DeepseekInference("demo")' in snippet
     assert ".generate(" in snippet
     assert ".chat(" in snippet
+    assert ".set_memory_strategy(" in snippet
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "file system" in done.stdout.lower()
     assert len(done.stdout.split()) > 12
+    hits, misses = re.search(r"(\d+) experts found in RAM, (\d+) read", done.stdout).groups()
+    assert int(hits) > 0
+    assert int(misses) > 0
     assert snippet_of("README.zh-CN.md") == snippet
 
 
