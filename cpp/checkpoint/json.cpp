@@ -106,13 +106,15 @@ JsonOutline outline_json(std::string_view text, const std::string& file, std::si
       const std::size_t bytes = string.end - i;
       ++outline.strings;
       if (bytes > kMaxStringBytes) fail(file, base + i, over("a string", kMaxStringBytes));
-      if (!string.plain && (slow += bytes) > kMaxSlowBytes) fail(file, base + i, too_slow());
+      if (!string.plain) slow += bytes;
+      if (slow > kMaxSlowBytes) fail(file, base + i, too_slow());
       i = string.end;
       continue;
     } else if (kind == kOther) {
       const std::size_t end = word_end(text, i);
       if (end - i > kMaxNumberBytes) fail(file, base + i, over("a number", kMaxNumberBytes));
-      if ((slow += end - i) > kMaxSlowBytes) fail(file, base + i, too_slow());
+      slow += end - i;
+      if (slow > kMaxSlowBytes) fail(file, base + i, too_slow());
       i = end;
       continue;
     }
