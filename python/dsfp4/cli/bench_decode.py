@@ -1,4 +1,7 @@
-"""`dsfp4 bench decode MODEL`: how near decoding comes to what the machine's wires allow."""
+"""`dsfp4 bench decode MODEL`: how near decoding comes to what the machine's wires allow.
+
+With --prompt, prefill too.
+"""
 
 import argparse
 import json
@@ -28,7 +31,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="tokens/s of a model that does not fit, beside the floor of each wire",
         description="Decodes random text from an empty cache, then again from the cache as that "
         "left it. The raw rate of the disk is measured before and after, with the same blocks and "
-        "depth. The floor is what the bytes and the arithmetic need at least.",
+        "depth. The floor is what the bytes and the arithmetic need at least; for a prompt, the "
+        "latter is the time in which it did not wait for reads.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -39,6 +43,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--prefetch-layers", type=integer(0, 16), default=0, metavar="N")
     parser.add_argument("--cache-policy", default="default", choices=_core.policy_names())
     parser.add_argument("--tokens", type=integer(2, 1 << 20), default=32, metavar="N")
+    parser.add_argument(
+        "--prompt",
+        type=integer(1, 1 << 20),
+        action="append",
+        default=[],
+        metavar="N",
+        help="also prefill N tokens with an empty cache; may be given several times",
+    )
     parser.add_argument("--threads", type=integer(0, 1024), default=0, metavar="N")
     parser.add_argument(
         "--reader", default="auto", choices=["auto", "io_uring", "pread"], help="%(default)s"
@@ -62,26 +74,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the report that --json prints."""
     folder = resolve_model(arguments.model)
     files = sorted(folder.glob("*.safetensors"))
+    prompts = [_prefill(arguments, folder, tokens) for tokens in arguments.prompt]
     before = _raw_rate(files, arguments.reader)
-    model = Model(
-        folder,
-        threads=arguments.threads,
-        max_context=2 * arguments.tokens + 2,
-        cpu_cache_size=arguments.cpu_cache_size,
-        prefetch_size=arguments.prefetch_size,
-        prefetch_layers=arguments.prefetch_layers,
-        cache_policy=arguments.cache_policy,
-        reader=arguments.reader,
-        ram_limit=arguments.ram_limit,
-        trace=arguments.trace,
-        warm_start=False,
-    )
+    model = _load(arguments, folder, 2 * arguments.tokens + 2)
     ids = np.random.default_rng(0).integers(2, model.config["vocab_size"], 2 * arguments.tokens)
     cold = _decode(model, ids[: arguments.tokens])
     warm = _decode(model, ids[arguments.tokens :])
     compute = _compute_seconds(model, ids[:1])
     raw = (before + _raw_rate(files, arguments.reader)) / 2
     runs = {name: _judge(run, raw, compute) for name, run in (("cold", cold), ("warm", warm))}
+    for prompt in prompts:
+        floor = {"ssd": prompt["needed_bytes"] / raw / 1e9, "compute": prompt.pop("compute")}
+        prompt["floor_seconds"] = floor
+        prompt["time_over_floor"] = prompt["seconds"] / max(floor.values())
     return {
         "model": str(arguments.model),
         "tokens": arguments.tokens,
@@ -92,8 +97,52 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "raw_ssd_gb_s": raw,
         "compute_seconds_per_token": compute,
         **runs,
+        "prefill": prompts,
         "reserved_bytes": model.stats()["reserved_bytes"],
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _load(arguments: argparse.Namespace, folder: Path, max_context: int) -> Model:
+    """Return the model with an empty cache."""
+    return Model(
+        folder,
+        threads=arguments.threads,
+        max_context=max_context,
+        cpu_cache_size=arguments.cpu_cache_size,
+        prefetch_size=arguments.prefetch_size,
+        prefetch_layers=arguments.prefetch_layers,
+        cache_policy=arguments.cache_policy,
+        reader=arguments.reader,
+        ram_limit=arguments.ram_limit,
+        trace=arguments.trace,
+        warm_start=False,
+    )
+
+
+def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
+    """Return what one prompt took and read, beside the distinct weights that it needed."""
+    model = _load(arguments, folder, tokens + 1)
+    ids = np.random.default_rng(1).integers(2, model.config["vocab_size"], tokens)
+    before = model.stats()
+    start = time.perf_counter()
+    _, chosen = model.forward(ids, return_experts=True)
+    seconds = time.perf_counter() - start
+    after = model.stats()
+    waited = sum(after[name] - before[name] for name in ("wait_seconds", "stream_wait_seconds"))
+    distinct = sum(len(np.unique(layer)) for layer in chosen)
+    read = after["read_bytes"] - before["read_bytes"]
+    needed = distinct * after["image_bytes"] + after["streamed_bytes"] - before["streamed_bytes"]
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "distinct_experts": distinct,
+        "read_bytes": read,
+        "needed_bytes": needed,
+        "read_over_needed": read / needed,
+        "wait_seconds": waited,
+        "compute": seconds - waited,
     }
 
 
@@ -181,5 +230,13 @@ def _lines(report: Mapping[str, Any]) -> Iterable[str]:
             f"  useful {run['useful_gb_s']:.2f} GB/s, {100 * run['useful_over_raw']:.0f} % of the "
             f"disk's rate; disk busy {100 * run['ssd_busy']:.0f} % of the time; hit rate "
             f"{100 * run['hit_rate']:.1f} %"
+        )
+    for prompt in report["prefill"]:
+        floor = prompt["floor_seconds"]
+        yield (
+            f"prefill of {prompt['tokens']}: {prompt['tokens_per_s']:.1f} tokens/s, "
+            f"{prompt['seconds']:.1f} s; floor {max(floor.values()):.1f} s (disk "
+            f"{floor['ssd']:.1f}, arithmetic {floor['compute']:.1f}); read "
+            f"{prompt['read_over_needed']:.4f} times the weights that it needs"
         )
     yield f"peak memory {report['peak_rss_bytes'] / 1e9:.2f} GB"
