@@ -42,11 +42,11 @@ def check_integers(
 
 def check_integer(parameter: str, value: Any, *, bits: int = 31) -> int:
     """Return `value` as an int from 0 to 2^bits - 1. Raises ParameterError for anything else."""
-    try:
-        integer = operator.index(value)
+    try:  # truth values are no integers here, though Python and NumPy before 2.3 let them be
+        integer = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         integer = -1
-    if isinstance(value, bool) or not 0 <= integer < 2**bits:
+    if not 0 <= integer < 2**bits:
         raise ParameterError(
             f"{parameter} must be an integer from 0 to 2^{bits} - 1, not {value!r}",
             parameter=parameter,

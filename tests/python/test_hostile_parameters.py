@@ -25,14 +25,11 @@ from dsfp4.quantize import quantize
 
 NAN, INFINITY = float("nan"), float("inf")
 
-# Before 2.3 NumPy lets its bool stand for an integer, and warns.
-NUMPY_BOOL = () if hasattr(np.bool_, "__index__") else (np.bool_(True),)
-
 HOSTILE: list[Any] = [
     *(-1, -(2**31), -(2**63), -(2**63) - 1, -(10**30), 2**31 - 1, 2**31, 2**32, 2**63 - 1),
     *(2**63, 2**64 - 1, 2**64, 10**30, 10**400, -0.5, -1.0, 1.5, 1e308, -1e308, 5e-324),
     *(NAN, -NAN, INFINITY, -INFINITY, 1j, True, False, "", "1", "nan", b"1", None, [], [1], {}, ()),
-    *(np.int64(-1), np.uint64(2**64 - 1), np.float32("nan"), *NUMPY_BOOL, np.array([1, 2])),
+    *(np.int64(-1), np.uint64(2**64 - 1), np.float32("nan"), np.bool_(True), np.array([1, 2])),
     *(Decimal(1), object(), lambda: 1),
 ]
 IDS = [f"{type(value).__name__}-{str(value)[:24]}" for value in HOSTILE]
