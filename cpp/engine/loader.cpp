@@ -291,6 +291,7 @@ residency::StreamedLayer streamed_layer(std::size_t number, const std::vector<Ma
   residency::StreamedLayer layer;
   layer.layer = static_cast<std::int64_t>(number);
   std::vector<const WeightSource*> sources;
+  sources.reserve(matrices.size());
   for (const Matrix& matrix : matrices) sources.push_back(matrix.source);
   std::vector<residency::MatrixPlace> places(matrices.size());
   layer.files = residency::file_image(sources, places);
