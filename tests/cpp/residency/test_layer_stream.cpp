@@ -20,7 +20,7 @@ constexpr std::int64_t kLayers[] = {1, 3, 4, 8};
 class LayerStreamTest : public storage::ReaderTest {
  protected:
   LayerStreamTest()
-      : reader_(nullptr), views_(std::size(kLayers)), path_(files_.write("weights", 200'000, 1)) {}
+      : views_(std::size(kLayers)), path_(files_.write("weights", 200'000, 1)) {}
 
   LayerStream& make(std::size_t buffers, LayerStream::Check check = {}, Trace* trace = nullptr) {
     reader_ = storage::make_reader({path_}, options());
@@ -58,6 +58,7 @@ class LayerStreamTest : public storage::ReaderTest {
     return right;
   }
 
+  std::atomic<bool> broken_ = false;  // layer 4; asked as long as something is read ahead
   std::unique_ptr<storage::Reader> reader_;
   std::vector<format::WeightView> views_;
   std::filesystem::path path_;
@@ -89,15 +90,14 @@ TEST_P(LayerStreamTest, ABrokenStepIsFollowedByAWholeOne) {
 }
 
 TEST_P(LayerStreamTest, AFailedReadNamesTheLayerAndTheNextStepIsWhole) {
-  std::atomic<bool> broken = false;
   system_.before = [&](storage::ReadCall& call) -> std::optional<int> {
     const std::uint64_t bad = kFirstByte + 2 * kLayerBytes + 9000;  // of layer 4
     const bool covers = call.offset <= bad && bad < call.offset + call.bytes;
-    return broken && covers ? std::optional(-EIO) : std::nullopt;
+    return broken_ && covers ? std::optional(-EIO) : std::nullopt;
   };
   make(2);
   EXPECT_TRUE(step());
-  broken = true;
+  broken_ = true;
   EXPECT_TRUE(is_right(1));
   EXPECT_TRUE(is_right(3));
   try {
@@ -109,7 +109,7 @@ TEST_P(LayerStreamTest, AFailedReadNamesTheLayerAndTheNextStepIsWhole) {
     EXPECT_EQ(error.error_number(), EIO);
     EXPECT_EQ(error.file(), path_.string());
   }
-  broken = false;
+  broken_ = false;
   EXPECT_TRUE(step());
   EXPECT_TRUE(step());
 }
