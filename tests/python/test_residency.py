@@ -254,7 +254,8 @@ import sys
 import dsfp4
 options = dict(threads=1, max_context=64, cpu_cache_size=0)
 model = dsfp4.Model(sys.argv[1], warm_start=sys.argv[2], **options)
-print("ready", flush=True)
+model.generate([3, 4], max_tokens=1)
+print("ready", flush=True)  # there is a file, and it will be replaced
 while True:
     model.generate([3, 4], max_tokens=1)
 """
