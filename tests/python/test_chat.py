@@ -131,7 +131,7 @@ GREEDY = {
     "{{ '%999999999d' % 1 }}": "memory|characters",
     "{{ 'x'.center(10 ** 11) }}": "memory",
     "{% set n = namespace(x='xx') %}{% for a in range(60) %}{% set n.x = n.x * 2 %}{% endfor %}": (
-        "memory|seconds"
+        "memory"
     ),
     "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}": "characters",
     "{% for a in range(10 ** 9) %}{% endfor %}": "Range too big",
