@@ -6,9 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from fixtures.cases import CASES
 from fixtures.random_checkpoint import write_checkpoint
+
+settings.register_profile("dsfp4", deadline=None)  # no test judges by the clock
+settings.load_profile("dsfp4")
 
 
 @pytest.fixture(scope="session")
