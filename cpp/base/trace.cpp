@@ -75,11 +75,6 @@ void Trace::add(Track track, std::string_view name, Clock::time_point start, Clo
   event('e', to, id);
 }
 
-void Trace::flush() noexcept {
-  const std::lock_guard lock(mutex_);
-  write();
-}
-
 void Trace::write() noexcept {
   std::string_view left = text_;
   while (descriptor_ >= 0 && !left.empty()) {

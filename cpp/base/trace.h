@@ -29,7 +29,6 @@ class Trace {
   /// What cannot be written is dropped, and said once.
   void span(Track track, std::string_view name, Clock::time_point start, Clock::time_point end,
             std::uint64_t bytes = 0) noexcept;
-  void flush() noexcept;
 
  private:
   void add(Track track, std::string_view name, Clock::time_point start, Clock::time_point end,
