@@ -19,8 +19,7 @@ constexpr std::int64_t kLayers[] = {1, 3, 4, 8};
 
 class LayerStreamTest : public storage::ReaderTest {
  protected:
-  LayerStreamTest()
-      : views_(std::size(kLayers)), path_(files_.write("weights", 200'000, 1)) {}
+  LayerStreamTest() : views_(std::size(kLayers)), path_(files_.write("weights", 200'000, 1)) {}
 
   LayerStream& make(std::size_t buffers, LayerStream::Check check = {}, Trace* trace = nullptr) {
     reader_ = storage::make_reader({path_}, options());
