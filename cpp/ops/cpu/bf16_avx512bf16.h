@@ -37,12 +37,6 @@ inline __m128i load_128(const void* from) {
   return _mm_loadu_si128(static_cast<const __m128i*>(from));
 }
 
-// Asks for a line that is read soon; one past the memory does no harm. The processor's own
-// prefetching alone leaves half of the bandwidth unused where a row is short.
-inline void prefetch(const void* address) {
-  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
-}
-
 // ---- FP4 ---------------------------------------------------------------------------------------
 
 // BF16 codes of the 16 values of E2M1 times each scale.

@@ -19,8 +19,10 @@ constexpr std::int64_t kPad = 16;  // floats
 
 inline std::int64_t padded(std::int64_t cols) { return (cols + kPad - 1) / kPad * kPad; }
 
+// Not a multiple of 4096, where the rows of several tokens would meet in the same lines of a cache.
 std::size_t packed_f32_bytes(std::int64_t cols) {
-  return static_cast<std::size_t>(padded(cols)) * sizeof(float);
+  const auto bytes = static_cast<std::size_t>(padded(cols)) * sizeof(float);
+  return bytes % 4096 == 0 ? bytes + 64 : bytes;
 }
 
 // Rounding to BF16 would gain nothing here.

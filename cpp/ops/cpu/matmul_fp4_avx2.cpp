@@ -206,6 +206,12 @@ struct Row {
   Row(const WeightView& w, std::int64_t row)
       : data(reinterpret_cast<const std::uint8_t*>(w.data) + row * w.cols / 2),
         scales(reinterpret_cast<const std::uint8_t*>(w.scales) + row * w.cols / kBlock) {}
+  // A page ahead of a group: rows follow each other.
+  void prefetch_ahead(std::int64_t group) const {
+    constexpr std::int64_t kPage = 4096;
+    prefetch(data + 64 * group + kPage);
+    prefetch(scales + kGroup / kBlock * (group + kPage / 64));
+  }
   const std::uint8_t* data;
   const std::uint8_t* scales;
 };
@@ -238,6 +244,7 @@ void multiply_direct(const Product& p) {
       }
     };
     for (std::int64_t g = 0; g < whole; ++g) {
+      w.prefetch_ahead(g);
       add(g, w.data + 64 * g, w.scales + kGroup / Row<format>::kBlock * g);
     }
     if (whole * kGroup < cols) {

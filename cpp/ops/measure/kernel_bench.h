@@ -47,7 +47,8 @@ class KernelBench {
 
   std::string isa() const { return std::string(backend_->isa()); }
 
-  /// All threads read `bytes` bytes of memory, in long runs.
+  /// All threads read `bytes` bytes of memory, in long runs; of several distances of prefetching,
+  /// the seconds of the fastest, sorted.
   Seconds read_memory(std::size_t bytes, int runs);
   /// Operations a second of each register-only loop (cpu/peak.h): {name, {isa, rate}}.
   std::map<std::string, std::pair<std::string, double>> peaks();

@@ -43,8 +43,8 @@ format::EncodedMatrix random_weight(ThreadPool& pool, format::WeightFormat forma
     case WeightFormat::kBF16:
       fill(pool, matrix.data, seed, 0x807f807f807f807fu, 0x3c003c003c003c00u);
       break;
-    case WeightFormat::kFp8Block: {  // below 2 in magnitude; tiles times 2^-6
-      fill(pool, matrix.data, seed, 0xbfbfbfbfbfbfbfbfu, 0);
+    case WeightFormat::kFp8Block: {  // 2^-6 to 2, no subnormals: as in models; tiles times 2^-6
+      fill(pool, matrix.data, seed, 0xbfbfbfbfbfbfbfbfu, 0x0808080808080808u);
       fill(pool, matrix.scales, seed, 0, 0x3c8000003c800000u);
       break;
     }

@@ -316,6 +316,40 @@ TEST_P(MatmulOf, EveryFp8CodeHasItsValue) {
   }
 }
 
+// One code of a wide row, with multipliers of every kind, for few tokens and for many.
+TEST_P(MatmulOf, EveryFp8CodeHasItsValueInAWideRow) {
+  constexpr std::int64_t kCols = 128 + 100;
+  const std::vector<float> multipliers = {0.25f, -3.0f, 1000.0f, 0x1p-130f, std::nanf("")};
+  for (int code = 0; code < 256; ++code) {
+    const auto column = static_cast<std::size_t>(code * 37 % kCols);
+    const float multiplier = multipliers[static_cast<std::size_t>(code * 7 / 3 % 5)];
+    std::vector<std::byte> data(3 * kCols, std::byte{0x38});  // 1
+    data[kCols + column] = std::byte(code);
+    std::vector<std::byte> scales(2 * sizeof(float));
+    const float one = 1.0f;
+    std::memcpy(scales.data() + (column < 128 ? 4 : 0), &one, sizeof(one));
+    std::memcpy(scales.data() + (column < 128 ? 0 : 4), &multiplier, sizeof(multiplier));
+    const format::WeightView weight{WeightFormat::kFp8Block, 3,   kCols, data.data(),
+                                    scales.data(),           1.0f};
+    const float expected = format::e4m3_to_float(static_cast<std::uint8_t>(code)) * multiplier;
+    for (const std::int64_t tokens : {1, 2, 5, 7, 20}) {
+      std::vector<float> x(static_cast<std::size_t>(tokens * kCols));
+      for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
+        x[t * kCols + column] = 1.0f;
+      }
+      const auto y = multiply(*rounded(WeightFormat::kFp8Block).front(), weight, x, tokens, true);
+      for (std::size_t i = 0; i < y.size(); ++i) {
+        const float value = i % 3 == 1 ? expected : multiplier;
+        if (std::isnan(value)) {
+          ASSERT_TRUE(std::isnan(y[i])) << "code " << code << ", token " << i / 3;
+        } else {
+          ASSERT_EQ(y[i], value) << "code " << code << ", token " << i / 3 << " of " << tokens;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(MatmulOf, NothingToMultiplyIsZero) {
   for (const Case& c : cases()) {
     const auto empty = random_weight(c.format, 5, 0, 51);
