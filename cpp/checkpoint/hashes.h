@@ -20,8 +20,8 @@ namespace dsfp4::checkpoint {
 inline constexpr std::string_view kHashFile = "dsfp4.xxh3.json";
 /// What a sidecar may hold at most, as an index may: that of DeepSeek-R1 in NVFP4 has 187,000
 /// tensors and 15 MB.
-inline constexpr std::uint64_t kMaxHashFileBytes = 60'000'000;
-inline constexpr std::size_t kMaxHashes = 800'000;
+inline constexpr std::uint64_t kMaxHashFileBytes = 50'000'000;
+inline constexpr std::size_t kMaxHashes = 640'000;
 
 /// XXH3 with 64 bits and seed 0 of bytes that come in pieces. Source: xxHash's specification.
 class Xxh3 {

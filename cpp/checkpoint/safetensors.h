@@ -13,7 +13,7 @@ namespace dsfp4::checkpoint {
 
 /// The longest header that is read, in bytes: in under a second. The format allows 100 MB, but R1's
 /// 187,000 tensors take 25 MB in 80 shards or more, so less than 0.5 MB each.
-inline constexpr std::uint64_t kMaxHeaderBytes = std::uint64_t{24} << 20;
+inline constexpr std::uint64_t kMaxHeaderBytes = std::uint64_t{20} << 20;
 
 /// Appends the tensors of `file`, whose number is `file_number`, in the order of the header, and to
 /// `by_name` their indices in `tensors` in the order of their names.

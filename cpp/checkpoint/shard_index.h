@@ -11,10 +11,10 @@
 
 namespace dsfp4::checkpoint {
 
-/// What an index may hold at most: four times that of DeepSeek-R1 in NVFP4, the largest supported
+/// What an index may hold at most: three times that of DeepSeek-R1 in NVFP4, the largest supported
 /// (187,000 tensors, 163 shards, 20 MB), so that reading it takes under a second on an idle core.
-inline constexpr std::uint64_t kMaxIndexBytes = 80'000'000;
-inline constexpr std::size_t kMaxIndexTensors = 800'000;
+inline constexpr std::uint64_t kMaxIndexBytes = 64'000'000;
+inline constexpr std::size_t kMaxIndexTensors = 640'000;
 inline constexpr std::size_t kMaxShards = 1024;
 
 struct ShardIndex {

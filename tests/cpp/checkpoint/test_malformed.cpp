@@ -202,7 +202,7 @@ TEST_F(Malformed, TooManyTensorsInTheIndex) {
   }
   checkpoint.index.set("weight_map", JsonNode::raw(map + "}"));
   expect_refused(checkpoint, kIndex, std::to_string(checkpoint::kMaxIndexTensors),
-                 "more than 800000 tensors");
+                 "more than 640000 tensors");
 }
 
 // What costs most to read is bounded apart; what is cheap may fill a file.

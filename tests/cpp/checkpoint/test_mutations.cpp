@@ -246,7 +246,7 @@ INSTANTIATE_TEST_SUITE_P(AllKinds, Mutations, ::testing::ValuesIn(kTinyKinds),
 
 // The most tensors that the longest header can hold: its memory is bounded by its own size.
 TEST(HeaderMemory, StaysBelowFourTimesTheHeader) {
-  const std::size_t wanted = environment("DSFP4_FULL") ? 25'000'000 : 5'000'000;
+  const std::size_t wanted = environment("DSFP4_FULL") ? 20'000'000 : 5'000'000;
   ScratchFolder folder;
   std::string header = "{";
   header.reserve(wanted + 128);
