@@ -192,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=6000, help="of the demo model's trace")
     parser.add_argument("--first", type=int, default=600, help="tokens of each text")
-    parser.add_argument("--synthetic-tokens", type=int, default=2500)
+    parser.add_argument("--synthetic-tokens", type=int, default=5000)
     parser.add_argument("--plot", type=Path, metavar="SVG")
     args = parser.parse_args()
 

@@ -208,10 +208,15 @@ bool solve(std::array<std::array<double, N>, N> a, std::array<double, N> b,
 // least-squares temporal difference learning (Bradtke and Barto 1996), over all experts and layers:
 // the sums A = sum x (x - kFuture x')^T and b = sum x u', where x' and u' are the next token's, are
 // solved every kSolveEvery tokens. They begin as if a prior run had found kPrior.
+//
+// A place in RAM has a price, too: an expert of the layer that comes next holds it for a short
+// while until it may be used, one of the layer that has just passed for a whole token. So w . x is
+// less the price of that wait, which is kPrice mean uses for a token.
 class Default final : public FadingPolicy {
  public:
   Default(std::int64_t layers, std::int64_t experts)
       : FadingPolicy("default", layers, experts, {0.9f, 0.97f, 0.985f, 0.995f, 0.9f, 0.985f}),
+        layers_(static_cast<std::size_t>(layers)),
         experts_(static_cast<std::size_t>(experts)),
         used_(experts_) {
     begin_with(kPrior);
@@ -256,24 +261,29 @@ class Default final : public FadingPolicy {
         b_[i] += static_cast<double>(x * used_[e]);
       }
     }
+    passed_ = static_cast<std::size_t>(layer);
+    price_ =
+        kPrice / (1.0f - kFuture) * static_cast<float>(used.size()) / static_cast<float>(experts_);
     if (layer == 0 && ++tokens_ % kSolveEvery == 0) learn();
   }
 
   float value(ExpertKey key) const override {
     float value = 0.0f;
     for (std::size_t i = 0; i < kFeatures; ++i) value += weights_[i] * parts_[i][key];
-    return value;
+    const std::size_t layers_to_wait = (key / experts_ + layers_ - passed_ - 1) % layers_ + 1;
+    return value - price_ * static_cast<float>(layers_to_wait) / static_cast<float>(layers_);
   }
 
  private:
   static constexpr std::size_t kCounts = 4;
   static constexpr std::size_t kFeatures = 6;
-  static constexpr float kFuture = 0.95f;
+  static constexpr float kFuture = 0.9f;
+  static constexpr float kPrice = 0.4f;
   static constexpr float kTemperature = 0.3f;
   static constexpr int kSolveEvery = 32;
   static constexpr double kForget = 0.99;  // at each solution
   static constexpr double kPriorStrength = 5;
-  static constexpr std::array<double, kFeatures> kPrior{0.1, 0.0, 10.0, 5.0, 0.0, 0.0};
+  static constexpr std::array<double, kFeatures> kPrior{0.1, 0.0, 3.0, 6.0, 0.0, 0.0};
   using Features = std::array<float, kFeatures>;
 
   Features features(std::size_t key) const {
@@ -300,8 +310,11 @@ class Default final : public FadingPolicy {
     for (double& value : b_) value *= kForget;
   }
 
+  std::size_t layers_;
   std::size_t experts_;
   std::vector<float> used_;
+  std::size_t passed_ = 0;  // the layer of the last use
+  float price_ = 0.0f;      // of a place, for a token
   std::array<std::array<double, kFeatures>, kFeatures> a_{};
   std::array<double, kFeatures> b_{};
   std::array<float, kFeatures> weights_{};

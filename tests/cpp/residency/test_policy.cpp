@@ -44,6 +44,20 @@ TEST(Policy, RouterValuesNearMisses) {
   EXPECT_GT(policy->value(1), policy->value(0));
 }
 
+// Equally useful experts: the longer one has to wait for its layer's turn, the sooner it goes.
+TEST(Policy, DefaultKeepsWhatComesNext) {
+  const auto policy = make_policy("default", 3, 4);
+  for (int token = 0; token < 100; ++token) {
+    for (std::int64_t layer = 0; layer < 3; ++layer) use(*policy, layer, {0});
+  }
+  use(*policy, 0, {0});
+  for (const ExpertKey expert : {0u, 3u}) {
+    EXPECT_GT(policy->value(4 + expert), policy->value(8 + expert)) << expert;
+    EXPECT_GT(policy->value(8 + expert), policy->value(expert)) << expert;
+  }
+  EXPECT_GT(policy->value(0), policy->value(7));  // but use counts for more
+}
+
 TEST(Policy, StateGoesOnWhereItWas) {
   std::mt19937 random(1);
   for (const std::string_view name : policy_names()) {
