@@ -310,30 +310,40 @@ Job* RequestQueue::take_locked(Lock& lock,
                                std::optional<System::Clock::time_point>& next_due) noexcept {
   next_due.reset();
   if (!retries_.empty()) {
-    if (Job* job = take_retry(lock, system_.now(), next_due)) return job;
+    if (Job* job = take_retry(lock, system_.now(), open_demands_ > 0, next_due)) return job;
   }
+  if (Job* job = take_from_lanes(Priority::kDemand)) return job;
+  if (open_demands_ == 0) return take_from_lanes(Priority::kSpeculative);
+  if (retries_.empty() || !only_speculation_in_flight()) return nullptr;
+  return take_retry(lock, system_.now(), false, next_due);
+}
+
+// Retries of speculation, which wait for demand, may hold what demand waits for.
+bool RequestQueue::only_speculation_in_flight() const noexcept {
+  return std::ranges::all_of(
+      jobs_, [](const Job& job) { return !job.request || job.speculative || job.given_up; });
+}
+
+Job* RequestQueue::take_from_lanes(Priority priority) noexcept {
   if (free_jobs_.empty()) return nullptr;
-  for (const Priority priority : {Priority::kDemand, Priority::kSpeculative}) {
-    if (priority == Priority::kSpeculative && open_demands_ > 0) break;
-    for (std::size_t i = 0; i < lanes_.size(); ++i) {
-      Lane& lane = lanes_[(next_lane_ + i) % lanes_.size()];
-      if (Job* job = take_from(lane, priority)) {
-        next_lane_ = (next_lane_ + i + 1) % lanes_.size();
-        return job;
-      }
+  for (std::size_t i = 0; i < lanes_.size(); ++i) {
+    Lane& lane = lanes_[(next_lane_ + i) % lanes_.size()];
+    if (Job* job = take_from(lane, priority)) {
+      next_lane_ = (next_lane_ + i + 1) % lanes_.size();
+      return job;
     }
   }
   return nullptr;
 }
 
-Job* RequestQueue::take_retry(Lock& lock, System::Clock::time_point now,
+// With `hold`, those of speculation wait for demand like any other speculative read.
+Job* RequestQueue::take_retry(Lock& lock, System::Clock::time_point now, bool hold,
                               std::optional<System::Clock::time_point>& next_due) noexcept {
   bool retired = false;
   for (std::size_t i = 0; i < retries_.size();) {
     Job& job = jobs_[retries_[i]];
     const bool over = job.request->stopping.load();
-    // A speculative retry waits for demand like any other speculative read.
-    const bool held = job.speculative && open_demands_ > 0;
+    const bool held = hold && job.speculative;
     if (!over && (held || job.due > now)) {
       if (!held && (!next_due || job.due < *next_due)) next_due = job.due;
       ++i;

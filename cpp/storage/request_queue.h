@@ -128,8 +128,10 @@ class RequestQueue {
 
   void check(const ReadRequest& request) const;
   Job* take_locked(Lock& lock, std::optional<System::Clock::time_point>& next_due) noexcept;
-  Job* take_retry(Lock& lock, System::Clock::time_point now,
+  bool only_speculation_in_flight() const noexcept;
+  Job* take_retry(Lock& lock, System::Clock::time_point now, bool hold,
                   std::optional<System::Clock::time_point>& next_due) noexcept;
+  Job* take_from_lanes(Priority priority) noexcept;
   Job* take_from(Lane& lane, Priority priority) noexcept;
   void start(Job& job, Lane& lane, Line& line, int staging) noexcept;
   void drop_pending(RequestState& request) noexcept;

@@ -1,6 +1,8 @@
 // Demand before speculation: order, bounds, promotion and cancellation. Reads are held by a gate.
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <chrono>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -95,6 +97,28 @@ TEST_P(ReaderPriorities, PromotionReadsNothingTwice) {
   EXPECT_EQ(count(0), 250u);
   EXPECT_EQ(count(1), 250u);
   EXPECT_TRUE(files_.same(guess.data(), kFile, 0, 2));
+}
+
+// Its retries wait for demand, and demand for the room that they take.
+TEST_P(ReaderPriorities, FailingSpeculationMakesWayForDemand) {
+  const auto counted = system_.before;
+  system_.before = [&](ReadCall& call) -> std::optional<int> {
+    counted(call);
+    if (call.file == 0) return -EIO;
+    return std::nullopt;
+  };
+  for (int round = 0; round < 20; ++round) {
+    const auto reader = this->reader(2);
+    std::vector<std::byte> guess;
+    std::vector<std::byte> need;
+    const std::size_t before = count(0);
+    const ReadTicket speculative = reader->submit(request(0, Priority::kSpeculative, guess));
+    while (count(0) < before + 2) std::this_thread::yield();
+    const ReadTicket demand = reader->submit(request(1, Priority::kDemand, need));
+    ASSERT_TRUE(reader->wait_for(demand, std::chrono::seconds(60))) << "round " << round;
+    EXPECT_EQ(demand.status(), ReadStatus::kDone);
+    EXPECT_EQ(reader->wait(speculative).status, ReadStatus::kFailed);
+  }
 }
 
 TEST_P(ReaderPriorities, CancellingDropsWhatIsNotYetRead) {
