@@ -78,20 +78,21 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }  // namespace
 
 Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
-               const storage::ReaderOptions& reading)
+               const Machine& machine)
     : config_(checkpoint::read_config(folder)),
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       trace_(options.trace_file.empty() ? nullptr : std::make_unique<Trace>(options.trace_file)),
       backend_(make_backend(options)),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
-      loaded_(
-          load_weights(folder, config_, *backend_,
-                       {.reader = reading,
-                        .threads = thread_count(options.threads),
-                        .progress = options.progress,
-                        .plan = [&](const WeightSizes& sizes) { return plan(options, sizes); }})),
-      tiers_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_, options,
-             trace_.get()),
+      loaded_(load_weights(
+          folder, config_, *backend_,
+          {.reader = machine.reading,
+           .threads = thread_count(options.threads),
+           .progress = options.progress,
+           .plan =
+               [&](const WeightSizes& sizes) { return plan(options, machine.memory(), sizes); }})),
+      tiers_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_,
+             ram_ceiling(options, machine.memory()), options, trace_.get()),
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, tiers_.runner(),
                tiers_.layers(), kv_format_),
       scratch_(decoder_.scratch_bytes(prefill_chunk_), "the activations", backend_->memory()),
@@ -131,13 +132,13 @@ void Engine::head(ops::ConstMatrix hidden, float* logits) {
   }
 }
 
-InFiles Engine::plan(const LoadOptions& options, const WeightSizes& sizes) {
+InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& machine,
+                     const WeightSizes& sizes) {
   const model::ModelWeights none;  // sizes do not depend on them
   residency::ResidentExperts experts(*backend_, config_.hidden_size, config_.moe_intermediate_size,
                                      {});
   const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, nullptr,
                                kv_format_);
-  const memory::MachineMemory machine = memory::machine_memory();
   prefill_chunk_ = std::min(kPrefillChunk, max_context_);
   if (!backend_->host_visible()) {  // its own memory source knows its limit
     check_ram(options.ram_limit, {.staging = sizes.staging + kLoadBuffer}, machine);

@@ -33,10 +33,9 @@ inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 class Engine {
  public:
   Engine(const std::filesystem::path& folder, const LoadOptions& options)
-      : Engine(folder, options, reader_options(options)) {}
-  /// With a reader of its own kind, for tests.
-  Engine(const std::filesystem::path& folder, const LoadOptions& options,
-         const storage::ReaderOptions& reading);
+      : Engine(folder, options, {reader_options(options)}) {}
+  /// On a machine of its own kind, for tests.
+  Engine(const std::filesystem::path& folder, const LoadOptions& options, const Machine& machine);
 
   const checkpoint::ModelConfig& config() const noexcept { return config_; }
   const model::ModelSpec& spec() const noexcept { return decoder_.spec(); }
@@ -54,7 +53,8 @@ class Engine {
  private:
   /// Decides where the weights go, within the limit of RAM: plan_, reserved_ and prefill_chunk_.
   /// Returns what stays in the files.
-  InFiles plan(const LoadOptions& options, const WeightSizes& sizes);
+  InFiles plan(const LoadOptions& options, const memory::MachineMemory& machine,
+               const WeightSizes& sizes);
   /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
   /// [ids.size(), hidden], valid during the call.
   template <typename Use>

@@ -39,14 +39,6 @@ std::size_t layer_buffers(const MemoryConfig& config) {
   return static_cast<std::size_t>(1 + std::max<std::int64_t>(1, config.prefetch_layers));
 }
 
-// What this process may have in all, and can have without swapping.
-std::uint64_t ram_ceiling(const LoadOptions& options, const memory::MachineMemory& machine) {
-  const std::uint64_t limit =
-      options.ram_limit > 0 ? options.ram_limit : memory::default_ram_limit(machine);
-  if (machine.available >= limit) return limit;  // also where it is not known
-  return std::min(limit, machine.process + machine.available);
-}
-
 // Which bytes of which tensors a matrix is, for WeightCheck.
 void add_tensors(const checkpoint::WeightSource& source, const format::WeightView& view,
                  std::vector<ReadTensor>& tensors) {
@@ -98,6 +90,13 @@ residency::RamPlan plan_tiers(const checkpoint::ModelConfig& config, const LoadO
   return residency::plan_ram(needs, wishes_of(options.strategy), ram_ceiling(options, machine));
 }
 
+std::uint64_t ram_ceiling(const LoadOptions& options, const memory::MachineMemory& machine) {
+  const std::uint64_t limit =
+      options.ram_limit > 0 ? options.ram_limit : memory::default_ram_limit(machine);
+  if (machine.available >= limit) return limit;  // also where it is not known
+  return std::min(limit, machine.process + machine.available);
+}
+
 storage::ReaderOptions reader_options(const LoadOptions& options) {
   storage::ReaderOptions reading;
   if (options.reader == "io_uring") {
@@ -113,14 +112,14 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
 }
 
 Tiers::Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
-             const residency::RamPlan& plan, std::uint64_t reserved, const LoadOptions& options,
-             Trace* trace)
+             const residency::RamPlan& plan, std::uint64_t reserved, std::uint64_t ceiling,
+             const LoadOptions& options, Trace* trace)
     : loaded_(loaded),
       plan_(plan),
       fingerprint_(loaded.fingerprint),
       experts_per_token_(static_cast<std::size_t>(spec.router.top_k)),
       policy_(options.cache_policy),
-      ceiling_(ram_ceiling(options, memory::machine_memory())),
+      ceiling_(ceiling),
       reserved_(reserved) {
   if (!loaded.streamed.empty()) {
     stream_ = std::make_unique<residency::LayerStream>(

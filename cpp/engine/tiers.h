@@ -32,15 +32,25 @@ residency::RamPlan plan_tiers(const checkpoint::ModelConfig& config, const LoadO
                               const WeightSizes& sizes, std::uint64_t others,
                               const memory::MachineMemory& machine);
 
+/// What this process may have in all, and can have without swapping, in bytes.
+std::uint64_t ram_ceiling(const LoadOptions& options, const memory::MachineMemory& machine);
+
 /// How the files are read.
 storage::ReaderOptions reader_options(const LoadOptions& options);
+
+/// What a load finds around it.
+struct Machine {
+  storage::ReaderOptions reading;
+  std::function<memory::MachineMemory()> memory = memory::machine_memory;
+};
 
 class Tiers {
  public:
   /// The backend, the weights and the trace (which may be null) must outlive this.
+  /// `reserved`: bytes of all but the experts; `ceiling`: of everything, ram_ceiling().
   Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
-        const residency::RamPlan& plan, std::uint64_t reserved, const LoadOptions& options,
-        Trace* trace);
+        const residency::RamPlan& plan, std::uint64_t reserved, std::uint64_t ceiling,
+        const LoadOptions& options, Trace* trace);
   /// Saves the warm-start file.
   ~Tiers();
   Tiers(const Tiers&) = delete;

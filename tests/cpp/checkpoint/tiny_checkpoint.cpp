@@ -128,7 +128,7 @@ void write_layer(Writer& writer, std::int64_t layer, TinyKind kind) {
   write_mlp(writer, prefix + "mlp.shared_experts.", kExpert);
 }
 
-JsonNode make_config(TinyKind kind) {
+JsonNode make_config(TinyKind kind, std::int64_t layers) {
   const bool v2 = kind == TinyKind::kBf16;
   const auto number = [](std::int64_t value) { return JsonNode::number(value); };
   JsonNode config = JsonNode::object({
@@ -138,7 +138,7 @@ JsonNode make_config(TinyKind kind) {
       {"moe_layer_freq", number(1)},
       {"vocab_size", number(kVocab)},
       {"hidden_size", number(kHidden)},
-      {"num_hidden_layers", number(2)},
+      {"num_hidden_layers", number(layers)},
       {"first_k_dense_replace", number(1)},
       {"num_attention_heads", number(kHeads)},
       {"q_lora_rank", v2 ? JsonNode::raw("null") : number(kQLora)},
@@ -288,7 +288,7 @@ void TinyCheckpoint::write(const std::filesystem::path& folder) const {
   for (const auto& [name, bytes] : files()) write_file(folder / name, bytes);
 }
 
-TinyCheckpoint make_tiny_checkpoint(TinyKind kind) {
+TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers) {
   TinyCheckpoint checkpoint;
   Writer writer(checkpoint, kind);
   const bool two_shards = kind == TinyKind::kNvfp4;
@@ -296,11 +296,11 @@ TinyCheckpoint make_tiny_checkpoint(TinyKind kind) {
   writer.matrix("model.embed_tokens", kVocab, kHidden, "bf16");
   write_layer(writer, 0, kind);
   if (two_shards) writer.begin_shard("model-00002-of-00002.safetensors");
-  write_layer(writer, 1, kind);
+  for (std::int64_t layer = 1; layer < layers; ++layer) write_layer(writer, layer, kind);
   writer.vector("model.norm", kHidden);
   if (kind != TinyKind::kBf16) writer.matrix("lm_head", kVocab, kHidden, "bf16");
 
-  checkpoint.config = make_config(kind);
+  checkpoint.config = make_config(kind, layers);
   checkpoint.generation = JsonNode::object({{"eos_token_id", JsonNode::array({1})}});
   const JsonNode none = JsonNode::raw("");
   if (kind != TinyKind::kBf16) {

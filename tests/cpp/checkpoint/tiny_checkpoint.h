@@ -64,7 +64,7 @@ enum class TinyKind : std::uint8_t {
 };
 inline constexpr TinyKind kTinyKinds[] = {TinyKind::kNvfp4, TinyKind::kCompressed, TinyKind::kBf16};
 
-TinyCheckpoint make_tiny_checkpoint(TinyKind kind);
+TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers = 2);
 
 void write_file(const std::filesystem::path& path, std::string_view bytes);
 
