@@ -78,6 +78,7 @@ struct Blocked {
   static constexpr int kRows = 4;
   static constexpr int kTokens = 6;
   static constexpr std::int64_t kChunk = 1024;
+  static constexpr int kGroups = 1;
   struct Weights {
     alignas(64) std::uint16_t value[kRows][kChunk];
   };

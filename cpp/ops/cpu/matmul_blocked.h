@@ -36,6 +36,8 @@ inline float scale_of_all(const format::WeightView& w) {
 //   Sum                     an accumulator: a vector of floats
 //   kRows, kTokens          the tile in registers
 //   kChunk                  columns of a chunk
+//   kGroups                 so many times kRows decoded rows of a chunk fit into half of the
+//                           first-level cache; tokens come from the second level once for all
 //   Weights                 kRows decoded rows of a chunk
 //   decode(weight, row, index, begin, end, Weights&)  row -> place `index` of kRows
 //   tile<count>(Weights&, begin, end, x[count], Sum* [count][kRows])   adds to the sums
@@ -74,7 +76,7 @@ void tile_of(const Product& p, const typename K::Weights& w, std::int64_t t, std
 
 template <class K>
 struct BlockedScratch {
-  typename K::Weights weights;
+  typename K::Weights weights[K::kGroups];
   typename K::Sum sums[kRowBlock / K::kRows][kTokenBlock][K::kRows];
 };
 
@@ -82,13 +84,19 @@ template <class K>
 void multiply_chunk(const Product& p, std::int64_t row, std::int64_t rows, std::int64_t token,
                     std::int64_t tokens, std::int64_t begin, std::int64_t end,
                     BlockedScratch<K>& scratch) {
-  for (std::int64_t r = 0; r < rows; r += K::kRows) {
-    for (int i = 0; i < K::kRows; ++i) {  // past the last row: that row once more, never written
-      K::decode(*p.weight, row + lesser(r + i, rows - 1), i, begin, end, scratch.weights);
+  constexpr std::int64_t kDecoded = K::kRows * K::kGroups;
+  static_assert(kRowBlock % kDecoded == 0);
+  for (std::int64_t r = 0; r < rows; r += kDecoded) {
+    const std::int64_t groups = (lesser(kDecoded, rows - r) + K::kRows - 1) / K::kRows;
+    for (int i = 0; i < groups * K::kRows; ++i) {  // past the last row: that one, never written
+      K::decode(*p.weight, row + lesser(r + i, rows - 1), i % K::kRows, begin, end,
+                scratch.weights[i / K::kRows]);
     }
     for (std::int64_t t = 0; t < tokens; t += K::kTokens) {
-      tile_of<K>(p, scratch.weights, token + t, lesser(K::kTokens, tokens - t), begin, end,
-                 scratch.sums[r / K::kRows][t]);
+      for (std::int64_t g = 0; g < groups; ++g) {
+        tile_of<K>(p, scratch.weights[g], token + t, lesser(K::kTokens, tokens - t), begin, end,
+                   scratch.sums[r / K::kRows + g][t]);
+      }
     }
   }
 }

@@ -13,6 +13,8 @@
 #define DSFP4_LANES 8
 #define DSFP4_ROWS 4
 #define DSFP4_TOKENS 3
+#define DSFP4_CHUNK 256
+#define DSFP4_GROUPS 4
 
 namespace dsfp4::ops::cpu {
 namespace {

@@ -9,6 +9,8 @@
 #define DSFP4_LANES 16
 #define DSFP4_ROWS 4
 #define DSFP4_TOKENS 6
+#define DSFP4_CHUNK 1024
+#define DSFP4_GROUPS 1
 
 namespace dsfp4::ops::cpu {
 namespace {

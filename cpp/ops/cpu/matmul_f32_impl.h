@@ -1,11 +1,12 @@
 // FP32 products, written once in vector types and compiled once for each instruction set by the
 // files that include this one. They define, before the include:
 //   DSFP4_LANES, DSFP4_ROWS, DSFP4_TOKENS   floats of a register; the tile in registers
+//   DSFP4_CHUNK, DSFP4_GROUPS   columns, and tiles of rows, that are decoded at a time
 //   decode_bf16(codes, n, out), decode_e4m3(codes, n, scale, out), decode_nvfp4(packed, scales, n,
 //   out), decode_mxfp4(packed, scales, n, out)   n columns of one row to floats
 //
 // Packed activations: FP32 in order, zeros up to a multiple of 16. Weights are decoded to FP32 (the
-// global scale of NVFP4 left out, so E2M1 times E4M3 is exact) in scratch of 4 KiB a row.
+// global scale of NVFP4 left out, so E2M1 times E4M3 is exact) in scratch.
 #include <cstring>
 
 #include "ops/cpu/matmul_blocked.h"
@@ -43,7 +44,8 @@ struct F32 {
       __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
   static constexpr int kRows = DSFP4_ROWS;
   static constexpr int kTokens = DSFP4_TOKENS;
-  static constexpr std::int64_t kChunk = 1024;
+  static constexpr std::int64_t kChunk = DSFP4_CHUNK;
+  static constexpr int kGroups = DSFP4_GROUPS;
   struct Weights {
     float value[kRows][kChunk];
   };

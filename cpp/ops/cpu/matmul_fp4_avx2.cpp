@@ -262,7 +262,8 @@ struct Blocked {
   using Sum = __m256;
   static constexpr int kRows = 2;
   static constexpr int kTokens = 2;
-  static constexpr std::int64_t kChunk = 1024;
+  static constexpr std::int64_t kChunk = 512;
+  static constexpr int kGroups = 4;
   struct Weights {
     Decoded<format> group[kRows][kChunk / kGroup];
     std::int64_t cols;  // of the matrix

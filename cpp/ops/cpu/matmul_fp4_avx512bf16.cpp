@@ -226,6 +226,7 @@ struct Blocked {
   static constexpr int kRows = cpu::kRows;
   static constexpr int kTokens = 6;
   static constexpr std::int64_t kChunk = 1024;
+  static constexpr int kGroups = 1;
   struct Weights {
     Chunk chunk[kChunk / kChunkCols][kRows];
   };

@@ -76,6 +76,7 @@ struct Blocked {
   static constexpr int kRows = cpu::kRows;
   static constexpr int kTokens = 6;
   static constexpr std::int64_t kChunk = 1024;
+  static constexpr int kGroups = 1;
   struct Weights {
     alignas(64) std::uint16_t value[kRows][kChunk];
     float scale[kRows][kChunk / kTile];
