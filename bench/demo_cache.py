@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,13 @@ EXPERTS = 7 * 32  # of the demo model
 TEXT = Path(__file__).with_name("text.jsonl")
 
 
-def token_ids(file: Path, texts: int, first: int) -> list[np.ndarray]:
-    """Return the first tokens of the first texts of JSON lines with `text` (.gz too)."""
+def token_ids(file: Path, first: int) -> Iterator[np.ndarray]:
+    """Yield the first tokens of each text of JSON lines with `text` (.gz too)."""
     tokenizer = Tokenizer(resolve_model("demo"))
     opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open(encoding="utf-8")
     with opened as lines:
-        return [
-            np.asarray(tokenizer.encode_prompt(json.loads(line)["text"])[:first])
-            for line, _ in zip(lines, range(texts), strict=False)
-        ]
+        for line in lines:
+            yield np.asarray(tokenizer.encode_prompt(json.loads(line)["text"])[:first])
 
 
 def cached_demo(share: float, **options: object) -> Model:

@@ -6,6 +6,7 @@ Each depth decodes the same texts, from an empty cache, in turn; seconds are med
 import argparse
 import statistics
 import time
+from itertools import islice
 from pathlib import Path
 
 from demo_cache import TEXT, cached_demo, token_ids
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
-    ids = token_ids(args.text, args.texts, args.first)
+    ids = list(islice(token_ids(args.text, args.first), args.texts))
     tokens = sum(map(len, ids))
     seconds: dict[int, list[float]] = {layers: [] for layers in args.layers}
     stats: dict[int, dict] = {}

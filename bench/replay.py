@@ -7,16 +7,15 @@ writes it as SVG.
 """
 
 import argparse
-import gzip
 import heapq
 import json
 from pathlib import Path
 
 import numpy as np
 
+from demo_cache import TEXT, token_ids
 from dsfp4 import Model, _core
 from dsfp4.demo import resolve_model
-from dsfp4.tokenizer import Tokenizer
 from machine import machine
 from routing_model import choose_experts, fit_bias, place_ranks
 
@@ -29,19 +28,16 @@ Trace = tuple[np.ndarray, np.ndarray]  # used [layers, tokens, k] int32, scores 
 def demo_trace(file: Path, tokens: int, first: int) -> Trace:
     """Return the demo model's routing of the first tokens of each text."""
     folder = resolve_model("demo")
-    model, tokenizer = Model(folder), Tokenizer(folder)
+    model = Model(folder)
     biases = router_biases(folder, model.config)
     used, scores, count = [], [], 0
-    opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as lines:
-        for line in lines:
-            ids = tokenizer.encode_prompt(json.loads(line)["text"])[:first]
-            chosen, logits = model.routing_trace(ids)
-            used.append(chosen)
-            scores.append((1 / (1 + np.exp(-logits)) + biases[:, None, :]).astype(np.float32))
-            count += len(ids)
-            if count >= tokens:
-                break
+    for ids in token_ids(file, first):
+        chosen, logits = model.routing_trace(ids)
+        used.append(chosen)
+        scores.append((1 / (1 + np.exp(-logits)) + biases[:, None, :]).astype(np.float32))
+        count += len(ids)
+        if count >= tokens:
+            break
     return np.concatenate(used, 1), np.concatenate(scores, 1)
 
 
@@ -187,9 +183,7 @@ def write_plot(path: Path, all_rates: dict[str, dict[str, list[float]]]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "text", nargs="?", type=Path, default=Path(__file__).with_name("text.jsonl")
-    )
+    parser.add_argument("text", nargs="?", type=Path, default=TEXT)
     parser.add_argument("--tokens", type=int, default=6000, help="of the demo model's trace")
     parser.add_argument("--first", type=int, default=600, help="tokens of each text")
     parser.add_argument("--synthetic-tokens", type=int, default=5000)

@@ -125,18 +125,8 @@ struct Blocked {
 
 template <class Row>
 void multiply(const Product& p, std::byte* scratch) {
-  switch (p.tokens) {
-    case 1:
-      return multiply_direct<Row, 1>(p);
-    case 2:
-      return multiply_direct<Row, 2>(p);
-    case 3:
-      return multiply_direct<Row, 3>(p);
-    case 4:
-      return multiply_direct<Row, 4>(p);
-    default:
-      return multiply_blocked<Blocked<Row>>(p, scratch);
-  }
+  const bool few = for_few<4>(p.tokens, [&](auto count) { multiply_direct<Row, count>(p); });
+  if (!few) multiply_blocked<Blocked<Row>>(p, scratch);
 }
 
 void multiply_fp4(const Product& p, std::byte* scratch) {

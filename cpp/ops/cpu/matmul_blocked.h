@@ -6,6 +6,8 @@
 // meets every token of a block there, so a weight is decoded once for kTokenBlock tokens. Between
 // chunks the accumulators rest in scratch, lanes and all: bitwise as if they had stayed in
 // registers.
+#include <type_traits>
+
 #include "ops/cpu/matmul.h"
 
 namespace dsfp4::ops::cpu {
@@ -27,6 +29,18 @@ inline float* y_row(const Product& p, std::int64_t t) {
 // Asks for a line that is read soon; one past the memory does no harm. The processor's own
 // prefetching alone leaves up to half of the bandwidth unused.
 [[maybe_unused]] inline void prefetch(const void* address) { __builtin_prefetch(address); }
+
+// Calls with the number of tokens as a constant; false if that is not 1 to `most`.
+template <int most, class Call>
+inline bool for_few(std::int64_t tokens, const Call& call) {
+  if constexpr (most == 0) {
+    return false;
+  } else {
+    if (tokens != most) return for_few<most - 1>(tokens, call);
+    call(std::integral_constant<int, most>());
+    return true;
+  }
+}
 
 inline float scale_of_all(const format::WeightView& w) {
   return w.format == format::WeightFormat::kNvfp4 ? w.global_scale : 1.0f;
@@ -51,30 +65,6 @@ void tiles(const Product& p, const typename K::Weights& w, std::int64_t t, std::
 }
 
 template <class K>
-void tile_of(const Product& p, const typename K::Weights& w, std::int64_t t, std::int64_t count,
-             std::int64_t begin, std::int64_t end, typename K::Sum* sums) {
-  static_assert(K::kTokens <= 6);
-  switch (count) {
-    case 1:
-      return tiles<K, 1>(p, w, t, begin, end, sums);
-    case 2:
-      return tiles<K, 2>(p, w, t, begin, end, sums);
-    case 3:
-      if constexpr (K::kTokens >= 3) return tiles<K, 3>(p, w, t, begin, end, sums);
-      return;
-    case 4:
-      if constexpr (K::kTokens >= 4) return tiles<K, 4>(p, w, t, begin, end, sums);
-      return;
-    case 5:
-      if constexpr (K::kTokens >= 5) return tiles<K, 5>(p, w, t, begin, end, sums);
-      return;
-    default:
-      if constexpr (K::kTokens >= 6) return tiles<K, 6>(p, w, t, begin, end, sums);
-      return;
-  }
-}
-
-template <class K>
 struct BlockedScratch {
   typename K::Weights weights[K::kGroups];
   typename K::Sum sums[kRowBlock / K::kRows][kTokenBlock][K::kRows];
@@ -94,8 +84,10 @@ void multiply_chunk(const Product& p, std::int64_t row, std::int64_t rows, std::
     }
     for (std::int64_t t = 0; t < tokens; t += K::kTokens) {
       for (std::int64_t g = 0; g < groups; ++g) {
-        tile_of<K>(p, scratch.weights[g], token + t, lesser(K::kTokens, tokens - t), begin, end,
-                   scratch.sums[r / K::kRows + g][t]);
+        for_few<K::kTokens>(lesser(K::kTokens, tokens - t), [&](auto count) {
+          tiles<K, count>(p, scratch.weights[g], token + t, begin, end,
+                          scratch.sums[r / K::kRows + g][t]);
+        });
       }
     }
   }

@@ -186,24 +186,6 @@ void multiply_direct(const Product& p) {
   }
 }
 
-template <class Row>
-void multiply_direct(const Product& p) {
-  switch (p.tokens) {
-    case 1:
-      return multiply_direct<Row, 1>(p);
-    case 2:
-      return multiply_direct<Row, 2>(p);
-    case 3:
-      return multiply_direct<Row, 3>(p);
-    case 4:
-      return multiply_direct<Row, 4>(p);
-    case 5:
-      return multiply_direct<Row, 5>(p);
-    default:
-      return multiply_direct<Row, 6>(p);
-  }
-}
-
 // The rows and tokens of `p` from the given ones on.
 Product part_of(const Product& p, std::int64_t row, std::int64_t rows, std::int64_t token,
                 std::int64_t tokens) {
@@ -236,8 +218,9 @@ void multiply_few_or_many(const Product& p, std::byte* scratch) {
   }
   for (std::int64_t row = p.row_begin; row < p.row_end; row += kRowsInCache) {
     for (std::int64_t token = 0; token < p.tokens; token += 6) {
-      multiply_direct<Row>(part_of(p, row, lesser(kRowsInCache, p.row_end - row), token,
-                                   lesser(6, p.tokens - token)));
+      const Product part = part_of(p, row, lesser(kRowsInCache, p.row_end - row), token,
+                                   lesser(6, p.tokens - token));
+      for_few<6>(part.tokens, [&](auto count) { multiply_direct<Row, count>(part); });
     }
   }
 }

@@ -316,22 +316,8 @@ struct Blocked {
 
 template <WeightFormat format>
 void multiply(const Product& p, std::byte* scratch) {
-  switch (p.tokens) {
-    case 1:
-      return multiply_direct<format, 1>(p);
-    case 2:
-      return multiply_direct<format, 2>(p);
-    case 3:
-      return multiply_direct<format, 3>(p);
-    case 4:
-      return multiply_direct<format, 4>(p);
-    case 5:
-      return multiply_direct<format, 5>(p);
-    case 6:
-      return multiply_direct<format, 6>(p);
-    default:
-      return multiply_blocked<Blocked<format>>(p, scratch);
-  }
+  const bool few = for_few<6>(p.tokens, [&](auto count) { multiply_direct<format, count>(p); });
+  if (!few) multiply_blocked<Blocked<format>>(p, scratch);
 }
 
 void multiply_fp4(const Product& p, std::byte* scratch) {

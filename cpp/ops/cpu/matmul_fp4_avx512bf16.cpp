@@ -268,18 +268,8 @@ struct Blocked {
 
 template <class Scales>
 void multiply(const Product& p, std::byte* scratch) {
-  switch (p.tokens) {
-    case 1:
-      return multiply_direct<Scales, 1>(p);
-    case 2:
-      return multiply_direct<Scales, 2>(p);
-    case 3:
-      return multiply_direct<Scales, 3>(p);
-    case 4:
-      return multiply_direct<Scales, 4>(p);
-    default:
-      return multiply_blocked<Blocked<Scales>>(p, scratch);
-  }
+  const bool few = for_few<4>(p.tokens, [&](auto count) { multiply_direct<Scales, count>(p); });
+  if (!few) multiply_blocked<Blocked<Scales>>(p, scratch);
 }
 
 void multiply_fp4(const Product& p, std::byte* scratch) {

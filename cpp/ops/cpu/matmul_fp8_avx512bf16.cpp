@@ -133,18 +133,8 @@ struct Blocked {
 };
 
 void multiply(const Product& p, std::byte* scratch) {
-  switch (p.tokens) {
-    case 1:
-      return multiply_direct<1>(p);
-    case 2:
-      return multiply_direct<2>(p);
-    case 3:
-      return multiply_direct<3>(p);
-    case 4:
-      return multiply_direct<4>(p);
-    default:
-      return multiply_blocked<Blocked>(p, scratch);
-  }
+  const bool few = for_few<4>(p.tokens, [&](auto count) { multiply_direct<count>(p); });
+  if (!few) multiply_blocked<Blocked>(p, scratch);
 }
 
 }  // namespace
