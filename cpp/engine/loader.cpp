@@ -42,6 +42,7 @@ class Placement {
   const std::vector<ReadTensor>& tensors() const noexcept { return tensors_; }  // as extents()
   const std::vector<storage::Extent>& staged() const noexcept { return staged_; }
   const std::vector<ReadTensor>& staged_tensors() const noexcept { return staged_tensors_; }
+  std::shared_ptr<void> staging() const noexcept { return staging_; }  // what staged() points into
 
   void place(const WeightSource& source, format::WeightView& view) {
     if (!source.present()) return;
@@ -86,13 +87,13 @@ class Placement {
   void finish() {
     for (const Vector& vector : vectors_) {
       std::vector<float> values(static_cast<std::size_t>(vector.tensor->shape.at(0)));
-      to_floats(*vector.tensor, staging_[vector.staged].data(), values.data(), values.size());
+      to_floats(*vector.tensor, bytes_at(vector.staged), values.data(), values.size());
       backend_.upload(values.data(), vector.values, values.size() * sizeof(float));
     }
     for (const Scale& scale : scales_) {
       const TensorInfo& tensor = *scale.tensor;
       float value = 0.0f;
-      to_floats(tensor, staging_[scale.staged].data(), &value, 1);
+      to_floats(tensor, bytes_at(scale.staged), &value, 1);
       const float inverse = 1.0f / value;  // infinite for the smallest
       if (!std::isfinite(value) || value <= 0.0f || (scale.reciprocal && !std::isfinite(inverse))) {
         throw CheckpointError(
@@ -127,11 +128,12 @@ class Placement {
   }
 
   std::size_t read_later(const TensorInfo& tensor) {
-    staging_.emplace_back(tensor.bytes);
-    staged_.push_back({tensor.file, tensor.offset, tensor.bytes, staging_.back().data()});
-    staged_tensors_.push_back({&tensor, staging_.back().data()});
-    return staging_.size() - 1;
+    std::byte* bytes = staging_->emplace_back(tensor.bytes).data();
+    staged_.push_back({tensor.file, tensor.offset, tensor.bytes, bytes});
+    staged_tensors_.push_back({&tensor, bytes});
+    return staging_->size() - 1;
   }
+  const std::byte* bytes_at(std::size_t staged) const { return (*staging_)[staged].data(); }
 
   static void to_floats(const TensorInfo& tensor, const std::byte* bytes, float* out,
                         std::size_t count) {
@@ -156,7 +158,8 @@ class Placement {
   std::vector<storage::Extent> staged_;
   std::vector<ReadTensor> tensors_;
   std::vector<ReadTensor> staged_tensors_;
-  std::vector<std::vector<std::byte>> staging_;
+  using Staging = std::vector<std::vector<std::byte>>;
+  std::shared_ptr<Staging> staging_ = std::make_shared<Staging>();
   std::vector<Vector> vectors_;
   std::vector<Scale> scales_;
 };
@@ -247,23 +250,24 @@ void read_through_host(const Placement& placement, ops::Backend& backend, Weight
   for (const storage::Extent& extent : placement.extents()) {
     largest = std::max<std::size_t>(largest, extent.bytes);
   }
-  Arena buffer(std::min<std::size_t>(bytes_of(placement.extents()) + kBuffer, largest + kBuffer),
-               "the weights on their way");
+  const auto buffer = std::make_shared<Arena>(
+      std::min<std::size_t>(bytes_of(placement.extents()) + kBuffer, largest + kBuffer),
+      "the weights on their way");
   const auto& extents = placement.extents();
   for (std::size_t first = 0; first < extents.size();) {
     std::vector<storage::Extent> here;
     std::vector<ReadTensor> tensors;
     std::size_t next = first;
-    buffer.release(0);
+    buffer->release(0);
     for (; next < extents.size(); ++next) {
       const storage::Extent& extent = extents[next];
-      if (next > first && buffer.used() + Arena::padded(extent.bytes) > kBuffer) break;
-      std::byte* to = buffer.take(extent.bytes);
+      if (next > first && buffer->used() + Arena::padded(extent.bytes) > kBuffer) break;
+      std::byte* to = buffer->take(extent.bytes);
       here.push_back({extent.file, extent.offset, extent.bytes, to});
       tensors.push_back(placement.tensors()[next]);
       tensors.back().bytes = to;
     }
-    read(here);
+    read(here, buffer);
     check.check(tensors);
     for (std::size_t i = 0; i < here.size(); ++i) {
       backend.upload(tensors[i].bytes, extents[first + i].destination, here[i].bytes);
@@ -366,27 +370,29 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   model::ModelWeights weights;
   Placement counted(catalogue, backend, in_files);
   place_model(counted, layout, weights);
-  Arena arena(counted.arena_bytes(), "the weights", backend.memory());
+  auto arena = std::make_shared<Arena>(counted.arena_bytes(), "the weights", backend.memory());
   Placement placement(catalogue, backend, in_files);
-  placement.use_arena(arena);
+  placement.use_arena(*arena);
   place_model(placement, layout, weights);
 
   const std::uint64_t total = bytes_of(placement.extents()) + bytes_of(placement.staged());
   std::uint64_t before = 0;
-  const auto read = [&](const std::vector<storage::Extent>& extents) {
-    reader->read(extents, [&](std::uint64_t done) {
+  const auto read = [&](const std::vector<storage::Extent>& extents,
+                        const std::shared_ptr<void>& owner) {
+    reader->read(extents, owner, [&](std::uint64_t done) {
       if (options.progress) options.progress(before + done, total);
     });
     before += bytes_of(extents);
   };
   if (backend.host_visible()) {
+    using Owners = std::pair<std::shared_ptr<void>, std::shared_ptr<void>>;
     std::vector<storage::Extent> all = placement.extents();
     all.insert(all.end(), placement.staged().begin(), placement.staged().end());
-    read(all);
+    read(all, std::make_shared<Owners>(arena, placement.staging()));
     check->check(placement.tensors());
   } else {
     read_through_host(placement, backend, *check, read);
-    read(placement.staged());
+    read(placement.staged(), placement.staging());
   }
   check->check(placement.staged_tensors());
   placement.finish();

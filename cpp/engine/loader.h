@@ -20,7 +20,7 @@
 namespace dsfp4::engine {
 
 struct LoadedWeights {
-  memory::Arena arena;  // what `weights` points into
+  std::shared_ptr<memory::Arena> arena;  // what `weights` points into
   model::ModelWeights weights;
   std::uint64_t weight_bytes;  // stored bytes of the matrices, experts too
   // Of a model of which a part stays in the files: how that is read and checked later. Else empty.

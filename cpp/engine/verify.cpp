@@ -178,14 +178,14 @@ class Verifier {
   const TensorInfo& tensor(std::size_t i) const { return catalogue_.tensors()[order_[i]]; }
 
   Result examine(const TensorInfo& tensor) {
-    const auto buffer =
-        std::make_unique_for_overwrite<std::byte[]>(std::min(tensor.bytes, kPieceBytes));
+    const std::shared_ptr<std::byte[]> buffer =
+        std::make_shared_for_overwrite<std::byte[]>(std::min(tensor.bytes, kPieceBytes));
     Result result;
     checkpoint::Xxh3 hash;
     for (std::uint64_t at = 0; at < tensor.bytes; at += kPieceBytes) {
       const std::uint64_t size = std::min(kPieceBytes, tensor.bytes - at);
       const storage::Extent extent{tensor.file, tensor.offset + at, size, buffer.get()};
-      reader_->read({&extent, 1}, {});
+      reader_->read({&extent, 1}, buffer);
       hash.update({buffer.get(), size});
       find_nonfinite(tensor.dtype, buffer.get(), size, at, result.nonfinite);
       const std::lock_guard lock(mutex_);

@@ -24,8 +24,8 @@ ReadStatus ReadTicket::status() const noexcept { return state_->status.load(); }
 bool ReadTicket::quiet() const noexcept { return state_->quiet.load(); }
 std::uint64_t ReadTicket::bytes_done() const noexcept { return state_->bytes_done.load(); }
 
-void Reader::read(std::span<const Extent> extents, const ReadProgress& progress,
-                  std::shared_ptr<void> owner) {
+void Reader::read(std::span<const Extent> extents, std::shared_ptr<void> owner,
+                  const ReadProgress& progress) {
   ReadRequest request;
   request.extents.assign(extents.begin(), extents.end());
   request.owner = std::move(owner);

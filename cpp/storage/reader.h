@@ -149,10 +149,10 @@ class Reader {
   /// Bytes of staging buffers.
   virtual std::uint64_t staging_bytes() const noexcept = 0;
 
-  /// Reads all extents as one demand and waits. Throws IoError; no buffer is written any more once
-  /// it has thrown, except after a stall (see Memory), unless `owner` owns them.
-  void read(std::span<const Extent> extents, const ReadProgress& progress = {},
-            std::shared_ptr<void> owner = nullptr);
+  /// Reads all extents as one demand and waits. Throws IoError, perhaps while the system still has
+  /// the destinations (see Memory): `owner` owns them, or is null where they outlive the reader.
+  void read(std::span<const Extent> extents, std::shared_ptr<void> owner,
+            const ReadProgress& progress = {});
 };
 
 enum class ReaderKind : std::uint8_t { kAutomatic, kUring, kPread };

@@ -93,6 +93,7 @@ class GenerationFaults : public storage::ReaderTest {
   bool inject(const testing::TinyCheckpoint& checkpoint, const LoadOptions& load, Fault fault,
               std::int64_t at, const Tokens& right) {
     const auto shard = folder_->path() / checkpoint.shards.front().name;
+    const auto descriptors = ReaderFiles::open_descriptors();
     FaultAt system(fault, at, shard.string());
     {
       storage::ReaderOptions faulty = shallow();
@@ -138,6 +139,7 @@ class GenerationFaults : public storage::ReaderTest {
             << "the next request, after " << static_cast<int>(fault) << " at " << at;
       }
     }
+    system.wait_for_threads(descriptors);
     const bool changed = fault == Fault::kTruncated || fault == Fault::kRewritten;
     if (changed || fault == Fault::kReplaced) write(checkpoint);
     return system.injected();
@@ -169,8 +171,6 @@ class GenerationFaults : public storage::ReaderTest {
     std::int64_t injections = 0;
     const auto descriptors = ReaderFiles::open_descriptors();
     for (const Fault fault : faults) {
-      // A load that has been given up still waits for its buffer, so nobody would hang up.
-      if (fault == Fault::kStallForever && GetParam() == ReaderKind::kPread) continue;
       const std::int64_t most = fault == Fault::kNone ? 1 : reads_;
       for (std::int64_t at = 0; at < most && !HasFailure(); at += step) {
         injections += inject(checkpoint, load, fault, at, right) ? 1 : 0;

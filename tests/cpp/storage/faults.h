@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <unistd.h>
 
 #include "storage/reader_fixture.h"
@@ -65,6 +66,13 @@ class FaultAt final : public FaultSystem {
     const std::lock_guard lock(mutex_);
     if (pipe_[1] >= 0) ::close(pipe_[1]);
     pipe_[1] = -1;
+  }
+  /// Ends the stall once its reader is gone, and waits for the thread that it may have left behind:
+  /// that one closes the files. `descriptors` were open before this was made.
+  void wait_for_threads(std::ptrdiff_t descriptors) {
+    hang_up();
+    const auto own = pipe_[0] >= 0 ? 1 : 0;
+    while (ReaderFiles::open_descriptors() > descriptors + own) std::this_thread::yield();
   }
   ssize_t pread(const ReadCall& call) override {
     if (call.descriptor != pipe_[0] || pipe_[0] < 0) return System::pread(call);

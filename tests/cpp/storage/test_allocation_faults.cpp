@@ -97,7 +97,7 @@ TEST_P(AllocationFaults, OpeningSubmittingAndReading) {
   few.piece_bytes = 4096;
   const std::int64_t count = refuse_each([&] {
     const auto reader = make_reader(paths, few);
-    reader->read(extents);
+    reader->read(extents, nullptr);
   });
   EXPECT_GT(count, 10);
   EXPECT_TRUE(files_.same(buffer.data(), 40'000, 3, 1));
@@ -115,7 +115,7 @@ TEST_P(AllocationFaults, Failing) {
   refuse_each([&] {
     const auto reader = make_reader(paths, few);
     try {
-      reader->read(extents);
+      reader->read(extents, nullptr);
       ADD_FAILURE() << "the file is too short";
     } catch (const IoError&) {
     }

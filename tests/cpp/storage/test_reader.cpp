@@ -27,7 +27,7 @@ TEST_P(ReaderBasics, ReadsExtentsOfSeveralFilesInPieces) {
   const std::vector<Extent> extents = {
       {0, 5, whole.size(), whole.data()}, {1, 900, 100, part.data()}, {1, 1000, 0, nothing.data()}};
   std::vector<std::uint64_t> progress;
-  reader->read(extents, [&](std::uint64_t done) { progress.push_back(done); });
+  reader->read(extents, nullptr, [&](std::uint64_t done) { progress.push_back(done); });
   EXPECT_TRUE(files_.same(whole.data(), whole.size(), 5, 1));
   EXPECT_TRUE(files_.same(part.data(), part.size(), 900, 2));
   EXPECT_EQ(nothing[0], std::byte{7});
@@ -46,7 +46,7 @@ TEST_P(ReaderBasics, EveryPhaseReadsTheRightBytesAndNothingAround) {
       for (const std::size_t shift : {0, 1, 64, 4095}) {  // from the file's phase
         PhasedBuffer buffer(bytes, offset + shift);
         const std::vector<Extent> extents = {{0, offset, bytes, buffer.data()}};
-        reader->read(extents);
+        reader->read(extents, nullptr);
         ASSERT_TRUE(files_.same(buffer.data(), bytes, offset, 3)) << offset << " " << shift;
         ASSERT_TRUE(buffer.surroundings_untouched()) << offset << " " << bytes << " " << shift;
       }
@@ -59,7 +59,7 @@ TEST_P(ReaderBasics, SlackLetsAWholeReadLandInPlace) {
   const auto reader = make_reader({files_.write("a", kFile, 3)}, options(std::uint64_t{16} << 10));
   PhasedBuffer buffer(kFile - 100, 100);
   const std::vector<Extent> extents = {{0, 100, kFile - 100, buffer.data(), true}};
-  reader->read(extents);
+  reader->read(extents, nullptr);
   EXPECT_TRUE(files_.same(buffer.data(), buffer.size(), 100, 3));
   EXPECT_EQ(reader->stats().bytes_copied, 0u);
 }
@@ -72,7 +72,7 @@ TEST_P(ReaderBasics, SmallNeighboursShareReads) {
   std::vector<Extent> extents;
   for (std::size_t i = 0; i < kCount; ++i) extents.push_back({0, i * 4, 4, places[i].data()});
   std::reverse(extents.begin(), extents.end());  // the order is the reader's business
-  reader->read(extents);
+  reader->read(extents, nullptr);
   for (std::size_t i = 0; i < kCount; ++i) {
     ASSERT_TRUE(files_.same(places[i].data(), 4, i * 4, 1));
   }
@@ -85,7 +85,7 @@ TEST_P(ReaderBasics, TruncatedFileIsAnErrorThatSaysSo) {
   std::vector<std::byte> buffer(50);
   const std::vector<Extent> extents = {{0, 60, 50, buffer.data()}};
   try {
-    reader->read(extents);
+    reader->read(extents, nullptr);
     FAIL();
   } catch (const IoError& error) {
     EXPECT_EQ(error.file(), path.string());
@@ -106,7 +106,7 @@ TEST_P(ReaderBasics, TruncationInALaterPieceNamesTheExtent) {
   for (const bool slack : {false, true}) {
     const std::vector<Extent> extents = {{0, 10, buffer.size(), buffer.data(), slack}};
     try {
-      reader->read(extents);
+      reader->read(extents, nullptr);
       FAIL();
     } catch (const IoError& error) {
       EXPECT_EQ(error.offset(), 10);
@@ -130,7 +130,7 @@ TEST_P(ReaderBasics, ServesSeveralCallersAtOnceAndClosesItsFiles) {
     for (std::uint32_t i = 0; i < 4; ++i) {
       callers.emplace_back([&, i] {
         const std::vector<Extent> extents = {{i % 2, 1, kBytes - 1, buffers[i].data()}};
-        for (int again = 0; again < 5; ++again) reader->read(extents);
+        for (int again = 0; again < 5; ++again) reader->read(extents, nullptr);
       });
     }
   }
@@ -210,7 +210,7 @@ TEST_P(ReaderBasics, RefusedReadNamesErrno) {
   std::byte buffer{};
   const std::vector<Extent> extents = {{0, 0, 1, &buffer}};
   try {
-    reader->read(extents);
+    reader->read(extents, nullptr);
     FAIL();
   } catch (const IoError& error) {
     EXPECT_EQ(error.error_number(), EISDIR);
@@ -221,9 +221,10 @@ TEST_P(ReaderBasics, ExceptionOfProgressEndsTheReadAndTheReaderLivesOn) {
   const auto reader = make_reader({files_.write("a", std::size_t{1} << 20, 1)}, options());
   std::vector<std::byte> buffer(std::size_t{1} << 20);
   const std::vector<Extent> extents = {{0, 0, buffer.size(), buffer.data()}};
-  EXPECT_THROW(reader->read(extents, [](std::uint64_t) { throw std::runtime_error("enough"); }),
-               std::runtime_error);
-  reader->read(extents);
+  EXPECT_THROW(
+      reader->read(extents, nullptr, [](std::uint64_t) { throw std::runtime_error("enough"); }),
+      std::runtime_error);
+  reader->read(extents, nullptr);
   EXPECT_TRUE(files_.same(buffer.data(), buffer.size(), 0, 1));
 }
 
@@ -243,7 +244,7 @@ TEST_P(ReaderBasics, BadArguments) {
                                                   {0, 0, 1, nullptr},
                                                   {0, std::uint64_t{1} << 63, 1, &buffer},
                                                   {0, 5, (std::uint64_t{1} << 63) - 1, &buffer}}) {
-    EXPECT_THROW(reader->read({&extent, 1}), ParameterError);
+    EXPECT_THROW(reader->read({&extent, 1}, nullptr), ParameterError);
   }
 }
 
@@ -258,7 +259,7 @@ TEST_P(ReaderBasics, WithoutDirectReadsItSaysSoOnceAndReadsOn) {
   std::vector<std::byte> a(100'000);
   std::vector<std::byte> b(100'000);
   const std::vector<Extent> extents = {{0, 0, a.size(), a.data()}, {1, 0, b.size(), b.data()}};
-  reader->read(extents);
+  reader->read(extents, nullptr);
   EXPECT_TRUE(files_.same(a.data(), a.size(), 0, 1));
   EXPECT_TRUE(files_.same(b.data(), b.size(), 0, 2));
   EXPECT_EQ(log().find("no direct reads"), log().rfind("no direct reads")) << log();

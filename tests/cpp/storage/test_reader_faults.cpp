@@ -76,7 +76,7 @@ class ReaderFaults : public ReaderTest {
       if (fault == Fault::kReplaced ||
           must_succeed(fault)) {  // the next request on the same reader
         const std::vector<Extent> again = extents(whole, moved, small);
-        reader->read(again);
+        reader->read(again, nullptr);
         EXPECT_TRUE(right()) << "the next request";
       }
     }
@@ -119,7 +119,7 @@ TEST_P(ReaderFaults, ErrorsThatStayAreGivenUpAndNamed) {
     PhasedBuffer buffer(20'000, 0);
     const std::vector<Extent> extents = {{0, 0, buffer.size(), buffer.data()}};
     try {
-      reader->read(extents);
+      reader->read(extents, nullptr);
       FAIL() << error;
     } catch (const IoError& caught) {
       EXPECT_EQ(caught.error_number(), error);
@@ -129,7 +129,7 @@ TEST_P(ReaderFaults, ErrorsThatStayAreGivenUpAndNamed) {
     EXPECT_EQ(calls > 1, error != EACCES);  // that one is not worth another try
     EXPECT_LE(calls, 1001);
     system.before = nullptr;
-    reader->read(extents);
+    reader->read(extents, nullptr);
     EXPECT_TRUE(files_.same(buffer.data(), buffer.size(), 0, 1));
   }
 }
@@ -195,7 +195,7 @@ TEST_P(ReaderFaults, WhereIoUringIsForbiddenPreadTakesOverAndSaysSo) {
   EXPECT_NE(log().find("io_uring cannot be used here"), std::string::npos) << log();
   std::vector<std::byte> buffer(20'000);
   const std::vector<Extent> extents = {{0, 0, buffer.size(), buffer.data()}};
-  reader->read(extents);
+  reader->read(extents, nullptr);
   EXPECT_TRUE(files_.same(buffer.data(), buffer.size(), 0, 1));
   automatic.kind = ReaderKind::kUring;
   EXPECT_THROW(make_reader({path}, automatic), UnsupportedError);
