@@ -70,7 +70,7 @@ TEST_P(LoadFaults, TheRightWeightsOrATypedErrorAndTheNextLoadIsWhole) {
           }
           injections += system.injected() ? 1 : 0;
           reads = std::max(reads, system.reads());
-          system.wait_for_threads(descriptors);
+          system.wait_for_threads();
         }
         EXPECT_EQ(ReaderFiles::open_descriptors(), descriptors);
         checkpoint.write(folder.path());

@@ -68,11 +68,10 @@ class FaultAt final : public FaultSystem {
     pipe_[1] = -1;
   }
   /// Ends the stall once its reader is gone, and waits for the thread that it may have left behind:
-  /// that one closes the files. `descriptors` were open before this was made.
-  void wait_for_threads(std::ptrdiff_t descriptors) {
+  /// closing the files is the last that it does.
+  void wait_for_threads() {
     hang_up();
-    const auto own = pipe_[0] >= 0 ? 1 : 0;
-    while (ReaderFiles::open_descriptors() > descriptors + own) std::this_thread::yield();
+    while (open_files > 0) std::this_thread::yield();
   }
   ssize_t pread(const ReadCall& call) override {
     if (call.descriptor != pipe_[0] || pipe_[0] < 0) return System::pread(call);

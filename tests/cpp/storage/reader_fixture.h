@@ -29,7 +29,17 @@ class FaultSystem : public System {
   std::function<void(int descriptor, struct stat&)> alter_status;
   std::atomic<std::int64_t> clock_offset_ms = 0;
   std::atomic<int> uring_error = 0;
+  std::atomic<int> open_files = 0;
 
+  int open(const std::string& path, int flags) override {
+    const int descriptor = System::open(path, flags);
+    if (descriptor >= 0) ++open_files;
+    return descriptor;
+  }
+  void close(int descriptor) noexcept override {
+    System::close(descriptor);
+    --open_files;
+  }
   std::optional<int> before_read(ReadCall& call) override {
     return before ? before(call) : std::nullopt;
   }
