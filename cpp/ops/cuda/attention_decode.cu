@@ -41,11 +41,6 @@ __device__ __forceinline__ void load_transposed(unsigned out[4], const void* fro
                : "r"(shared));
 }
 
-__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const unsigned*>(&pair);
-}
-
 // What one block works on.
 struct Work {
   std::int64_t row, first_head;
@@ -242,6 +237,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int a = warp % 2 * 2 + warp / 4;  // whose scores it ends up with: heads [16 a, + 16)
   const int b = warp / 2 % 2;             // and tokens [32 b, + 32) of a tile
+  // Blocks of the next kernel that began early would crowd where the first of these end.
+  wait_for_inputs();
   Work work;
   work.split = static_cast<int>(blockIdx.x);
   work.first_head = std::int64_t{blockIdx.y} * kHeads;
@@ -379,41 +376,56 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// One block a (head, row): the splits, in order.
+// One block a (head, row). Four groups of threads add up every fourth split each, then the groups.
 constexpr int kMostSplits = 256;
+constexpr int kGroup = kLatent / 4;  // threads, of four columns each
+constexpr int kGroups = 4;
 
-__global__ void __launch_bounds__(kLatent / 4)
+__global__ void __launch_bounds__(kGroup* kGroups)
     combine_kernel(std::int64_t heads, int splits, Partial partial, Matrix out) {
   __shared__ float weights[kMostSplits];
+  __shared__ float totals[kMostSplits];
+  __shared__ float4 parts[kGroups - 1][kGroup];
+  begin_kernel();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group = thread / kGroup;
+  const int column = thread % kGroup * 4;
   const std::int64_t head = blockIdx.x;
   const std::int64_t row = blockIdx.y;
   const std::int64_t first = row * splits * heads + head;
-  for (int s = static_cast<int>(threadIdx.x); s < splits; s += kLatent / 4) {
+  for (int s = thread; s < splits; s += kGroup * kGroups) {
     weights[s] = partial.largest[first + s * heads];
+    totals[s] = partial.total[first + s * heads];
   }
   __syncthreads();
   float largest = -INFINITY;
   for (int s = 0; s < splits; ++s) largest = fmaxf(largest, weights[s]);
-  __syncthreads();
-  for (int s = static_cast<int>(threadIdx.x); s < splits; s += kLatent / 4) {
-    weights[s] = exp2f(weights[s] - largest);  // 0 for an empty split
-  }
-  __syncthreads();
   float4 sum{};
   float total = 0.0f;
 #pragma unroll 8
-  for (int s = 0; s < splits; ++s) {
-    const float weight = weights[s];
-    const float4 part = *reinterpret_cast<const float4*>(
-        partial.sums + (first + s * heads) * kLatent + threadIdx.x * 4);
-    total = fmaf(weight, __ldg(partial.total + first + s * heads), total);
+  for (int s = group; s < splits; s += kGroups) {
+    const float weight = exp2f(weights[s] - largest);  // 0 for an empty split
+    const float4 part =
+        *reinterpret_cast<const float4*>(partial.sums + (first + s * heads) * kLatent + column);
     sum.x = fmaf(weight, part.x, sum.x);
     sum.y = fmaf(weight, part.y, sum.y);
     sum.z = fmaf(weight, part.z, sum.z);
     sum.w = fmaf(weight, part.w, sum.w);
   }
+  if (group > 0) parts[group - 1][thread % kGroup] = sum;
+  for (int s = 0; s < splits; ++s) total = fmaf(exp2f(weights[s] - largest), totals[s], total);
+  __syncthreads();
+  if (group > 0) return;
+#pragma unroll
+  for (int g = 0; g < kGroups - 1; ++g) {
+    const float4 part = parts[g][thread];
+    sum.x += part.x;
+    sum.y += part.y;
+    sum.z += part.z;
+    sum.w += part.w;
+  }
   const float inverse = 1.0f / total;
-  float* to = out.data + row * out.stride + head * kLatent + threadIdx.x * 4;
+  float* to = out.data + row * out.stride + head * kLatent + column;
   to[0] = sum.x * inverse;
   to[1] = sum.y * inverse;
   to[2] = sum.z * inverse;
@@ -462,13 +474,13 @@ bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstM
   const auto kernel = kv.format == KvFormat::kFp8 ? decode_kernel<true> : decode_kernel<false>;
   DSFP4_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  kernel<<<dim3(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)),
-                static_cast<unsigned>(kv.count)),
-           kThreads, kSharedBytes, device->stream>>>(shape, kv, q_abs, q, splits, partial);
-  DSFP4_LAUNCHED("decode_kernel");
-  combine_kernel<<<dim3(static_cast<unsigned>(shape.heads), static_cast<unsigned>(kv.count)),
-                   kLatent / 4, 0, device->stream>>>(shape.heads, splits, partial, out);
-  DSFP4_LAUNCHED("combine_kernel");
+  const auto rows = static_cast<unsigned>(kv.count);
+  DSFP4_TRY(
+      launch(device, kernel,
+             dim3(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)), rows),
+             kThreads, kSharedBytes, shape, kv, q_abs, q, splits, partial));
+  DSFP4_TRY(launch(device, combine_kernel, dim3(static_cast<unsigned>(shape.heads), rows),
+                   kGroup * kGroups, 0, shape.heads, splits, partial, out));
   return true;
 }
 

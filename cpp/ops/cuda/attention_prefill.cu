@@ -38,11 +38,6 @@ __device__ __forceinline__ void load_transposed(unsigned out[4], const void* fro
                : "r"(shared));
 }
 
-__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const unsigned*>(&pair);
-}
-
 struct PrefillArguments {
   float scale;  // softmax_scale * log2 e
   SequencePart part;

@@ -15,6 +15,7 @@ constexpr int kMarks = 2;
 
 struct Device {
   int index = 0;
+  int major = 0;  // of the compute capability
   int multiprocessors = 0;
   int shared_bytes = 0;  // that a block may have
   cudaStream_t stream = nullptr;
@@ -40,6 +41,42 @@ bool fail(cudaError_t code, const char* call, const char* source, int line);
     if (dsfp4_code != cudaSuccess)                                             \
       return ::dsfp4::ops::cuda::fail(dsfp4_code, kernel, __FILE__, __LINE__); \
   } while (false)
+
+/// Launches a kernel that may begin while the one before it still runs, where the GPU can do that
+/// (from compute capability 9.0 on). Such a kernel calls wait_for_inputs() first of all, or after
+/// reading what no kernel writes, and then let_next_begin(). So what a kernel reads before it waits
+/// may come from the last kernel but one.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(Device* device, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                   std::size_t shared, Arguments... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = device->stream;
+  config.attrs = &early;
+  config.numAttrs = device->major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+__device__ __forceinline__ void wait_for_inputs() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Both, for a kernel that reads nothing before.
+__device__ __forceinline__ void begin_kernel() {
+  wait_for_inputs();
+  let_next_begin();
+}
 
 inline unsigned blocks_for(std::int64_t count, std::int64_t per_block) {
   return static_cast<unsigned>((count + per_block - 1) / per_block);

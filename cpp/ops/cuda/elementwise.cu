@@ -22,6 +22,7 @@ __global__ void embed_kernel(WeightView table, const std::int32_t* ids, Matrix o
 // One block a row. The sum's order depends on the row's width alone.
 __global__ void __launch_bounds__(kNormThreads)
     rms_norm_kernel(ConstMatrix x, const float* weight, float eps, Matrix y) {
+  begin_kernel();
   const float* from = x.data + blockIdx.x * x.stride;
   float* to = y.data + blockIdx.x * y.stride;
   float sum = 0.0f;
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 __global__ void silu_mul_kernel(Matrix gate, ConstMatrix up) {
+  begin_kernel();
   const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
   if (i >= gate.cols) return;
   float* g = gate.data + blockIdx.y * gate.stride + i;
@@ -46,17 +48,20 @@ __global__ void silu_mul_kernel(Matrix gate, ConstMatrix up) {
 }
 
 __global__ void zero_kernel(Matrix y) {
+  begin_kernel();
   const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
   if (i < y.cols) y.data[blockIdx.y * y.stride + i] = 0.0f;
 }
 
 __global__ void add_kernel(ConstMatrix x, Matrix y) {
+  begin_kernel();
   const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
   if (i < y.cols) y.data[blockIdx.y * y.stride + i] += x.data[blockIdx.y * x.stride + i];
 }
 
 __global__ void rope_kernel(Matrix x, std::int64_t heads, std::int64_t head_stride,
                             ConstMatrix cos_sin) {
+  begin_kernel();
   const std::int64_t pairs = cos_sin.cols / 2;
   const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
   if (i >= heads * pairs) return;
@@ -71,6 +76,7 @@ __global__ void rope_kernel(Matrix x, std::int64_t heads, std::int64_t head_stri
 
 __global__ void combine_kernel(ConstMatrix pairs, const float* weights, std::int64_t top_k,
                                Matrix y) {
+  begin_kernel();
   const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
   if (i >= y.cols) return;
   const std::int64_t t = blockIdx.y;
@@ -95,6 +101,7 @@ __device__ unsigned char to_e4m3(float value) {
 }
 
 __global__ void kv_append_kernel(KvRows kv, ConstMatrix x) {
+  begin_kernel();
   const RowPlace place = kv.rows[blockIdx.x];
   std::byte* block = kv.blocks[place.first_block + place.position / kKvBlockTokens];
   const std::int64_t at = place.position % kKvBlockTokens * x.cols;
@@ -144,55 +151,49 @@ bool embed(Device* device, const WeightView* table, const std::int32_t* ids, Mat
 
 bool rms_norm(Device* device, ConstMatrix x, const float* weight, float eps, Matrix y) {
   if (empty(x)) return true;
-  rms_norm_kernel<<<static_cast<unsigned>(x.rows), kNormThreads, 0, device->stream>>>(x, weight,
-                                                                                      eps, y);
-  DSFP4_LAUNCHED("rms_norm_kernel");
+  DSFP4_TRY(launch(device, rms_norm_kernel, static_cast<unsigned>(x.rows), kNormThreads, 0, x,
+                   weight, eps, y));
   return true;
 }
 
 bool silu_mul(Device* device, Matrix gate, ConstMatrix up) {
   if (empty(gate)) return true;
-  silu_mul_kernel<<<grid_of(gate.cols, gate.rows), kThreads, 0, device->stream>>>(gate, up);
-  DSFP4_LAUNCHED("silu_mul_kernel");
+  DSFP4_TRY(launch(device, silu_mul_kernel, grid_of(gate.cols, gate.rows), kThreads, 0, gate, up));
   return true;
 }
 
 bool zero(Device* device, Matrix y) {
   if (empty(y)) return true;
-  zero_kernel<<<grid_of(y.cols, y.rows), kThreads, 0, device->stream>>>(y);
-  DSFP4_LAUNCHED("zero_kernel");
+  DSFP4_TRY(launch(device, zero_kernel, grid_of(y.cols, y.rows), kThreads, 0, y));
   return true;
 }
 
 bool add(Device* device, ConstMatrix x, Matrix y) {
   if (empty(y)) return true;
-  add_kernel<<<grid_of(y.cols, y.rows), kThreads, 0, device->stream>>>(x, y);
-  DSFP4_LAUNCHED("add_kernel");
+  DSFP4_TRY(launch(device, add_kernel, grid_of(y.cols, y.rows), kThreads, 0, x, y));
   return true;
 }
 
 bool rope(Device* device, Matrix x, std::int64_t heads, std::int64_t head_stride,
           ConstMatrix cos_sin) {
   if (x.rows == 0 || cos_sin.cols == 0) return true;
-  rope_kernel<<<grid_of(heads * cos_sin.cols / 2, x.rows), kThreads, 0, device->stream>>>(
-      x, heads, head_stride, cos_sin);
-  DSFP4_LAUNCHED("rope_kernel");
+  DSFP4_TRY(launch(device, rope_kernel, grid_of(heads * cos_sin.cols / 2, x.rows), kThreads, 0, x,
+                   heads, head_stride, cos_sin));
   return true;
 }
 
 bool combine(Device* device, ConstMatrix pairs, const float* weights, std::int64_t top_k,
              Matrix y) {
   if (empty(y)) return true;
-  combine_kernel<<<grid_of(y.cols, y.rows), kThreads, 0, device->stream>>>(pairs, weights, top_k,
-                                                                           y);
-  DSFP4_LAUNCHED("combine_kernel");
+  DSFP4_TRY(launch(device, combine_kernel, grid_of(y.cols, y.rows), kThreads, 0, pairs, weights,
+                   top_k, y));
   return true;
 }
 
 bool kv_append(Device* device, const KvRows* kv, ConstMatrix x) {
   if (kv->count == 0) return true;
-  kv_append_kernel<<<static_cast<unsigned>(kv->count), kThreads, 0, device->stream>>>(*kv, x);
-  DSFP4_LAUNCHED("kv_append_kernel");
+  DSFP4_TRY(
+      launch(device, kv_append_kernel, static_cast<unsigned>(kv->count), kThreads, 0, *kv, x));
   return true;
 }
 

@@ -67,7 +67,7 @@ bool routed_experts(Device* device, const ExpertView* table, const ExpertView* f
                          workspace) &&
            combine(device, routed, routing.weights, top_k, y);
   }
-  if (experts_small_fit(device, *first, top_k)) {
+  if (experts_small_fit(device, *first, x, hidden, top_k)) {
     return experts_small(device, table, *first, routing, top_k, x, hidden, y);
   }
   const auto pairs = static_cast<unsigned>(x.rows * top_k);

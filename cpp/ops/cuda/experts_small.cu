@@ -7,144 +7,247 @@
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr int kWarps = 8;
 constexpr int kTile = 16;
 
-// Work is (pair, row tile); a block takes a run of it. Even warps do gate_proj, odd ones up_proj,
-// each a fourth of the columns. hidden [pairs, rows].
-template <WeightFormat kFormat>
-__global__ void __launch_bounds__(kWarps * 32, 2)
+constexpr int kMostPairs = 64;  // of a launch
+
+// What a launch needs of one matrix of an expert.
+struct Source {
+  const std::byte* data;
+  const std::byte* scales;
+  float global_scale;
+};
+__device__ __forceinline__ Source source_of(const WeightView& weight) {
+  return {weight.data, weight.scales, weight.global_scale};
+}
+
+// This block's part of all work: blocks that run together read what lies together.
+__device__ __forceinline__ Tiles share_of(int work) {
+  return {static_cast<int>(blockIdx.x), work, static_cast<int>(gridDim.x)};
+}
+
+// Work is (pair, row tile). Even warps do gate_proj, odd ones up_proj,
+// each its share of the columns. hidden [pairs, rows].
+template <WeightFormat kFormat, typename Product, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 1)
     gate_up_kernel(const ExpertView* table, const std::int32_t* used, int top_k, ConstMatrix x,
                    Matrix hidden) {
   extern __shared__ uint4 shared[];
   __shared__ float parts[2][kWarps][kTile];
-  auto* staged = reinterpret_cast<__nv_bfloat16*>(shared);
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t tiles = (hidden.cols + kTile - 1) / kTile;
-  const std::int64_t work = tiles * hidden.rows;
-  const std::int64_t begin = work * blockIdx.x / gridDim.x;
-  const std::int64_t end = work * (blockIdx.x + 1) / gridDim.x;
-  std::int64_t staged_token = -1;
-  for (std::int64_t i = begin; i < end; ++i) {
-    const std::int64_t pair = i / tiles;
-    const std::int64_t row = i % tiles * kTile;
-    const std::int64_t token = pair / top_k;
-    if (token != staged_token) {
-      __syncthreads();
-      stage_token<kFormat>(x.data + token * x.stride, x.cols, staged);
-      __syncthreads();
-      staged_token = token;
-    }
-    const ExpertView& expert = table[used[pair]];
-    const WeightView& weight = warp % 2 == 0 ? expert.gate_proj : expert.up_proj;
-    float sums[4] = {};
-    multiply_rows<kFormat, 4>(weight, row, warp / 2, kWarps / 2, staged, 0, 1, sums);
-    float(*set)[kTile] = parts[i % 2];
-    if (lane % 4 == 0) {  // token 0
-      set[warp][lane / 4] = sums[0];
-      set[warp][lane / 4 + 8] = sums[2];
-    }
-    __syncthreads();
-    if (threadIdx.x < kTile && row + threadIdx.x < hidden.cols) {
-      float gate = 0.0f;
-      float up = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; w += 2) {
-        gate += set[w][threadIdx.x];
-        up += set[w + 1][threadIdx.x];
-      }
-      gate *= word_epilogue(expert.gate_proj);
-      up *= word_epilogue(expert.up_proj);
-      hidden.data[pair * hidden.stride + row + threadIdx.x] = silu(gate) * up;
-    }
+  __shared__ Source sources[2][kMostPairs];
+  auto* rings = reinterpret_cast<std::byte*>(shared);
+  std::byte* staged = rings + kWarps * kSmallRingBytes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int pairs = static_cast<int>(hidden.rows);
+  const int rows = static_cast<int>(hidden.cols);
+  const int cols = static_cast<int>(x.cols);
+  const int tiles = (rows + kTile - 1) / kTile;
+  begin_kernel();
+  for (int i = thread; i < 2 * pairs; i += kWarps * 32) {
+    const ExpertView& expert = table[used[i / 2]];
+    sources[i % 2][i / 2] = source_of(i % 2 == 0 ? expert.gate_proj : expert.up_proj);
   }
+  __syncthreads();
+  int staged_token = -1;
+  int turn = 0;
+  stream_tiles<kFormat, Product>(
+      share_of(tiles * pairs), warp / 2, kWarps / 2, cols, 1, rings + warp * kSmallRingBytes,
+      [&](int i) {
+        const Source& source = sources[warp % 2][i / tiles];
+        return Rows<kFormat>(source.data, source.scales, rows, cols, i % tiles * kTile);
+      },
+      [&](int i) -> const std::byte* {
+        const int token = i / tiles / top_k;
+        if (token == staged_token) return staged;
+        if (staged_token >= 0) __syncthreads();  // the last one is used
+        Product::stage(x.data + token * x.stride, cols, staged, thread, kWarps * 32);
+        staged_token = token;
+        __syncthreads();
+        return staged;
+      },
+      [&](int i, const Product& product) {
+        float sums[4];
+        product.finish(sums);
+        float(*set)[kTile] = parts[turn];
+        turn ^= 1;
+        if (lane % 4 == 0) {  // token 0
+          set[warp][lane / 4] = sums[0];
+          set[warp][lane / 4 + 8] = sums[2];
+        }
+        __syncthreads();
+        const int row = i % tiles * kTile + thread;
+        if (thread >= kTile || row >= rows) return;
+        float gate = 0.0f;
+        float up = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; w += 2) {
+          gate += set[w][thread];
+          up += set[w + 1][thread];
+        }
+        const int pair = i / tiles;
+        gate *= Product::epilogue(sources[0][pair].global_scale);
+        up *= Product::epilogue(sources[1][pair].global_scale);
+        hidden.data[pair * hidden.stride + row] = silu(gate) * up;
+      });
 }
 
-// Work is (token, row tile). Warp k does slot k, and the slots are summed in order.
-template <WeightFormat kFormat>
+// Work is (token, `together` row tiles), each of top_k warps: its warp k does slot k, and the slots
+// are summed in order.
+template <WeightFormat kFormat, typename Product>
 __global__ void __launch_bounds__(512, 1)
     down_kernel(const ExpertView* table, const std::int32_t* used, const float* weights, int top_k,
-                ConstMatrix hidden, Matrix y) {
+                int together, ConstMatrix hidden, Matrix y) {
   extern __shared__ uint4 shared[];
-  constexpr int kMostSlots = 16;
-  __shared__ float parts[2][kMostSlots][kTile];
-  auto* staged = reinterpret_cast<__nv_bfloat16*>(shared);
-  const int slot = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t stride = staged_stride<kFormat>(hidden.cols);
-  const std::int64_t tiles = (y.cols + kTile - 1) / kTile;
-  const std::int64_t work = tiles * y.rows;
-  const std::int64_t begin = work * blockIdx.x / gridDim.x;
-  const std::int64_t end = work * (blockIdx.x + 1) / gridDim.x;
-  std::int64_t staged_token = -1;
-  for (std::int64_t i = begin; i < end; ++i) {
-    const std::int64_t token = i / tiles;
-    const std::int64_t row = i % tiles * kTile;
-    if (token != staged_token) {
-      __syncthreads();
-      for (int k = 0; k < top_k; ++k) {
-        stage_token<kFormat>(hidden.data + (token * top_k + k) * hidden.stride, hidden.cols,
-                             staged + k * stride);
-      }
-      __syncthreads();
-      staged_token = token;
-    }
-    const WeightView& down = table[used[token * top_k + slot]].down_proj;
-    float sums[4] = {};
-    multiply_rows<kFormat, 4>(down, row, 0, 1, staged + slot * stride, 0, 1, sums);
-    float(*set)[kTile] = parts[i % 2];
-    if (lane % 4 == 0) {
-      const float scale = word_epilogue(down) * weights[token * top_k + slot];
-      set[slot][lane / 4] = sums[0] * scale;
-      set[slot][lane / 4 + 8] = sums[2] * scale;
-    }
-    __syncthreads();
-    if (threadIdx.x < kTile && row + threadIdx.x < y.cols) {
-      float* to = y.data + token * y.stride + row + threadIdx.x;
-      float sum = *to;
-      for (int k = 0; k < top_k; ++k) sum += set[k][threadIdx.x];
-      *to = sum;
-    }
+  constexpr int kMostWarps = 16;
+  __shared__ float parts[2][kMostWarps][kTile];
+  __shared__ Source sources[kMostPairs];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int slot = warp % top_k;
+  const int own = warp / top_k;  // of the tiles together
+  const int lane = thread % 32;
+  const int cols = static_cast<int>(hidden.cols);
+  const int rows = static_cast<int>(y.cols);
+  const int tiles = (rows + kTile * together - 1) / (kTile * together);
+  const int pairs = static_cast<int>(hidden.rows);
+  auto* rings = reinterpret_cast<std::byte*>(shared);
+  std::byte* staged =
+      rings + top_k * together * kSmallRingBytes + slot * Product::token_bytes(cols);
+  const auto first_row = [&](int i) { return i % tiles * kTile * together; };
+  for (int i = thread; i < pairs; i += static_cast<int>(blockDim.x)) {
+    sources[i] = source_of(table[used[i]].down_proj);
   }
+  __syncthreads();
+  int staged_token = -1;  // the routing is older than the kernel before, weights change never
+  int turn = 0;
+  stream_tiles<kFormat, Product>(
+      share_of(tiles * static_cast<int>(y.rows)), 0, 1, cols, 1, rings + warp * kSmallRingBytes,
+      [&](int i) {
+        const Source& source = sources[i / tiles * top_k + slot];
+        return Rows<kFormat>(source.data, source.scales, rows, cols, first_row(i) + own * kTile);
+      },
+      [&](int i) -> const std::byte* {
+        const int token = i / tiles;
+        if (token == staged_token) return staged;
+        if (staged_token < 0) {
+          begin_kernel();
+        } else {
+          __syncthreads();  // the last one is used
+        }
+        Product::stage(hidden.data + (token * top_k + slot) * hidden.stride, cols, staged,
+                       own * 32 + lane, together * 32);
+        staged_token = token;
+        __syncthreads();
+        return staged;
+      },
+      [&](int i, const Product& product) {
+        const int pair = i / tiles * top_k + slot;
+        float sums[4];
+        product.finish(sums);
+        float(*set)[kTile] = parts[turn];
+        turn ^= 1;
+        if (lane % 4 == 0) {
+          const float scale = Product::epilogue(sources[pair].global_scale) * weights[pair];
+          set[warp][lane / 4] = sums[0] * scale;
+          set[warp][lane / 4 + 8] = sums[2] * scale;
+        }
+        __syncthreads();
+        const int row = first_row(i) + thread;
+        if (thread >= kTile * together || row >= rows) return;
+        float* to = y.data + i / tiles * y.stride + row;
+        float sum = *to;
+        for (int k = 0; k < top_k; ++k) sum += set[thread / kTile * top_k + k][thread % kTile];
+        *to = sum;
+      });
+}
+
+template <WeightFormat kFormat>
+std::size_t shared_bytes(std::int64_t warps, std::int64_t cols, std::int64_t tokens) {
+  return static_cast<std::size_t>(warps * kSmallRingBytes +
+                                  tokens * OneToken<kFormat>::Product::token_bytes(cols));
+}
+
+// How blocks are made up: 16 warps where the device has the shared memory.
+struct Plan {
+  int gate_up_warps = 0;  // 16 or 8; 0: not even that fits
+  int together = 0;       // row tiles that a block of down_kernel does at a time: 2, 1 or 0
+};
+
+template <WeightFormat kFormat>
+Plan plan_for(Device* device, std::int64_t gate_cols, std::int64_t down_cols, std::int64_t top_k) {
+  constexpr std::size_t kStatic = 6144;
+  const auto fits = [&](std::int64_t warps, std::int64_t cols, std::int64_t tokens) {
+    return warps <= 16 && shared_bytes<kFormat>(warps, cols, tokens) + kStatic <=
+                              static_cast<std::size_t>(device->shared_bytes);
+  };
+  Plan plan;
+  plan.gate_up_warps = fits(16, gate_cols, 1) ? 16 : fits(8, gate_cols, 1) ? 8 : 0;
+  plan.together = fits(2 * top_k, down_cols, top_k) ? 2 : fits(top_k, down_cols, top_k) ? 1 : 0;
+  return plan;
+}
+
+template <WeightFormat kFormat>
+bool fit(Device* device, const ExpertView& expert, std::int64_t top_k) {
+  const Plan plan = plan_for<kFormat>(device, expert.gate_proj.cols, expert.down_proj.cols, top_k);
+  return plan.gate_up_warps > 0 && plan.together > 0;
 }
 
 template <WeightFormat kFormat>
 bool launch(Device* device, const ExpertView* table, DeviceRouting routing, std::int64_t top_k,
             ConstMatrix x, Matrix hidden, Matrix y) {
-  const auto gate_bytes = static_cast<std::size_t>(staged_stride<kFormat>(x.cols)) * 2;
-  const auto down_bytes = static_cast<std::size_t>(top_k * staged_stride<kFormat>(hidden.cols)) * 2;
-  DSFP4_TRY(cudaFuncSetAttribute(gate_up_kernel<kFormat>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(gate_bytes)));
-  DSFP4_TRY(cudaFuncSetAttribute(down_kernel<kFormat>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(down_bytes)));
-  const auto grid = [&](std::int64_t work, int resident) {
-    return static_cast<unsigned>(
-        std::min<std::int64_t>(work, std::int64_t{device->multiprocessors} * resident));
+  using Product = typename OneToken<kFormat>::Product;
+  const Plan plan = plan_for<kFormat>(device, x.cols, hidden.cols, top_k);
+  const auto gate_up = plan.gate_up_warps == 16 ? gate_up_kernel<kFormat, Product, 16>
+                                                : gate_up_kernel<kFormat, Product, 8>;
+  const auto down = down_kernel<kFormat, Product>;
+  const std::size_t gate_up_shared = shared_bytes<kFormat>(plan.gate_up_warps, x.cols, 1);
+  const std::size_t down_shared = shared_bytes<kFormat>(top_k * plan.together, hidden.cols, top_k);
+  DSFP4_TRY(cudaFuncSetAttribute(gate_up, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(gate_up_shared)));
+  DSFP4_TRY(cudaFuncSetAttribute(down, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(down_shared)));
+  const auto grid = [&](std::int64_t work) {
+    return static_cast<unsigned>(std::min<std::int64_t>(work, device->multiprocessors));
   };
-  const std::int64_t gate_work = (hidden.cols + kTile - 1) / kTile * hidden.rows;
-  gate_up_kernel<kFormat><<<grid(gate_work, 2), kWarps * 32, gate_bytes, device->stream>>>(
-      table, routing.used, static_cast<int>(top_k), x, hidden);
-  DSFP4_LAUNCHED("gate_up_kernel");
-  const std::int64_t down_work = (y.cols + kTile - 1) / kTile * y.rows;
-  down_kernel<kFormat>
-      <<<grid(down_work, 2), static_cast<unsigned>(top_k) * 32, down_bytes, device->stream>>>(
-          table, routing.used, routing.weights, static_cast<int>(top_k), hidden, y);
-  DSFP4_LAUNCHED("down_kernel");
+  const auto slots = static_cast<int>(top_k);
+  DSFP4_TRY(ops::cuda::launch(device, gate_up,
+                              grid((hidden.cols + kTile - 1) / kTile * hidden.rows),
+                              static_cast<unsigned>(plan.gate_up_warps * 32), gate_up_shared, table,
+                              routing.used, slots, x, hidden));
+  const int tiles = plan.together;
+  DSFP4_TRY(ops::cuda::launch(device, down,
+                              grid((y.cols + kTile * tiles - 1) / (kTile * tiles) * y.rows),
+                              static_cast<unsigned>(slots * tiles * 32), down_shared, table,
+                              routing.used, routing.weights, slots, tiles, hidden, y));
   return true;
 }
 
 }  // namespace
 
-bool experts_small_fit(Device* device, const ExpertView& expert, std::int64_t top_k) {
+bool experts_small_fit(Device* device, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden,
+                       std::int64_t top_k) {
   const WeightFormat format = expert.gate_proj.format;
   if (expert.up_proj.format != format || expert.down_proj.format != format || top_k > 16 ||
-      !has_words(expert.gate_proj) || !has_words(expert.up_proj) || !has_words(expert.down_proj)) {
+      x.rows * top_k > kMostPairs || !has_fours(x) || !has_fours(hidden) ||
+      !has_pieces(expert.gate_proj) || !has_pieces(expert.up_proj) ||
+      !has_pieces(expert.down_proj)) {
     return false;
   }
-  const std::int64_t most = std::max(expert.gate_proj.cols, top_k * (expert.down_proj.cols + 160));
-  return (most + 1024) * 2 + 8192 <= device->shared_bytes;
+  switch (format) {
+    case WeightFormat::kBF16:
+      return fit<WeightFormat::kBF16>(device, expert, top_k);
+    case WeightFormat::kFp8Block:
+      return fit<WeightFormat::kFp8Block>(device, expert, top_k);
+    case WeightFormat::kNvfp4:
+      return fit<WeightFormat::kNvfp4>(device, expert, top_k);
+    case WeightFormat::kMxfp4:
+      return fit<WeightFormat::kMxfp4>(device, expert, top_k);
+    case WeightFormat::kF32:
+      break;
+  }
+  return false;
 }
 
 bool experts_small(Device* device, const ExpertView* table, const ExpertView& first,

@@ -52,6 +52,7 @@ template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kThreads)
     absorb_kernel(MlaShape shape, WeightView kv_b_proj, ConstMatrix q, Matrix q_abs) {
   __shared__ float parts[kWarps][32 * kEight];
+  begin_kernel();
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t head = blockIdx.y;
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t first = 0; first < q.rows; first += kTokens) {
     const int tokens = static_cast<int>(min(q.rows - first, std::int64_t{kTokens}));
     float sums[kTokens][kEight] = {};
-#pragma unroll 4
+#pragma unroll 16
     for (std::int64_t i = warp; i < nope; i += kWarps) {
       float w[kEight];
       load_eight<kFormat>(kv_b_proj, first_row + i, first_col + lane * kEight, w);
@@ -137,6 +138,7 @@ __device__ __forceinline__ void dot_rows(const WeightView& weight, const std::in
 template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kThreads)
     expand_value_kernel(MlaShape shape, WeightView kv_b_proj, ConstMatrix attended, Matrix out) {
+  begin_kernel();
   const std::int64_t first =
       (blockIdx.x * std::int64_t{kWarps} + threadIdx.x / 32) * kRows;  // v_head_dim % kRows == 0
   if (first >= shape.heads * shape.v_head_dim) return;
@@ -159,6 +161,7 @@ __global__ void __launch_bounds__(kThreads)
 template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kThreads)
     linear_exact_kernel(WeightView weight, ConstMatrix x, Matrix y) {
+  begin_kernel();
   const std::int64_t first = blockIdx.x * std::int64_t{kRows};
   std::int64_t rows[kRows];
 #pragma unroll
@@ -177,6 +180,7 @@ __global__ void __launch_bounds__(kThreads)
 template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kThreads)
     linear_exact_one_kernel(WeightView weight, ConstMatrix x, Matrix y) {
+  begin_kernel();
   __shared__ float parts[kWarps];
   float sum = 0.0f;
 #pragma unroll 4
@@ -210,15 +214,14 @@ template <WeightFormat kFormat>
 bool exact(Device* device, const WeightView& weight, ConstMatrix x, Matrix y) {
   constexpr std::int64_t kFew = 4;
   if (x.rows <= kFew) {
-    linear_exact_one_kernel<kFormat>
-        <<<dim3(static_cast<unsigned>(weight.rows), static_cast<unsigned>(x.rows)), kThreads, 0,
-           device->stream>>>(weight, x, y);
+    DSFP4_TRY(launch(device, linear_exact_one_kernel<kFormat>,
+                     dim3(static_cast<unsigned>(weight.rows), static_cast<unsigned>(x.rows)),
+                     kThreads, 0, weight, x, y));
   } else {
-    linear_exact_kernel<kFormat>
-        <<<dim3(blocks_for(weight.rows, kRows), blocks_for(x.rows, kWarps * kTokens)), kThreads, 0,
-           device->stream>>>(weight, x, y);
+    DSFP4_TRY(launch(device, linear_exact_kernel<kFormat>,
+                     dim3(blocks_for(weight.rows, kRows), blocks_for(x.rows, kWarps * kTokens)),
+                     kThreads, 0, weight, x, y));
   }
-  DSFP4_LAUNCHED("linear_exact_kernel");
   return true;
 }
 
@@ -234,28 +237,20 @@ bool absorb_fast(Device* device, const MlaShape& shape, const WeightView& kv_b_p
                  Matrix q_abs) {
   const dim3 grid(static_cast<unsigned>(shape.kv_lora_rank / (32 * kEight)),
                   static_cast<unsigned>(shape.heads));
-  if (kv_b_proj.format == WeightFormat::kBF16) {
-    absorb_kernel<WeightFormat::kBF16>
-        <<<grid, kThreads, 0, device->stream>>>(shape, kv_b_proj, q, q_abs);
-  } else {
-    absorb_kernel<WeightFormat::kFp8Block>
-        <<<grid, kThreads, 0, device->stream>>>(shape, kv_b_proj, q, q_abs);
-  }
-  DSFP4_LAUNCHED("absorb_kernel");
+  const auto kernel = kv_b_proj.format == WeightFormat::kBF16
+                          ? absorb_kernel<WeightFormat::kBF16>
+                          : absorb_kernel<WeightFormat::kFp8Block>;
+  DSFP4_TRY(launch(device, kernel, grid, kThreads, 0, shape, kv_b_proj, q, q_abs));
   return true;
 }
 
 bool expand_value_fast(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
                        ConstMatrix attended, Matrix out) {
   const unsigned grid = blocks_for(shape.heads * shape.v_head_dim, kWarps * kRows);
-  if (kv_b_proj.format == WeightFormat::kBF16) {
-    expand_value_kernel<WeightFormat::kBF16>
-        <<<grid, kThreads, 0, device->stream>>>(shape, kv_b_proj, attended, out);
-  } else {
-    expand_value_kernel<WeightFormat::kFp8Block>
-        <<<grid, kThreads, 0, device->stream>>>(shape, kv_b_proj, attended, out);
-  }
-  DSFP4_LAUNCHED("expand_value_kernel");
+  const auto kernel = kv_b_proj.format == WeightFormat::kBF16
+                          ? expand_value_kernel<WeightFormat::kBF16>
+                          : expand_value_kernel<WeightFormat::kFp8Block>;
+  DSFP4_TRY(launch(device, kernel, grid, kThreads, 0, shape, kv_b_proj, attended, out));
   return true;
 }
 

@@ -46,7 +46,8 @@ bool experts_large(Device*, const ExpertView* table, const ExpertView& first, st
                    Matrix routed, std::byte* workspace);
 
 // experts_small.cu: a few tokens; `fit` says whether these experts can be read that way.
-bool experts_small_fit(Device*, const ExpertView& expert, std::int64_t top_k);
+bool experts_small_fit(Device*, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden,
+                       std::int64_t top_k);
 bool experts_small(Device*, const ExpertView* table, const ExpertView& first, DeviceRouting routing,
                    std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix y);
 

@@ -6,6 +6,7 @@
 // BF16 rows in mma order (activation_place()), made by prepare_rows().
 #pragma once
 
+#include "ops/cuda/copies.cuh"
 #include "ops/cuda/words.cuh"
 
 namespace dsfp4::ops::cuda {
@@ -70,21 +71,6 @@ struct LargeShape {
   static constexpr int kStageBytes = kRawBytes + kScaleBytes + kTokenBytes;
   static constexpr int kBytes = kStages * kStageBytes;
 };
-
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from));
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes));
-  }
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
-template <int kLeft>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft));
-}
 
 __device__ __forceinline__ void load_matrices(unsigned out[4], const void* from) {
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(from));

@@ -7,78 +7,107 @@
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr int kWarps = 8;
 constexpr int kTile = 16;
 constexpr int kSums = 128;  // of a warp: 16 rows x 8 tokens
 
-template <WeightFormat kFormat>
-__global__ void __launch_bounds__(kWarps * 32, 2)
+template <WeightFormat kFormat, typename Product, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     linear_small_kernel(WeightView weight, ConstMatrix x, Matrix y, int split) {
   extern __shared__ uint4 shared[];
   auto* parts = reinterpret_cast<float*>(shared);  // two sets of [warps][128]
-  auto* staged = reinterpret_cast<__nv_bfloat16*>(parts + 2 * kWarps * kSums);
-  const std::int64_t stride = staged_stride<kFormat>(weight.cols);
+  auto* rings = reinterpret_cast<std::byte*>(parts + 2 * kWarps * kSums);
+  std::byte* staged = rings + kWarps * kSmallRingBytes;
+  const int cols = static_cast<int>(weight.cols);
+  const int weight_rows = static_cast<int>(weight.rows);
   const int tokens = static_cast<int>(x.rows);
-  for (int t = 0; t < tokens; ++t) {
-    stage_token<kFormat>(x.data + t * x.stride, weight.cols, staged + t * stride);
-  }
-  __syncthreads();
-
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int tiles = kWarps / split;  // of a block at a time
-  const std::int64_t rows = std::int64_t{tiles} * kTile;
-  const float scale = word_epilogue(weight);
+  const int rows = tiles * kTile;
+  const float scale = Product::epilogue(weight.global_scale);
   int turn = 0;
-  for (std::int64_t base = blockIdx.x * rows; base < weight.rows; base += gridDim.x * rows) {
-    float sums[4] = {};
-    multiply_rows<kFormat, 4>(weight, base + warp / split * kTile, warp % split, split, staged,
-                              stride, tokens, sums);
-    float* set = parts + turn * kWarps * kSums;
-    turn ^= 1;
+  bool is_staged = false;
+  stream_tiles<kFormat, Product>(
+      {static_cast<int>(blockIdx.x) * rows, weight_rows, static_cast<int>(gridDim.x) * rows},
+      warp % split, split, cols, tokens, rings + warp * kSmallRingBytes,
+      [&](int base) {
+        return Rows<kFormat>(weight.data, weight.scales, weight_rows, cols,
+                             base + warp / split * kTile);
+      },
+      [&](int) -> const std::byte* {
+        if (is_staged) return staged;
+        begin_kernel();  // weights are on their way by now
+        for (int t = 0; t < tokens; ++t) {
+          Product::stage(x.data + t * x.stride, cols, staged + t * Product::token_bytes(cols),
+                         static_cast<int>(threadIdx.x), kWarps * 32);
+        }
+        is_staged = true;
+        __syncthreads();
+        return staged;
+      },
+      [&](int base, const Product& product) {
+        float sums[4];
+        product.finish(sums);
+        float* set = parts + turn * kWarps * kSums;
+        turn ^= 1;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) set[warp * kSums + lane * 4 + i] = sums[i];
-    __syncthreads();
-    for (int o = static_cast<int>(threadIdx.x); o < tiles * kSums; o += kWarps * 32) {
-      const int from = o % kSums;
-      const int token = from / 4 % 4 * 2 + from % 2;
-      const std::int64_t row = base + o / kSums * kTile + from % 4 / 2 * 8 + from / 16;
-      if (token >= tokens || row >= weight.rows) continue;
-      float sum = 0.0f;
-      for (int s = 0; s < split; ++s) sum += set[(o / kSums * split + s) * kSums + from];
-      y.data[token * y.stride + row] = sum * scale;
-    }
-  }
+        for (int i = 0; i < 4; ++i) set[warp * kSums + lane * 4 + i] = sums[i];
+        __syncthreads();
+        for (int o = static_cast<int>(threadIdx.x); o < tiles * kSums; o += kWarps * 32) {
+          const int from = o % kSums;
+          const int token = from / 4 % 4 * 2 + from % 2;
+          const int row = base + o / kSums * kTile + from % 4 / 2 * 8 + from / 16;
+          if (token >= tokens || row >= weight_rows) continue;
+          float sum = 0.0f;
+          for (int s = 0; s < split; ++s) sum += set[(o / kSums * split + s) * kSums + from];
+          y.data[token * y.stride + row] = sum * scale;
+        }
+      });
 }
 
-template <WeightFormat kFormat>
+// Shared memory beside the tokens.
+constexpr std::size_t parts_bytes(int warps) {
+  return static_cast<std::size_t>(warps) * (2 * kSums * sizeof(float) + kSmallRingBytes);
+}
+
+template <WeightFormat kFormat, typename Product, int kWarps>
 bool launch(Device* device, const WeightView& weight, ConstMatrix x, Matrix y) {
-  constexpr int kChunk = Words<kFormat>::kChunk;
-  constexpr std::size_t kParts = 2 * kWarps * kSums * sizeof(float);
-  const auto token_bytes = static_cast<std::size_t>(staged_stride<kFormat>(weight.cols)) * 2;
+  constexpr std::size_t kParts = parts_bytes(kWarps);
+  const auto token_bytes = static_cast<std::size_t>(Product::token_bytes(weight.cols));
   const auto limit = static_cast<std::size_t>(device->shared_bytes);
   const std::int64_t together = std::min<std::int64_t>(
       kSmallTokens, static_cast<std::int64_t>((limit - kParts) / token_bytes));
-  if (together < 1) return linear_plain(device, weight, x, y, Inputs::kBf16);
-  const std::int64_t chunks = (weight.cols + kChunk - 1) / kChunk;
+  if (together < 1 || !has_pieces(weight) || !has_fours(x))
+    return linear_plain(device, weight, x, y, Inputs::kBf16);
   int split = kWarps;
-  while (split > 1 && chunks / split < 4) split /= 2;
+  while (split > 1 && chunks_of<kFormat>(weight.cols) / split < 4) split /= 2;
   const std::int64_t groups = (weight.rows + kWarps / split * kTile - 1) / (kWarps / split * kTile);
-  DSFP4_TRY(cudaFuncSetAttribute(linear_small_kernel<kFormat>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const auto kernel = linear_small_kernel<kFormat, Product, kWarps>;
+  DSFP4_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  device->shared_bytes));
   for (std::int64_t first = 0; first < x.rows; first += together) {
     const std::int64_t count = std::min(together, x.rows - first);
     const ConstMatrix some{x.data + first * x.stride, count, x.cols, x.stride};
     const std::size_t bytes = kParts + static_cast<std::size_t>(count) * token_bytes;
-    const int resident = 2 * bytes + 4096 <= limit ? 2 : 1;
+    const int resident = kWarps == 8 && 2 * bytes + 4096 <= limit ? 2 : 1;
     const auto grid = static_cast<unsigned>(
         std::min<std::int64_t>(groups, std::int64_t{device->multiprocessors} * resident));
-    linear_small_kernel<kFormat><<<grid, kWarps * 32, bytes, device->stream>>>(
-        weight, some, {y.data + first * y.stride, count, y.cols, y.stride}, split);
-    DSFP4_LAUNCHED("linear_small_kernel");
+    const Matrix out{y.data + first * y.stride, count, y.cols, y.stride};
+    DSFP4_TRY(
+        ops::cuda::launch(device, kernel, grid, kWarps * 32, bytes, weight, some, out, split));
   }
   return true;
+}
+
+template <WeightFormat kFormat>
+bool launch(Device* device, const WeightView& weight, ConstMatrix x, Matrix y) {
+  if (x.rows > 1) return launch<kFormat, TokensProduct<kFormat>, 8>(device, weight, x, y);
+  using Product = typename OneToken<kFormat>::Product;
+  // Of 16 warps, where there is the room: each block stages the token once.
+  const auto most = parts_bytes(16) + static_cast<std::size_t>(Product::token_bytes(weight.cols));
+  return most <= static_cast<std::size_t>(device->shared_bytes)
+             ? launch<kFormat, Product, 16>(device, weight, x, y)
+             : launch<kFormat, Product, 8>(device, weight, x, y);
 }
 
 }  // namespace

@@ -77,6 +77,7 @@ bool open(int index, Device** device) {
   DSFP4_TRY(cudaGetDeviceProperties(&properties, index));
   auto* opened = new Device;
   opened->index = index;
+  opened->major = properties.major;
   opened->multiprocessors = properties.multiProcessorCount;
   opened->shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
   cudaError_t code = cudaStreamCreateWithFlags(&opened->stream, cudaStreamNonBlocking);

@@ -1,54 +1,17 @@
-// The product of 16 weight rows and up to 8 tokens by one warp, on tensor cores: the weights are
-// the 16-row operand, the tokens the 8 columns. Weights go from memory to registers once, 16 bytes
-// a lane; activations lie in shared memory as BF16.
+// The product of 16 weight rows and up to 8 tokens by one warp, on tensor cores, whose 16-row
+// operand the weights are. They are read from memory once, 16 bytes a lane, through a ring in
+// shared memory; activations lie there, too.
 #pragma once
 
+#include "ops/cuda/copies.cuh"
+#include "ops/cuda/decode.cuh"
 #include "ops/cuda/words.cuh"
 
 namespace dsfp4::ops::cuda {
 
 constexpr int kSmallTokens = 8;
-
-__device__ __forceinline__ uint4 load_stream(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
-/// Columns of the activations in shared memory: whole chunks.
-template <WeightFormat kFormat>
-__host__ __device__ constexpr std::int64_t staged_cols(std::int64_t cols) {
-  constexpr std::int64_t kChunk = Words<kFormat>::kChunk;
-  return (cols + kChunk - 1) / kChunk * kChunk;
-}
-/// BF16 values from one token to the next: 64 bytes off a multiple of 128, against bank conflicts.
-template <WeightFormat kFormat>
-__host__ __device__ constexpr std::int64_t staged_stride(std::int64_t cols) {
-  return (staged_cols<kFormat>(cols) + 63) / 64 * 64 + 32;
-}
-
-/// Puts one token's `cols` values into shared memory, rounded, in the order of column_place();
-/// all threads of the block take part.
-template <WeightFormat kFormat>
-__device__ __forceinline__ void stage_token(const float* from, std::int64_t cols,
-                                            __nv_bfloat16* to) {
-  constexpr int kLane = Words<kFormat>::kLane;
-  constexpr int kChunk = Words<kFormat>::kChunk;
-  const int padded = static_cast<int>(staged_cols<kFormat>(cols));
-  for (int k = static_cast<int>(threadIdx.x); k < padded; k += static_cast<int>(blockDim.x)) {
-    const int in = k % kChunk;
-    const int quad = in / kLane;
-    const int place = decoded_place<kFormat>(in % kLane);
-    // Lane's piece `place / 8` (16 bytes) lies beside the other lanes' pieces of that number.
-    const int at = k - in + (place / 8 * 4 + quad) * 8 + place % 8;
-    to[at] = __float2bfloat16_rn(k < cols ? from[k] : 0.0f);
-  }
-}
-
-/// Sums of a warp that are added up independently, to hide the latency of a product.
-constexpr int kChains = 4;
+constexpr int kRing = 6;  // pieces of a warp on their way
+constexpr int kSmallRingBytes = kRing * (1024 + 128);
 
 /// A lane's words of two rows (g and g + 8 of the 16) in one chunk.
 template <WeightFormat kFormat>
@@ -57,142 +20,527 @@ struct Piece {
   unsigned low_scales, high_scales;
 };
 
+/// Where a warp finds its words of 16 rows, and how they come: by cp.async to a slot of shared
+/// memory, in which each lane finds its own, and 8 bytes of scales a row. (Loads to registers wait
+/// for one another across branches: they share a scoreboard.) Rows beyond the weight repeat its
+/// last one.
 template <WeightFormat kFormat>
-__device__ __forceinline__ Piece<kFormat> load_piece(const WeightView& weight, std::int64_t row_low,
-                                                     std::int64_t row_high, int chunk) {
+class Rows {
+ public:
   using W = Words<kFormat>;
-  const int quad = static_cast<int>(threadIdx.x) % 4;
-  Piece<kFormat> piece{};
-  const std::int64_t col = std::int64_t{chunk} * W::kChunk + quad * W::kLane;
-  if constexpr (kFormat == WeightFormat::kFp8Block) {
-    // One for the whole product: both rows lie in one tile, as does the chunk.
-    constexpr std::int64_t kTile = ::dsfp4::format::kFp8Tile;
-    const std::int64_t tiles = (weight.cols + kTile - 1) / kTile;
-    const auto* scales = reinterpret_cast<const float*>(weight.scales);
-    piece.low_scales = __float_as_uint(
-        __ldg(scales + row_low / kTile * tiles + std::int64_t{chunk} * W::kChunk / kTile));
+  static constexpr int kSlotBytes = kSmallRingBytes / kRing;
+  static constexpr bool kFp4 = W::kScales > 0;
+
+  Rows() = default;
+  __device__ __forceinline__ Rows(const std::byte* data, const std::byte* scales, int rows,
+                                  int cols, int row)
+      : cols_(cols) {
+    const int low = min(row + lane() / 4, rows - 1);
+    const int high = min(row + lane() / 4 + 8, rows - 1);
+    const auto bytes = static_cast<std::uint32_t>(cols / W::kLane) * 16u;
+    low_ = data + std::uint64_t{bytes} * static_cast<unsigned>(low) + lane() % 4 * 16;
+    high_ = data + std::uint64_t{bytes} * static_cast<unsigned>(high) + lane() % 4 * 16;
+    if constexpr (kFormat == WeightFormat::kFp8Block) {
+      // One scale for the whole product: its rows lie in one tile, as does the chunk.
+      constexpr int kTile = static_cast<int>(::dsfp4::format::kFp8Tile);
+      scales_ = scales + std::int64_t{low / kTile} * ((cols + kTile - 1) / kTile) * 4;
+    } else if constexpr (W::kScales > 0) {
+      // Of row g, or, for a quad's second lane, of row g + 8.
+      const auto each = static_cast<std::uint32_t>(cols / W::kLane * (W::kScales / 4));
+      scales_ = scales + std::uint64_t{each} * static_cast<unsigned>(lane() % 4 == 1 ? high : low);
+    }
   }
-  if (col >= weight.cols) return piece;
-  const std::int64_t row_bytes = weight.cols / W::kLane * 16;
-  const std::int64_t at = col / W::kLane * 16;
-  piece.low = load_stream(weight.data + row_low * row_bytes + at);
-  piece.high = load_stream(weight.data + row_high * row_bytes + at);
-  if constexpr (kFormat == WeightFormat::kNvfp4) {
-    const auto* scales = reinterpret_cast<const unsigned short*>(weight.scales);
-    const std::int64_t row_scales = weight.cols / 32;
-    piece.low_scales = __ldg(scales + row_low * row_scales + col / 32);
-    piece.high_scales = __ldg(scales + row_high * row_scales + col / 32);
-  } else if constexpr (kFormat == WeightFormat::kMxfp4) {
-    const auto* scales = reinterpret_cast<const unsigned char*>(weight.scales);
-    const std::int64_t row_scales = weight.cols / 32;
-    piece.low_scales = __ldg(scales + row_low * row_scales + col / 32);
-    piece.high_scales = __ldg(scales + row_high * row_scales + col / 32);
+
+  __device__ __forceinline__ void load(int chunk, std::byte* slot) const {
+    if constexpr (kFp4) {  // whole chunks
+      copy_async<16>(slot + lane() * 16, low_ + chunk * 64);
+      copy_async<16>(slot + 512 + lane() * 16, high_ + chunk * 64);
+    } else {
+      const int bytes = chunk * W::kChunk + lane() % 4 * W::kLane < cols_ ? 16 : 0;
+      copy_or_clear(slot + lane() * 16, low_ + (bytes == 0 ? 0 : chunk * 64), bytes);
+      copy_or_clear(slot + 512 + lane() * 16, high_ + (bytes == 0 ? 0 : chunk * 64), bytes);
+    }
+    if constexpr (kFormat == WeightFormat::kFp8Block) {
+      constexpr int kTile = static_cast<int>(::dsfp4::format::kFp8Tile);
+      if (lane() == 0) copy_async<4>(slot + 1024, scales_ + chunk / (kTile / W::kChunk) * 4);
+    } else if constexpr (W::kScales > 0) {
+      if (lane() % 4 < 2) {
+        copy_async<W::kScales>(slot + 1024 + lane() % 4 * 64 + lane() / 4 * 8,
+                               scales_ + chunk * W::kScales);
+      }
+    }
   }
-  return piece;
+
+  static __device__ __forceinline__ Piece<kFormat> piece(const std::byte* slot) {
+    const auto* words = reinterpret_cast<const uint4*>(slot) + lane();
+    Piece<kFormat> piece{words[0], words[32], 0, 0};
+    if constexpr (kFormat == WeightFormat::kFp8Block) {
+      piece.low_scales = *reinterpret_cast<const unsigned*>(slot + 1024);
+    } else if constexpr (W::kScales > 0) {
+      const auto* scales = slot + 1024 + lane() / 4 * 8 + lane() % 4 * (W::kScales / 4);
+      if constexpr (kFormat == WeightFormat::kNvfp4) {
+        piece.low_scales = *reinterpret_cast<const unsigned short*>(scales);
+        piece.high_scales = *reinterpret_cast<const unsigned short*>(scales + 64);
+      } else {
+        piece.low_scales = static_cast<unsigned>(scales[0]);
+        piece.high_scales = static_cast<unsigned>(scales[64]);
+      }
+    }
+    return piece;
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+
+  const std::byte* low_ = nullptr;
+  const std::byte* high_ = nullptr;
+  const std::byte* scales_ = nullptr;
+  int cols_ = 0;
+};
+
+/// Whether the rows of `weight` can be read that way.
+inline bool has_pieces(const WeightView& weight) {
+  const bool fp4 = weight.format == WeightFormat::kNvfp4 || weight.format == WeightFormat::kMxfp4;
+  return has_words(weight) && (!fp4 || (weight.cols % 128 == 0 &&
+                                        reinterpret_cast<std::uintptr_t>(weight.scales) % 8 == 0));
 }
 
-/// sums += the chunk's product with the tokens staged at `x`.
-template <WeightFormat kFormat>
-__device__ __forceinline__ void multiply_piece(const Piece<kFormat>& piece, int chunk,
-                                               const __nv_bfloat16* x, std::int64_t stride,
-                                               int tokens, float sums[kChains][4]) {
-  using W = Words<kFormat>;
-  const int quad = static_cast<int>(threadIdx.x) % 4;
-  const int token = static_cast<int>(threadIdx.x) % 32 / 4;
-  const auto* from = reinterpret_cast<const uint4*>(x + token * stride + chunk * W::kChunk) + quad;
-  const bool mine = token < tokens;
-  const unsigned low[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
-  const unsigned high[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
-  if constexpr (kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4) {
-    unsigned scale_low = 0;
-    unsigned scale_high = 0;
+/// Calls use(i, values) for eights thread, thread + threads, ... of `cols` values (beyond: zeros),
+/// by whole warps, up to 31 beyond `eights`. Several are loaded before the first is used.
+template <typename Use>
+__device__ __forceinline__ void for_eights(const float* from, int eights, int cols, int thread,
+                                           int threads, const Use& use) {
+  constexpr int kTogether = 4;
+  for (int first = thread; first - thread % 32 < eights; first += kTogether * threads) {
+    float4 values[kTogether][2];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {  // a word: two products
-      if (w == 0 || (w == 2 && kFormat == WeightFormat::kNvfp4)) {
-        if constexpr (kFormat == WeightFormat::kNvfp4) {
-          scale_low = nvfp4_scale((piece.low_scales >> (4 * w)) & 0xffu);
-          scale_high = nvfp4_scale((piece.high_scales >> (4 * w)) & 0xffu);
-        } else {
-          scale_low = mxfp4_scale(piece.low_scales);
-          scale_high = mxfp4_scale(piece.high_scales);
+    for (int j = 0; j < kTogether; ++j) {
+      const int eight = first + j * threads;
+      values[j][0] = values[j][1] = float4{};
+      if (eight * 8 < cols) {
+        values[j][0] = reinterpret_cast<const float4*>(from)[eight * 2];
+        values[j][1] = reinterpret_cast<const float4*>(from)[eight * 2 + 1];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int eight = first + j * threads;
+      if (eight - thread % 32 >= eights) break;
+      const float all[8] = {values[j][0].x, values[j][0].y, values[j][0].z, values[j][0].w,
+                            values[j][1].x, values[j][1].y, values[j][1].z, values[j][1].w};
+      use(eight, all);
+    }
+  }
+}
+
+/// Whether the rows of `x` can be read four values at a time.
+inline bool has_fours(ConstMatrix x) {
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride % 4 == 0;
+}
+
+template <WeightFormat kFormat>
+__host__ __device__ constexpr int chunks_of(std::int64_t cols) {
+  return static_cast<int>((cols + Words<kFormat>::kChunk - 1) / Words<kFormat>::kChunk);
+}
+
+/// Up to 8 tokens, rounded to BF16, in the order of decoding; the tokens are mma's 8 columns.
+template <WeightFormat kFormat>
+struct TokensProduct {
+  using W = Words<kFormat>;
+  static constexpr int kChains = 4;  // sums added up independently, to hide the latency of mma
+
+  /// Bytes from one token to the next: 64 off a multiple of 128, against bank conflicts.
+  static __host__ __device__ constexpr int token_bytes(std::int64_t cols) {
+    return (chunks_of<kFormat>(cols) * W::kChunk + 63) / 64 * 128 + 64;
+  }
+
+  static __device__ __noinline__ void stage(const float* from, int cols, std::byte* to, int thread,
+                                            int threads) {
+    const int eights = chunks_of<kFormat>(cols) * (W::kChunk / 8);
+    for_eights(from, eights, cols, thread, threads, [&](int eight, const float values[8]) {
+      if (eight >= eights) return;
+      const int in = eight * 8 % W::kChunk;
+      // Lane's piece of 16 bytes lies beside the other lanes' pieces of that number.
+      const int at = eight - in / 8 + in % W::kLane / 8 * 4 + in / W::kLane;
+      float ordered[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) ordered[decoded_place<kFormat>(i)] = values[i];
+      reinterpret_cast<uint4*>(to)[at] = {
+          pack_bf16(ordered[0], ordered[1]), pack_bf16(ordered[2], ordered[3]),
+          pack_bf16(ordered[4], ordered[5]), pack_bf16(ordered[6], ordered[7])};
+    });
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int c = 0; c < kChains; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[c][i] = 0.0f;
+    }
+  }
+
+  /// sums += the chunk's product with the tokens staged at `x`.
+  __device__ __forceinline__ void add(const Piece<kFormat>& piece, int chunk, const std::byte* x,
+                                      int cols, int tokens) {
+    const int quad = static_cast<int>(threadIdx.x) % 4;
+    const int token = static_cast<int>(threadIdx.x) % 32 / 4;
+    const auto* from =
+        reinterpret_cast<const uint4*>(x + token * token_bytes(cols) + chunk * W::kChunk * 2) +
+        quad;
+    const bool mine = token < tokens;
+    const unsigned low[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
+    const unsigned high[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
+    if constexpr (kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4) {
+      unsigned scale_low = 0;
+      unsigned scale_high = 0;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {  // a word: two products
+        if (w == 0 || (w == 2 && kFormat == WeightFormat::kNvfp4)) {
+          if constexpr (kFormat == WeightFormat::kNvfp4) {
+            scale_low = nvfp4_scale((piece.low_scales >> (4 * w)) & 0xffu);
+            scale_high = nvfp4_scale((piece.high_scales >> (4 * w)) & 0xffu);
+          } else {
+            scale_low = mxfp4_scale(piece.low_scales);
+            scale_high = mxfp4_scale(piece.high_scales);
+          }
         }
+        const uint4 b = mine ? from[4 * w] : uint4{};
+        unsigned l[4];
+        unsigned h[4];
+        decode_fp4(low[w], 0, l);
+        decode_fp4(low[w], 1, l + 2);
+        decode_fp4(high[w], 0, h);
+        decode_fp4(high[w], 1, h + 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          l[i] = times_bf16x2(l[i], scale_low);
+          h[i] = times_bf16x2(h[i], scale_high);
+        }
+        const unsigned a0[4] = {l[0], h[0], l[1], h[1]};
+        const unsigned a1[4] = {l[2], h[2], l[3], h[3]};
+        multiply(sums[w % 2 * 2], a0, b.x, b.y);
+        multiply(sums[w % 2 * 2 + 1], a1, b.z, b.w);
       }
-      const uint4 b = mine ? from[4 * w] : uint4{};
-      unsigned l[4];
-      unsigned h[4];
-      decode_fp4(low[w], 0, l);
-      decode_fp4(low[w], 1, l + 2);
-      decode_fp4(high[w], 0, h);
-      decode_fp4(high[w], 1, h + 2);
+    } else if constexpr (kFormat == WeightFormat::kFp8Block) {
+      float tile[2][4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        l[i] = times_bf16x2(l[i], scale_low);
-        h[i] = times_bf16x2(h[i], scale_high);
+      for (int w = 0; w < 4; w += 2) {  // two words: two products
+        const uint4 b = mine ? from[4 * (w / 2)] : uint4{};
+        unsigned l[4];
+        unsigned h[4];
+        decode_fp8(low[w], l);
+        decode_fp8(low[w + 1], l + 2);
+        decode_fp8(high[w], h);
+        decode_fp8(high[w + 1], h + 2);
+        const unsigned a0[4] = {l[0], h[0], l[1], h[1]};
+        const unsigned a1[4] = {l[2], h[2], l[3], h[3]};
+        multiply(tile[0], a0, b.x, b.y);
+        multiply(tile[1], a1, b.z, b.w);
       }
-      const unsigned a0[4] = {l[0], h[0], l[1], h[1]};
-      const unsigned a1[4] = {l[2], h[2], l[3], h[3]};
-      multiply(sums[w % 2 * 2], a0, b.x, b.y);
-      multiply(sums[w % 2 * 2 + 1], a1, b.z, b.w);
-    }
-  } else if constexpr (kFormat == WeightFormat::kFp8Block) {
-    float tile[2][4] = {};
+      const float scale = __uint_as_float(piece.low_scales);
 #pragma unroll
-    for (int w = 0; w < 4; w += 2) {  // two words: two products
-      const uint4 b = mine ? from[4 * (w / 2)] : uint4{};
-      unsigned l[4];
-      unsigned h[4];
-      decode_fp8(low[w], l);
-      decode_fp8(low[w + 1], l + 2);
-      decode_fp8(high[w], h);
-      decode_fp8(high[w + 1], h + 2);
-      const unsigned a0[4] = {l[0], h[0], l[1], h[1]};
-      const unsigned a1[4] = {l[2], h[2], l[3], h[3]};
-      multiply(tile[0], a0, b.x, b.y);
-      multiply(tile[1], a1, b.z, b.w);
+      for (int i = 0; i < 4; ++i) sums[0][i] = fmaf(scale, tile[0][i] + tile[1][i], sums[0][i]);
+    } else {
+      const uint4 b = mine ? from[0] : uint4{};
+      const unsigned a0[4] = {low[0], high[0], low[1], high[1]};
+      const unsigned a1[4] = {low[2], high[2], low[3], high[3]};
+      multiply(sums[0], a0, b.x, b.y);
+      multiply(sums[1], a1, b.z, b.w);
     }
-    const float scale = __uint_as_float(piece.low_scales);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[0][i] = fmaf(scale, tile[0][i] + tile[1][i], sums[0][i]);
-  } else {
-    const uint4 b = mine ? from[0] : uint4{};
-    const unsigned a0[4] = {low[0], high[0], low[1], high[1]};
-    const unsigned a1[4] = {low[2], high[2], low[3], high[3]};
-    multiply(sums[0], a0, b.x, b.y);
-    multiply(sums[1], a1, b.z, b.w);
   }
-}
 
-/// Rows [row, row + 16) times the staged tokens, over chunks first, first + step, ... The result
-/// is in mma's layout: sums[i] belongs to row 8 * (i / 2) + lane / 4 and token 2 * (lane % 4) +
-/// i % 2. Rows beyond the weight repeat its last one.
-template <WeightFormat kFormat, int kAhead>
-__device__ __forceinline__ void multiply_rows(const WeightView& weight, std::int64_t row, int first,
-                                              int step, const __nv_bfloat16* x, std::int64_t stride,
-                                              int tokens, float result[4]) {
-  float sums[kChains][4] = {};
-  constexpr int kChunk = Words<kFormat>::kChunk;
-  const int chunks = static_cast<int>((weight.cols + kChunk - 1) / kChunk);
-  const std::int64_t lane_row = static_cast<int>(threadIdx.x) % 32 / 4;
-  const std::int64_t low = min(row + lane_row, weight.rows - 1);
-  const std::int64_t high = min(row + lane_row + 8, weight.rows - 1);
-  int chunk = first;
-  for (; chunk + (kAhead - 1) * step < chunks; chunk += kAhead * step) {
-    Piece<kFormat> pieces[kAhead];
+  /// In mma's layout: result[i] belongs to row 8 * (i / 2) + lane / 4 and token 2 * (lane % 4) +
+  /// i % 2.
+  __device__ __forceinline__ void finish(float result[4]) const {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      pieces[i] = load_piece<kFormat>(weight, low, high, chunk + i * step);
+    for (int i = 0; i < 4; ++i) result[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+  }
+
+  static __host__ __device__ float epilogue(float global_scale) {
+    return word_epilogue(kFormat, global_scale);
+  }
+
+  float sums[kChains][4];
+};
+
+/// FP4 and one token, in exact integers: twice a weight is a byte that prmt looks up, an activation
+/// 16 bits of fixed point, as two digits of base 255, with one FP32 multiplier for a group of
+/// weights' width. A column of mma is one digit of one lane of a quad, zero for the other lanes'
+/// values, so that each lane gets the sum of just the values that it has loaded, and only these
+/// sums are multiplied with scales: a third of the instructions that scaled BF16 weights take.
+template <WeightFormat kFormat>
+struct OneTokenProduct {
+  using W = Words<kFormat>;
+  static_assert(kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4);
+  static constexpr int kGroup =
+      static_cast<int>(kFormat == WeightFormat::kNvfp4 ? ::dsfp4::format::kNvfp4Group
+                                                       : ::dsfp4::format::kMxfp4Group);
+  static constexpr int kGroups = W::kChunk / kGroup;  // of a chunk
+  static constexpr int kDigitBytes = 2 * W::kChunk;   // of a chunk
+  static constexpr int kBytes = kDigitBytes + kGroups * 4;
+  static constexpr float kMost = 127.0f * 255.0f + 127.0f;
+
+  static __host__ __device__ constexpr int token_bytes(std::int64_t cols) {
+    return chunks_of<kFormat>(cols) * kBytes;
+  }
+
+  /// Digits, then the groups' multipliers. A chunk has, for each half of a lane's values, 16 bytes
+  /// for each digit of each lane.
+  static __device__ __noinline__ void stage(const float* from, int cols, std::byte* to, int thread,
+                                            int threads) {
+    const int chunks = chunks_of<kFormat>(cols);
+    auto* multipliers = reinterpret_cast<float*>(to + chunks * kDigitBytes);
+    for_eights(from, chunks * (W::kChunk / 8), cols, thread, threads,
+               [&](int eight, const float values[8]) {
+                 float rounded[8];
+                 float largest = 0.0f;
+                 bool finite = true;
+#pragma unroll
+                 for (int i = 0; i < 8; ++i) {
+                   rounded[i] = round_bf16(values[i]);
+                   finite = finite && fabsf(rounded[i]) < INFINITY;
+                   largest = fmaxf(largest, fabsf(rounded[i]));
+                 }
+                 if (!finite) largest = INFINITY;
+#pragma unroll
+                 for (int step = 1; step < kGroup / 8; step *= 2) {  // neighbours share a group
+                   largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+                 }
+                 if (eight >= chunks * (W::kChunk / 8)) return;
+                 if (eight % (kGroup / 8) == 0) {
+                   multipliers[eight * 8 / kGroup] =
+                       largest < INFINITY ? largest * (1.0f / kMost) : NAN;
+                 }
+                 const float inverse = largest > 0.0f ? kMost / largest : 0.0f;
+                 unsigned high[8];
+                 unsigned low[8];
+#pragma unroll
+                 for (int i = 0; i < 8; ++i) {
+                   // Added to 1.5 * 2^23, a number is rounded, and its low byte is the digit.
+                   constexpr float kRound = 12582912.0f;
+                   const float fixed = fmaf(rounded[i], inverse, kRound) - kRound;
+                   const float digit = fmaf(fixed, 1.0f / 255.0f, kRound);
+                   high[i] = __float_as_uint(digit);
+                   low[i] = __float_as_uint(fmaf(digit - kRound, -255.0f, fixed) + kRound);
+                 }
+                 const int in = eight * 8 % W::kChunk;
+                 auto* place = reinterpret_cast<uint2*>(to + eight * 8 / W::kChunk * kDigitBytes +
+                                                        in % W::kLane / 16 * 128 +
+                                                        in / W::kLane * 32 + in % 16);
+                 place[0] = {low_bytes(high), low_bytes(high + 4)};
+                 place[2] = {low_bytes(low), low_bytes(low + 4)};
+               });
+  }
+
+  __device__ __forceinline__ void clear() { low = high = 0.0f; }
+
+  __device__ __forceinline__ void add(const Piece<kFormat>& piece, int chunk, const std::byte* x,
+                                      int cols, int) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int quad = lane % 4;
+    const auto* digits = reinterpret_cast<const uint4*>(x + chunk * kDigitBytes) + lane / 4;
+    const auto* multipliers =
+        reinterpret_cast<const float*>(x + chunks_of<kFormat>(cols) * kDigitBytes) +
+        chunk * kGroups + quad * (kGroups / 4);
+    const bool mine = lane / 8 == quad;
+    const uint4 first = mine ? digits[0] : uint4{};
+    const uint4 second = mine ? digits[8] : uint4{};
+    const unsigned b[8] = {first.x,  first.y,  first.z,  first.w,
+                           second.x, second.y, second.z, second.w};
+    const unsigned l[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
+    const unsigned h[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
+    float low_scales[2];
+    float high_scales[2];
+    if constexpr (kFormat == WeightFormat::kNvfp4) {
+      two_e4m3(piece.low_scales, low_scales);
+      two_e4m3(piece.high_scales, high_scales);
+    } else {
+      low_scales[0] = e8m0_value(piece.low_scales);
+      high_scales[0] = e8m0_value(piece.high_scales);
     }
+    constexpr int kWords = kGroup / 8;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      multiply_piece<kFormat>(pieces[i], chunk + i * step, x, stride, tokens, sums);
+    for (int group = 0; group < kGroups / 4; ++group) {
+      int sums[4] = {};
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int w = group * kWords + i;
+        multiply_codes(sums, l[w], h[w], b[2 * w], b[2 * w + 1]);
+      }
+      const float multiplier = multipliers[group];
+      low = fmaf(static_cast<float>(sums[0] * 255 + sums[1]), low_scales[group] * multiplier, low);
+      high =
+          fmaf(static_cast<float>(sums[2] * 255 + sums[3]), high_scales[group] * multiplier, high);
     }
   }
-  for (; chunk < chunks; chunk += step) {
-    const Piece<kFormat> piece = load_piece<kFormat>(weight, low, high, chunk);
-    multiply_piece<kFormat>(piece, chunk, x, stride, tokens, sums);
+
+  /// As TokensProduct's, for token 0.
+  __device__ __forceinline__ void finish(float result[4]) const {
+    result[0] = quad_sum(low);
+    result[1] = 0.0f;
+    result[2] = quad_sum(high);
+    result[3] = 0.0f;
   }
+
+  static __host__ __device__ float epilogue(float global_scale) {
+    // Weights came twice their size.
+    return kFormat == WeightFormat::kNvfp4 ? 0.5f * global_scale : 0.5f;
+  }
+
+  float low, high;  // this lane's share of rows g and g + 8
+
+  __device__ __forceinline__ OneTokenProduct()
+      : positive_{in_register(0x04030200u), in_register(0x0d090705u)},
+        negative_{in_register(0xfdfeff00u), in_register(0xf4f8fafcu)} {}
+
+ private:
+  // prmt takes one constant at most: the tables would be moved to registers each time.
+  static __device__ __forceinline__ unsigned in_register(unsigned value) {
+    unsigned kept;
+    asm volatile("mov.b32 %0, %1;" : "=r"(kept) : "r"(value));
+    return kept;
+  }
+
+  static __device__ __forceinline__ unsigned look_up(unsigned first, unsigned second,
+                                                     unsigned codes) {
+    unsigned bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(first), "r"(second), "r"(codes));
+    return bytes;
+  }
+
+  static __device__ __forceinline__ unsigned low_bytes(const unsigned words[4]) {
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0040),
+                       __byte_perm(words[2], words[3], 0x0040), 0x5410);
+  }
+
+  // Eight codes of each of two rows. prmt takes a code's three low bits for the place; where the
+  // sign is set it gives 0 or -1, as the byte there has its top bit. So positive weights are w + 1
+  // in the first product and -1 in the second, negative ones 0 and w.
+  __device__ __forceinline__ void multiply_codes(int sums[4], unsigned low, unsigned high,
+                                                 unsigned b0, unsigned b1) const {
+    const unsigned(&p)[2] = positive_;
+    const unsigned(&n)[2] = negative_;
+    multiply_bytes(sums, look_up(p[0], p[1], low), look_up(p[0], p[1], high),
+                   look_up(p[0], p[1], low >> 16), look_up(p[0], p[1], high >> 16), b0, b1);
+    low ^= 0x88888888u;
+    high ^= 0x88888888u;
+    multiply_bytes(sums, look_up(n[0], n[1], low), look_up(n[0], n[1], high),
+                   look_up(n[0], n[1], low >> 16), look_up(n[0], n[1], high >> 16), b0, b1);
+  }
+
+  static __device__ __forceinline__ void multiply_bytes(int c[4], unsigned a0, unsigned a1,
+                                                        unsigned a2, unsigned a3, unsigned b0,
+                                                        unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};\n"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+
+  /// Two neighbouring codes.
+  static __device__ __forceinline__ void two_e4m3(unsigned codes, float out[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    unsigned halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(codes)));
+    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&halves));
+    out[0] = values.x;
+    out[1] = values.y;
+#else
+    out[0] = e4m3_value(codes & 0xffu);
+    out[1] = e4m3_value(codes >> 8);
+#endif
+  }
+
+  static __device__ __forceinline__ float quad_sum(float value) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+    return value + __shfl_xor_sync(0xffffffffu, value, 2);
+  }
+
+  unsigned positive_[2], negative_[2];
+};
+
+/// One token of any format.
+template <WeightFormat kFormat>
+struct OneToken {
+  using Product = TokensProduct<kFormat>;
+};
+template <>
+struct OneToken<WeightFormat::kNvfp4> {
+  using Product = OneTokenProduct<WeightFormat::kNvfp4>;
+};
+template <>
+struct OneToken<WeightFormat::kMxfp4> {
+  using Product = OneTokenProduct<WeightFormat::kMxfp4>;
+};
+
+/// A block's tiles of 16 rows: first, first + step, ... below `last`.
+struct Tiles {
+  int first, last, step;
+};
+
+/// Passes a warp's share of all tiles (chunks `first`, `first` + step, ... of each) through its
+/// `ring` of kRing slots: a slot is loaded anew as soon as it is used, beyond the end of the tile,
+/// so that kRing pieces are on their way at any time. rows_of(tile) says where a tile is;
+/// enter(tile) runs before its first piece is used and returns where its tokens are staged;
+/// leave(tile, product) runs after the last. All warps of a block go through all tiles, so that
+/// these may synchronize.
+template <WeightFormat kFormat, typename Product, typename RowsOf, typename Enter, typename Leave>
+__device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, int cols, int tokens,
+                                             std::byte* ring, const RowsOf& rows_of,
+                                             const Enter& enter, const Leave& leave) {
+  using R = Rows<kFormat>;
+  if (tiles.first >= tiles.last) return;
+  const int chunks = chunks_of<kFormat>(cols);
+  int load_tile = tiles.first;
+  int load_chunk = first;
+  R rows = rows_of(load_tile);
+  const auto load = [&](std::byte* slot) {
+    if (load_tile < tiles.last && first < chunks) {
+      rows.load(load_chunk, slot);
+      load_chunk += step;
+      if (load_chunk >= chunks) {
+        load_chunk = first;
+        load_tile += tiles.step;
+        if (load_tile < tiles.last) rows = rows_of(load_tile);
+      }
+    }
+    commit_copies();
+  };
 #pragma unroll
-  for (int i = 0; i < 4; ++i) result[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+  for (int j = 0; j < kRing; ++j) load(ring + j * R::kSlotBytes);
+  Product product;
+  int slot = 0;
+  for (int tile = tiles.first; tile < tiles.last; tile += tiles.step) {
+    const std::byte* x = enter(tile);
+    product.clear();
+    // Two at a time, so that their products overlap, and the last one.
+    const auto following = [](int at) {
+      return at == (kRing - 1) * R::kSlotBytes ? 0 : at + R::kSlotBytes;
+    };
+    int chunk = first;
+    for (; chunk + step < chunks; chunk += 2 * step) {
+      const int second = following(slot);
+      wait_copies<kRing - 2>();
+      __syncwarp();  // scales are read by other lanes than those that copied them
+      const Piece<kFormat> pieces[2] = {R::piece(ring + slot), R::piece(ring + second)};
+      __syncwarp();
+      load(ring + slot);
+      load(ring + second);
+      product.add(pieces[0], chunk, x, cols, tokens);
+      product.add(pieces[1], chunk + step, x, cols, tokens);
+      slot = following(second);
+    }
+    if (chunk < chunks) {
+      wait_copies<kRing - 1>();
+      __syncwarp();
+      const Piece<kFormat> piece = R::piece(ring + slot);
+      __syncwarp();
+      load(ring + slot);
+      product.add(piece, chunk, x, cols, tokens);
+      slot = following(slot);
+    }
+    leave(tile, product);
+  }
 }
 
 }  // namespace dsfp4::ops::cuda

@@ -46,6 +46,11 @@ __host__ __device__ constexpr int decoded_place(int v) {
   }
 }
 
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&pair);
+}
+
 __device__ __forceinline__ unsigned times_bf16x2(unsigned a, unsigned b) {
   unsigned product;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
@@ -90,9 +95,12 @@ __device__ __forceinline__ unsigned mxfp4_scale(unsigned code) {
 }
 
 /// What the sums are multiplied with in the end.
+__host__ __device__ inline float word_epilogue(WeightFormat format, float global_scale) {
+  if (format == WeightFormat::kNvfp4) return 128.0f * global_scale;
+  return format == WeightFormat::kMxfp4 ? 0x1p26f : 1.0f;
+}
 __host__ __device__ inline float word_epilogue(const WeightView& weight) {
-  if (weight.format == WeightFormat::kNvfp4) return 128.0f * weight.global_scale;
-  return weight.format == WeightFormat::kMxfp4 ? 0x1p26f : 1.0f;
+  return word_epilogue(weight.format, weight.global_scale);
 }
 
 /// c += a b on 16 rows of the weight and 8 tokens.
