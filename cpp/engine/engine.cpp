@@ -58,16 +58,6 @@ std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
   return wanted == 0 ? model_limit : wanted;
 }
 
-// The longest chunk whose activations fit.
-std::int64_t prefill_chunk(const model::Decoder& decoder, std::int64_t max_context) {
-  std::int64_t chunk = kPrefillChunk;
-  while (chunk < std::min(kLongestPrefillChunk, max_context) &&
-         decoder.scratch_bytes(2 * chunk) <= kActivationBytes) {
-    chunk *= 2;
-  }
-  return std::min(chunk, max_context);
-}
-
 // Leaves a prefill between two groups of experts.
 struct PrefillCancelled {};
 
@@ -154,17 +144,24 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
   try_plan();
   if (plan_.tiered) {
     // Longer chunks read less, so they come before a larger cache, up to a point.
-    const std::int64_t most = prefill_chunk(decoder, max_context_);
     const std::size_t slots = plan_.cache_slots;
     const std::size_t streamed = plan_.streamed_layers();
-    const std::int64_t least = std::exchange(prefill_chunk_, most);
-    try {
-      try_plan();
-    } catch (const MemoryLimitError&) {
-      prefill_chunk_ = least;
-      try_plan();
-    }
-    if (plan_.cache_slots < slots / 2 || plan_.streamed_layers() > streamed) {
+    const std::int64_t least = prefill_chunk_;
+    const auto accept = [&](std::int64_t chunk) {
+      const std::size_t bytes = decoder.scratch_bytes(chunk);
+      if (chunk <= least || bytes > kActivationBytes) return false;
+      prefill_chunk_ = chunk;
+      try {
+        try_plan();
+      } catch (const MemoryLimitError&) {
+        return false;
+      }
+      const std::size_t most = slots / (bytes > kSmallActivationBytes ? 8 : 2);
+      return plan_.cache_slots + most >= slots && plan_.streamed_layers() <= streamed;
+    };
+    std::int64_t chunk = kLongestPrefillChunk;
+    while (chunk > least && !accept(std::min(chunk, max_context_))) chunk /= 2;
+    if (chunk <= least) {
       prefill_chunk_ = least;
       try_plan();
     }
