@@ -65,6 +65,14 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
       });
 }
 
+// Warps that share the columns of a row tile: each has four chunks at least.
+template <WeightFormat kFormat>
+int split_of(const WeightView& weight, int warps) {
+  int split = warps;
+  while (split > 1 && chunks_of<kFormat>(weight.cols) / split < 4) split /= 2;
+  return split;
+}
+
 // Shared memory beside the tokens.
 constexpr std::size_t parts_bytes(int warps) {
   return static_cast<std::size_t>(warps) * (2 * kSums * sizeof(float) + kSmallRingBytes);
@@ -79,8 +87,7 @@ bool launch(Device* device, const WeightView& weight, ConstMatrix x, Matrix y) {
       kSmallTokens, static_cast<std::int64_t>((limit - kParts) / token_bytes));
   if (together < 1 || !has_pieces(weight) || !has_fours(x))
     return linear_plain(device, weight, x, y, Inputs::kBf16);
-  int split = kWarps;
-  while (split > 1 && chunks_of<kFormat>(weight.cols) / split < 4) split /= 2;
+  const int split = split_of<kFormat>(weight, kWarps);
   const std::int64_t groups = (weight.rows + kWarps / split * kTile - 1) / (kWarps / split * kTile);
   const auto kernel = linear_small_kernel<kFormat, Product, kWarps>;
   DSFP4_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -103,11 +110,14 @@ template <WeightFormat kFormat>
 bool launch(Device* device, const WeightView& weight, ConstMatrix x, Matrix y) {
   if (x.rows > 1) return launch<kFormat, TokensProduct<kFormat>, 8>(device, weight, x, y);
   using Product = typename OneToken<kFormat>::Product;
-  // Of 16 warps, where there is the room: each block stages the token once.
-  const auto most = parts_bytes(16) + static_cast<std::size_t>(Product::token_bytes(weight.cols));
-  return most <= static_cast<std::size_t>(device->shared_bytes)
-             ? launch<kFormat, Product, 16>(device, weight, x, y)
-             : launch<kFormat, Product, 8>(device, weight, x, y);
+  // Blocks of 16 warps stage the token half as often: where there is the room, and where they do
+  // not leave multiprocessors idle by having several tiles each.
+  const auto bytes = parts_bytes(16) + static_cast<std::size_t>(Product::token_bytes(weight.cols));
+  const std::int64_t tiles = 16 / split_of<kFormat>(weight, 16);
+  const bool wide = bytes <= static_cast<std::size_t>(device->shared_bytes) &&
+                    (tiles == 1 || weight.rows >= device->multiprocessors * tiles * kTile);
+  return wide ? launch<kFormat, Product, 16>(device, weight, x, y)
+              : launch<kFormat, Product, 8>(device, weight, x, y);
 }
 
 }  // namespace
