@@ -2,6 +2,7 @@
 // sum. Floor: the bytes of the chosen experts, each read once for every token that chose it.
 // Experts are read through the device's table, so that their bytes may move between steps.
 #include "ops/cuda/kernels.h"
+#include "ops/cuda/one_token.cuh"
 #include "ops/cuda/small.cuh"
 
 namespace dsfp4::ops::cuda {

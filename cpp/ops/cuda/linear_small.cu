@@ -2,6 +2,7 @@
 // tiles in turn; a tile's columns are split over some of a block's warps, whose sums are added in
 // warp order.
 #include "ops/cuda/kernels.h"
+#include "ops/cuda/one_token.cuh"
 #include "ops/cuda/small.cuh"
 
 namespace dsfp4::ops::cuda {

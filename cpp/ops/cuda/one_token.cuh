@@ -1,0 +1,219 @@
+// The product of 16 FP4 rows and one token by one warp, in exact integers, for stream_tiles().
+#pragma once
+
+#include "ops/cuda/decode.cuh"
+#include "ops/cuda/small.cuh"
+
+namespace dsfp4::ops::cuda {
+
+/// Twice a weight is a byte that prmt looks up, an activation 16 bits of fixed point, as two digits
+/// of base 255, with one FP32 multiplier for as many values as share a scale. A column of mma is
+/// one digit of one lane of a quad, zero for the other lanes' values: so each lane gets the sums of
+/// just the values that it has loaded, and only these sums are multiplied with scales. Exact but
+/// for the activations' rounding to 16 bits.
+template <WeightFormat kFormat>
+struct OneTokenProduct {
+  using W = Words<kFormat>;
+  static_assert(kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4);
+  static constexpr int kGroup =
+      static_cast<int>(kFormat == WeightFormat::kNvfp4 ? ::dsfp4::format::kNvfp4Group
+                                                       : ::dsfp4::format::kMxfp4Group);
+  static constexpr int kGroups = W::kChunk / kGroup;  // of a chunk
+  static constexpr int kDigitBytes = 2 * W::kChunk;   // of a chunk
+  static constexpr int kBytes = kDigitBytes + kGroups * 4;
+  static constexpr float kMost = 127.0f * 255.0f + 127.0f;
+
+  static __host__ __device__ constexpr int token_bytes(std::int64_t cols) {
+    return chunks_of<kFormat>(cols) * kBytes;
+  }
+
+  /// Digits, then the groups' multipliers. A chunk has, for each half of a lane's values, 16 bytes
+  /// for each digit of each lane.
+  static __device__ __noinline__ void stage(const float* from, int cols, std::byte* to, int thread,
+                                            int threads) {
+    const int chunks = chunks_of<kFormat>(cols);
+    auto* multipliers = reinterpret_cast<float*>(to + chunks * kDigitBytes);
+    for_eights(from, chunks * (W::kChunk / 8), cols, thread, threads,
+               [&](int eight, const float values[8]) {
+                 float rounded[8];
+                 float largest = 0.0f;
+                 bool finite = true;
+#pragma unroll
+                 for (int i = 0; i < 8; ++i) {
+                   rounded[i] = round_bf16(values[i]);
+                   finite = finite && fabsf(rounded[i]) < INFINITY;
+                   largest = fmaxf(largest, fabsf(rounded[i]));
+                 }
+                 if (!finite) largest = INFINITY;
+#pragma unroll
+                 for (int step = 1; step < kGroup / 8; step *= 2) {  // neighbours share a group
+                   largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+                 }
+                 if (eight >= chunks * (W::kChunk / 8)) return;
+                 if (eight % (kGroup / 8) == 0) {
+                   multipliers[eight * 8 / kGroup] =
+                       largest < INFINITY ? largest * (1.0f / kMost) : NAN;
+                 }
+                 const float inverse = largest > 0.0f ? kMost / largest : 0.0f;
+                 unsigned high[8];
+                 unsigned low[8];
+#pragma unroll
+                 for (int i = 0; i < 8; ++i) {
+                   // Added to 1.5 * 2^23, a number is rounded, and its low byte is the digit.
+                   constexpr float kRound = 12582912.0f;
+                   const float fixed = fmaf(rounded[i], inverse, kRound) - kRound;
+                   const float digit = fmaf(fixed, 1.0f / 255.0f, kRound);
+                   high[i] = __float_as_uint(digit);
+                   low[i] = __float_as_uint(fmaf(digit - kRound, -255.0f, fixed) + kRound);
+                 }
+                 const int in = eight * 8 % W::kChunk;
+                 auto* place = reinterpret_cast<uint2*>(to + eight * 8 / W::kChunk * kDigitBytes +
+                                                        in % W::kLane / 16 * 128 +
+                                                        in / W::kLane * 32 + in % 16);
+                 place[0] = {low_bytes(high), low_bytes(high + 4)};
+                 place[2] = {low_bytes(low), low_bytes(low + 4)};
+               });
+  }
+
+  __device__ __forceinline__ void clear() { low = high = 0.0f; }
+
+  __device__ __forceinline__ void add(const Piece<kFormat>& piece, int chunk, const std::byte* x,
+                                      int cols, int) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int quad = lane % 4;
+    const auto* digits = reinterpret_cast<const uint4*>(x + chunk * kDigitBytes) + lane / 4;
+    const auto* multipliers =
+        reinterpret_cast<const float*>(x + chunks_of<kFormat>(cols) * kDigitBytes) +
+        chunk * kGroups + quad * (kGroups / 4);
+    const bool mine = lane / 8 == quad;
+    const uint4 first = mine ? digits[0] : uint4{};
+    const uint4 second = mine ? digits[8] : uint4{};
+    const unsigned b[8] = {first.x,  first.y,  first.z,  first.w,
+                           second.x, second.y, second.z, second.w};
+    const unsigned l[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
+    const unsigned h[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
+    float low_scales[2];
+    float high_scales[2];
+    if constexpr (kFormat == WeightFormat::kNvfp4) {
+      two_e4m3(piece.low_scales, low_scales);
+      two_e4m3(piece.high_scales, high_scales);
+    } else {
+      low_scales[0] = e8m0_value(piece.low_scales);
+      high_scales[0] = e8m0_value(piece.high_scales);
+    }
+    constexpr int kWords = kGroup / 8;
+#pragma unroll
+    for (int group = 0; group < kGroups / 4; ++group) {
+      int sums[4] = {};
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int w = group * kWords + i;
+        multiply_codes(sums, l[w], h[w], b[2 * w], b[2 * w + 1]);
+      }
+      const float multiplier = multipliers[group];
+      low = fmaf(static_cast<float>(sums[0] * 255 + sums[1]), low_scales[group] * multiplier, low);
+      high =
+          fmaf(static_cast<float>(sums[2] * 255 + sums[3]), high_scales[group] * multiplier, high);
+    }
+  }
+
+  /// As TokensProduct's, for token 0.
+  __device__ __forceinline__ void finish(float result[4]) const {
+    result[0] = quad_sum(low);
+    result[1] = 0.0f;
+    result[2] = quad_sum(high);
+    result[3] = 0.0f;
+  }
+
+  static __host__ __device__ float epilogue(float global_scale) {
+    // Weights came twice their size.
+    return kFormat == WeightFormat::kNvfp4 ? 0.5f * global_scale : 0.5f;
+  }
+
+  float low, high;  // this lane's share of rows g and g + 8
+
+  __device__ __forceinline__ OneTokenProduct()
+      : positive_{in_register(0x04030200u), in_register(0x0d090705u)},
+        negative_{in_register(0xfdfeff00u), in_register(0xf4f8fafcu)} {}
+
+ private:
+  // prmt takes one constant at most: the tables would be moved to registers each time.
+  static __device__ __forceinline__ unsigned in_register(unsigned value) {
+    unsigned kept;
+    asm volatile("mov.b32 %0, %1;" : "=r"(kept) : "r"(value));
+    return kept;
+  }
+
+  static __device__ __forceinline__ unsigned look_up(unsigned first, unsigned second,
+                                                     unsigned codes) {
+    unsigned bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(first), "r"(second), "r"(codes));
+    return bytes;
+  }
+
+  static __device__ __forceinline__ unsigned low_bytes(const unsigned words[4]) {
+    return __byte_perm(__byte_perm(words[0], words[1], 0x0040),
+                       __byte_perm(words[2], words[3], 0x0040), 0x5410);
+  }
+
+  // Eight codes of each of two rows. prmt takes a code's three low bits for the place; where the
+  // sign is set it gives 0 or -1, as the byte there has its top bit. So positive weights are w + 1
+  // in the first product and -1 in the second, negative ones 0 and w.
+  __device__ __forceinline__ void multiply_codes(int sums[4], unsigned low, unsigned high,
+                                                 unsigned b0, unsigned b1) const {
+    const unsigned(&p)[2] = positive_;
+    const unsigned(&n)[2] = negative_;
+    multiply_bytes(sums, look_up(p[0], p[1], low), look_up(p[0], p[1], high),
+                   look_up(p[0], p[1], low >> 16), look_up(p[0], p[1], high >> 16), b0, b1);
+    low ^= 0x88888888u;
+    high ^= 0x88888888u;
+    multiply_bytes(sums, look_up(n[0], n[1], low), look_up(n[0], n[1], high),
+                   look_up(n[0], n[1], low >> 16), look_up(n[0], n[1], high >> 16), b0, b1);
+  }
+
+  static __device__ __forceinline__ void multiply_bytes(int c[4], unsigned a0, unsigned a1,
+                                                        unsigned a2, unsigned a3, unsigned b0,
+                                                        unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};\n"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+
+  /// Two neighbouring codes.
+  static __device__ __forceinline__ void two_e4m3(unsigned codes, float out[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    unsigned halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<unsigned short>(codes)));
+    const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&halves));
+    out[0] = values.x;
+    out[1] = values.y;
+#else
+    out[0] = e4m3_value(codes & 0xffu);
+    out[1] = e4m3_value(codes >> 8);
+#endif
+  }
+
+  static __device__ __forceinline__ float quad_sum(float value) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+    return value + __shfl_xor_sync(0xffffffffu, value, 2);
+  }
+
+  unsigned positive_[2], negative_[2];
+};
+
+/// One token of any format.
+template <WeightFormat kFormat>
+struct OneToken {
+  using Product = TokensProduct<kFormat>;
+};
+template <>
+struct OneToken<WeightFormat::kNvfp4> {
+  using Product = OneTokenProduct<WeightFormat::kNvfp4>;
+};
+template <>
+struct OneToken<WeightFormat::kMxfp4> {
+  using Product = OneTokenProduct<WeightFormat::kMxfp4>;
+};
+
+}  // namespace dsfp4::ops::cuda
