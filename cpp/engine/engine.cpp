@@ -58,6 +58,12 @@ std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
   return wanted == 0 ? model_limit : wanted;
 }
 
+// For chunks of a prompt, and for decoding, one token at a time.
+std::size_t scratch_bytes(const model::Decoder& decoder, std::int64_t chunk) {
+  return std::max(decoder.scratch_bytes(chunk, model::Phase::kPrefill),
+                  decoder.scratch_bytes(1, model::Phase::kDecode));
+}
+
 // Leaves a prefill between two groups of experts.
 struct PrefillCancelled {};
 
@@ -85,7 +91,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
              ram_ceiling(options, machine.memory()), options, trace_.get()),
       decoder_(model::make_spec(config_), loaded_.weights, *backend_, tiers_.runner(),
                tiers_.layers(), kv_format_),
-      scratch_(decoder_.scratch_bytes(prefill_chunk_), "the activations", backend_->memory()),
+      scratch_(scratch_bytes(decoder_, prefill_chunk_), "the activations", backend_->memory()),
       logits_(
           backend_->host_visible()
               ? 0
@@ -137,7 +143,7 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
   const std::uint64_t kv_cache =
       KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
   const auto try_plan = [&] {
-    const std::uint64_t others = kv_cache + sizes.staging + decoder.scratch_bytes(prefill_chunk_);
+    const std::uint64_t others = kv_cache + sizes.staging + scratch_bytes(decoder, prefill_chunk_);
     plan_ = plan_tiers(config_, options, sizes, others, machine);
     reserved_ = plan_.total_bytes - plan_.expert_bytes - machine.process - memory::kUncountedBytes;
   };
@@ -148,7 +154,7 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
     const std::size_t streamed = plan_.streamed_layers();
     const std::int64_t least = prefill_chunk_;
     const auto accept = [&](std::int64_t chunk) {
-      const std::size_t bytes = decoder.scratch_bytes(chunk);
+      const std::size_t bytes = scratch_bytes(decoder, chunk);
       if (chunk <= least || bytes > kActivationBytes) return false;
       prefill_chunk_ = chunk;
       try {

@@ -28,7 +28,7 @@ inline constexpr std::int64_t kLogitRows = 32;
 /// Where experts are read from the SSD, once for each chunk, chunks are as long as this much memory
 /// for activations allows, and at most kLongestPrefillChunk. Beyond the smaller of the two amounts
 /// they take an eighth of what the experts' cache would have at most, below it a half.
-inline constexpr std::size_t kActivationBytes = std::size_t{4} << 30;
+inline constexpr std::size_t kActivationBytes = std::size_t{2} << 30;
 inline constexpr std::size_t kSmallActivationBytes = std::size_t{1} << 30;
 inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 

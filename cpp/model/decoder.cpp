@@ -83,12 +83,12 @@ ExpertChoice Decoder::expert_choice(const Batch& batch, std::int64_t layer) cons
   return choice;
 }
 
-std::size_t Decoder::scratch_bytes(std::int64_t rows) const {
+std::size_t Decoder::scratch_bytes(std::int64_t rows, Phase phase) const {
   const std::size_t stream = 3 * ops::scratch_bytes(rows * spec_.hidden_size) +
                              ops::scratch_bytes(rows * spec_.mla.qk_rope_head_dim);
-  return stream +
-         std::max({mla_scratch_bytes(spec_, rows), mlp_scratch_bytes(spec_.intermediate_size, rows),
-                   spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, experts_, rows) : 0});
+  return stream + std::max({mla_scratch_bytes(spec_, rows, phase),
+                            mlp_scratch_bytes(spec_.intermediate_size, rows),
+                            spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, experts_, rows) : 0});
 }
 
 std::size_t Decoder::kv_layer_bytes() const {

@@ -50,8 +50,8 @@ class Decoder {
   /// logits [rows, vocab] = head(hidden).
   void head(ops::ConstMatrix hidden, ops::Matrix logits) const;
 
-  /// Arena bytes that forward() needs for `rows` rows.
-  std::size_t scratch_bytes(std::int64_t rows) const;
+  /// Arena bytes that forward() needs for `rows` rows in that phase.
+  std::size_t scratch_bytes(std::int64_t rows, Phase phase) const;
   /// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
   std::size_t kv_layer_bytes() const;
 

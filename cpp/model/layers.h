@@ -45,7 +45,7 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
          memory::Arena& arena, ops::ConstMatrix x, ops::Matrix out);
 
 /// Scratch bytes that one layer takes from the arena for a step of `rows` rows.
-std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows);
+std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
 std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows);
 std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,
                               std::int64_t rows);

@@ -62,14 +62,15 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
   backend.linear(weights.o_proj, heads, out);
 }
 
-std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows) {
+std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase) {
   const ops::MlaShape& shape = spec.mla;
   std::size_t bytes = 0;
-  for (const std::int64_t cols :
-       {shape.heads * shape.qk_head_dim(), spec.q_lora_rank, shape.cache_width(),
-        shape.heads * shape.v_head_dim, shape.heads * shape.kv_lora_rank,
-        shape.heads * shape.kv_lora_rank}) {
+  for (const std::int64_t cols : {shape.heads * shape.qk_head_dim(), spec.q_lora_rank,
+                                  shape.cache_width(), shape.heads * shape.v_head_dim}) {
     bytes += ops::scratch_bytes(rows * cols);
+  }
+  if (phase == Phase::kDecode) {
+    bytes += 2 * ops::scratch_bytes(rows * shape.heads * shape.kv_lora_rank);
   }
   return bytes;
 }
