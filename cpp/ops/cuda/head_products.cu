@@ -306,11 +306,12 @@ bool absorb_fast(Device* device, const MlaShape& shape, const WeightView& kv_b_p
   const dim3 grid(static_cast<unsigned>(shape.kv_lora_rank / (32 * kEight)),
                   static_cast<unsigned>(shape.heads));
   const bool bf16 = kv_b_proj.format == WeightFormat::kBF16;
-  const auto kernel = q.rows == 1 ? bf16 ? absorb_kernel<WeightFormat::kBF16, 1>
-                                         : absorb_kernel<WeightFormat::kFp8Block, 1>
-                      : bf16 ? absorb_kernel<WeightFormat::kBF16, 4>
-                                  : absorb_kernel<WeightFormat::kFp8Block, 4>;
-  DSFP4_TRY(launch(device, kernel, grid, kThreads, 0, shape, kv_b_proj, q, q_abs));
+  const auto one =
+      bf16 ? absorb_kernel<WeightFormat::kBF16, 1> : absorb_kernel<WeightFormat::kFp8Block, 1>;
+  const auto more =
+      bf16 ? absorb_kernel<WeightFormat::kBF16, 4> : absorb_kernel<WeightFormat::kFp8Block, 4>;
+  DSFP4_TRY(
+      launch(device, q.rows == 1 ? one : more, grid, kThreads, 0, shape, kv_b_proj, q, q_abs));
   return true;
 }
 
@@ -318,11 +319,12 @@ bool expand_value_fast(Device* device, const MlaShape& shape, const WeightView& 
                        ConstMatrix attended, Matrix out) {
   const unsigned grid = blocks_for(shape.heads * shape.v_head_dim, kWarps * kRows);
   const bool bf16 = kv_b_proj.format == WeightFormat::kBF16;
-  const auto kernel = attended.rows == 1 ? bf16 ? expand_value_kernel<WeightFormat::kBF16, 1>
-                                                : expand_value_kernel<WeightFormat::kFp8Block, 1>
-                      : bf16 ? expand_value_kernel<WeightFormat::kBF16, 4>
-                                         : expand_value_kernel<WeightFormat::kFp8Block, 4>;
-  DSFP4_TRY(launch(device, kernel, grid, kThreads, 0, shape, kv_b_proj, attended, out));
+  const auto one = bf16 ? expand_value_kernel<WeightFormat::kBF16, 1>
+                        : expand_value_kernel<WeightFormat::kFp8Block, 1>;
+  const auto more = bf16 ? expand_value_kernel<WeightFormat::kBF16, 4>
+                         : expand_value_kernel<WeightFormat::kFp8Block, 4>;
+  DSFP4_TRY(launch(device, attended.rows == 1 ? one : more, grid, kThreads, 0, shape, kv_b_proj,
+                   attended, out));
   return true;
 }
 

@@ -9,8 +9,9 @@
 namespace dsfp4::ops::cuda {
 
 constexpr int kSmallTokens = 8;
-constexpr int kRing = 6;  // pieces of a warp on their way
-constexpr int kSmallRingBytes = kRing * (1024 + 128);
+constexpr int kRing = 6;                   // pieces of a warp on their way
+constexpr int kSlotBytes = 1024 + 16 * 8;  // a piece: words and scales of 16 rows
+constexpr int kSmallRingBytes = kRing * kSlotBytes;
 
 /// A lane's words of two rows (g and g + 8 of the 16) in one chunk.
 template <WeightFormat kFormat>
@@ -27,7 +28,6 @@ template <WeightFormat kFormat>
 class Rows {
  public:
   using W = Words<kFormat>;
-  static constexpr int kSlotBytes = kSmallRingBytes / kRing;
   static constexpr bool kFp4 = W::kScales > 0;
 
   Rows() = default;
@@ -296,7 +296,7 @@ __device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, i
     commit_copies();
   };
 #pragma unroll
-  for (int j = 0; j < kRing; ++j) load(ring + j * R::kSlotBytes);
+  for (int j = 0; j < kRing; ++j) load(ring + j * kSlotBytes);
   Product product;
   int slot = 0;
   for (int tile = tiles.first; tile < tiles.last; tile += tiles.step) {
@@ -304,7 +304,7 @@ __device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, i
     product.clear();
     // Two at a time, so that their products overlap, and the last one.
     const auto following = [](int at) {
-      return at == (kRing - 1) * R::kSlotBytes ? 0 : at + R::kSlotBytes;
+      return at == (kRing - 1) * kSlotBytes ? 0 : at + kSlotBytes;
     };
     int chunk = first;
     for (; chunk + step < chunks; chunk += 2 * step) {
