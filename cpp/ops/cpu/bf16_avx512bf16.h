@@ -11,6 +11,7 @@
 #include <cstring>
 #include <immintrin.h>
 
+#include "ops/cpu/avx512.h"
 #include "ops/cpu/matmul_blocked.h"
 
 namespace dsfp4::ops::cpu {
@@ -29,7 +30,6 @@ inline __m512bh as_bf16(__m512i bits) {
   return value;
 }
 
-inline __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
 inline __m256i load_256(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
@@ -196,16 +196,14 @@ inline float fp8_scale(const WeightView& w, std::int64_t row, std::int64_t tile)
 }
 
 template <bool kFp4Order>
-void pack_bf16(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end, bool,
-               std::byte* out) {
-  static_cast<void>(cols);
+void pack_bf16(const float* x, std::int64_t cols, bool, std::byte* out) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  for (std::int64_t i = begin; i < end; i += kStep) {
+  for (std::int64_t i = 0; i < cols; i += kStep) {
     float tail[kStep] = {};
     const float* from = x + i;
-    if (end - i < kStep) {
-      std::memcpy(tail, from, static_cast<std::size_t>(end - i) * sizeof(float));
+    if (cols - i < kStep) {
+      std::memcpy(tail, from, static_cast<std::size_t>(cols - i) * sizeof(float));
       from = tail;
     }
     const __m512 a = _mm512_loadu_ps(from);
@@ -215,13 +213,6 @@ void pack_bf16(const float* x, std::int64_t cols, std::int64_t begin, std::int64
     const __m512bh both = _mm512_cvtne2ps_pbh(second, first);  // `first` into the lower half
     std::memcpy(out + 2 * i, &both, sizeof(both));
   }
-}
-
-inline float total_of(__m512 sum) {
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
 }  // namespace

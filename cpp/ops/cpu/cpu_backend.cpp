@@ -36,8 +36,8 @@ std::byte* multiply_scratch(std::size_t bytes) {
 
 std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64_t step,
                             std::int64_t matrices, int threads) {
-  constexpr std::size_t kPieceBytes = 128 * 1024;
-  constexpr std::int64_t kMostRows = 128;
+  constexpr std::size_t kPieceBytes = 256 * 1024;
+  constexpr std::int64_t kMostRows = 256;
   constexpr std::int64_t kPiecesPerThread = 8;
   const auto fitting = static_cast<std::int64_t>(kPieceBytes / std::max<std::size_t>(row_bytes, 1));
   const std::int64_t even = ceil_div(rows * matrices, kPiecesPerThread * threads);
@@ -53,7 +53,7 @@ CpuBackend::Packed CpuBackend::pack(const Matmul& matmul, ConstMatrix x, Inputs 
   const bool round = inputs == Inputs::kBf16;
   pool_.parallel_for(x.rows, kGrain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
-      matmul.pack(x.row(t), x.cols, 0, x.cols, round, packed.row(t));
+      matmul.pack(x.row(t), x.cols, round, packed.row(t));
     }
   });
   x_.at(at) = packed;

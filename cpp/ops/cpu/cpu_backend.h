@@ -50,21 +50,23 @@ class CpuBackend final : public HostBackend {
 
     std::byte* row(std::int64_t r) const { return data + static_cast<std::size_t>(r) * stride; }
   };
-  /// What computes the rows [begin, end) of `weight` for tokens [first, first + count) of a task.
-  using Multiply =
-      std::function<void(const format::WeightView& weight, std::int64_t begin, std::int64_t end,
-                         std::int64_t first, std::int64_t count, float* y)>;
+  /// What computes the rows [begin, end) of `weight` for tokens [first, first + count) of a task;
+  /// `next` as in Product.
+  using Multiply = std::function<void(
+      const format::WeightView& weight, const format::WeightView* next, std::int64_t begin,
+      std::int64_t end, std::int64_t first, std::int64_t count, float* y)>;
 
   const Matmul& matmul_of(const format::WeightView& weight) const {
     return isa_.matmul(weight.format, Inputs::kBf16, phase_);
   }
   Packed pack(const Matmul& matmul, ConstMatrix x, Inputs inputs);
   /// Packed rows for the first projections of all tasks, room for those of the second ones; fills
-  /// tokens_ and first_token_. Returns the rows of a piece's step.
-  std::int64_t prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
-                       Matrix hidden);
-  /// silu(gate x) * up x in rows [begin, end), for `block` tokens at a time, into hidden and,
-  /// packed, into hidden_.
+  /// tokens_ and first_token_.
+  void prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden);
+  /// Packs the rows of `hidden` that these tasks name, the first of them task `first_task` of the
+  /// op, into hidden_.
+  void pack_hidden(std::span<const ExpertTask> tasks, std::size_t first_task, ConstMatrix hidden);
+  /// silu(gate x) * up x in rows [begin, end), for `block` tokens at a time.
   void gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end, std::int64_t block,
                    const Multiply& multiply, Matrix hidden) const;
   bool tiles_fit(std::span<const ExpertTask> tasks) const;

@@ -1,8 +1,8 @@
 // The chosen experts of one layer in two passes over the thread team: first gate, up and SiLU,
-// whose results each thread packs at once for the second, the down-projections. A piece of work is
-// a run of rows of one expert, so every thread reads long contiguous stretches; the pieces of all
-// experts are one range, so nobody waits between experts. Bytes moved: the weights of each expert
-// that was chosen, once for up to 96 tokens.
+// then, with those results packed, the down-projections. A piece of work is a run of rows of one
+// expert, so every thread reads long contiguous stretches; the pieces of all experts are one range,
+// so nobody waits between experts. Bytes moved: the weights of each expert that was chosen, once
+// for up to 96 tokens.
 #include <algorithm>
 #include <cmath>
 
@@ -20,11 +20,10 @@ std::size_t row_bytes(const format::WeightView& weight) {
 
 }  // namespace
 
-std::int64_t CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t top_k,
-                                 ConstMatrix x, Matrix hidden) {
+void CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
+                         Matrix hidden) {
   std::array<bool, kPackings> packed{};
   std::size_t stride = 0;
-  std::int64_t step = 16;
   tokens_.clear();
   first_token_.clear();
   for (const ExpertTask& task : tasks) {
@@ -34,16 +33,29 @@ std::int64_t CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t
       if (!done) pack(matmul, x, Inputs::kBf16);
       done = true;
     }
-    const Matmul& down = matmul_of(task.expert->down_proj);
-    stride = std::max(stride, down.packed_bytes(hidden.cols));
-    step = std::max(step, down.pack_step);
+    stride = std::max(stride, matmul_of(task.expert->down_proj).packed_bytes(hidden.cols));
     first_token_.push_back(tokens_.size());
     for (const std::int32_t pair : task.pairs) {
       tokens_.push_back(static_cast<std::int32_t>(pair / top_k));
     }
   }
   hidden_ = {hidden_memory_.get(static_cast<std::size_t>(hidden.rows) * stride), stride};
-  return step;
+}
+
+void CpuBackend::pack_hidden(std::span<const ExpertTask> tasks, std::size_t first_task,
+                             ConstMatrix hidden) {
+  const std::size_t first = first_token_[first_task];
+  const std::size_t last = first_token_[first_task + tasks.size() - 1] + tasks.back().pairs.size();
+  pool_.parallel_for(static_cast<std::int64_t>(last - first), 1, [&](auto begin, auto end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::size_t at = first + static_cast<std::size_t>(i);
+      const auto after = std::upper_bound(first_token_.begin(), first_token_.end(), at);
+      const auto task = static_cast<std::size_t>(after - first_token_.begin() - 1);
+      const ExpertTask& of = tasks[task - first_task];
+      const std::int32_t pair = of.pairs[at - first_token_[task]];
+      matmul_of(of.expert->down_proj).pack(hidden.row(pair), hidden.cols, true, hidden_.row(pair));
+    }
+  });
 }
 
 void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end,
@@ -53,19 +65,17 @@ void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::in
   const auto tokens = static_cast<std::int64_t>(task.pairs.size());
   float* gate = thread_scratch(0, std::min(block, tokens) * rows);
   float* up = thread_scratch(1, std::min(block, tokens) * rows);
-  const Matmul& down_matmul = matmul_of(expert.down_proj);
+  const bool alike = expert.gate_proj.format == expert.up_proj.format;
   for (std::int64_t first = 0; first < tokens; first += block) {
     const std::int64_t count = std::min(block, tokens - first);
-    multiply(expert.gate_proj, begin, end, first, count, gate);
-    multiply(expert.up_proj, begin, end, first, count, up);
+    multiply(expert.gate_proj, alike ? &expert.up_proj : nullptr, begin, end, first, count, gate);
+    multiply(expert.up_proj, nullptr, begin, end, first, count, up);
     for (std::int64_t t = 0; t < count; ++t) {
-      const std::int32_t pair = task.pairs[static_cast<std::size_t>(first + t)];
-      float* to = hidden.row(pair);
+      float* to = hidden.row(task.pairs[static_cast<std::size_t>(first + t)]);
       for (std::int64_t r = 0; r < rows; ++r) {
         const float g = gate[t * rows + r];
         to[begin + r] = g / (1.0f + std::exp(-g)) * up[t * rows + r];
       }
-      down_matmul.pack(to, hidden.cols, begin, end, true, hidden_.row(pair));
     }
   }
 }
@@ -73,19 +83,19 @@ void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::in
 void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
                          Matrix hidden, Matrix out) {
   if (tasks.empty()) return;
-  const std::int64_t step = prepare(tasks, top_k, x, hidden);
+  prepare(tasks, top_k, x, hidden);
   if (tiles_ != nullptr && tiles_fit(tasks)) return experts_in_tiles(tasks, hidden, out);
 
   const auto task_count = static_cast<std::int64_t>(tasks.size());
-  const std::int64_t rows = rows_per_piece(
-      hidden.cols, 2 * row_bytes(tasks.front().expert->gate_proj), step, task_count, pool_.size());
+  const std::int64_t rows = rows_per_piece(hidden.cols, row_bytes(tasks.front().expert->gate_proj),
+                                           16, task_count, pool_.size());
   const std::int64_t pieces = ceil_div(hidden.cols, rows);
   pool_.parallel_for(task_count * pieces, 1, [&](std::int64_t from, std::int64_t to) {
     for (std::int64_t piece = from; piece < to; ++piece) {
       const auto at = static_cast<std::size_t>(piece / pieces);
-      const auto multiply = [&](const format::WeightView& weight, std::int64_t begin,
-                                std::int64_t end, std::int64_t first, std::int64_t count,
-                                float* y) {
+      const auto multiply = [&](const format::WeightView& weight, const format::WeightView* next,
+                                std::int64_t begin, std::int64_t end, std::int64_t first,
+                                std::int64_t count, float* y) {
         const Matmul& matmul = matmul_of(weight);
         const Packed& packed = x_.at(static_cast<std::size_t>(matmul.packing));
         matmul.multiply({.weight = &weight,
@@ -96,7 +106,8 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
                          .x_index = tokens_.data() + first_token_[at] + first,
                          .y = y,
                          .y_stride = end - begin,
-                         .tokens = count},
+                         .tokens = count,
+                         .next = next},
                         multiply_scratch(matmul.scratch_bytes));
       };
       const std::int64_t begin = piece % pieces * rows;
@@ -104,6 +115,7 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
                   hidden);
     }
   });
+  pack_hidden(tasks, 0, hidden);
 
   const std::int64_t down_rows = rows_per_piece(
       out.cols, row_bytes(tasks.front().expert->down_proj), 16, task_count, pool_.size());

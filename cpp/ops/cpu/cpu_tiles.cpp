@@ -115,9 +115,9 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
   pool_.parallel_for(task_count * pieces, 1, [&](std::int64_t from, std::int64_t to) {
     for (std::int64_t piece = from; piece < to; ++piece) {
       const auto at = static_cast<std::size_t>(piece / pieces);
-      const auto multiply = [&](const format::WeightView& weight, std::int64_t begin,
-                                std::int64_t end, std::int64_t first, std::int64_t count,
-                                float* y) {
+      const auto multiply = [&](const format::WeightView& weight, const format::WeightView*,
+                                std::int64_t begin, std::int64_t end, std::int64_t first,
+                                std::int64_t count, float* y) {
         tiles.multiply({.weight = &weight,
                         .row_begin = begin,
                         .row_end = end,
@@ -134,6 +134,7 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
     }
   });
 
+  pack_hidden(tasks, first_task, hidden);
   make_groups(tasks, hidden.cols, hidden_bytes, hidden_groups,
               [&](std::size_t at) { return std::pair(hidden_, tasks[at].pairs.data()); });
   const std::int64_t down_rows = tile_rows(tiles, out.cols, task_count, pool_.size());

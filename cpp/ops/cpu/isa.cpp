@@ -16,10 +16,17 @@ constexpr Isa kAvx512Bf16 = {"avx512bf16",
                              {&kMatmulF32Avx512, &kMatmulBf16Avx512Bf16, &kMatmulFp8Avx512Bf16,
                               &kMatmulFp4Avx512Bf16, &kMatmulFp4Avx512Bf16},
                              {&kMatmulF32Avx512, &kMatmulBf16Avx512Bf16, &kMatmulFp8Avx512Bf16,
-                              &kMatmulFp4DecodeAvx512Bf16, &kMatmulFp4DecodeAvx512Bf16}};
+                              &kMatmulFp4Avx512Vnni, &kMatmulFp4Avx512Vnni}};
 constexpr Isa kAmx = {
     "amx",     kAvx512Bf16.kernels, kAvx512Bf16.exact, kAvx512Bf16.prefill, kAvx512Bf16.decode,
     &kTilesAmx};
+constexpr Isa kAvx512Vnni = {
+    "avx512vnni",
+    &kAvx512Kernels,
+    &kMatmulF32Avx512,
+    {&kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512},
+    {&kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulF32Avx512, &kMatmulFp4Avx512Vnni,
+     &kMatmulFp4Avx512Vnni}};
 constexpr Isa kAvx512 = {
     "avx512",
     &kAvx512Kernels,
@@ -37,7 +44,8 @@ constexpr Isa kBaseline = {"baseline",
                            {&kMatmulF32Baseline, &kMatmulF32Baseline, &kMatmulF32Baseline,
                             &kMatmulF32Baseline, &kMatmulF32Baseline}};
 
-constexpr std::array<const Isa*, 5> kAll = {&kAmx, &kAvx512Bf16, &kAvx512, &kAvx2, &kBaseline};
+constexpr std::array<const Isa*, 6> kAll = {&kAmx,    &kAvx512Bf16, &kAvx512Vnni,
+                                            &kAvx512, &kAvx2,       &kBaseline};
 
 bool runs(const Isa& isa) {
   __builtin_cpu_init();
@@ -45,9 +53,12 @@ bool runs(const Isa& isa) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       avx2;
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool vnni =
+      avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   if (&isa == &kAmx) return bf16 && amx_usable();
   if (&isa == &kAvx512Bf16) return bf16;
+  if (&isa == &kAvx512Vnni) return vnni;
   if (&isa == &kAvx512) return avx512;
   if (&isa == &kAvx2) return avx2;
   return true;

@@ -2,7 +2,8 @@
 //
 // The first of these that the CPU (and the system) can run is taken; DSFP4_ISA names another one:
 //   amx        as avx512bf16, and AMX BF16 tiles for prefill
-//   avx512bf16 AVX-512 F, BW, DQ, VL and BF16: products of BF16 pairs
+//   avx512bf16 as avx512vnni, and AVX-512 BF16: products of BF16 pairs
+//   avx512vnni as avx512, and VNNI and VBMI: FP4 in decode in exact integers
 //   avx512     AVX-512 F, BW, DQ, VL: FP32, but FP4 in decode as avx2, which is faster there
 //   avx2       AVX2 and FMA: FP4 in exact integers, the rest in FP32
 //   baseline   every x86-64 CPU (also called "scalar"): FP32

@@ -28,20 +28,21 @@ struct Product {
   std::int64_t y_stride = 0;  // floats
   const std::int32_t* y_index = nullptr;
   std::int64_t tokens = 0;
+  /// What this thread multiplies next, with the same format, columns and rows: its bytes may be
+  /// asked for at the end of these. Null: not known.
+  const format::WeightView* next = nullptr;
 };
 
 struct Matmul {
   const char* name;           // e.g. "fp4_i16_avx2"
   int packing;                // 0 .. kPackings - 1: tables with the same number pack alike
-  std::int64_t pack_step;     // columns that are packed together
   std::size_t scratch_bytes;  // what `multiply` needs, on a 64-byte boundary
 
   /// Bytes of a packed row, a multiple of 64.
   std::size_t (*packed_bytes)(std::int64_t cols);
-  /// Packs columns [begin, end) of a row; begin a multiple of pack_step, end too unless it is cols.
-  /// `round`: to BF16 first (arithmetics that need no less precision do as they must).
-  void (*pack)(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end, bool round,
-               std::byte* out);
+  /// Packs a row of `cols` columns. `round`: to BF16 first (arithmetics that need no less precision
+  /// do as they must).
+  void (*pack)(const float* x, std::int64_t cols, bool round, std::byte* out);
   void (*multiply)(const Product& product, std::byte* scratch);
 };
 
@@ -51,8 +52,8 @@ extern const Matmul kMatmulF32Baseline;
 extern const Matmul kMatmulF32Avx2;
 extern const Matmul kMatmulF32Avx512;
 extern const Matmul kMatmulFp4Avx2;
+extern const Matmul kMatmulFp4Avx512Vnni;
 extern const Matmul kMatmulFp4Avx512Bf16;
-extern const Matmul kMatmulFp4DecodeAvx512Bf16;
 extern const Matmul kMatmulFp8Avx512Bf16;
 extern const Matmul kMatmulBf16Avx512Bf16;
 

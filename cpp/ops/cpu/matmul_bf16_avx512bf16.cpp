@@ -142,10 +142,8 @@ constexpr std::size_t kScratchBytes = sizeof(BlockedScratch<Blocked<Bf16Row>>);
 }  // namespace
 
 const Matmul kMatmulFp4Avx512Bf16 = {
-    "fp4_bf16_avx512bf16", 2,           kStep, kScratchBytes, packed_bf16_bytes,
-    pack_bf16<true>,       multiply_fp4};
+    "fp4_bf16_avx512bf16", 2, kScratchBytes, packed_bf16_bytes, pack_bf16<true>, multiply_fp4};
 const Matmul kMatmulBf16Avx512Bf16 = {
-    "bf16_avx512bf16", 3, kStep, kScratchBytes, packed_bf16_bytes, pack_bf16<false>,
-    multiply<Bf16Row>};
+    "bf16_avx512bf16", 3, kScratchBytes, packed_bf16_bytes, pack_bf16<false>, multiply<Bf16Row>};
 
 }  // namespace dsfp4::ops::cpu

@@ -238,6 +238,6 @@ void multiply(const Product& p, std::byte* scratch) {
 
 }  // namespace
 
-const Matmul kMatmulF32Avx2 = {"f32_avx2",       0,        kPad,    sizeof(BlockedScratch<F32>),
+const Matmul kMatmulF32Avx2 = {"f32_avx2",       0,        sizeof(BlockedScratch<F32>),
                                packed_f32_bytes, pack_f32, multiply};
 }  // namespace dsfp4::ops::cpu

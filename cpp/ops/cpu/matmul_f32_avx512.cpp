@@ -76,7 +76,6 @@ void decode_mxfp4(const std::uint8_t* packed, const std::uint8_t* scales, std::i
 #include "ops/cpu/matmul_f32_impl.h"
 
 namespace dsfp4::ops::cpu {
-const Matmul kMatmulF32Avx512 = {
-    "f32_avx512",         0, kPad, sizeof(BlockedScratch<F32>), packed_f32_bytes, pack_f32,
-    multiply_blocked<F32>};
+const Matmul kMatmulF32Avx512 = {"f32_avx512",     0,        sizeof(BlockedScratch<F32>),
+                                 packed_f32_bytes, pack_f32, multiply_blocked<F32>};
 }  // namespace dsfp4::ops::cpu

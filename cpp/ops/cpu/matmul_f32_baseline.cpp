@@ -22,7 +22,6 @@ constexpr auto decode_mxfp4 = portable_mxfp4;
 #include "ops/cpu/matmul_f32_impl.h"
 
 namespace dsfp4::ops::cpu {
-const Matmul kMatmulF32Baseline = {
-    "f32_baseline",       0, kPad, sizeof(BlockedScratch<F32>), packed_f32_bytes, pack_f32,
-    multiply_blocked<F32>};
+const Matmul kMatmulF32Baseline = {"f32_baseline",   0,        sizeof(BlockedScratch<F32>),
+                                   packed_f32_bytes, pack_f32, multiply_blocked<F32>};
 }  // namespace dsfp4::ops::cpu

@@ -27,15 +27,10 @@ std::size_t packed_f32_bytes(std::int64_t cols) {
 }
 
 // Rounding to BF16 would gain nothing here.
-void pack_f32(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end,
-              bool /*round*/, std::byte* out) {
+void pack_f32(const float* x, std::int64_t cols, bool /*round*/, std::byte* out) {
   auto* y = reinterpret_cast<float*>(out);
-  if (end > begin) {
-    std::memcpy(y + begin, x + begin, static_cast<std::size_t>(end - begin) * sizeof(float));
-  }
-  if (end == cols) {
-    for (std::int64_t i = cols; i < padded(cols); ++i) y[i] = 0.0f;
-  }
+  if (cols > 0) std::memcpy(y, x, static_cast<std::size_t>(cols) * sizeof(float));
+  for (std::int64_t i = cols; i < padded(cols); ++i) y[i] = 0.0f;
 }
 
 struct F32 {

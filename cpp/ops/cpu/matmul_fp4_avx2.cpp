@@ -78,11 +78,10 @@ float pack_group(const float* x, std::int16_t* out) {
   return usable ? amax * (kUnit / 32767.0f) : 0.0f;
 }
 
-void pack_i16(const float* x, std::int64_t cols, std::int64_t begin, std::int64_t end, bool,
-              std::byte* out) {
+void pack_i16(const float* x, std::int64_t cols, bool, std::byte* out) {
   auto* scales = reinterpret_cast<float*>(out + groups_of(cols) * 256);
-  for (std::int64_t i = begin; i < end; i += kGroup) {
-    const std::int64_t n = lesser(kGroup, end - i);
+  for (std::int64_t i = 0; i < cols; i += kGroup) {
+    const std::int64_t n = lesser(kGroup, cols - i);
     float tail[kGroup] = {};
     const float* from = x + i;
     if (n < kGroup) {
@@ -328,7 +327,7 @@ void multiply_fp4(const Product& p, std::byte* scratch) {
 }  // namespace
 
 const Matmul kMatmulFp4Avx2 = {
-    "fp4_i16_avx2",   1,        kGroup,      sizeof(BlockedScratch<Blocked<WeightFormat::kNvfp4>>),
+    "fp4_i16_avx2",   1,        sizeof(BlockedScratch<Blocked<WeightFormat::kNvfp4>>),
     packed_i16_bytes, pack_i16, multiply_fp4};
 
 }  // namespace dsfp4::ops::cpu

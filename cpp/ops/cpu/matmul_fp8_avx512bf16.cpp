@@ -140,7 +140,7 @@ void multiply(const Product& p, std::byte* scratch) {
 }  // namespace
 
 const Matmul kMatmulFp8Avx512Bf16 = {
-    "fp8_bf16_avx512bf16", 3,       kStep, sizeof(BlockedScratch<Blocked>), packed_bf16_bytes,
+    "fp8_bf16_avx512bf16", 3,       sizeof(BlockedScratch<Blocked>), packed_bf16_bytes,
     pack_bf16<false>,      multiply};
 
 }  // namespace dsfp4::ops::cpu

@@ -98,7 +98,7 @@ class Bench:
         size = max(self.rotation, READ_BYTES)
         self.read_rate = size / statistics.median(self.core.read_memory(size, 5))
         self.all_peaks = self.core.peaks()
-        levels = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
+        levels = ["baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
         level = levels.index(self.isa) if self.isa in levels else 0
         self.peaks = {
             name: rate for name, (isa, rate) in self.all_peaks.items() if levels.index(isa) <= level

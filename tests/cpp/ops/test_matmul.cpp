@@ -52,8 +52,7 @@ struct PackedRows {
     data = memory.get(std::max<std::size_t>(1, stride * static_cast<std::size_t>(tokens)));
     std::memset(data, 0xff, stride * static_cast<std::size_t>(tokens));  // NaN where not packed
     for (std::int64_t t = 0; t < tokens; ++t) {
-      matmul.pack(x.data() + t * cols, cols, 0, cols, round,
-                  data + static_cast<std::size_t>(t) * stride);
+      matmul.pack(x.data() + t * cols, cols, round, data + static_cast<std::size_t>(t) * stride);
     }
   }
   Scratch memory;
@@ -201,26 +200,6 @@ TEST_P(MatmulOf, CompanyAndSplitsChangeNothing) {
             << label(c) << ": token " << i / rows << " of " << count << ", row " << i % rows;
       }
     }
-  }
-}
-
-TEST_P(MatmulOf, PackingInStepsIsPackingAtOnce) {
-  for (const Case& c : cases()) {
-    const Matmul& m = *c.matmul;
-    const std::int64_t cols = 2 * m.pack_step + m.pack_step / 2;
-    const auto x = random_values(cols, 41);
-    Scratch a_memory;
-    Scratch b_memory;
-    const std::size_t bytes = m.packed_bytes(cols);
-    EXPECT_EQ(bytes % 64, 0u);
-    std::byte* a = a_memory.get(bytes);
-    std::byte* b = b_memory.get(bytes);
-    std::memset(a, 0, bytes);
-    std::memset(b, 0, bytes);
-    m.pack(x.data(), cols, 0, cols, c.round, a);
-    m.pack(x.data(), cols, m.pack_step, cols, c.round, b);
-    m.pack(x.data(), cols, 0, m.pack_step, c.round, b);
-    EXPECT_EQ(std::memcmp(a, b, bytes), 0) << label(c);
   }
 }
 

@@ -62,9 +62,6 @@ inline __m512i set1_epi16(short x) {
 inline __m512i set1_epi8(char x) {
   return make<__m512i, U8>([=](int) { return static_cast<std::uint8_t>(x); });
 }
-inline __m512i set1_epi64(long long x) {
-  return make<__m512i, U64>([=](int) { return static_cast<std::uint64_t>(x); });
-}
 template <class... T>
 inline __m512 setr_ps(T... x) {
   return bits_as<__m512>(F32{{static_cast<float>(x)...}});
@@ -91,6 +88,11 @@ inline __m256 extractf32x8_ps(__m512 a, int half) {
 inline __m512i inserti64x4(__m512i a, __m256i b, int half) {
   std::memcpy(reinterpret_cast<char*>(&a) + 32 * half, &b, sizeof(b));
   return a;
+}
+inline __m512i broadcast_i32x4(__m128i a) {
+  __m512i r;
+  for (int i = 0; i < 4; ++i) std::memcpy(reinterpret_cast<char*>(&r) + 16 * i, &a, sizeof(a));
+  return r;
 }
 inline __m512i broadcast_i64x4(__m256i a) { return inserti64x4(castsi256_si512(a), a, 1); }
 
@@ -154,6 +156,44 @@ inline __m512i max_epi32(__m512i a, __m512i b) {
   const auto y = bits_as<I32>(b);
   return make<__m512i, I32>([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });
 }
+inline std::int32_t reduce_add_epi32(__m512i a) {
+  std::int32_t sum = 0;
+  for (const std::int32_t v : bits_as<I32>(a).v) sum += v;
+  return sum;
+}
+inline std::int32_t reduce_max_epi32(__m512i a) {
+  const auto x = bits_as<I32>(a);
+  std::int32_t most = x.v[0];
+  for (const std::int32_t v : x.v) most = v > most ? v : most;
+  return most;
+}
+// To the nearest, ties to even.
+inline __m512i cvtps_epi32(__m512 a) {
+  const auto x = bits_as<F32>(a);
+  return make<__m512i, I32>(
+      [&](int i) { return static_cast<std::int32_t>(std::nearbyint(x.v[i])); });
+}
+inline __m512 cvtepi32_ps(__m512i a) {
+  const auto x = bits_as<I32>(a);
+  return make<__m512, F32>([&](int i) { return static_cast<float>(x.v[i]); });
+}
+// The lowest byte of each.
+inline __m128i cvtepi32_epi8(__m512i a) {
+  const auto x = bits_as<I32>(a);
+  return make<__m128i, Lanes<std::uint8_t, 16>>(
+      [&](int i) { return static_cast<std::uint8_t>(x.v[i]); });
+}
+// Four products of an unsigned byte of `a` with a signed one of `b` added to each sum.
+inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
+  const auto s = bits_as<I32>(sum);
+  const auto x = bits_as<U8>(a);
+  const auto y = bits_as<Lanes<std::int8_t, 64>>(b);
+  return make<__m512i, I32>([&](int i) {
+    std::int32_t total = s.v[i];
+    for (int k = 4 * i; k < 4 * i + 4; ++k) total += x.v[k] * y.v[k];
+    return total;
+  });
+}
 inline __m512i srlv_epi16(__m512i a, __m512i n) {
   const auto x = bits_as<U16>(a);
   const auto by = bits_as<U16>(n);
@@ -200,6 +240,29 @@ inline __m512i shuffle_epi8(__m512i a, __m512i index) {
   return make<__m512i, U8>([&](int i) {
     return static_cast<std::uint8_t>(at.v[i] >= 128 ? 0 : x.v[i / 16 * 16 + at.v[i] % 16]);
   });
+}
+// Lane i of each 128 bits from the lane that bits 2i and 2i + 1 name, where the mask says so.
+inline __m512i mask_shuffle_epi32(__m512i from, __mmask16 mask, __m512i a, int order) {
+  const auto x = bits_as<I32>(a);
+  const auto y = bits_as<I32>(from);
+  return make<__m512i, I32>([&](int i) {
+    return (mask >> i & 1) != 0 ? x.v[i / 4 * 4 + (order >> (i % 4 * 2) & 3)] : y.v[i];
+  });
+}
+inline __m512i unpack_epi32(__m512i a, __m512i b, int first) {
+  const auto x = bits_as<I32>(a);
+  const auto y = bits_as<I32>(b);
+  return make<__m512i, I32>([&](int i) {
+    const int at = i / 4 * 4 + first + i % 4 / 2;
+    return i % 2 == 0 ? x.v[at] : y.v[at];
+  });
+}
+inline __m512i unpacklo_epi32(__m512i a, __m512i b) { return unpack_epi32(a, b, 0); }
+inline __m512i unpackhi_epi32(__m512i a, __m512i b) { return unpack_epi32(a, b, 2); }
+inline __m512i permutexvar_epi8(__m512i index, __m512i a) {
+  const auto at = bits_as<U8>(index);
+  const auto x = bits_as<U8>(a);
+  return make<__m512i, U8>([&](int i) { return x.v[at.v[i] & 63]; });
 }
 inline __mmask16 cmpeq_epi32_mask(__m512i a, __m512i b) {
   return static_cast<__mmask16>(mask_of<I32>(a, b, [](auto x, auto y) { return x == y; }));
@@ -342,6 +405,7 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_add_epi16 emulated::add_epi16
 #define _mm512_add_epi32 emulated::add_epi32
 #define _mm512_and_si512 emulated::and_si512
+#define _mm512_broadcast_i32x4 emulated::broadcast_i32x4
 #define _mm512_broadcast_i64x4 emulated::broadcast_i64x4
 #define _mm512_castps512_ps256 emulated::castps512_ps256
 #define _mm512_castsi256_si512 emulated::castsi256_si512
@@ -349,13 +413,17 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_cmpeq_epi32_mask emulated::cmpeq_epi32_mask
 #define _mm512_cmpeq_epi8_mask emulated::cmpeq_epi8_mask
 #define _mm512_cmpgt_epu16_mask emulated::cmpgt_epu16_mask
+#define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
+#define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtepi8_epi16 emulated::cvtepi8_epi16
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepu8_epi16 emulated::cvtepu8_epi16
 #define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
+#define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_dpbf16_ps emulated::dpbf16_ps
+#define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps emulated::extractf32x8_ps
 #define _mm512_fmadd_ps emulated::fmadd_ps
@@ -365,15 +433,19 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_mask_mov_ps emulated::mask_mov_ps
 #define _mm512_mask_permutexvar_epi16 emulated::mask_permutexvar_epi16
+#undef _mm512_mask_shuffle_epi32
+#define _mm512_mask_shuffle_epi32 emulated::mask_shuffle_epi32
 #define _mm512_maskz_loadu_epi8 emulated::maskz_loadu_epi8
 #define _mm512_max_epi32 emulated::max_epi32
 #define _mm512_mul_ps emulated::mul_ps
 #define _mm512_permutex2var_ps emulated::permutex2var_ps
 #define _mm512_permutexvar_epi16 emulated::permutexvar_epi16
+#define _mm512_permutexvar_epi8 emulated::permutexvar_epi8
 #define _mm512_permutexvar_ps emulated::permutexvar_ps
+#define _mm512_reduce_add_epi32 emulated::reduce_add_epi32
+#define _mm512_reduce_max_epi32 emulated::reduce_max_epi32
 #define _mm512_set1_epi16 emulated::set1_epi16
 #define _mm512_set1_epi32 emulated::set1_epi32
-#define _mm512_set1_epi64 emulated::set1_epi64
 #define _mm512_set1_epi8 emulated::set1_epi8
 #define _mm512_set1_ps emulated::set1_ps
 #define _mm512_set_epi64 emulated::set_epi64
@@ -394,3 +466,5 @@ inline void tile_dpbf16ps(int c, int a, int b) {
 #define _mm512_storeu_ps emulated::storeu_ps
 #undef _mm512_ternarylogic_epi32
 #define _mm512_ternarylogic_epi32 emulated::ternarylogic
+#define _mm512_unpackhi_epi32 emulated::unpackhi_epi32
+#define _mm512_unpacklo_epi32 emulated::unpacklo_epi32
