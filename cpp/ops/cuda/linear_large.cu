@@ -9,6 +9,7 @@ namespace dsfp4::ops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kLeastTile = 32;
 
 template <WeightFormat kFormat>
 __global__ void prepare_kernel(ConstMatrix x, __nv_bfloat16* out) {
@@ -19,9 +20,10 @@ __global__ void prepare_kernel(ConstMatrix x, __nv_bfloat16* out) {
 }
 
 // One block. Counts the pairs of each expert, gives each expert a run of `sorted`, and cuts the
-// runs into tasks. The order within a run is of no consequence: a pair's sums do not depend on it.
+// runs into tasks of up to `tile` pairs. The order within a run is of no consequence: a pair's sums
+// do not depend on it.
 __global__ void __launch_bounds__(1024)
-    group_kernel(const std::int32_t* used, int pairs, int experts, std::int32_t* sorted,
+    group_kernel(const std::int32_t* used, int pairs, int experts, int tile, std::int32_t* sorted,
                  LargeTask* tasks, std::int32_t* task_count) {
   extern __shared__ std::int32_t counts[];  // [experts], then where each run begins
   std::int32_t* cursor = counts + experts;
@@ -34,8 +36,8 @@ __global__ void __launch_bounds__(1024)
     int made = 0;
     for (int e = 0; e < experts; ++e) {
       cursor[e] = at;
-      for (int first = 0; first < counts[e]; first += kLargeTokens) {
-        tasks[made++] = {e, at + first, min(counts[e] - first, kLargeTokens)};
+      for (int first = 0; first < counts[e]; first += tile) {
+        tasks[made++] = {e, at + first, min(counts[e] - first, tile)};
       }
       at += counts[e];
     }
@@ -96,6 +98,13 @@ bool dense_prepared(Device* device, const WeightView& weight, const __nv_bfloat1
   arguments.cols = weight.cols;
   arguments.y = y;
   arguments.rounded = rounded;
+  if (has_hopper(device)) {
+    constexpr int kTile = 128;
+    const std::int64_t wide_blocks = (y.rows + kTile - 1) / kTile;
+    if (weight.rows / 256 * wide_blocks >= device->multiprocessors) {
+      return large_hopper(device, kFormat, Large::kDense, arguments, kTile, wide_blocks);
+    }
+  }
   const std::int64_t token_blocks = (y.rows + kLargeTokens - 1) / kLargeTokens;
   const std::int64_t tall =
       (weight.rows + LargeShape<kFormat, 4>::kRows - 1) / LargeShape<kFormat, 4>::kRows;
@@ -149,8 +158,15 @@ struct Grouped {
   std::int32_t* task_count;
 };
 
-std::int64_t most_tasks(std::int64_t experts, std::int64_t pairs) {
-  return std::min(experts, pairs) + pairs / kLargeTokens;
+// Pairs of a task: most experts' fit in one.
+int task_tile(const Device* device, std::int64_t experts, std::int64_t pairs) {
+  if (!has_hopper(device)) return kLargeTokens;
+  const std::int64_t mean = pairs / std::min(experts, pairs);
+  return mean <= 20 ? 32 : mean <= 44 ? 64 : 128;
+}
+
+std::int64_t most_tasks(std::int64_t experts, std::int64_t pairs, int tile) {
+  return std::min(experts, pairs) + pairs / tile;
 }
 
 Grouped carve(Carver& carver, const ExpertView& expert, std::int64_t experts, std::int64_t tokens,
@@ -160,7 +176,7 @@ Grouped carve(Carver& carver, const ExpertView& expert, std::int64_t experts, st
   grouped.x = carver.take<__nv_bfloat16>(tokens * expert.gate_proj.cols);
   grouped.hidden = carver.take<__nv_bfloat16>(pairs * expert.down_proj.cols);
   grouped.sorted = carver.take<std::int32_t>(pairs);
-  grouped.tasks = carver.take<LargeTask>(most_tasks(experts, pairs));
+  grouped.tasks = carver.take<LargeTask>(most_tasks(experts, pairs, kLeastTile));
   grouped.task_count = carver.take<std::int32_t>(1);
   return grouped;
 }
@@ -170,10 +186,11 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
                      std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
                      Matrix hidden, Matrix routed, const Grouped& grouped) {
   const std::int64_t pairs = x.rows * top_k;
-  const std::int64_t tasks = most_tasks(experts, pairs);
+  const int tile = task_tile(device, experts, pairs);
+  const std::int64_t tasks = most_tasks(experts, pairs, tile);
   group_kernel<<<1, 1024, static_cast<std::size_t>(2 * experts) * sizeof(std::int32_t),
                  device->stream>>>(routing.used, static_cast<int>(pairs), static_cast<int>(experts),
-                                   grouped.sorted, grouped.tasks, grouped.task_count);
+                                   tile, grouped.sorted, grouped.tasks, grouped.task_count);
   DSFP4_LAUNCHED("group_kernel");
   if (!prepare<kFormat>(device, x, grouped.x)) return false;
   LargeArguments arguments{};
@@ -188,8 +205,11 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
   arguments.cols = x.cols;
   arguments.y = hidden;
   constexpr int kHiddenRows = LargeShape<kFormat, 4>::kRows / 2;
-  if (!launch<kFormat, 4, Large::kGateUp>(device, arguments,
-                                          (hidden.cols + kHiddenRows - 1) / kHiddenRows, tasks)) {
+  const bool wide = has_hopper(device);
+  if (wide) {
+    if (!large_hopper(device, kFormat, Large::kGateUp, arguments, tile, tasks)) return false;
+  } else if (!launch<kFormat, 4, Large::kGateUp>(
+                 device, arguments, (hidden.cols + kHiddenRows - 1) / kHiddenRows, tasks)) {
     return false;
   }
   if (!prepare<kFormat>(device, hidden, grouped.hidden)) return false;
@@ -198,6 +218,7 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
   arguments.rows = first.down_proj.rows;
   arguments.cols = hidden.cols;
   arguments.y = routed;
+  if (wide) return large_hopper(device, kFormat, Large::kDown, arguments, tile, tasks);
   return launch<kFormat, 4, Large::kDown>(
       device, arguments,
       (routed.cols + LargeShape<kFormat, 4>::kRows - 1) / LargeShape<kFormat, 4>::kRows, tasks);

@@ -1,0 +1,94 @@
+// Hopper's warpgroup products (wgmma): the weight from registers, tokens from shared memory.
+#pragma once
+
+#include "ops/cuda/common.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define DSFP4_ON_HOPPER 1
+#else
+#define DSFP4_ON_HOPPER 0
+#endif
+
+namespace dsfp4::ops::cuda {
+
+/// A tile of token rows of `kRowBytes` bytes, 64 or 128, whose 16-byte units are moved as the
+/// hardware's swizzle of that width expects: see swizzled(). The tile begins on 1 KB.
+template <int kRowBytes>
+__device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
+  static_assert(kRowBytes == 64 || kRowBytes == 128);
+  constexpr std::uint64_t kMode = kRowBytes == 128 ? 1 : 2;
+  constexpr std::uint64_t kEightRows = kRowBytes * 8 / 16;
+  const std::uint64_t address = __cvta_generic_to_shared(tile);
+  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kMode << 62;
+}
+
+// What was written to shared memory by this thread is seen by the products after the next barrier.
+__device__ __forceinline__ void publish_to_products() {
+#if DSFP4_ON_HOPPER
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// Before a product that reads registers which were written by other instructions.
+__device__ __forceinline__ void order_registers() {
+#if DSFP4_ON_HOPPER
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void commit_products() {
+#if DSFP4_ON_HOPPER
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kLeft>
+__device__ __forceinline__ void wait_products() {
+#if DSFP4_ON_HOPPER
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// clang-format off
+#define DSFP4_SUMS8(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), \
+    "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+// clang-format on
+
+/// sums += weights x tokens: 64 weight rows, kTokens tokens, 16 columns. A warp holds 16 of the
+/// rows in the layout of mma.m16n8k16, tile n of 8 tokens in sums[4n, 4n + 4).
+template <int kTokens>
+__device__ __forceinline__ void multiply_tokens(float (&c)[kTokens / 2], const unsigned (&a)[4],
+                                                std::uint64_t tokens) {
+#if DSFP4_ON_HOPPER
+  static_assert(kTokens == 32 || kTokens == 64 || kTokens == 128);
+  if constexpr (kTokens == 32) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, "
+        "0;}\n"
+        : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
+  } else if constexpr (kTokens == 64) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "{%32,%33,%34,%35}, %36, p, 1, 1, 0;}\n"
+        : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
+  } else {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+        "{%64,%65,%66,%67}, %68, p, 1, 1, 0;}\n"
+        : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24),
+          DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
+  }
+#endif
+}
+
+}  // namespace dsfp4::ops::cuda

@@ -1,0 +1,319 @@
+// Products of many tokens on Hopper: as large.cuh, but with wgmma, which takes the weight from the
+// registers where it was decoded and the tokens from shared memory, and runs while the next columns
+// are decoded. A weight is decoded once for up to 128 tokens.
+//
+// A block is two warpgroups; each does two tiles of 64 weight rows (kGateUp: a tile of gate_proj
+// and the same rows of up_proj) and all tokens. Bytes through shared memory a chunk: 64 of each
+// weight row and its scales, kRowBytes of each token.
+#include "ops/cuda/decode.cuh"
+#include "ops/cuda/hopper.cuh"
+#include "ops/cuda/kernels.h"
+#include "ops/cuda/large.cuh"
+
+namespace dsfp4::ops::cuda {
+namespace {
+
+constexpr int kGroups = 2;  // warpgroups
+constexpr int kThreads = kGroups * 128;
+constexpr int kTiles = 2;  // of 64 rows, a warpgroup
+constexpr int kBlockRows = kGroups * kTiles * 64;
+
+template <WeightFormat kFormat, int kTokens>
+struct WideShape {
+  using W = Words<kFormat>;
+  static constexpr int kStages = 4;
+  static constexpr int kUnits = W::kChunk / 8;           // of 16 bytes, a token
+  static constexpr int kAtom = kUnits < 8 ? kUnits : 8;  // units that are swizzled together
+  static constexpr int kTokenBytes = kTokens * kUnits * 16;
+  static constexpr int kRawBytes = kBlockRows * 64;
+  static constexpr int kScaleBytes = kBlockRows * W::kScales;
+  static constexpr int kStageBytes = (kTokenBytes + kRawBytes + kScaleBytes + 1023) / 1024 * 1024;
+  static constexpr int kBytes = kStages * kStageBytes + 1024;  // to begin on 1 KB
+};
+
+template <WeightFormat kFormat, int kTokens, Large kWhat>
+__global__ void __launch_bounds__(kThreads, kTokens == 128 ? 1 : 2)
+    hopper_kernel(const LargeArguments a) {
+#if DSFP4_ON_HOPPER
+  using W = Words<kFormat>;
+  using Shape = WideShape<kFormat, kTokens>;
+  constexpr bool kPairs = kWhat == Large::kGateUp;
+  extern __shared__ uint4 shared_units[];
+  __shared__ std::int32_t out_row[kTokens];
+  auto* shared = reinterpret_cast<std::byte*>(
+      (reinterpret_cast<std::uintptr_t>(shared_units) + 1023) / 1024 * 1024);
+
+  const int tid = static_cast<int>(threadIdx.x);
+  std::int64_t row_block = blockIdx.x;
+  int expert = 0;
+  int count = 0;
+  std::int64_t first = 0;  // token, or place in a.sorted
+  if constexpr (kWhat == Large::kDense) {
+    // Blocks that run together share some tiles of tokens and of weights, so that both are found
+    // in the L2 cache.
+    constexpr std::int64_t kTogether = 16;
+    const std::int64_t id = std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+    const std::int64_t group = id / (gridDim.x * kTogether);
+    const std::int64_t in = id - group * gridDim.x * kTogether;
+    const std::int64_t size = min(kTogether, gridDim.y - group * kTogether);
+    row_block = in / size;
+    first = (group * kTogether + in % size) * kTokens;
+    count = static_cast<int>(min(a.tokens - first, std::int64_t{kTokens}));
+  } else {
+    if (static_cast<int>(blockIdx.y) >= *a.task_count) return;
+    const LargeTask task = a.tasks[blockIdx.y];
+    expert = task.expert;
+    count = task.count;
+    first = task.first;
+  }
+  // Beyond the last token: that one once more, never written.
+  const auto out_of = [&](int token) {
+    const std::int64_t at = first + min(token, count - 1);
+    return kWhat == Large::kDense ? static_cast<std::int32_t>(at) : a.sorted[at];
+  };
+  if (tid < kTokens) out_row[tid] = out_of(tid);
+
+  const WeightView& first_weight = kWhat == Large::kDense  ? a.weight
+                                   : kWhat == Large::kDown ? a.table[expert].down_proj
+                                                           : a.table[expert].gate_proj;
+  const WeightView& second_weight = kPairs ? a.table[expert].up_proj : first_weight;
+  const int chunks = static_cast<int>(a.cols / W::kChunk);
+  const auto raw_stride = static_cast<std::uint64_t>(a.cols / W::kLane * 16);
+  const auto scale_stride = static_cast<std::uint64_t>(a.cols / W::kChunk * W::kScales);
+  // Row `r` of the block's: warpgroup r / 128, tile r / 64 % 2.
+  const auto weight_row = [&](int r) {
+    const std::int64_t at =
+        kPairs ? row_block * (kBlockRows / 2) + r / 128 * 64 + r % 64 : row_block * kBlockRows + r;
+    return static_cast<std::uint64_t>(min(at, a.rows - 1));
+  };
+
+  // Copies of this thread: unit tid % 4 of rows tid / 4 + 64 j, the scales of row tid, and unit
+  // tid % kUnits of some tokens.
+  const std::byte* raw_from[kBlockRows / 64];
+#pragma unroll
+  for (int j = 0; j < kBlockRows / 64; ++j) {
+    const std::byte* data = kPairs && j % 2 == 1 ? second_weight.data : first_weight.data;
+    raw_from[j] = data + weight_row(tid / 4 + 64 * j) * raw_stride + tid % 4 * 16;
+  }
+  const std::byte* scales_from =
+      (kPairs && tid / 64 % 2 == 1 ? second_weight.scales : first_weight.scales) +
+      weight_row(tid) * scale_stride;
+  constexpr int kTokenStep = kThreads / Shape::kUnits;
+  constexpr int kTokenCopies = (kTokens + kTokenStep - 1) / kTokenStep;
+  const int unit = tid % Shape::kUnits;
+  const int token0 = tid / Shape::kUnits;
+  const std::byte* token_from[kTokenCopies];
+#pragma unroll
+  for (int j = 0; j < kTokenCopies; ++j) {
+    const std::int32_t row = out_of(token0 + j * kTokenStep);
+    token_from[j] = reinterpret_cast<const std::byte*>(a.x) +
+                    (kPairs ? row / a.top_k : row) * a.x_stride * 2 + unit * 16;
+  }
+  const auto token_to = [&](int token) {
+    return unit / Shape::kAtom * (kTokens * Shape::kAtom * 16) + token * Shape::kAtom * 16 +
+           swizzled<Shape::kAtom>(token, unit % Shape::kAtom) * 16;
+  };
+
+  const auto load_stage = [&](int chunk) {
+    std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
+#pragma unroll
+    for (int j = 0; j < kTokenCopies; ++j) {
+      const int token = token0 + j * kTokenStep;
+      if (kTokens % kTokenStep == 0 || token < kTokens) {
+        copy_async<16>(stage + token_to(token),
+                       token_from[j] + std::int64_t{chunk} * W::kChunk * 2);
+      }
+    }
+    std::byte* raw = stage + Shape::kTokenBytes;
+#pragma unroll
+    for (int j = 0; j < kBlockRows / 64; ++j) {
+      copy_async<16>(raw + j * 4096 + tid * 16, raw_from[j] + std::int64_t{chunk} * 64);
+    }
+    if constexpr (W::kScales > 0) {
+      copy_async<W::kScales>(raw + Shape::kRawBytes + tid * W::kScales,
+                             scales_from + std::int64_t{chunk} * W::kScales);
+    }
+  };
+
+  const int group = tid / 128;
+  const int lane = tid % 32;
+  const int quad = lane % 4;
+  const int warp_row = group * 128 + tid / 32 % 4 * 16 + lane / 4;  // of its first tile
+  float sums[kTiles][kTokens / 2];
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sums[m][i] = 0.0f;
+  }
+  float tile_scale[kTiles] = {1.0f, 1.0f};  // FP8: what the sums must be multiplied with
+
+  // A stage is filled again two chunks after it was used: by then its products have ended.
+  constexpr int kAhead = Shape::kStages - 2;
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    if (s < chunks) load_stage(s);
+    commit_copies();
+  }
+  unsigned left[2][kTiles][4];
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    wait_copies<kAhead - 1>();
+    publish_to_products();
+    __syncthreads();
+    if (chunk + kAhead < chunks) load_stage(chunk + kAhead);
+    commit_copies();
+
+    if constexpr (kFormat == WeightFormat::kFp8Block) {
+      // Sums are kept in units of the current tile's multiplier.
+      constexpr int kTile = static_cast<int>(::dsfp4::format::kFp8Tile);
+      if (chunk % (kTile / W::kChunk) == 0) {
+        wait_products<0>();
+        const std::int64_t across = (a.cols + kTile - 1) / kTile;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          const auto* scales =
+              reinterpret_cast<const float*>((m == 0 ? first_weight.scales : second_weight.scales));
+          const std::int64_t row = weight_row(group * 128 + m * 64) / kTile;
+          float scale = __ldg(scales + row * across + chunk / (kTile / W::kChunk));
+          if (fabsf(scale) < 1e-20f) scale = 1e-20f;
+          const float change = tile_scale[m] / scale;
+          tile_scale[m] = scale;
+#pragma unroll
+          for (int i = 0; i < kTokens / 2; ++i) sums[m][i] *= change;
+        }
+      }
+    }
+
+    const std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
+    const auto* raw = reinterpret_cast<const uint4*>(stage + Shape::kTokenBytes);
+    const std::byte* scale_bytes = stage + Shape::kTokenBytes + Shape::kRawBytes;
+    uint4 low[kTiles];
+    uint4 high[kTiles];
+    unsigned scales[kTiles][2][2] = {};  // of rows lane / 4 and 8 more, of a lane's two halves
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const int r = warp_row + m * 64;
+      low[m] = raw[r * 4 + quad];
+      high[m] = raw[(r + 8) * 4 + quad];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int at = (r + 8 * h) * 4 + quad;
+        if constexpr (kFormat == WeightFormat::kNvfp4) {
+          const unsigned two = reinterpret_cast<const unsigned short*>(scale_bytes)[at];
+          scales[m][h][0] = nvfp4_scale(two & 0xffu);
+          scales[m][h][1] = nvfp4_scale(two >> 8);
+        } else if constexpr (kFormat == WeightFormat::kMxfp4) {
+          scales[m][h][0] = scales[m][h][1] =
+              mxfp4_scale(reinterpret_cast<const unsigned char*>(scale_bytes)[at]);
+        }
+      }
+    }
+    constexpr int kSteps = W::kSteps;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      constexpr int kAtomSteps = Shape::kAtom / 2;
+      const auto tokens = tile_descriptor<Shape::kAtom * 16>(
+          stage + step / kAtomSteps * (kTokens * Shape::kAtom * 16) + step % kAtomSteps * 32);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        decode_step<kFormat>(low[m], high[m], step, scales[m][0][step / (kSteps / 2)],
+                             scales[m][1][step / (kSteps / 2)], left[step % 2][m]);
+      }
+      order_registers();
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        multiply_tokens<kTokens>(sums[m], left[step % 2][m], tokens);
+      }
+      commit_products();
+      wait_products<1>();
+    }
+  }
+  wait_products<0>();
+
+  // sums[4n + i] belongs to row 8 * (i / 2) + lane / 4 of the warp and token 8n + 2 quad + i % 2.
+#pragma unroll
+  for (int m = 0; m < (kPairs ? 1 : kTiles); ++m) {
+    const int r = warp_row + m * 64;
+    const std::int64_t base =
+        kPairs ? row_block * (kBlockRows / 2) + r / 128 * 64 + r % 64 : row_block * kBlockRows + r;
+    const float scale = word_epilogue(first_weight) * tile_scale[m];
+    const float up_scale = kPairs ? word_epilogue(second_weight) * tile_scale[1] : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + quad * 2 + i % 2;
+      const std::int64_t row = base + i % 4 / 2 * 8;
+      if (token >= count || row >= a.rows) continue;
+      float value = sums[m][i] * scale;
+      if constexpr (kPairs) value = silu(value) * (sums[1][i] * up_scale);
+      const std::int64_t at = out_row[token] * a.y.stride + row;
+      if (kWhat == Large::kDense && a.rounded != nullptr) {
+        a.rounded[at] = __float2bfloat16_rn(value);
+      } else {
+        a.y.data[at] = value;
+      }
+    }
+  }
+#endif
+}
+
+template <WeightFormat kFormat, int kTokens, Large kWhat>
+bool launch_wide(Device* device, const LargeArguments& arguments, std::int64_t token_blocks) {
+  using Shape = WideShape<kFormat, kTokens>;
+  const auto kernel = hopper_kernel<kFormat, kTokens, kWhat>;
+  constexpr int kRows = kWhat == Large::kGateUp ? kBlockRows / 2 : kBlockRows;
+  DSFP4_TRY(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes));
+  kernel<<<dim3(blocks_for(arguments.rows, kRows), static_cast<unsigned>(token_blocks)), kThreads,
+           Shape::kBytes, device->stream>>>(arguments);
+  DSFP4_LAUNCHED("hopper_kernel");
+  return true;
+}
+
+template <WeightFormat kFormat, Large kWhat>
+bool of_tokens(Device* device, const LargeArguments& arguments, int tile,
+               std::int64_t token_blocks) {
+  if (tile == 32) return launch_wide<kFormat, 32, kWhat>(device, arguments, token_blocks);
+  if (tile == 64) return launch_wide<kFormat, 64, kWhat>(device, arguments, token_blocks);
+  return launch_wide<kFormat, 128, kWhat>(device, arguments, token_blocks);
+}
+
+template <WeightFormat kFormat>
+bool of_format(Device* device, Large what, const LargeArguments& arguments, int tile,
+               std::int64_t token_blocks) {
+  if (what == Large::kDense) {
+    return of_tokens<kFormat, Large::kDense>(device, arguments, tile, token_blocks);
+  }
+  if (what == Large::kGateUp) {
+    return of_tokens<kFormat, Large::kGateUp>(device, arguments, tile, token_blocks);
+  }
+  return of_tokens<kFormat, Large::kDown>(device, arguments, tile, token_blocks);
+}
+
+}  // namespace
+
+bool has_hopper(const Device* device) {
+#if defined(DSFP4_WGMMA)
+  return device->major == 9;
+#else
+  static_cast<void>(device);
+  return false;
+#endif
+}
+
+bool large_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
+                  int tile, std::int64_t token_blocks) {
+  switch (format) {
+    case WeightFormat::kBF16:
+      return of_format<WeightFormat::kBF16>(device, what, arguments, tile, token_blocks);
+    case WeightFormat::kFp8Block:
+      return of_format<WeightFormat::kFp8Block>(device, what, arguments, tile, token_blocks);
+    case WeightFormat::kNvfp4:
+      return of_format<WeightFormat::kNvfp4>(device, what, arguments, tile, token_blocks);
+    case WeightFormat::kMxfp4:
+      return of_format<WeightFormat::kMxfp4>(device, what, arguments, tile, token_blocks);
+    case WeightFormat::kF32:
+      break;
+  }
+  return fail(cudaErrorInvalidValue, "large_hopper of FP32 weights", __FILE__, __LINE__);
+}
+
+}  // namespace dsfp4::ops::cuda
