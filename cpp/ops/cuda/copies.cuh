@@ -14,6 +14,11 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(kBytes));
   }
 }
+/// 16 bytes of a row that is read on later: the rest of its 128 come into the L2 cache with them.
+__device__ __forceinline__ void copy_of_row(void* to, const void* from) {
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from));
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int kLeft>
 __device__ __forceinline__ void wait_copies() {

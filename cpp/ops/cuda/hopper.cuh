@@ -57,8 +57,15 @@ template <int kTokens>
 __device__ __forceinline__ void multiply_tokens(float (&c)[kTokens / 2], const unsigned (&a)[4],
                                                 std::uint64_t tokens) {
 #if DSFP4_ON_HOPPER
-  static_assert(kTokens == 32 || kTokens == 64 || kTokens == 128);
-  if constexpr (kTokens == 32) {
+  static_assert(kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 128);
+  if constexpr (kTokens == 16) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;}\n"
+        : DSFP4_SUMS8(c, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
+  } else if constexpr (kTokens == 32) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "

@@ -2,9 +2,9 @@
 // registers where it was decoded and the tokens from shared memory, and runs while the next columns
 // are decoded. A weight is decoded once for up to 128 tokens.
 //
-// A block is two warpgroups; each does two tiles of 64 weight rows (kGateUp: a tile of gate_proj
-// and the same rows of up_proj) and all tokens. Bytes through shared memory a chunk: 64 of each
-// weight row and its scales, kRowBytes of each token.
+// A warpgroup does one or two tiles of 64 weight rows (kGateUp: a tile of gate_proj and the same
+// rows of up_proj) and all tokens of its block. Many tokens: blocks of two warpgroups with two
+// tiles each, 256 rows. Few tokens and rows: blocks of 64 rows, so that all multiprocessors read.
 #include "ops/cuda/decode.cuh"
 #include "ops/cuda/hopper.cuh"
 #include "ops/cuda/kernels.h"
@@ -13,14 +13,16 @@
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr int kGroups = 2;  // warpgroups
-constexpr int kThreads = kGroups * 128;
-constexpr int kTiles = 2;  // of 64 rows, a warpgroup
-constexpr int kBlockRows = kGroups * kTiles * 64;
-
-template <WeightFormat kFormat, int kTokens>
+template <WeightFormat kFormat, int kTokenTile, int kWarpgroups, int kRowTiles>
 struct WideShape {
   using W = Words<kFormat>;
+  static constexpr int kTokens = kTokenTile;
+  static constexpr int kGroups = kWarpgroups;
+  static constexpr int kTiles = kRowTiles;  // of a warpgroup
+  static constexpr int kThreads = kGroups * 128;
+  static constexpr int kBlockRows = kGroups * kTiles * 64;
+  /// Blocks of a multiprocessor that registers and shared memory allow.
+  static constexpr int kResident = kTokens * kTiles > 64 ? 1 : kGroups* kTiles > 1 ? 2 : 4;
   static constexpr int kStages = 4;
   static constexpr int kUnits = W::kChunk / 8;           // of 16 bytes, a token
   static constexpr int kAtom = kUnits < 8 ? kUnits : 8;  // units that are swizzled together
@@ -31,12 +33,15 @@ struct WideShape {
   static constexpr int kBytes = kStages * kStageBytes + 1024;  // to begin on 1 KB
 };
 
-template <WeightFormat kFormat, int kTokens, Large kWhat>
-__global__ void __launch_bounds__(kThreads, kTokens == 128 ? 1 : 2)
+template <WeightFormat kFormat, Large kWhat, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     hopper_kernel(const LargeArguments a) {
 #if DSFP4_ON_HOPPER
   using W = Words<kFormat>;
-  using Shape = WideShape<kFormat, kTokens>;
+  constexpr int kTokens = Shape::kTokens;
+  constexpr int kTiles = Shape::kTiles;
+  constexpr int kThreads = Shape::kThreads;
+  constexpr int kBlockRows = Shape::kBlockRows;
   constexpr bool kPairs = kWhat == Large::kGateUp;
   extern __shared__ uint4 shared_units[];
   __shared__ std::int32_t out_row[kTokens];
@@ -80,20 +85,22 @@ __global__ void __launch_bounds__(kThreads, kTokens == 128 ? 1 : 2)
   const int chunks = static_cast<int>(a.cols / W::kChunk);
   const auto raw_stride = static_cast<std::uint64_t>(a.cols / W::kLane * 16);
   const auto scale_stride = static_cast<std::uint64_t>(a.cols / W::kChunk * W::kScales);
-  // Row `r` of the block's: warpgroup r / 128, tile r / 64 % 2.
+  // Row `r` of the block's: tile r / 64 % kTiles of its warpgroup.
   const auto weight_row = [&](int r) {
     const std::int64_t at =
         kPairs ? row_block * (kBlockRows / 2) + r / 128 * 64 + r % 64 : row_block * kBlockRows + r;
     return static_cast<std::uint64_t>(min(at, a.rows - 1));
   };
 
-  // Copies of this thread: unit tid % 4 of rows tid / 4 + 64 j, the scales of row tid, and unit
-  // tid % kUnits of some tokens.
-  const std::byte* raw_from[kBlockRows / 64];
+  // Copies of this thread: unit tid % 4 of some rows, the scales of row tid, and unit tid % kUnits
+  // of some tokens.
+  constexpr int kRowStep = kThreads / 4;
+  const std::byte* raw_from[kBlockRows / kRowStep];
 #pragma unroll
-  for (int j = 0; j < kBlockRows / 64; ++j) {
-    const std::byte* data = kPairs && j % 2 == 1 ? second_weight.data : first_weight.data;
-    raw_from[j] = data + weight_row(tid / 4 + 64 * j) * raw_stride + tid % 4 * 16;
+  for (int j = 0; j < kBlockRows / kRowStep; ++j) {
+    const int r = tid / 4 + kRowStep * j;
+    const std::byte* data = kPairs && r / 64 % 2 == 1 ? second_weight.data : first_weight.data;
+    raw_from[j] = data + weight_row(r) * raw_stride + tid % 4 * 16;
   }
   const std::byte* scales_from =
       (kPairs && tid / 64 % 2 == 1 ? second_weight.scales : first_weight.scales) +
@@ -126,26 +133,30 @@ __global__ void __launch_bounds__(kThreads, kTokens == 128 ? 1 : 2)
     }
     std::byte* raw = stage + Shape::kTokenBytes;
 #pragma unroll
-    for (int j = 0; j < kBlockRows / 64; ++j) {
-      copy_async<16>(raw + j * 4096 + tid * 16, raw_from[j] + std::int64_t{chunk} * 64);
+    for (int j = 0; j < kBlockRows / kRowStep; ++j) {
+      copy_of_row(raw + (j * kThreads + tid) * 16, raw_from[j] + std::int64_t{chunk} * 64);
     }
     if constexpr (W::kScales > 0) {
-      copy_async<W::kScales>(raw + Shape::kRawBytes + tid * W::kScales,
-                             scales_from + std::int64_t{chunk} * W::kScales);
+      if (tid < kBlockRows) {
+        copy_async<W::kScales>(raw + Shape::kRawBytes + tid * W::kScales,
+                               scales_from + std::int64_t{chunk} * W::kScales);
+      }
     }
   };
 
   const int group = tid / 128;
   const int lane = tid % 32;
   const int quad = lane % 4;
-  const int warp_row = group * 128 + tid / 32 % 4 * 16 + lane / 4;  // of its first tile
+  const int warp_row = group * kTiles * 64 + tid / 32 % 4 * 16 + lane / 4;  // of its first tile
   float sums[kTiles][kTokens / 2];
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) sums[m][i] = 0.0f;
   }
-  float tile_scale[kTiles] = {1.0f, 1.0f};  // FP8: what the sums must be multiplied with
+  float tile_scale[kTiles];  // FP8: what the sums must be multiplied with
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) tile_scale[m] = 1.0f;
 
   // A stage is filled again two chunks after it was used: by then its products have ended.
   constexpr int kAhead = Shape::kStages - 2;
@@ -172,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kTokens == 128 ? 1 : 2)
         for (int m = 0; m < kTiles; ++m) {
           const auto* scales =
               reinterpret_cast<const float*>((m == 0 ? first_weight.scales : second_weight.scales));
-          const std::int64_t row = weight_row(group * 128 + m * 64) / kTile;
+          const std::int64_t row = weight_row(group * kTiles * 64 + m * 64) / kTile;
           float scale = __ldg(scales + row * across + chunk / (kTile / W::kChunk));
           if (fabsf(scale) < 1e-20f) scale = 1e-20f;
           const float change = tile_scale[m] / scale;
@@ -236,14 +247,14 @@ __global__ void __launch_bounds__(kThreads, kTokens == 128 ? 1 : 2)
     const std::int64_t base =
         kPairs ? row_block * (kBlockRows / 2) + r / 128 * 64 + r % 64 : row_block * kBlockRows + r;
     const float scale = word_epilogue(first_weight) * tile_scale[m];
-    const float up_scale = kPairs ? word_epilogue(second_weight) * tile_scale[1] : 1.0f;
+    const float up_scale = kPairs ? word_epilogue(second_weight) * tile_scale[kTiles - 1] : 1.0f;
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
       const int token = i / 4 * 8 + quad * 2 + i % 2;
       const std::int64_t row = base + i % 4 / 2 * 8;
       if (token >= count || row >= a.rows) continue;
       float value = sums[m][i] * scale;
-      if constexpr (kPairs) value = silu(value) * (sums[1][i] * up_scale);
+      if constexpr (kPairs) value = silu(value) * (sums[kTiles - 1][i] * up_scale);
       const std::int64_t at = out_row[token] * a.y.stride + row;
       if (kWhat == Large::kDense && a.rounded != nullptr) {
         a.rounded[at] = __float2bfloat16_rn(value);
@@ -255,37 +266,47 @@ __global__ void __launch_bounds__(kThreads, kTokens == 128 ? 1 : 2)
 #endif
 }
 
-template <WeightFormat kFormat, int kTokens, Large kWhat>
-bool launch_wide(Device* device, const LargeArguments& arguments, std::int64_t token_blocks) {
-  using Shape = WideShape<kFormat, kTokens>;
-  const auto kernel = hopper_kernel<kFormat, kTokens, kWhat>;
-  constexpr int kRows = kWhat == Large::kGateUp ? kBlockRows / 2 : kBlockRows;
+template <WeightFormat kFormat, Large kWhat, int kTokens, int kGroups, int kTiles>
+bool launch_shape(Device* device, const LargeArguments& arguments, std::int64_t token_blocks) {
+  using Shape = WideShape<kFormat, kTokens, kGroups, kTiles>;
+  const auto kernel = hopper_kernel<kFormat, kWhat, Shape>;
+  constexpr int kRows = kWhat == Large::kGateUp ? Shape::kBlockRows / 2 : Shape::kBlockRows;
   DSFP4_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kBytes));
-  kernel<<<dim3(blocks_for(arguments.rows, kRows), static_cast<unsigned>(token_blocks)), kThreads,
-           Shape::kBytes, device->stream>>>(arguments);
+  kernel<<<dim3(blocks_for(arguments.rows, kRows), static_cast<unsigned>(token_blocks)),
+           Shape::kThreads, Shape::kBytes, device->stream>>>(arguments);
   DSFP4_LAUNCHED("hopper_kernel");
   return true;
 }
 
+template <WeightFormat kFormat>
+bool dense(Device* device, const LargeArguments& arguments) {
+  const auto blocks = [&](int tile) { return (arguments.tokens + tile - 1) / tile; };
+  if (arguments.rows / 256 * blocks(128) >= device->multiprocessors) {
+    return launch_shape<kFormat, Large::kDense, 128, 2, 2>(device, arguments, blocks(128));
+  }
+  if (arguments.tokens <= 16) {
+    return launch_shape<kFormat, Large::kDense, 16, 1, 1>(device, arguments, blocks(16));
+  }
+  if (arguments.tokens <= 32) {
+    return launch_shape<kFormat, Large::kDense, 32, 1, 1>(device, arguments, blocks(32));
+  }
+  return launch_shape<kFormat, Large::kDense, 64, 1, 1>(device, arguments, blocks(64));
+}
+
 template <WeightFormat kFormat, Large kWhat>
-bool of_tokens(Device* device, const LargeArguments& arguments, int tile,
-               std::int64_t token_blocks) {
-  if (tile == 32) return launch_wide<kFormat, 32, kWhat>(device, arguments, token_blocks);
-  if (tile == 64) return launch_wide<kFormat, 64, kWhat>(device, arguments, token_blocks);
-  return launch_wide<kFormat, 128, kWhat>(device, arguments, token_blocks);
+bool tasks_of(Device* device, const LargeArguments& arguments, int tile, std::int64_t tasks) {
+  if (tile == 32) return launch_shape<kFormat, kWhat, 32, 2, 2>(device, arguments, tasks);
+  if (tile == 64) return launch_shape<kFormat, kWhat, 64, 2, 2>(device, arguments, tasks);
+  return launch_shape<kFormat, kWhat, 128, 2, 2>(device, arguments, tasks);
 }
 
 template <WeightFormat kFormat>
 bool of_format(Device* device, Large what, const LargeArguments& arguments, int tile,
-               std::int64_t token_blocks) {
-  if (what == Large::kDense) {
-    return of_tokens<kFormat, Large::kDense>(device, arguments, tile, token_blocks);
-  }
-  if (what == Large::kGateUp) {
-    return of_tokens<kFormat, Large::kGateUp>(device, arguments, tile, token_blocks);
-  }
-  return of_tokens<kFormat, Large::kDown>(device, arguments, tile, token_blocks);
+               std::int64_t tasks) {
+  if (what == Large::kDense) return dense<kFormat>(device, arguments);
+  if (what == Large::kDown) return tasks_of<kFormat, Large::kDown>(device, arguments, tile, tasks);
+  return tasks_of<kFormat, Large::kGateUp>(device, arguments, tile, tasks);
 }
 
 }  // namespace
@@ -300,16 +321,16 @@ bool has_hopper(const Device* device) {
 }
 
 bool large_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
-                  int tile, std::int64_t token_blocks) {
+                  int tile, std::int64_t tasks) {
   switch (format) {
     case WeightFormat::kBF16:
-      return of_format<WeightFormat::kBF16>(device, what, arguments, tile, token_blocks);
+      return of_format<WeightFormat::kBF16>(device, what, arguments, tile, tasks);
     case WeightFormat::kFp8Block:
-      return of_format<WeightFormat::kFp8Block>(device, what, arguments, tile, token_blocks);
+      return of_format<WeightFormat::kFp8Block>(device, what, arguments, tile, tasks);
     case WeightFormat::kNvfp4:
-      return of_format<WeightFormat::kNvfp4>(device, what, arguments, tile, token_blocks);
+      return of_format<WeightFormat::kNvfp4>(device, what, arguments, tile, tasks);
     case WeightFormat::kMxfp4:
-      return of_format<WeightFormat::kMxfp4>(device, what, arguments, tile, token_blocks);
+      return of_format<WeightFormat::kMxfp4>(device, what, arguments, tile, tasks);
     case WeightFormat::kF32:
       break;
   }

@@ -99,11 +99,7 @@ bool dense_prepared(Device* device, const WeightView& weight, const __nv_bfloat1
   arguments.y = y;
   arguments.rounded = rounded;
   if (has_hopper(device)) {
-    constexpr int kTile = 128;
-    const std::int64_t wide_blocks = (y.rows + kTile - 1) / kTile;
-    if (weight.rows / 256 * wide_blocks >= device->multiprocessors) {
-      return large_hopper(device, kFormat, Large::kDense, arguments, kTile, wide_blocks);
-    }
+    return large_hopper(device, kFormat, Large::kDense, arguments, 0, 0);
   }
   const std::int64_t token_blocks = (y.rows + kLargeTokens - 1) / kLargeTokens;
   const std::int64_t tall =

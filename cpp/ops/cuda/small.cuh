@@ -52,8 +52,8 @@ class Rows {
 
   __device__ __forceinline__ void load(int chunk, std::byte* slot) const {
     if constexpr (kFp4) {  // whole chunks
-      copy_async<16>(slot + lane() * 16, low_ + chunk * 64);
-      copy_async<16>(slot + 512 + lane() * 16, high_ + chunk * 64);
+      copy_of_row(slot + lane() * 16, low_ + chunk * 64);
+      copy_of_row(slot + 512 + lane() * 16, high_ + chunk * 64);
     } else {
       const int bytes = chunk * W::kChunk + lane() % 4 * W::kLane < cols_ ? 16 : 0;
       copy_or_clear(slot + lane() * 16, low_ + (bytes == 0 ? 0 : chunk * 64), bytes);
