@@ -11,6 +11,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/expert_tasks.h"
 #include "dsfp4/error.h"
 #include "engine/kv_cache.h"
 #include "engine/sampler.h"
@@ -26,10 +27,6 @@ using format::EncodedMatrix;
 using format::WeightFormat;
 using Floats = ConstArray<float>;
 using Bytes = ConstArray<std::uint8_t>;
-
-void require(bool ok, const char* parameter, const std::string& problem) {
-  if (!ok) throw ParameterError(parameter, problem);
-}
 
 /// A float matrix that owns its values and becomes the array that is returned.
 struct Result {
@@ -162,41 +159,18 @@ class PyBackend {
   nb::object moe(const std::vector<nb::handle>& expert_weights, const Floats& x_array,
                  const ConstArray<std::int32_t>& chosen, const Floats& weights) {
     const ops::ConstMatrix x = matrix_of(x_array, "x");
-    require(!expert_weights.empty() && expert_weights.size() % 3 == 0, "experts",
-            "must be gate, up and down of each expert");
-    std::vector<ops::ExpertView> experts;
-    const auto view = [&](std::size_t i) {
-      return nb::cast<const EncodedMatrix&>(expert_weights[i]).view();
-    };
-    for (std::size_t i = 0; i < expert_weights.size(); i += 3) {
-      experts.push_back({view(i), view(i + 1), view(i + 2)});
-      const ops::ExpertView& e = experts.back();
-      require(e.gate_proj.cols == x.cols && e.up_proj.cols == x.cols &&
-                  e.gate_proj.rows == e.up_proj.rows && e.down_proj.cols == e.gate_proj.rows &&
-                  e.down_proj.rows == x.cols && e.gate_proj.rows == experts.front().gate_proj.rows,
-              "experts", "shapes do not fit together");
+    std::vector<format::WeightView> matrices;
+    for (const nb::handle weight : expert_weights) {
+      matrices.push_back(nb::cast<const EncodedMatrix&>(weight).view());
     }
-    require(chosen.ndim() == 2 && chosen.shape(0) == static_cast<std::size_t>(x.rows) &&
-                weights.size() == chosen.size(),
-            "chosen", "must be [rows of x, top_k], as weights");
-    std::vector<std::vector<std::int32_t>> pairs(experts.size());
-    for (std::size_t p = 0; p < chosen.size(); ++p) {
-      const auto e = static_cast<std::size_t>(chosen.data()[p]);
-      require(e < experts.size(), "chosen", "names an expert that is not there");
-      pairs[e].push_back(static_cast<std::int32_t>(p));
-    }
-    std::vector<ops::ExpertTask> tasks;
-    for (std::size_t e = 0; e < experts.size(); ++e) {
-      if (!pairs[e].empty()) tasks.push_back({&experts[e], pairs[e]});
-    }
-    const auto top_k = static_cast<std::int64_t>(chosen.shape(1));
-    Result hidden(x.rows * top_k, experts.front().gate_proj.rows);
-    Result routed(x.rows * top_k, x.cols);
+    const ExpertTasks given(matrices, x, chosen, weights);
+    Result hidden(x.rows * given.top_k, given.experts.front().gate_proj.rows);
+    Result routed(x.rows * given.top_k, x.cols);
     Result y(x.rows, x.cols);
     {
       const nb::gil_scoped_release released;
-      backend_->experts(tasks, top_k, x, hidden.view(), routed.view());
-      backend_->combine(routed.view(), {weights.data(), weights.size()}, top_k, y.view());
+      backend_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view());
+      backend_->combine(routed.view(), {weights.data(), weights.size()}, given.top_k, y.view());
     }
     return y.array();
   }

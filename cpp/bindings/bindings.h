@@ -10,6 +10,7 @@ void bind_log(nanobind::module_& m);
 void bind_format(nanobind::module_& m);
 void bind_checkpoint(nanobind::module_& m);
 void bind_ops(nanobind::module_& m);
+void bind_cuda_ops(nanobind::module_& m);
 void bind_bench(nanobind::module_& m);
 void bind_model(nanobind::module_& m);
 void bind_residency(nanobind::module_& m);

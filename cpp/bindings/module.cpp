@@ -8,6 +8,7 @@ NB_MODULE(_core, m) {
   dsfp4::bindings::bind_format(m);
   dsfp4::bindings::bind_checkpoint(m);
   dsfp4::bindings::bind_ops(m);
+  dsfp4::bindings::bind_cuda_ops(m);
   dsfp4::bindings::bind_bench(m);
   dsfp4::bindings::bind_model(m);
   dsfp4::bindings::bind_residency(m);

@@ -54,6 +54,10 @@ class CudaBackend final : public Backend {
   memory::MemorySource& memory() override { return *device_memory_; }
   bool host_visible() const override { return false; }
   cuda::Device* device() const noexcept { return device_; }
+  /// The stream of all work, a cudaStream_t.
+  void* stream() const { return plugin_.stream(device_); }
+  /// Waits until all work that was queued has run.
+  void synchronize() { check(plugin_.synchronize(device_)); }
   void upload(const void* from, void* to, std::size_t bytes) override;
   void download(const void* from, void* to, std::size_t bytes) override;
 

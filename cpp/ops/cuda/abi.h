@@ -14,7 +14,7 @@
 namespace dsfp4::ops::cuda {
 
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 1;
+inline constexpr std::uint32_t kAbiVersion = 2;
 
 struct Device;  // the plugin's own
 
@@ -92,6 +92,8 @@ struct Plugin {
   bool (*upload)(Device*, const void* host, void* to, std::size_t bytes, bool pinned);
   bool (*download)(Device*, const void* from, void* host, std::size_t bytes);
   bool (*synchronize)(Device*);
+  /// The stream that all work is queued on, a cudaStream_t.
+  void* (*stream)(Device*);
 
   bool (*embed)(Device*, const format::WeightView* table, const std::int32_t* ids, Matrix out);
   bool (*rms_norm)(Device*, ConstMatrix x, const float* weight, float eps, Matrix y);

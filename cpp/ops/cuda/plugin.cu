@@ -210,6 +210,8 @@ bool launch_graph(Device* device, void* graph) {
   return true;
 }
 
+void* stream_of(Device* device) { return device->stream; }
+
 bool free_graph(Device* device, void* graph) {
   DSFP4_TRY(cudaSetDevice(device->index));
   DSFP4_TRY(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)));
@@ -231,6 +233,7 @@ constexpr Plugin kPlugin{
     .upload = upload,
     .download = download,
     .synchronize = synchronize,
+    .stream = stream_of,
     .embed = embed,
     .rms_norm = rms_norm,
     .silu_mul = silu_mul,
