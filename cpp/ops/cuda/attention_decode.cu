@@ -3,124 +3,19 @@
 // splits in order. Heads are the rows of mma.sync. Floor: the larger of the cache's bytes and
 // 278,528 operations a token for 128 heads.
 //
-// A block holds in shared memory the queries of its heads [64, 576] and tiles of 64 tokens
-// [64, 576], all BF16, in rows of 72 units of 16 bytes whose place is mixed with the row against
-// bank conflicts. Of 8 warps, each ends up with the scores of 16 heads x 32 tokens, and keeps the
+// Of a block's 8 warps, each ends up with the scores of 16 heads x 32 tokens, and keeps the
 // output's 64 heads x 64 columns in registers. Probabilities take the place of the tile's rotated
 // keys once these are used.
-#include "ops/cuda/kernels.h"
-#include "ops/cuda/large.cuh"
+#include "ops/cuda/attention_decode.cuh"
 
 namespace dsfp4::ops::cuda {
 namespace {
-
-constexpr int kHeads = 64;
-constexpr int kTokens = 64;  // of a tile: one block of the cache
-constexpr int kLatent = 512;
-constexpr int kWidth = 576;
-constexpr int kRowBytes = kWidth * 2;
-constexpr int kTileBytes = kTokens * kRowBytes;
-constexpr int kRawBytes = kTokens * kWidth;  // FP8
-constexpr int kThreads = 256;
-constexpr int kUnits = kWidth / 8;
-static_assert(kTokens == kKvBlockTokens);
-
-// Shared memory: queries, then two tiles (BF16), or one tile and two raw ones (FP8); and where
-// pairs of warps exchange scores.
-constexpr int kSharedBytes = 3 * kTileBytes + 4 * 32 * 64;
-static_assert(kTileBytes == 2 * kRawBytes);
-
-__device__ __forceinline__ int unit_offset(int row, int unit) {
-  return row * kRowBytes + (unit ^ (row & 7)) * 16;
-}
 
 __device__ __forceinline__ void load_transposed(unsigned out[4], const void* from) {
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(from));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared));
-}
-
-// What one block works on.
-struct Work {
-  std::int64_t row, first_head;
-  int split, visible, begin, end;  // tiles [begin, end)
-};
-
-struct Partial {  // [rows, splits, heads(, 512)]
-  float* sums;
-  float* largest;
-  float* total;
-};
-
-// Queries to shared memory, 8 values a unit.
-__device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& work,
-                                             ConstMatrix q_abs, ConstMatrix q, std::byte* to) {
-#pragma unroll 6
-  for (int i = static_cast<int>(threadIdx.x); i < kHeads * kUnits; i += kThreads) {
-    const int h = i / kUnits;
-    const int unit = i % kUnits;
-    const std::int64_t head = work.first_head + h;
-    uint4 packed{};
-    if (head < shape.heads) {
-      const float* from = unit < kLatent / 8
-                              ? q_abs.data + work.row * q_abs.stride + head * kLatent + unit * 8
-                              : q.data + work.row * q.stride + head * shape.qk_head_dim() +
-                                    shape.qk_nope_head_dim + (unit - kLatent / 8) * 8;
-      const float4 low = *reinterpret_cast<const float4*>(from);
-      const float4 high = *reinterpret_cast<const float4*>(from + 4);
-      packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
-                pack_bf16(high.z, high.w)};
-    }
-    *reinterpret_cast<uint4*>(to + unit_offset(h, unit)) = packed;
-  }
-}
-
-template <bool kFp8>
-__device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
-                                          int visible, std::byte* to) {
-  // Tokens that nobody has written are not read.
-  const int tokens = min(visible - tile * kTokens, kTokens);
-  const std::byte* from = kv.blocks[first_block + tile] + kv.layer_offset;
-  if constexpr (kFp8) {
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * (kUnits / 2); i += kThreads) {
-      copy_async<16>(to + i * 16, from + i * 16);
-    }
-  } else {
-#pragma unroll 6
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * kUnits; i += kThreads) {
-      copy_async<16>(to + unit_offset(i / kUnits, i % kUnits), from + i * 16);
-    }
-  }
-}
-
-// E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
-__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
-  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
-    const uint4 words = *reinterpret_cast<const uint4*>(raw + i * 16);
-    const unsigned from[4] = {words.x, words.y, words.z, words.w};
-    unsigned out[8];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      unsigned pairs[2];  // (0, 2), (1, 3)
-      decode_fp8(from[w], pairs);
-      out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
-      out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
-    }
-    const int row = i / (kUnits / 2);
-    const int unit = i % (kUnits / 2) * 2;
-    *reinterpret_cast<uint4*>(to + unit_offset(row, unit)) = {out[0], out[1], out[2], out[3]};
-    *reinterpret_cast<uint4*>(to + unit_offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
-  }
-}
-
-// Tokens beyond `visible` may never have been written: their values must be finite.
-__device__ __forceinline__ void clear_tail(std::byte* tile, int first, int visible) {
-  for (int i = static_cast<int>(threadIdx.x); i < kTokens * kUnits; i += kThreads) {
-    if (first + i / kUnits >= visible) {
-      *reinterpret_cast<uint4*>(tile + unit_offset(i / kUnits, i % kUnits)) = uint4{};
-    }
-  }
 }
 
 // Scores of heads [16 a, + 16) and tokens [32 b, + 32) in mma's layout. Warps work in pairs: each
@@ -239,16 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int b = warp / 2 % 2;             // and tokens [32 b, + 32) of a tile
   // Blocks of the next kernel that began early would crowd where the first of these end.
   wait_for_inputs();
-  Work work;
-  work.split = static_cast<int>(blockIdx.x);
-  work.first_head = std::int64_t{blockIdx.y} * kHeads;
-  work.row = blockIdx.z;
-  const RowPlace place = kv.rows[work.row];
-  work.visible = place.position + 1;
-  const int all = (work.visible + kTokens - 1) / kTokens;
-  const int each = (all + splits - 1) / splits;
-  work.begin = min(work.split * each, all);
-  work.end = min(work.begin + each, all);
+  const RowPlace place = kv.rows[blockIdx.z];
+  const Work work = work_of_block(place, splits);
 
   const auto raw_stage = [&](int tile) {
     return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
@@ -432,8 +319,6 @@ __global__ void __launch_bounds__(kGroup* kGroups)
   to[3] = sum.w * inverse;
 }
 
-std::int64_t head_groups(const MlaShape& shape) { return (shape.heads + kHeads - 1) / kHeads; }
-
 // As many as keep every multiprocessor busy once.
 int splits_for(Device* device, const MlaShape& shape, std::int64_t rows, std::int64_t max_length) {
   const std::int64_t tiles = (max_length + kTokens - 1) / kTokens;
@@ -471,14 +356,18 @@ bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstM
   const int splits = splits_for(device, shape, kv.count, kv.max_length);
   Carver carver(workspace);
   const Partial partial = carve(carver, shape, kv.count, splits);
-  const auto kernel = kv.format == KvFormat::kFp8 ? decode_kernel<true> : decode_kernel<false>;
-  DSFP4_TRY(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const auto rows = static_cast<unsigned>(kv.count);
-  DSFP4_TRY(
-      launch(device, kernel,
-             dim3(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)), rows),
-             kThreads, kSharedBytes, shape, kv, q_abs, q, splits, partial));
+  if (has_hopper(device)) {
+    if (!latent_hopper(device, shape, kv, q_abs, q, splits, partial)) return false;
+  } else {
+    const auto kernel = kv.format == KvFormat::kFp8 ? decode_kernel<true> : decode_kernel<false>;
+    DSFP4_TRY(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    DSFP4_TRY(
+        launch(device, kernel,
+               dim3(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)), rows),
+               kThreads, kSharedBytes, shape, kv, q_abs, q, splits, partial));
+  }
   DSFP4_TRY(launch(device, combine_kernel, dim3(static_cast<unsigned>(shape.heads), rows),
                    kGroup * kGroups, 0, shape.heads, splits, partial, out));
   return true;

@@ -22,6 +22,14 @@ __device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
   return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kMode << 62;
 }
 
+/// The same slices of 64 columns, taken by columns: the rows are what is summed over, 16 of them,
+/// and slices of 64 columns lie `slice_bytes` apart.
+__device__ __forceinline__ std::uint64_t columns_descriptor(const void* rows, int slice_bytes) {
+  const std::uint64_t address = __cvta_generic_to_shared(rows);
+  return (address & 0x3ffff) >> 4 | static_cast<std::uint64_t>(slice_bytes / 16) << 16 |
+         std::uint64_t{1024 / 16} << 32 | std::uint64_t{1} << 62;
+}
+
 // What was written to shared memory by this thread is seen by the products after the next barrier.
 __device__ __forceinline__ void publish_to_products() {
 #if DSFP4_ON_HOPPER
@@ -95,6 +103,45 @@ __device__ __forceinline__ void multiply_tokens(float (&c)[kTokens / 2], const u
           DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
   }
+#endif
+}
+
+/// c = or += a b, 64 rows, 64 columns, 16 summed over; both from shared memory, by rows.
+__device__ __forceinline__ void multiply_rows(float (&c)[32], std::uint64_t a, std::uint64_t b,
+                                              bool add) {
+#if DSFP4_ON_HOPPER
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+      "%32, %33, p, 1, 1, 0, 0;}\n"
+      : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+#endif
+}
+
+/// c += a b, 64 rows, 256 columns; `b` is a columns_descriptor().
+__device__ __forceinline__ void multiply_columns(float (&c)[128], std::uint64_t a,
+                                                 std::uint64_t b) {
+#if DSFP4_ON_HOPPER
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "
+      "%128, %129, p, 1, 1, 0, 1;}\n"
+      : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24),
+        DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56),
+        DSFP4_SUMS8(c, 64), DSFP4_SUMS8(c, 72), DSFP4_SUMS8(c, 80), DSFP4_SUMS8(c, 88),
+        DSFP4_SUMS8(c, 96), DSFP4_SUMS8(c, 104), DSFP4_SUMS8(c, 112), DSFP4_SUMS8(c, 120)
+      : "l"(a), "l"(b), "r"(1));
 #endif
 }
 

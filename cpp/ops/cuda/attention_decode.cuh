@@ -1,0 +1,140 @@
+// What the two kernels of absorbed latent attention share: attention_decode.cu with mma.sync, and
+// attention_decode_hopper.cu with wgmma. DeepSeek's geometry only, 512 + 64 values a token.
+//
+// A block holds in shared memory the queries of its 64 heads [64, 576] and tiles of 64 tokens
+// [64, 576], all BF16, in nine slices of 64 columns: rows of 128 bytes, 8 units of 16 whose place
+// is mixed with the row, as wgmma's swizzle of 128 bytes has it and without bank conflicts for
+// ldmatrix.
+#pragma once
+
+#include "ops/cuda/kernels.h"
+#include "ops/cuda/large.cuh"
+
+namespace dsfp4::ops::cuda {
+
+constexpr int kHeads = 64;
+constexpr int kTokens = 64;  // of a tile: one block of the cache
+constexpr int kLatent = 512;
+constexpr int kWidth = 576;
+constexpr int kSliceBytes = kTokens * 128;  // 64 columns of a tile
+constexpr int kTileBytes = kWidth / 64 * kSliceBytes;
+constexpr int kRawBytes = kTokens * kWidth;  // FP8
+constexpr int kThreads = 256;
+constexpr int kUnits = kWidth / 8;
+static_assert(kTokens == kKvBlockTokens);
+
+static_assert(kTileBytes == 2 * kRawBytes);
+// Shared memory: queries, then two tiles (BF16), or one tile and two raw ones (FP8); and 8 KB of
+// scores or probabilities on their way from warp to warp.
+constexpr int kExchangeBytes = kHeads * kTokens * 2;
+constexpr int kSharedBytes = 3 * kTileBytes + kExchangeBytes;
+
+__device__ __forceinline__ int unit_offset(int row, int unit) {
+  return unit / 8 * kSliceBytes + row * 128 + (unit % 8 ^ (row & 7)) * 16;
+}
+
+// What one block works on.
+struct Work {
+  std::int64_t row, first_head;
+  int split, visible, begin, end;  // tiles [begin, end)
+};
+
+// The block's row and head of queries, and its share of the tiles.
+__device__ __forceinline__ Work work_of_block(const RowPlace& place, int splits) {
+  Work work;
+  work.split = static_cast<int>(blockIdx.x);
+  work.first_head = std::int64_t{blockIdx.y} * kHeads;
+  work.row = blockIdx.z;
+  work.visible = place.position + 1;
+  const int all = (work.visible + kTokens - 1) / kTokens;
+  const int each = (all + splits - 1) / splits;
+  work.begin = min(work.split * each, all);
+  work.end = min(work.begin + each, all);
+  return work;
+}
+
+struct Partial {  // [rows, splits, heads(, 512)]
+  float* sums;
+  float* largest;
+  float* total;
+};
+
+// Queries to shared memory, 8 values a unit.
+__device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& work,
+                                             ConstMatrix q_abs, ConstMatrix q, std::byte* to) {
+#pragma unroll 6
+  for (int i = static_cast<int>(threadIdx.x); i < kHeads * kUnits; i += kThreads) {
+    const int h = i / kUnits;
+    const int unit = i % kUnits;
+    const std::int64_t head = work.first_head + h;
+    uint4 packed{};
+    if (head < shape.heads) {
+      const float* from = unit < kLatent / 8
+                              ? q_abs.data + work.row * q_abs.stride + head * kLatent + unit * 8
+                              : q.data + work.row * q.stride + head * shape.qk_head_dim() +
+                                    shape.qk_nope_head_dim + (unit - kLatent / 8) * 8;
+      const float4 low = *reinterpret_cast<const float4*>(from);
+      const float4 high = *reinterpret_cast<const float4*>(from + 4);
+      packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
+                pack_bf16(high.z, high.w)};
+    }
+    *reinterpret_cast<uint4*>(to + unit_offset(h, unit)) = packed;
+  }
+}
+
+template <bool kFp8>
+__device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
+                                          int visible, std::byte* to) {
+  // Tokens that nobody has written are not read.
+  const int tokens = min(visible - tile * kTokens, kTokens);
+  const std::byte* from = kv.blocks[first_block + tile] + kv.layer_offset;
+  if constexpr (kFp8) {
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * (kUnits / 2); i += kThreads) {
+      copy_async<16>(to + i * 16, from + i * 16);
+    }
+  } else {
+#pragma unroll 6
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * kUnits; i += kThreads) {
+      copy_async<16>(to + unit_offset(i / kUnits, i % kUnits), from + i * 16);
+    }
+  }
+}
+
+// E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
+__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
+    const uint4 words = *reinterpret_cast<const uint4*>(raw + i * 16);
+    const unsigned from[4] = {words.x, words.y, words.z, words.w};
+    unsigned out[8];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      unsigned pairs[2];  // (0, 2), (1, 3)
+      decode_fp8(from[w], pairs);
+      out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
+      out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
+    }
+    const int row = i / (kUnits / 2);
+    const int unit = i % (kUnits / 2) * 2;
+    *reinterpret_cast<uint4*>(to + unit_offset(row, unit)) = {out[0], out[1], out[2], out[3]};
+    *reinterpret_cast<uint4*>(to + unit_offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
+  }
+}
+
+// Tokens beyond `visible` may never have been written: their values must be finite.
+__device__ __forceinline__ void clear_tail(std::byte* tile, int first, int visible) {
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens * kUnits; i += kThreads) {
+    if (first + i / kUnits >= visible) {
+      *reinterpret_cast<uint4*>(tile + unit_offset(i / kUnits, i % kUnits)) = uint4{};
+    }
+  }
+}
+
+inline std::int64_t head_groups(const MlaShape& shape) {
+  return (shape.heads + kHeads - 1) / kHeads;
+}
+
+/// attention_decode_hopper.cu, for GPUs with wgmma.
+bool latent_hopper(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
+                   ConstMatrix q, int splits, const Partial& partial);
+
+}  // namespace dsfp4::ops::cuda
