@@ -116,6 +116,13 @@ __device__ __forceinline__ void add_values(const std::byte* tile, int warp, floa
   }
 }
 
+__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
+    store_converted(*reinterpret_cast<const uint4*>(raw + i * 16), i / (kUnits / 2),
+                    i % (kUnits / 2) * 2, to);
+  }
+}
+
 template <bool kFp8>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(MlaShape shape, KvRows kv, ConstMatrix q_abs, ConstMatrix q, int splits,
@@ -357,7 +364,7 @@ bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstM
   Carver carver(workspace);
   const Partial partial = carve(carver, shape, kv.count, splits);
   const auto rows = static_cast<unsigned>(kv.count);
-  if (has_hopper(device)) {
+  if (device->wgmma) {
     if (!latent_hopper(device, shape, kv, q_abs, q, splits, partial)) return false;
   } else {
     const auto kernel = kv.format == KvFormat::kFp8 ? decode_kernel<true> : decode_kernel<false>;

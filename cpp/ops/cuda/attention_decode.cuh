@@ -100,24 +100,20 @@ __device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_b
   }
 }
 
-// E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
-__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
-  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
-    const uint4 words = *reinterpret_cast<const uint4*>(raw + i * 16);
-    const unsigned from[4] = {words.x, words.y, words.z, words.w};
-    unsigned out[8];
+// 16 values of E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
+__device__ __forceinline__ void store_converted(const uint4& words, int row, int unit,
+                                                std::byte* to) {
+  const unsigned from[4] = {words.x, words.y, words.z, words.w};
+  unsigned out[8];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      unsigned pairs[2];  // (0, 2), (1, 3)
-      decode_fp8(from[w], pairs);
-      out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
-      out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
-    }
-    const int row = i / (kUnits / 2);
-    const int unit = i % (kUnits / 2) * 2;
-    *reinterpret_cast<uint4*>(to + unit_offset(row, unit)) = {out[0], out[1], out[2], out[3]};
-    *reinterpret_cast<uint4*>(to + unit_offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
+  for (int w = 0; w < 4; ++w) {
+    unsigned pairs[2];  // (0, 2), (1, 3)
+    decode_fp8(from[w], pairs);
+    out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
+    out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
   }
+  *reinterpret_cast<uint4*>(to + unit_offset(row, unit)) = {out[0], out[1], out[2], out[3]};
+  *reinterpret_cast<uint4*>(to + unit_offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
 }
 
 // Tokens beyond `visible` may never have been written: their values must be finite.

@@ -1,6 +1,7 @@
 // Absorbed latent attention on Hopper: as attention_decode.cu, but with wgmma. The first warpgroup
 // computes a tile's scores and probabilities; both then add half of the columns of P V each to
-// their output, 64 heads x 256 columns in registers.
+// their output, 64 heads x 256 columns in registers. Meanwhile the next tile comes: BF16 by
+// cp.async, FP8 through the registers of the second warpgroup, which has nothing else to do then.
 #include "ops/cuda/attention_decode.cuh"
 #include "ops/cuda/hopper.cuh"
 
@@ -22,6 +23,33 @@ __device__ __forceinline__ void score_tile(const std::byte* queries, const std::
   }
   commit_products();
   wait_products<0>();
+}
+
+// A tile of FP8 as BF16 to shared memory, by one warpgroup. Nothing is read beyond `visible`.
+__device__ __forceinline__ void convert_tile(const KvRows& kv, std::int32_t first_block, int tile,
+                                             int visible, std::byte* to) {
+  constexpr int kRawUnits = kUnits / 2;  // of 16 bytes, a token
+  constexpr int kEach = kTokens * kRawUnits / 128;
+  constexpr int kAtOnce = 9;
+  static_assert(kEach % kAtOnce == 0);
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int units = min(visible - tile * kTokens, kTokens) * kRawUnits;
+  const auto* from =
+      reinterpret_cast<const uint4*>(kv.blocks[first_block + tile] + kv.layer_offset);
+#pragma unroll
+  for (int first = 0; first < kEach; first += kAtOnce) {
+    uint4 words[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = thread + (first + j) * 128;
+      words[j] = i < units ? from[i] : uint4{};
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = thread + (first + j) * 128;
+      store_converted(words[j], i / kRawUnits, i % kRawUnits * 2, to);
+    }
+  }
 }
 
 template <bool kFp8>
@@ -46,12 +74,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RowPlace place = kv.rows[blockIdx.z];
   const Work work = work_of_block(place, splits);
 
-  const auto raw_stage = [&](int tile) {
-    return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
+  const auto load = [&](int tile) {
+    std::byte* to = tiles + tile % 2 * kTileBytes;
+    if (tile >= work.end) return;
+    if constexpr (kFp8) {
+      if (group == 1) convert_tile(kv, place.first_block, tile, work.visible, to);
+    } else {
+      load_tile<false>(kv, place.first_block, tile, work.visible, to);
+    }
   };
-  if (work.begin < work.end) {
-    load_tile<kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
-  }
+  load(work.begin);
   commit_copies();
   load_queries(shape, work, q_abs, q, queries);
 
@@ -64,19 +96,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   float total[2] = {};
   for (int t = work.begin; t < work.end; ++t) {
     wait_copies<0>();
-    if constexpr (!kFp8) publish_to_products();
+    publish_to_products();
     __syncthreads();  // the tile is there, and the other stage is free
-    std::byte* tile = kFp8 ? tiles : raw_stage(t);
-    if constexpr (kFp8) {
-      convert_tile(raw_stage(t), tile);
-      publish_to_products();
-      __syncthreads();
-    }
-    if (t + 1 < work.end) {
-      load_tile<kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
-    }
+    std::byte* tile = tiles + t % 2 * kTileBytes;
+    load(t + 1);
     commit_copies();
-    if ((t + 1) * kTokens > work.visible) {
+    if (!kFp8 && (t + 1) * kTokens > work.visible) {
       clear_tail(tile, t * kTokens, work.visible);
       publish_to_products();
       __syncthreads();

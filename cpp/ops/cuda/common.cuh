@@ -15,7 +15,8 @@ constexpr int kMarks = 2;
 
 struct Device {
   int index = 0;
-  int major = 0;  // of the compute capability
+  int major = 0;       // of the compute capability
+  bool wgmma = false;  // whether kernels that use it may run
   int multiprocessors = 0;
   int shared_bytes = 0;  // that a block may have
   cudaStream_t stream = nullptr;

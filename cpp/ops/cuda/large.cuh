@@ -52,9 +52,8 @@ struct LargeArguments {
   __nv_bfloat16* rounded;  // kDense: if not null, the output as BF16, in place of y.data
 };
 
-/// large_hopper.cu: the same for GPUs with wgmma (has_hopper()); kGateUp and kDown with up to
+/// large_hopper.cu: the same for GPUs with wgmma (Device::wgmma); kGateUp and kDown with up to
 /// `tasks` tasks of `tile` = 32, 64 or 128 tokens.
-bool has_hopper(const Device* device);
 bool large_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
                   int tile, std::int64_t tasks);
 

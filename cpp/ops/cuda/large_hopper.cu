@@ -311,15 +311,6 @@ bool of_format(Device* device, Large what, const LargeArguments& arguments, int 
 
 }  // namespace
 
-bool has_hopper(const Device* device) {
-#if defined(DSFP4_WGMMA)
-  return device->major == 9;
-#else
-  static_cast<void>(device);
-  return false;
-#endif
-}
-
 bool large_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
                   int tile, std::int64_t tasks) {
   switch (format) {

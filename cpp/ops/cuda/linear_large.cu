@@ -98,7 +98,7 @@ bool dense_prepared(Device* device, const WeightView& weight, const __nv_bfloat1
   arguments.cols = weight.cols;
   arguments.y = y;
   arguments.rounded = rounded;
-  if (has_hopper(device)) {
+  if (device->wgmma) {
     return large_hopper(device, kFormat, Large::kDense, arguments, 0, 0);
   }
   const std::int64_t token_blocks = (y.rows + kLargeTokens - 1) / kLargeTokens;
@@ -156,7 +156,7 @@ struct Grouped {
 
 // Pairs of a task: most experts' fit in one.
 int task_tile(const Device* device, std::int64_t experts, std::int64_t pairs) {
-  if (!has_hopper(device)) return kLargeTokens;
+  if (!device->wgmma) return kLargeTokens;
   const std::int64_t mean = pairs / std::min(experts, pairs);
   return mean <= 20 ? 32 : mean <= 44 ? 64 : 128;
 }
@@ -201,7 +201,7 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
   arguments.cols = x.cols;
   arguments.y = hidden;
   constexpr int kHiddenRows = LargeShape<kFormat, 4>::kRows / 2;
-  const bool wide = has_hopper(device);
+  const bool wide = device->wgmma;
   if (wide) {
     if (!large_hopper(device, kFormat, Large::kGateUp, arguments, tile, tasks)) return false;
   } else if (!launch<kFormat, 4, Large::kGateUp>(

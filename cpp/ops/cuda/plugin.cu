@@ -1,4 +1,5 @@
 // The table that the core loads, and what is not a kernel: the device, its memory, graphs.
+#include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -78,6 +79,11 @@ bool open(int index, Device** device) {
   auto* opened = new Device;
   opened->index = index;
   opened->major = properties.major;
+#if defined(DSFP4_WGMMA)
+  const char* kernels = std::getenv("DSFP4_CUDA_KERNELS");
+  opened->wgmma =
+      properties.major == 9 && (kernels == nullptr || std::strcmp(kernels, "portable") != 0);
+#endif
   opened->multiprocessors = properties.multiProcessorCount;
   opened->shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
   cudaError_t code = cudaStreamCreateWithFlags(&opened->stream, cudaStreamNonBlocking);

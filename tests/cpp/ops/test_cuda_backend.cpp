@@ -134,6 +134,13 @@ TEST_F(Cuda, LinearOfEveryNumberOfTokens) {
   }
 }
 
+// So many that blocks take 256 rows and 128 tokens where a GPU has room for that.
+TEST_F(Cuda, LinearOfManyTokensAndRows) {
+  for (const WeightFormat format : kAllFormats) {
+    expect_linear(format, 8516, 256, 500, Inputs::kBf16, kTolerance);
+  }
+}
+
 TEST_F(Cuda, ElementwiseOps) {
   for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{1, 7}, {5, 300}}) {
     const ScratchScope scope(*arena_);
@@ -394,7 +401,10 @@ INSTANTIATE_TEST_SUITE_P(
                       ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 70},  // many
                       ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 70},
                       ExpertsCase{kF8, kF8, kF8, 16, 4, 384, 128, 70},
-                      ExpertsCase{kBf, kBf, kBf, 16, 4, 384, 128, 70}));
+                      ExpertsCase{kBf, kBf, kBf, 16, 4, 384, 128, 70},
+                      ExpertsCase{kNv, kNv, kNv, 3, 2, 512, 256, 300},  // over 128 an expert
+                      ExpertsCase{kF8, kF8, kF8, 3, 2, 384, 256, 300},
+                      ExpertsCase{kBf, kBf, kBf, 3, 2, 160, 96, 300}));
 
 // The same draws as the host's sampler, with the same numbers.
 TEST_F(Cuda, SamplesAsTheHost) {
