@@ -11,6 +11,13 @@
 namespace dsfp4::ops::cuda {
 namespace {
 
+// Rows of 72 units, mixed with the row against bank conflicts.
+struct Rows72 {
+  static __device__ __forceinline__ int offset(int row, int unit) {
+    return row * (kWidth * 2) + (unit ^ (row & 7)) * 16;
+  }
+};
+
 __device__ __forceinline__ void load_transposed(unsigned out[4], const void* from) {
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(from));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -46,10 +53,10 @@ __device__ __forceinline__ void score_tile(const std::byte* queries, const std::
     const int k = half * kSteps + step;
     unsigned left[2][4];
     unsigned right[2][4];
-    load_matrices(left[0], queries + unit_offset(q_row, 2 * k + lane / 16));
-    load_matrices(left[1], queries + unit_offset(q_row + 16, 2 * k + lane / 16));
-    load_matrices(right[0], tile + unit_offset(k_row, 2 * k + lane / 8 % 2));
-    load_matrices(right[1], tile + unit_offset(k_row + 16, 2 * k + lane / 8 % 2));
+    load_matrices(left[0], queries + Rows72::offset(q_row, 2 * k + lane / 16));
+    load_matrices(left[1], queries + Rows72::offset(q_row + 16, 2 * k + lane / 16));
+    load_matrices(right[0], tile + Rows72::offset(k_row, 2 * k + lane / 8 % 2));
+    load_matrices(right[1], tile + Rows72::offset(k_row + 16, 2 * k + lane / 8 % 2));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       multiply(sums[m][0], left[m], right[0][0], right[0][1]);
@@ -100,26 +107,20 @@ __device__ __forceinline__ void add_values(const std::byte* tile, int warp, floa
     unsigned p[4][4];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      load_matrices(p[m], tile + unit_offset(m * 16 + lane % 16, kLatent / 8 + 2 * k + lane / 16));
+      load_matrices(p[m],
+                    tile + Rows72::offset(m * 16 + lane % 16, kLatent / 8 + 2 * k + lane / 16));
     }
 #pragma unroll
     for (int n = 0; n < 8; n += 2) {
       unsigned v[4];
       load_transposed(
-          v, tile + unit_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8, warp * 8 + n + lane / 16));
+          v, tile + Rows72::offset(k * 16 + lane / 8 % 2 * 8 + lane % 8, warp * 8 + n + lane / 16));
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         multiply(sums[m][n], p[m], v[0], v[1]);
         multiply(sums[m][n + 1], p[m], v[2], v[3]);
       }
     }
-  }
-}
-
-__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
-  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
-    store_converted(*reinterpret_cast<const uint4*>(raw + i * 16), i / (kUnits / 2),
-                    i % (kUnits / 2) * 2, to);
   }
 }
 
@@ -148,10 +149,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
   };
   if (work.begin < work.end) {
-    load_tile<kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
+    load_tile<Rows72, kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
   }
   commit_copies();
-  load_queries(shape, work, q_abs, q, queries);
+  load_queries<Rows72>(shape, work, q_abs, q, queries);
 
   float sums[4][8][4];
 #pragma unroll
@@ -171,14 +172,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();  // the tile is there, and the other stage is free
     std::byte* tile = kFp8 ? tiles : raw_stage(t);
     if constexpr (kFp8) {
-      convert_tile(raw_stage(t), tile);
+      convert_tile<Rows72>(raw_stage(t), tile);
       __syncthreads();
     }
     if (t + 1 < work.end)
-      load_tile<kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
+      load_tile<Rows72, kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
     commit_copies();
     if ((t + 1) * kTokens > work.visible) {
-      clear_tail(tile, t * kTokens, work.visible);
+      clear_tail<Rows72>(tile, t * kTokens, work.visible);
       __syncthreads();
     }
 
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float p1 = exp2f(scores[n][2 * r + 1] - now);
         sum += p0 + p1;
         const int unit = kLatent / 8 + b * 4 + n;
-        *reinterpret_cast<unsigned*>(tile + unit_offset(head, unit) + lane % 4 * 4) =
+        *reinterpret_cast<unsigned*>(tile + Rows72::offset(head, unit) + lane % 4 * 4) =
             pack_bf16(p0, p1);
       }
       total[r] = total[r] * change + sum;

@@ -2,9 +2,8 @@
 // attention_decode_hopper.cu with wgmma. DeepSeek's geometry only, 512 + 64 values a token.
 //
 // A block holds in shared memory the queries of its 64 heads [64, 576] and tiles of 64 tokens
-// [64, 576], all BF16, in nine slices of 64 columns: rows of 128 bytes, 8 units of 16 whose place
-// is mixed with the row, as wgmma's swizzle of 128 bytes has it and without bank conflicts for
-// ldmatrix.
+// [64, 576], all BF16, in units of 16 bytes. Where unit `unit` of a row lies is the kernel's: a
+// type with offset(row, unit).
 #pragma once
 
 #include "ops/cuda/kernels.h"
@@ -16,8 +15,7 @@ constexpr int kHeads = 64;
 constexpr int kTokens = 64;  // of a tile: one block of the cache
 constexpr int kLatent = 512;
 constexpr int kWidth = 576;
-constexpr int kSliceBytes = kTokens * 128;  // 64 columns of a tile
-constexpr int kTileBytes = kWidth / 64 * kSliceBytes;
+constexpr int kTileBytes = kTokens * kWidth * 2;
 constexpr int kRawBytes = kTokens * kWidth;  // FP8
 constexpr int kThreads = 256;
 constexpr int kUnits = kWidth / 8;
@@ -28,10 +26,6 @@ static_assert(kTileBytes == 2 * kRawBytes);
 // scores or probabilities on their way from warp to warp.
 constexpr int kExchangeBytes = kHeads * kTokens * 2;
 constexpr int kSharedBytes = 3 * kTileBytes + kExchangeBytes;
-
-__device__ __forceinline__ int unit_offset(int row, int unit) {
-  return unit / 8 * kSliceBytes + row * 128 + (unit % 8 ^ (row & 7)) * 16;
-}
 
 // What one block works on.
 struct Work {
@@ -60,10 +54,12 @@ struct Partial {  // [rows, splits, heads(, 512)]
 };
 
 // Queries to shared memory, 8 values a unit.
+template <class Layout>
 __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& work,
                                              ConstMatrix q_abs, ConstMatrix q, std::byte* to) {
-#pragma unroll 6
-  for (int i = static_cast<int>(threadIdx.x); i < kHeads * kUnits; i += kThreads) {
+#pragma unroll
+  for (int j = 0; j < kHeads * kUnits / kThreads; ++j) {
+    const int i = static_cast<int>(threadIdx.x) + j * kThreads;
     const int h = i / kUnits;
     const int unit = i % kUnits;
     const std::int64_t head = work.first_head + h;
@@ -78,11 +74,11 @@ __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& 
       packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
                 pack_bf16(high.z, high.w)};
     }
-    *reinterpret_cast<uint4*>(to + unit_offset(h, unit)) = packed;
+    *reinterpret_cast<uint4*>(to + Layout::offset(h, unit)) = packed;
   }
 }
 
-template <bool kFp8>
+template <class Layout, bool kFp8>
 __device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
                                           int visible, std::byte* to) {
   // Tokens that nobody has written are not read.
@@ -95,32 +91,39 @@ __device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_b
   } else {
 #pragma unroll 6
     for (int i = static_cast<int>(threadIdx.x); i < tokens * kUnits; i += kThreads) {
-      copy_async<16>(to + unit_offset(i / kUnits, i % kUnits), from + i * 16);
+      copy_async<16>(to + Layout::offset(i / kUnits, i % kUnits), from + i * 16);
     }
   }
 }
 
-// 16 values of E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
-__device__ __forceinline__ void store_converted(const uint4& words, int row, int unit,
-                                                std::byte* to) {
-  const unsigned from[4] = {words.x, words.y, words.z, words.w};
-  unsigned out[8];
+// E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
+template <class Layout>
+__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
+    const uint4 words = *reinterpret_cast<const uint4*>(raw + i * 16);
+    const unsigned from[4] = {words.x, words.y, words.z, words.w};
+    unsigned out[8];
 #pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    unsigned pairs[2];  // (0, 2), (1, 3)
-    decode_fp8(from[w], pairs);
-    out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
-    out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
+    for (int w = 0; w < 4; ++w) {
+      unsigned pairs[2];  // (0, 2), (1, 3)
+      decode_fp8(from[w], pairs);
+      out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
+      out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
+    }
+    const int row = i / (kUnits / 2);
+    const int unit = i % (kUnits / 2) * 2;
+    *reinterpret_cast<uint4*>(to + Layout::offset(row, unit)) = {out[0], out[1], out[2], out[3]};
+    *reinterpret_cast<uint4*>(to + Layout::offset(row, unit + 1)) = {out[4], out[5], out[6],
+                                                                     out[7]};
   }
-  *reinterpret_cast<uint4*>(to + unit_offset(row, unit)) = {out[0], out[1], out[2], out[3]};
-  *reinterpret_cast<uint4*>(to + unit_offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
 }
 
 // Tokens beyond `visible` may never have been written: their values must be finite.
+template <class Layout>
 __device__ __forceinline__ void clear_tail(std::byte* tile, int first, int visible) {
   for (int i = static_cast<int>(threadIdx.x); i < kTokens * kUnits; i += kThreads) {
     if (first + i / kUnits >= visible) {
-      *reinterpret_cast<uint4*>(tile + unit_offset(i / kUnits, i % kUnits)) = uint4{};
+      *reinterpret_cast<uint4*>(tile + Layout::offset(i / kUnits, i % kUnits)) = uint4{};
     }
   }
 }

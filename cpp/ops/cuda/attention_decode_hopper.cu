@@ -1,14 +1,21 @@
 // Absorbed latent attention on Hopper: as attention_decode.cu, but with wgmma. The first warpgroup
 // computes a tile's scores and probabilities; both then add half of the columns of P V each to
-// their output, 64 heads x 256 columns in registers. Meanwhile the next tile comes: BF16 by
-// cp.async, FP8 through the registers of the second warpgroup, which has nothing else to do then.
+// their output, 64 heads x 256 columns in registers.
 #include "ops/cuda/attention_decode.cuh"
 #include "ops/cuda/hopper.cuh"
 
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr int kTileAlignment = 1024;  // of a swizzle's pattern
+constexpr int kTileAlignment = 1024;        // of a swizzle's pattern
+constexpr int kSliceBytes = kTokens * 128;  // 64 columns of a tile
+
+// Nine slices of 64 columns: rows of 8 units, mixed with the row as wgmma's swizzle of 128 bytes.
+struct Slices {
+  static __device__ __forceinline__ int offset(int row, int unit) {
+    return unit / 8 * kSliceBytes + row * 128 + (unit % 8 ^ (row & 7)) * 16;
+  }
+};
 
 // Scores of 64 heads x 64 tokens: scores[4n + i] is of head 16 warp + 8 (i / 2) + lane / 4 and
 // token 8n + 2 (lane % 4) + i % 2.
@@ -23,33 +30,6 @@ __device__ __forceinline__ void score_tile(const std::byte* queries, const std::
   }
   commit_products();
   wait_products<0>();
-}
-
-// A tile of FP8 as BF16 to shared memory, by one warpgroup. Nothing is read beyond `visible`.
-__device__ __forceinline__ void convert_tile(const KvRows& kv, std::int32_t first_block, int tile,
-                                             int visible, std::byte* to) {
-  constexpr int kRawUnits = kUnits / 2;  // of 16 bytes, a token
-  constexpr int kEach = kTokens * kRawUnits / 128;
-  constexpr int kAtOnce = 9;
-  static_assert(kEach % kAtOnce == 0);
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int units = min(visible - tile * kTokens, kTokens) * kRawUnits;
-  const auto* from =
-      reinterpret_cast<const uint4*>(kv.blocks[first_block + tile] + kv.layer_offset);
-#pragma unroll
-  for (int first = 0; first < kEach; first += kAtOnce) {
-    uint4 words[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = thread + (first + j) * 128;
-      words[j] = i < units ? from[i] : uint4{};
-    }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int i = thread + (first + j) * 128;
-      store_converted(words[j], i / kRawUnits, i % kRawUnits * 2, to);
-    }
-  }
 }
 
 template <bool kFp8>
@@ -74,18 +54,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RowPlace place = kv.rows[blockIdx.z];
   const Work work = work_of_block(place, splits);
 
-  const auto load = [&](int tile) {
-    std::byte* to = tiles + tile % 2 * kTileBytes;
-    if (tile >= work.end) return;
-    if constexpr (kFp8) {
-      if (group == 1) convert_tile(kv, place.first_block, tile, work.visible, to);
-    } else {
-      load_tile<false>(kv, place.first_block, tile, work.visible, to);
-    }
+  const auto raw_stage = [&](int tile) {
+    return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
   };
-  load(work.begin);
+  if (work.begin < work.end) {
+    load_tile<Slices, kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
+  }
   commit_copies();
-  load_queries(shape, work, q_abs, q, queries);
+  load_queries<Slices>(shape, work, q_abs, q, queries);
 
   float sums[128];
 #pragma unroll
@@ -96,13 +72,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   float total[2] = {};
   for (int t = work.begin; t < work.end; ++t) {
     wait_copies<0>();
-    publish_to_products();
+    if constexpr (!kFp8) publish_to_products();
     __syncthreads();  // the tile is there, and the other stage is free
-    std::byte* tile = tiles + t % 2 * kTileBytes;
-    load(t + 1);
+    std::byte* tile = kFp8 ? tiles : raw_stage(t);
+    if constexpr (kFp8) {
+      convert_tile<Slices>(raw_stage(t), tile);
+      publish_to_products();
+      __syncthreads();
+    }
+    if (t + 1 < work.end) {
+      load_tile<Slices, kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
+    }
     commit_copies();
-    if (!kFp8 && (t + 1) * kTokens > work.visible) {
-      clear_tail(tile, t * kTokens, work.visible);
+    if ((t + 1) * kTokens > work.visible) {
+      clear_tail<Slices>(tile, t * kTokens, work.visible);
       publish_to_products();
       __syncthreads();
     }
@@ -135,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           const float p0 = exp2f(scores[4 * n + 2 * r] - now);
           const float p1 = exp2f(scores[4 * n + 2 * r + 1] - now);
           sum += p0 + p1;
-          *reinterpret_cast<unsigned*>(chances + unit_offset(row, n) + lane % 4 * 4) =
+          *reinterpret_cast<unsigned*>(chances + Slices::offset(row, n) + lane % 4 * 4) =
               pack_bf16(p0, p1);
         }
         total[r] = total[r] * change + sum;
