@@ -152,7 +152,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tile<Rows72, kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
   }
   commit_copies();
-  load_queries<Rows72>(shape, work, q_abs, q, queries);
+  load_queries<Rows72>(shape, work, q_abs, q, 0, [&](int at, const uint4& unit) {
+    *reinterpret_cast<uint4*>(queries + at) = unit;
+  });
 
   float sums[4][8][4];
 #pragma unroll
@@ -327,13 +329,32 @@ __global__ void __launch_bounds__(kGroup* kGroups)
   to[3] = sum.w * inverse;
 }
 
-// As many as keep every multiprocessor busy once.
-int splits_for(Device* device, const MlaShape& shape, std::int64_t rows, std::int64_t max_length) {
-  const std::int64_t tiles = (max_length + kTokens - 1) / kTokens;
-  const std::int64_t blocks = rows * head_groups(shape);
-  return static_cast<int>(std::clamp<std::int64_t>(
-      device->multiprocessors / blocks, 1,
-      std::min<std::int64_t>(std::max<std::int64_t>(tiles, 1), kMostSplits)));
+struct Splits {
+  int count;
+  int together;  // so many are added up before they are written
+};
+
+std::int64_t tiles_of(std::int64_t length) {
+  return std::max<std::int64_t>((length + kTokens - 1) / kTokens, 1);
+}
+
+std::int64_t most_splits(Device* device, const MlaShape& shape, std::int64_t rows) {
+  return std::clamp<std::int64_t>(device->multiprocessors / (rows * head_groups(shape)), 1,
+                                  kMostSplits);
+}
+
+// As many as keep every multiprocessor busy once. Where a cache is so short that reading queries
+// and writing sums takes longer than the products do, fewer, which share that work if they can.
+Splits splits_for(Device* device, const MlaShape& shape, std::int64_t rows,
+                  std::int64_t max_length) {
+  const std::int64_t tiles = tiles_of(max_length);
+  const std::int64_t most = most_splits(device, shape, rows);
+  constexpr std::int64_t kTogether = 4;
+  if (device->wgmma && tiles <= most && tiles >= 2 * kTogether) {
+    const std::int64_t clusters = (tiles + 2 * kTogether - 1) / (2 * kTogether);
+    return {static_cast<int>(clusters * kTogether), kTogether};
+  }
+  return {static_cast<int>(std::min(most, tiles)), 1};
 }
 
 Partial carve(Carver& carver, const MlaShape& shape, std::int64_t rows, int splits) {
@@ -355,18 +376,20 @@ bool latent_fast_fit(Device* device, const MlaShape& shape, KvFormat format) {
 std::size_t latent_fast_workspace(Device* device, const MlaShape& shape, std::int64_t rows,
                                   std::int64_t max_length) {
   Carver carver(nullptr);
-  carve(carver, shape, rows, splits_for(device, shape, rows, max_length));
+  // The most that a cache up to this length needs.
+  carve(carver, shape, rows,
+        static_cast<int>(std::min(most_splits(device, shape, rows), tiles_of(max_length))));
   return carver.used();
 }
 
 bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
                  ConstMatrix q, Matrix out, std::byte* workspace) {
-  const int splits = splits_for(device, shape, kv.count, kv.max_length);
+  const auto [splits, together] = splits_for(device, shape, kv.count, kv.max_length);
   Carver carver(workspace);
-  const Partial partial = carve(carver, shape, kv.count, splits);
+  const Partial partial = carve(carver, shape, kv.count, splits / together);
   const auto rows = static_cast<unsigned>(kv.count);
   if (device->wgmma) {
-    if (!latent_hopper(device, shape, kv, q_abs, q, splits, partial)) return false;
+    if (!latent_hopper(device, shape, kv, q_abs, q, splits, together, partial)) return false;
   } else {
     const auto kernel = kv.format == KvFormat::kFp8 ? decode_kernel<true> : decode_kernel<false>;
     DSFP4_TRY(
@@ -377,7 +400,7 @@ bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstM
                kThreads, kSharedBytes, shape, kv, q_abs, q, splits, partial));
   }
   DSFP4_TRY(launch(device, combine_kernel, dim3(static_cast<unsigned>(shape.heads), rows),
-                   kGroup * kGroups, 0, shape.heads, splits, partial, out));
+                   kGroup * kGroups, 0, shape.heads, splits / together, partial, out));
   return true;
 }
 

@@ -53,14 +53,17 @@ struct Partial {  // [rows, splits, heads(, 512)]
   float* total;
 };
 
-// Queries to shared memory, 8 values a unit.
-template <class Layout>
+// Queries of heads [first, first + count) of the block's 64 to shared memory, 8 values a unit:
+// store(offset, unit).
+template <class Layout, int kCount = kHeads, class Store>
 __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& work,
-                                             ConstMatrix q_abs, ConstMatrix q, std::byte* to) {
+                                             ConstMatrix q_abs, ConstMatrix q, int first_of_block,
+                                             const Store& store) {
 #pragma unroll
-  for (int j = 0; j < kHeads * kUnits / kThreads; ++j) {
+  for (int j = 0; j < (kCount * kUnits + kThreads - 1) / kThreads; ++j) {
     const int i = static_cast<int>(threadIdx.x) + j * kThreads;
-    const int h = i / kUnits;
+    if (i >= kCount * kUnits) break;
+    const int h = first_of_block + i / kUnits;
     const int unit = i % kUnits;
     const std::int64_t head = work.first_head + h;
     uint4 packed{};
@@ -74,7 +77,7 @@ __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& 
       packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
                 pack_bf16(high.z, high.w)};
     }
-    *reinterpret_cast<uint4*>(to + Layout::offset(h, unit)) = packed;
+    store(Layout::offset(h, unit), packed);
   }
 }
 
@@ -132,8 +135,9 @@ inline std::int64_t head_groups(const MlaShape& shape) {
   return (shape.heads + kHeads - 1) / kHeads;
 }
 
-/// attention_decode_hopper.cu, for GPUs with wgmma.
+/// attention_decode_hopper.cu, for GPUs with wgmma. Every `together` splits, 1 or 4, are added up
+/// before they are written: `partial` holds splits / together of them.
 bool latent_hopper(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
-                   ConstMatrix q, int splits, const Partial& partial);
+                   ConstMatrix q, int splits, int together, const Partial& partial);
 
 }  // namespace dsfp4::ops::cuda

@@ -1,6 +1,11 @@
 // Absorbed latent attention on Hopper: as attention_decode.cu, but with wgmma. The first warpgroup
 // computes a tile's scores and probabilities; both then add half of the columns of P V each to
 // their output, 64 heads x 256 columns in registers.
+//
+// Short caches: the splits of a cluster of blocks convert a part of the queries each, for all of
+// them, and add up their outputs through each other's shared memory before these are written.
+#include <cooperative_groups.h>
+
 #include "ops/cuda/attention_decode.cuh"
 #include "ops/cuda/hopper.cuh"
 
@@ -32,7 +37,7 @@ __device__ __forceinline__ void score_tile(const std::byte* queries, const std::
   wait_products<0>();
 }
 
-template <bool kFp8>
+template <bool kFp8, int kTogether>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_decode_kernel(MlaShape shape, KvRows kv, ConstMatrix q_abs, ConstMatrix q, int splits,
                          Partial partial) {
@@ -44,6 +49,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   std::byte* tiles = queries + kTileBytes;
   std::byte* chances = tiles + 2 * kTileBytes;  // P [64 heads, 64 tokens], a slice
   __shared__ float correction[kHeads];
+  __shared__ float head_largest[kHeads];
+  __shared__ float head_total[kHeads];
+  const auto cluster = cooperative_groups::this_cluster();
 
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread / 128;
@@ -61,7 +69,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tile<Slices, kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
   }
   commit_copies();
-  load_queries<Slices>(shape, work, q_abs, q, queries);
+  if constexpr (kTogether == 1) {
+    load_queries<Slices>(shape, work, q_abs, q, 0, [&](int at, const uint4& unit) {
+      *reinterpret_cast<uint4*>(queries + at) = unit;
+    });
+  } else {
+    cluster.sync();  // all of them have begun
+    constexpr int kShare = kHeads / kTogether;
+    const int first = static_cast<int>(cluster.block_rank()) * kShare;
+    load_queries<Slices, kShare>(shape, work, q_abs, q, first, [&](int at, const uint4& unit) {
+#pragma unroll
+      for (int other = 0; other < kTogether; ++other) {
+        *reinterpret_cast<uint4*>(cluster.map_shared_rank(queries, other) + at) = unit;
+      }
+    });
+    cluster.sync();
+  }
 
   float sums[128];
 #pragma unroll
@@ -144,24 +167,99 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_products<0>();
   }
 
-  const std::int64_t base = (work.row * splits + work.split) * shape.heads + work.first_head;
-  const float unscale = kFp8 ? kv.scale : 1.0f;
+  // Each head's largest score and its sum of probabilities.
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = head + 8 * r;
-    if (work.first_head + row >= shape.heads) continue;
     total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
     total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
     if (group == 0 && lane % 4 == 0) {
-      partial.largest[base + row] = largest[r];
-      partial.total[base + row] = total[r];
+      head_largest[head + 8 * r] = largest[r];
+      head_total[head + 8 * r] = total[r];
     }
-    float* to = partial.sums + (base + row) * kLatent + group * 256 + lane % 4 * 2;
+  }
+  const float unscale = kFp8 ? kv.scale : 1.0f;
+  const int written = splits / kTogether;
+  const std::int64_t base =
+      (work.row * written + work.split / kTogether) * shape.heads + work.first_head;
+  if constexpr (kTogether == 1) {
+    __syncthreads();
+    if (thread < kHeads && work.first_head + thread < shape.heads) {
+      partial.largest[base + thread] = head_largest[thread];
+      partial.total[base + thread] = head_total[thread];
+    }
 #pragma unroll
-    for (int n = 0; n < 32; ++n) {
-      *reinterpret_cast<float2*>(to + n * 8) = {sums[4 * n + 2 * r] * unscale,
-                                                sums[4 * n + 2 * r + 1] * unscale};
+    for (int r = 0; r < 2; ++r) {
+      if (work.first_head + head + 8 * r >= shape.heads) continue;
+      float* to = partial.sums + (base + head + 8 * r) * kLatent + group * 256 + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < 32; ++n) {
+        *reinterpret_cast<float2*>(to + n * 8) = {sums[4 * n + 2 * r] * unscale,
+                                                  sums[4 * n + 2 * r + 1] * unscale};
+      }
     }
+  } else {
+    cluster.sync();  // the numbers of all heads are there, and nobody's tiles are read any more
+    float* outputs = reinterpret_cast<float*>(queries);  // [64 heads, kStride]
+    constexpr int kStride = kLatent + 8;  // so that the rows of a warp lie in different banks
+    static_assert(kHeads * kStride * sizeof(float) <= 3 * kTileBytes);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = head + 8 * r;
+      float most = -INFINITY;
+#pragma unroll
+      for (int other = 0; other < kTogether; ++other) {
+        most = fmaxf(most, cluster.map_shared_rank(head_largest, other)[row]);
+      }
+      // The cluster's first split has a token if any has.
+      const float weight = most == -INFINITY ? 0.0f : exp2f(head_largest[row] - most) * unscale;
+      float* to = outputs + row * kStride + group * 256 + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < 32; ++n) {
+        *reinterpret_cast<float2*>(to + n * 8) = {sums[4 * n + 2 * r] * weight,
+                                                  sums[4 * n + 2 * r + 1] * weight};
+      }
+    }
+    cluster.sync();
+    constexpr int kShare = kLatent / kTogether;  // columns
+    const int rank = static_cast<int>(cluster.block_rank());
+    const float* of[kTogether];
+#pragma unroll
+    for (int other = 0; other < kTogether; ++other) {
+      of[other] = cluster.map_shared_rank(outputs, other);
+    }
+    for (int i = thread; i < kHeads * kShare / 4; i += kThreads) {
+      const int row = i / (kShare / 4);
+      const int column = rank * kShare + i % (kShare / 4) * 4;
+      if (work.first_head + row >= shape.heads) break;
+      float4 sum{};
+#pragma unroll
+      for (int other = 0; other < kTogether; ++other) {
+        const float4 part = *reinterpret_cast<const float4*>(of[other] + row * kStride + column);
+        sum.x += part.x;
+        sum.y += part.y;
+        sum.z += part.z;
+        sum.w += part.w;
+      }
+      *reinterpret_cast<float4*>(partial.sums + (base + row) * kLatent + column) = sum;
+    }
+    if (rank == 0 && thread < kHeads && work.first_head + thread < shape.heads) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int other = 0; other < kTogether; ++other) {
+        most = fmaxf(most, cluster.map_shared_rank(head_largest, other)[thread]);
+      }
+      float all = 0.0f;
+#pragma unroll
+      for (int other = 0; other < kTogether; ++other) {
+        const float theirs = cluster.map_shared_rank(head_largest, other)[thread];
+        if (theirs != -INFINITY) {
+          all += exp2f(theirs - most) * cluster.map_shared_rank(head_total, other)[thread];
+        }
+      }
+      partial.largest[base + thread] = most;
+      partial.total[base + thread] = all;
+    }
+    cluster.sync();  // nobody reads this block's memory any more
   }
 #endif
 }
@@ -169,15 +267,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 bool latent_hopper(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
-                   ConstMatrix q, int splits, const Partial& partial) {
-  const auto kernel =
-      kv.format == KvFormat::kFp8 ? hopper_decode_kernel<true> : hopper_decode_kernel<false>;
+                   ConstMatrix q, int splits, int together, const Partial& partial) {
+  const bool fp8 = kv.format == KvFormat::kFp8;
+  const auto kernel = together == 1
+                          ? (fp8 ? hopper_decode_kernel<true, 1> : hopper_decode_kernel<false, 1>)
+                          : (fp8 ? hopper_decode_kernel<true, 4> : hopper_decode_kernel<false, 4>);
   constexpr int kBytes = kSharedBytes + kTileAlignment;
   DSFP4_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  DSFP4_TRY(launch(device, kernel,
-                   dim3(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)),
-                        static_cast<unsigned>(kv.count)),
-                   kThreads, kBytes, shape, kv, q_abs, q, splits, partial));
+  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)),
+                  static_cast<unsigned>(kv.count));
+  DSFP4_TRY(launch_clusters(device, kernel, grid, kThreads, kBytes, together, shape, kv, q_abs, q,
+                            splits, partial));
   return true;
 }
 

@@ -46,21 +46,30 @@ bool fail(cudaError_t code, const char* call, const char* source, int line);
 /// Launches a kernel that may begin while the one before it still runs, where the GPU can do that
 /// (from compute capability 9.0 on). Such a kernel calls wait_for_inputs() first of all, or after
 /// reading what no kernel writes, and then let_next_begin(). So what a kernel reads before it waits
-/// may come from the last kernel but one.
+/// may come from the last kernel but one. Clusters of `cluster` blocks along x, from 9.0 on.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(Device* device, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-                   std::size_t shared, Arguments... arguments) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch_clusters(Device* device, void (*kernel)(Parameters...), dim3 grid,
+                            unsigned threads, std::size_t shared, int cluster,
+                            Arguments... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = device->stream;
-  config.attrs = &early;
-  config.numAttrs = device->major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = device->major < 9 ? 0 : cluster == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(Device* device, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                   std::size_t shared, Arguments... arguments) {
+  return launch_clusters(device, kernel, grid, threads, shared, 1, arguments...);
 }
 
 __device__ __forceinline__ void wait_for_inputs() {
