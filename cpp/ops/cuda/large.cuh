@@ -52,9 +52,10 @@ struct LargeArguments {
   __nv_bfloat16* rounded;  // kDense: if not null, the output as BF16, in place of y.data
 };
 
-/// large_hopper.cu: the same for GPUs with wgmma (Device::wgmma); kGateUp and kDown with up to
-/// `tasks` tasks of `tile` = 32, 64 or 128 tokens.
-bool large_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
+/// large_hopper.cu: the same for GPUs with wgmma (Device::wgmma). kDense; and kGateUp and kDown
+/// with up to `tasks` tasks of `tile` = 32, 64 or 128 tokens.
+bool dense_hopper(Device* device, const LargeArguments& arguments);
+bool tasks_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
                   int tile, std::int64_t tasks);
 
 /// Stages of the pipeline; `shallow`: for GPUs whose blocks have 99 KB of shared memory.

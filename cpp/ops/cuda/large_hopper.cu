@@ -301,31 +301,37 @@ bool tasks_of(Device* device, const LargeArguments& arguments, int tile, std::in
   return launch_shape<kFormat, kWhat, 128, 2, 2>(device, arguments, tasks);
 }
 
-template <WeightFormat kFormat>
-bool of_format(Device* device, Large what, const LargeArguments& arguments, int tile,
-               std::int64_t tasks) {
-  if (what == Large::kDense) return dense<kFormat>(device, arguments);
-  if (what == Large::kDown) return tasks_of<kFormat, Large::kDown>(device, arguments, tile, tasks);
-  return tasks_of<kFormat, Large::kGateUp>(device, arguments, tile, tasks);
-}
-
-}  // namespace
-
-bool large_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
-                  int tile, std::int64_t tasks) {
+// Calls with the format as a constant.
+template <class Call>
+bool for_format(WeightFormat format, const Call& call) {
   switch (format) {
     case WeightFormat::kBF16:
-      return of_format<WeightFormat::kBF16>(device, what, arguments, tile, tasks);
+      return call.template operator()<WeightFormat::kBF16>();
     case WeightFormat::kFp8Block:
-      return of_format<WeightFormat::kFp8Block>(device, what, arguments, tile, tasks);
+      return call.template operator()<WeightFormat::kFp8Block>();
     case WeightFormat::kNvfp4:
-      return of_format<WeightFormat::kNvfp4>(device, what, arguments, tile, tasks);
+      return call.template operator()<WeightFormat::kNvfp4>();
     case WeightFormat::kMxfp4:
-      return of_format<WeightFormat::kMxfp4>(device, what, arguments, tile, tasks);
+      return call.template operator()<WeightFormat::kMxfp4>();
     case WeightFormat::kF32:
       break;
   }
   return fail(cudaErrorInvalidValue, "large_hopper of FP32 weights", __FILE__, __LINE__);
+}
+
+}  // namespace
+
+bool dense_hopper(Device* device, const LargeArguments& arguments) {
+  return for_format(arguments.weight.format,
+                    [&]<WeightFormat kFormat>() { return dense<kFormat>(device, arguments); });
+}
+
+bool tasks_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
+                  int tile, std::int64_t tasks) {
+  return for_format(format, [&]<WeightFormat kFormat>() {
+    return what == Large::kDown ? tasks_of<kFormat, Large::kDown>(device, arguments, tile, tasks)
+                                : tasks_of<kFormat, Large::kGateUp>(device, arguments, tile, tasks);
+  });
 }
 
 }  // namespace dsfp4::ops::cuda

@@ -98,9 +98,7 @@ bool dense_prepared(Device* device, const WeightView& weight, const __nv_bfloat1
   arguments.cols = weight.cols;
   arguments.y = y;
   arguments.rounded = rounded;
-  if (device->wgmma) {
-    return large_hopper(device, kFormat, Large::kDense, arguments, 0, 0);
-  }
+  if (device->wgmma) return dense_hopper(device, arguments);
   const std::int64_t token_blocks = (y.rows + kLargeTokens - 1) / kLargeTokens;
   const std::int64_t tall =
       (weight.rows + LargeShape<kFormat, 4>::kRows - 1) / LargeShape<kFormat, 4>::kRows;
@@ -201,9 +199,8 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
   arguments.cols = x.cols;
   arguments.y = hidden;
   constexpr int kHiddenRows = LargeShape<kFormat, 4>::kRows / 2;
-  const bool wide = device->wgmma;
-  if (wide) {
-    if (!large_hopper(device, kFormat, Large::kGateUp, arguments, tile, tasks)) return false;
+  if (device->wgmma) {
+    if (!tasks_hopper(device, kFormat, Large::kGateUp, arguments, tile, tasks)) return false;
   } else if (!launch<kFormat, 4, Large::kGateUp>(
                  device, arguments, (hidden.cols + kHiddenRows - 1) / kHiddenRows, tasks)) {
     return false;
@@ -214,7 +211,7 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
   arguments.rows = first.down_proj.rows;
   arguments.cols = hidden.cols;
   arguments.y = routed;
-  if (wide) return large_hopper(device, kFormat, Large::kDown, arguments, tile, tasks);
+  if (device->wgmma) return tasks_hopper(device, kFormat, Large::kDown, arguments, tile, tasks);
   return launch<kFormat, 4, Large::kDown>(
       device, arguments,
       (routed.cols + LargeShape<kFormat, 4>::kRows - 1) / LargeShape<kFormat, 4>::kRows, tasks);
