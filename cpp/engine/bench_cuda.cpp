@@ -106,7 +106,7 @@ class Bench {
                                              format::scale_bytes(format, kExpert, kHidden));
     time(name, rotate, bytes, 6.0 * static_cast<double>(pairs * kHidden * kExpert), [&](int i) {
       backend_.routed_experts(views, routings[static_cast<std::size_t>(i)], kTopK, x, hidden,
-                              routed, y);
+                              routed, y, nullptr);
     });
   }
 

@@ -39,12 +39,17 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
     backend.download(logits.data, choice.logits.data(), choice.logits.size_bytes());
   }
 
-  if (spec.shared_intermediate_size > 0) {
+  const bool has_shared = spec.shared_intermediate_size > 0;
+  if (has_shared && experts.takes_shared(layer, weights.shared_experts, x.rows, top_k)) {
+    experts.run(layer, x, routing, top_k, arena, out, &weights.shared_experts);
+    return;
+  }
+  if (has_shared) {
     mlp(weights.shared_experts, backend, arena, x, out);
   } else {
     backend.zero(out);
   }
-  experts.run(layer, x, routing, top_k, arena, out);
+  experts.run(layer, x, routing, top_k, arena, out, nullptr);
 }
 
 std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows) {

@@ -234,12 +234,21 @@ class Backend {
   /// with the routing where the backend keeps it; `hidden` and `routed` are scratch [pairs,
   /// moe_intermediate_size] and [pairs, hidden_size]. False, and nothing done: this backend has no
   /// such op, and the caller groups the pairs for experts() and combine() itself.
+  /// `shared`, if not null, is one more expert of every token: y[t] = shared(x) + that sum. Only
+  /// where takes_shared() says so; `hidden` then has a row more for each token.
   virtual bool routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                               std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
-                              Matrix y) {
+                              Matrix y, const ExpertView* shared) {
     static_cast<void>(experts), static_cast<void>(routing), static_cast<void>(top_k);
     static_cast<void>(x), static_cast<void>(hidden), static_cast<void>(routed);
-    static_cast<void>(y);
+    static_cast<void>(y), static_cast<void>(shared);
+    return false;
+  }
+  /// Whether routed_experts() computes `shared`, too, for so many tokens.
+  virtual bool takes_shared(std::span<const ExpertView> experts, const ExpertView& shared,
+                            std::int64_t tokens, std::int64_t top_k) const {
+    static_cast<void>(experts), static_cast<void>(shared);
+    static_cast<void>(tokens), static_cast<void>(top_k);
     return false;
   }
   /// The token that `spec` chooses from logits [1, vocab] in the backend's memory, the lower id in

@@ -380,15 +380,20 @@ void CudaBackend::prepare_experts(std::span<const ExpertView> experts) {
 
 bool CudaBackend::routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                                  std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
-                                 Matrix y) {
+                                 Matrix y, const ExpertView* shared) {
   if (!expert_tables_.contains(experts.data())) prepare_experts(experts);
   const auto count = static_cast<std::int64_t>(experts.size());
   std::byte* space =
       workspace(plugin_.experts_workspace(device_, experts.data(), count, x.rows, top_k));
   check(plugin_.routed_experts(
       device_, reinterpret_cast<const ExpertView*>(expert_tables_.at(experts.data())),
-      experts.data(), count, on_device(routing), top_k, x, hidden, routed, y, space));
+      experts.data(), count, on_device(routing), top_k, x, hidden, routed, y, shared, space));
   return true;
+}
+
+bool CudaBackend::takes_shared(std::span<const ExpertView> experts, const ExpertView& shared,
+                               std::int64_t tokens, std::int64_t top_k) const {
+  return !experts.empty() && plugin_.takes_shared(device_, experts.data(), &shared, tokens, top_k);
 }
 
 std::unique_ptr<Backend> make_cuda_backend(int index, std::uint64_t memory_limit) {

@@ -94,8 +94,10 @@ class CudaBackend final : public Backend {
   void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
                Matrix y) override;
   bool routed_experts(std::span<const ExpertView> experts, const Routing& routing,
-                      std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
-                      Matrix y) override;
+                      std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
+                      const ExpertView* shared) override;
+  bool takes_shared(std::span<const ExpertView> experts, const ExpertView& shared,
+                    std::int64_t tokens, std::int64_t top_k) const override;
   void prepare_experts(std::span<const ExpertView> experts) override;
   void reserve(const Largest& largest) override;
   std::optional<std::int32_t> sample(ConstMatrix logits, const SampleSpec& spec) override;

@@ -8,14 +8,16 @@
 namespace dsfp4::residency {
 
 void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
-                          std::int64_t top_k, memory::Arena& arena, ops::Matrix y) {
+                          std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
+                          const ops::ExpertView* shared) {
   const ops::ScratchScope scope(arena);
   const std::int64_t pairs = x.rows * top_k;
   const auto count = static_cast<std::size_t>(pairs);
   const std::span<const ops::ExpertView> experts = experts_of_(layer);
-  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
+  const std::int64_t rows = shared == nullptr ? pairs : pairs + x.rows;
+  const ops::Matrix hidden = ops::scratch_matrix(arena, rows, moe_intermediate_size_);
   const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
-  if (backend_.routed_experts(experts, routing, top_k, x, hidden, routed, y)) return;
+  if (backend_.routed_experts(experts, routing, top_k, x, hidden, routed, y, shared)) return;
   std::vector<ops::ExpertTask> tasks;
   for (const ChosenExpert& chosen :
        group_by_expert(routing.used, std::span(arena.take_array<std::int32_t>(count), count))) {
@@ -27,7 +29,7 @@ void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Rou
 
 std::size_t ResidentExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {
   const std::int64_t pairs = tokens * top_k;
-  return ops::scratch_bytes(pairs) + ops::scratch_bytes(pairs * moe_intermediate_size_) +
+  return ops::scratch_bytes(pairs) + ops::scratch_bytes((pairs + tokens) * moe_intermediate_size_) +
          ops::scratch_bytes(pairs * hidden_size_);
 }
 

@@ -177,7 +177,8 @@ TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::Rou
       predicted_(routers_.size()) {}
 
 void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
-                        std::int64_t top_k, memory::Arena& arena, ops::Matrix y) {
+                        std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
+                        const ops::ExpertView*) {
   const ops::ScratchScope scope(arena);
   const std::int64_t moe_layer = layer - first_layer_;
   const std::int64_t pairs = x.rows * top_k;

@@ -52,7 +52,7 @@ class TieredExperts final : public ExpertRunner {
                 std::int64_t moe_intermediate_size, Trace* trace = nullptr);
 
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
-           memory::Arena& arena, ops::Matrix y) override;
+           memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared) override;
   std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const override;
 
   /// Between steps only.

@@ -14,7 +14,7 @@
 namespace dsfp4::ops::cuda {
 
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 2;
+inline constexpr std::uint32_t kAbiVersion = 3;
 
 struct Device;  // the plugin's own
 
@@ -129,13 +129,16 @@ struct Plugin {
   /// y[t] += weighted sum of the chosen experts. `table` [experts] lies on the device (its pointers
   /// may change between steps), `first` is a copy of its first entry on the host: all experts of a
   /// layer have one shape and one set of formats. hidden: [pairs, moe_intermediate_size]; routed:
-  /// [pairs, hidden_size].
+  /// [pairs, hidden_size]. `shared`, if not null, is added first, to nothing; a host struct with
+  /// pointers of the device; hidden has a row more for each token then.
   std::size_t (*experts_workspace)(Device*, const ExpertView* first, std::int64_t experts,
                                    std::int64_t tokens, std::int64_t top_k);
   bool (*routed_experts)(Device*, const ExpertView* table, const ExpertView* first,
                          std::int64_t experts, DeviceRouting routing, std::int64_t top_k,
                          ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
-                         std::byte* workspace);
+                         const ExpertView* shared, std::byte* workspace);
+  bool (*takes_shared)(Device*, const ExpertView* first, const ExpertView* shared,
+                       std::int64_t tokens, std::int64_t top_k);
 
   /// `id` is on the host; waits for it.
   std::size_t (*sample_workspace)(Device*, std::int64_t vocab);

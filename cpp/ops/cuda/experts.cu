@@ -60,15 +60,19 @@ std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t exp
 
 bool routed_experts(Device* device, const ExpertView* table, const ExpertView* first,
                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
-                    Matrix hidden, Matrix routed, Matrix y, std::byte* workspace) {
+                    Matrix hidden, Matrix routed, Matrix y, const ExpertView* shared,
+                    std::byte* workspace) {
   if (x.rows == 0) return true;
+  if (shared != nullptr) {
+    return experts_small(device, table, *first, routing, top_k, x, hidden, y, shared);
+  }
   if (is_large(*first, experts, x.rows)) {
     return experts_large(device, table, *first, experts, routing, top_k, x, hidden, routed,
                          workspace) &&
            combine(device, routed, routing.weights, top_k, y);
   }
   if (experts_small_fit(device, *first, x, hidden, top_k)) {
-    return experts_small(device, table, *first, routing, top_k, x, hidden, y);
+    return experts_small(device, table, *first, routing, top_k, x, hidden, y, nullptr);
   }
   const auto pairs = static_cast<unsigned>(x.rows * top_k);
   gate_up_plain_kernel<<<dim3(blocks_for(hidden.cols, kWarps), pairs), kWarps * 32, 0,
@@ -78,6 +82,22 @@ bool routed_experts(Device* device, const ExpertView* table, const ExpertView* f
                       device->stream>>>(table, routing.used, hidden, routed);
   DSFP4_LAUNCHED("down_plain_kernel");
   return combine(device, routed, routing.weights, top_k, y);
+}
+
+bool takes_shared(Device* device, const ExpertView* first, const ExpertView* shared,
+                  std::int64_t tokens, std::int64_t top_k) {
+  const auto alike = [](const WeightView& a, const WeightView& b) {
+    return a.format == b.format && a.rows == b.rows && a.cols == b.cols;
+  };
+  if (tokens > kFew || !alike(first->gate_proj, shared->gate_proj) ||
+      !alike(first->up_proj, shared->up_proj) || !alike(first->down_proj, shared->down_proj)) {
+    return false;
+  }
+  const std::int64_t width = first->down_proj.cols;
+  const ConstMatrix x{nullptr, tokens, first->gate_proj.cols, first->gate_proj.cols};
+  const ConstMatrix hidden{nullptr, tokens * (top_k + 1), width, width};
+  return experts_small_fit(device, *first, x, hidden, top_k + 1) &&
+         experts_small_fit(device, *shared, x, hidden, top_k + 1);
 }
 
 }  // namespace dsfp4::ops::cuda

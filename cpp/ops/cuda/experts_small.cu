@@ -11,6 +11,17 @@ namespace {
 constexpr int kTile = 16;
 
 constexpr int kMostPairs = 64;  // of a launch
+constexpr int kMostDownWarps = 18;
+
+// The experts of a launch: `slots` pairs a token, of which the first top_k were chosen; then, if
+// there is one more, the shared expert, of weight 1.
+struct Chosen {
+  const ExpertView* table;
+  const std::int32_t* used;
+  const float* weights;
+  int top_k, slots;
+  ExpertView shared;
+};
 
 // What a launch needs of one matrix of an expert.
 struct Source {
@@ -22,6 +33,14 @@ __device__ __forceinline__ Source source_of(const WeightView& weight) {
   return {weight.data, weight.scales, weight.global_scale};
 }
 
+// That of gate_proj, up_proj or down_proj for a pair.
+__device__ __forceinline__ Source source_of(const Chosen& chosen, int pair,
+                                            WeightView ExpertView::*matrix) {
+  const int slot = pair % chosen.slots;
+  if (slot == chosen.top_k) return source_of(chosen.shared.*matrix);
+  return source_of(chosen.table[chosen.used[pair / chosen.slots * chosen.top_k + slot]].*matrix);
+}
+
 // This block's part of all work: blocks that run together read what lies together.
 __device__ __forceinline__ Tiles share_of(int work) {
   return {static_cast<int>(blockIdx.x), work, static_cast<int>(gridDim.x)};
@@ -31,8 +50,7 @@ __device__ __forceinline__ Tiles share_of(int work) {
 // each its share of the columns. hidden [pairs, rows].
 template <WeightFormat kFormat, typename Product, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 1)
-    gate_up_kernel(const ExpertView* table, const std::int32_t* used, int top_k, ConstMatrix x,
-                   Matrix hidden) {
+    gate_up_kernel(const __grid_constant__ Chosen chosen, ConstMatrix x, Matrix hidden) {
   extern __shared__ uint4 shared[];
   __shared__ float parts[2][kWarps][kTile];
   __shared__ Source sources[2][kMostPairs];
@@ -47,8 +65,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const int tiles = (rows + kTile - 1) / kTile;
   begin_kernel();
   for (int i = thread; i < 2 * pairs; i += kWarps * 32) {
-    const ExpertView& expert = table[used[i / 2]];
-    sources[i % 2][i / 2] = source_of(i % 2 == 0 ? expert.gate_proj : expert.up_proj);
+    sources[i % 2][i / 2] =
+        source_of(chosen, i / 2, i % 2 == 0 ? &ExpertView::gate_proj : &ExpertView::up_proj);
   }
   __syncthreads();
   int staged_token = -1;
@@ -60,7 +78,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         return Rows<kFormat>(source.data, source.scales, rows, cols, i % tiles * kTile);
       },
       [&](int i) -> const std::byte* {
-        const int token = i / tiles / top_k;
+        const int token = i / tiles / chosen.slots;
         if (token == staged_token) return staged;
         if (staged_token >= 0) __syncthreads();  // the last one is used
         Product::stage(x.data + token * x.stride, cols, staged, thread, kWarps * 32);
@@ -94,20 +112,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       });
 }
 
-// Work is (token, `together` row tiles), each of top_k warps: its warp k does slot k, and the slots
-// are summed in order.
+// Work is (token, `together` row tiles), each of `slots` warps: its warp k does slot k. The slots
+// are summed in order, after the shared expert or what y is.
 template <WeightFormat kFormat, typename Product>
-__global__ void __launch_bounds__(512, 1)
-    down_kernel(const ExpertView* table, const std::int32_t* used, const float* weights, int top_k,
-                int together, ConstMatrix hidden, Matrix y) {
+__global__ void __launch_bounds__(kMostDownWarps * 32, 1)
+    down_kernel(const __grid_constant__ Chosen chosen, int together, ConstMatrix hidden, Matrix y) {
   extern __shared__ uint4 shared[];
-  constexpr int kMostWarps = 16;
-  __shared__ float parts[2][kMostWarps][kTile];
+  __shared__ float parts[2][kMostDownWarps][kTile];
   __shared__ Source sources[kMostPairs];
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
-  const int slot = warp % top_k;
-  const int own = warp / top_k;  // of the tiles together
+  const int slots = chosen.slots;
+  const int slot = warp % slots;
+  const int own = warp / slots;  // of the tiles together
   const int lane = thread % 32;
   const int cols = static_cast<int>(hidden.cols);
   const int rows = static_cast<int>(y.cols);
@@ -115,10 +132,10 @@ __global__ void __launch_bounds__(512, 1)
   const int pairs = static_cast<int>(hidden.rows);
   auto* rings = reinterpret_cast<std::byte*>(shared);
   std::byte* staged =
-      rings + top_k * together * kSmallRingBytes + slot * Product::token_bytes(cols);
+      rings + slots * together * kSmallRingBytes + slot * Product::token_bytes(cols);
   const auto first_row = [&](int i) { return i % tiles * kTile * together; };
   for (int i = thread; i < pairs; i += static_cast<int>(blockDim.x)) {
-    sources[i] = source_of(table[used[i]].down_proj);
+    sources[i] = source_of(chosen, i, &ExpertView::down_proj);
   }
   __syncthreads();
   int staged_token = -1;  // the routing is older than the kernel before, weights change never
@@ -126,7 +143,7 @@ __global__ void __launch_bounds__(512, 1)
   stream_tiles<kFormat, Product>(
       share_of(tiles * static_cast<int>(y.rows)), 0, 1, cols, 1, rings + warp * kSmallRingBytes,
       [&](int i) {
-        const Source& source = sources[i / tiles * top_k + slot];
+        const Source& source = sources[i / tiles * slots + slot];
         return Rows<kFormat>(source.data, source.scales, rows, cols, first_row(i) + own * kTile);
       },
       [&](int i) -> const std::byte* {
@@ -137,29 +154,33 @@ __global__ void __launch_bounds__(512, 1)
         } else {
           __syncthreads();  // the last one is used
         }
-        Product::stage(hidden.data + (token * top_k + slot) * hidden.stride, cols, staged,
+        Product::stage(hidden.data + (token * slots + slot) * hidden.stride, cols, staged,
                        own * 32 + lane, together * 32);
         staged_token = token;
         __syncthreads();
         return staged;
       },
       [&](int i, const Product& product) {
-        const int pair = i / tiles * top_k + slot;
+        const int token = i / tiles;
+        const int pair = token * slots + slot;
         float sums[4];
         product.finish(sums);
         float(*set)[kTile] = parts[turn];
         turn ^= 1;
         if (lane % 4 == 0) {
-          const float scale = Product::epilogue(sources[pair].global_scale) * weights[pair];
+          const float weight =
+              slot < chosen.top_k ? chosen.weights[token * chosen.top_k + slot] : 1.0f;
+          const float scale = Product::epilogue(sources[pair].global_scale) * weight;
           set[warp][lane / 4] = sums[0] * scale;
           set[warp][lane / 4 + 8] = sums[2] * scale;
         }
         __syncthreads();
         const int row = first_row(i) + thread;
         if (thread >= kTile * together || row >= rows) return;
-        float* to = y.data + i / tiles * y.stride + row;
-        float sum = *to;
-        for (int k = 0; k < top_k; ++k) sum += set[thread / kTile * top_k + k][thread % kTile];
+        float* to = y.data + token * y.stride + row;
+        const int first = thread / kTile * slots;
+        float sum = slots > chosen.top_k ? set[first + chosen.top_k][thread % kTile] : *to;
+        for (int k = 0; k < chosen.top_k; ++k) sum += set[first + k][thread % kTile];
         *to = sum;
       });
 }
@@ -177,34 +198,34 @@ struct Plan {
 };
 
 template <WeightFormat kFormat>
-Plan plan_for(Device* device, std::int64_t gate_cols, std::int64_t down_cols, std::int64_t top_k) {
+Plan plan_for(Device* device, std::int64_t gate_cols, std::int64_t down_cols, std::int64_t slots) {
   constexpr std::size_t kStatic = 6144;
   const auto fits = [&](std::int64_t warps, std::int64_t cols, std::int64_t tokens) {
-    return warps <= 16 && shared_bytes<kFormat>(warps, cols, tokens) + kStatic <=
-                              static_cast<std::size_t>(device->shared_bytes);
+    return warps <= kMostDownWarps && shared_bytes<kFormat>(warps, cols, tokens) + kStatic <=
+                                          static_cast<std::size_t>(device->shared_bytes);
   };
   Plan plan;
   plan.gate_up_warps = fits(16, gate_cols, 1) ? 16 : fits(8, gate_cols, 1) ? 8 : 0;
-  plan.together = fits(2 * top_k, down_cols, top_k) ? 2 : fits(top_k, down_cols, top_k) ? 1 : 0;
+  plan.together = fits(2 * slots, down_cols, slots) ? 2 : fits(slots, down_cols, slots) ? 1 : 0;
   return plan;
 }
 
 template <WeightFormat kFormat>
-bool fit(Device* device, const ExpertView& expert, std::int64_t top_k) {
-  const Plan plan = plan_for<kFormat>(device, expert.gate_proj.cols, expert.down_proj.cols, top_k);
+bool fit(Device* device, const ExpertView& expert, std::int64_t slots) {
+  const Plan plan = plan_for<kFormat>(device, expert.gate_proj.cols, expert.down_proj.cols, slots);
   return plan.gate_up_warps > 0 && plan.together > 0;
 }
 
 template <WeightFormat kFormat>
-bool launch(Device* device, const ExpertView* table, DeviceRouting routing, std::int64_t top_k,
-            ConstMatrix x, Matrix hidden, Matrix y) {
+bool launch(Device* device, const Chosen& chosen, ConstMatrix x, Matrix hidden, Matrix y) {
   using Product = typename OneToken<kFormat>::Product;
-  const Plan plan = plan_for<kFormat>(device, x.cols, hidden.cols, top_k);
+  const int slots = chosen.slots;
+  const Plan plan = plan_for<kFormat>(device, x.cols, hidden.cols, slots);
   const auto gate_up = plan.gate_up_warps == 16 ? gate_up_kernel<kFormat, Product, 16>
                                                 : gate_up_kernel<kFormat, Product, 8>;
   const auto down = down_kernel<kFormat, Product>;
   const std::size_t gate_up_shared = shared_bytes<kFormat>(plan.gate_up_warps, x.cols, 1);
-  const std::size_t down_shared = shared_bytes<kFormat>(top_k * plan.together, hidden.cols, top_k);
+  const std::size_t down_shared = shared_bytes<kFormat>(slots * plan.together, hidden.cols, slots);
   DSFP4_TRY(cudaFuncSetAttribute(gate_up, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(gate_up_shared)));
   DSFP4_TRY(cudaFuncSetAttribute(down, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -212,39 +233,37 @@ bool launch(Device* device, const ExpertView* table, DeviceRouting routing, std:
   const auto grid = [&](std::int64_t work) {
     return static_cast<unsigned>(std::min<std::int64_t>(work, device->multiprocessors));
   };
-  const auto slots = static_cast<int>(top_k);
-  DSFP4_TRY(ops::cuda::launch(device, gate_up,
-                              grid((hidden.cols + kTile - 1) / kTile * hidden.rows),
-                              static_cast<unsigned>(plan.gate_up_warps * 32), gate_up_shared, table,
-                              routing.used, slots, x, hidden));
+  hidden.rows = x.rows * slots;
+  DSFP4_TRY(ops::cuda::launch(
+      device, gate_up, grid((hidden.cols + kTile - 1) / kTile * hidden.rows),
+      static_cast<unsigned>(plan.gate_up_warps * 32), gate_up_shared, chosen, x, hidden));
   const int tiles = plan.together;
-  DSFP4_TRY(ops::cuda::launch(device, down,
-                              grid((y.cols + kTile * tiles - 1) / (kTile * tiles) * y.rows),
-                              static_cast<unsigned>(slots * tiles * 32), down_shared, table,
-                              routing.used, routing.weights, slots, tiles, hidden, y));
+  DSFP4_TRY(ops::cuda::launch(
+      device, down, grid((y.cols + kTile * tiles - 1) / (kTile * tiles) * y.rows),
+      static_cast<unsigned>(slots * tiles * 32), down_shared, chosen, tiles, hidden, y));
   return true;
 }
 
 }  // namespace
 
 bool experts_small_fit(Device* device, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden,
-                       std::int64_t top_k) {
+                       std::int64_t slots) {
   const WeightFormat format = expert.gate_proj.format;
-  if (expert.up_proj.format != format || expert.down_proj.format != format || top_k > 16 ||
-      x.rows * top_k > kMostPairs || !has_fours(x) || !has_fours(hidden) ||
-      !has_pieces(expert.gate_proj) || !has_pieces(expert.up_proj) ||
+  if (expert.up_proj.format != format || expert.down_proj.format != format ||
+      slots > kMostDownWarps || x.rows * slots > kMostPairs || !has_fours(x) ||
+      !has_fours(hidden) || !has_pieces(expert.gate_proj) || !has_pieces(expert.up_proj) ||
       !has_pieces(expert.down_proj)) {
     return false;
   }
   switch (format) {
     case WeightFormat::kBF16:
-      return fit<WeightFormat::kBF16>(device, expert, top_k);
+      return fit<WeightFormat::kBF16>(device, expert, slots);
     case WeightFormat::kFp8Block:
-      return fit<WeightFormat::kFp8Block>(device, expert, top_k);
+      return fit<WeightFormat::kFp8Block>(device, expert, slots);
     case WeightFormat::kNvfp4:
-      return fit<WeightFormat::kNvfp4>(device, expert, top_k);
+      return fit<WeightFormat::kNvfp4>(device, expert, slots);
     case WeightFormat::kMxfp4:
-      return fit<WeightFormat::kMxfp4>(device, expert, top_k);
+      return fit<WeightFormat::kMxfp4>(device, expert, slots);
     case WeightFormat::kF32:
       break;
   }
@@ -253,16 +272,23 @@ bool experts_small_fit(Device* device, const ExpertView& expert, ConstMatrix x, 
 
 bool experts_small(Device* device, const ExpertView* table, const ExpertView& first,
                    DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-                   Matrix y) {
+                   Matrix y, const ExpertView* shared) {
+  const auto slots = static_cast<int>(top_k);
+  const Chosen chosen{table,
+                      routing.used,
+                      routing.weights,
+                      slots,
+                      shared == nullptr ? slots : slots + 1,
+                      shared == nullptr ? first : *shared};
   switch (first.gate_proj.format) {
     case WeightFormat::kBF16:
-      return launch<WeightFormat::kBF16>(device, table, routing, top_k, x, hidden, y);
+      return launch<WeightFormat::kBF16>(device, chosen, x, hidden, y);
     case WeightFormat::kFp8Block:
-      return launch<WeightFormat::kFp8Block>(device, table, routing, top_k, x, hidden, y);
+      return launch<WeightFormat::kFp8Block>(device, chosen, x, hidden, y);
     case WeightFormat::kNvfp4:
-      return launch<WeightFormat::kNvfp4>(device, table, routing, top_k, x, hidden, y);
+      return launch<WeightFormat::kNvfp4>(device, chosen, x, hidden, y);
     case WeightFormat::kMxfp4:
-      return launch<WeightFormat::kMxfp4>(device, table, routing, top_k, x, hidden, y);
+      return launch<WeightFormat::kMxfp4>(device, chosen, x, hidden, y);
     case WeightFormat::kF32:
       break;
   }

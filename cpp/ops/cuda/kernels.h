@@ -45,11 +45,13 @@ bool experts_large(Device*, const ExpertView* table, const ExpertView& first, st
                    DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
                    Matrix routed, std::byte* workspace);
 
-// experts_small.cu: a few tokens; `fit` says whether these experts can be read that way.
+// experts_small.cu: a few tokens; `fit` says whether these experts can be read that way. `slots` of
+// a token: top_k, and one more with `shared`.
 bool experts_small_fit(Device*, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden,
-                       std::int64_t top_k);
+                       std::int64_t slots);
 bool experts_small(Device*, const ExpertView* table, const ExpertView& first, DeviceRouting routing,
-                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix y);
+                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix y,
+                   const ExpertView* shared);
 
 // attention_plain.cu: any head size.
 std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length);
@@ -107,7 +109,9 @@ std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t exp
                               std::int64_t tokens, std::int64_t top_k);
 bool routed_experts(Device*, const ExpertView* table, const ExpertView* first, std::int64_t experts,
                     DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-                    Matrix routed, Matrix y, std::byte* workspace);
+                    Matrix routed, Matrix y, const ExpertView* shared, std::byte* workspace);
+bool takes_shared(Device*, const ExpertView* first, const ExpertView* shared, std::int64_t tokens,
+                  std::int64_t top_k);
 
 // sampler.cu
 std::size_t sample_workspace(Device*, std::int64_t vocab);

@@ -259,6 +259,7 @@ constexpr Plugin kPlugin{
     .expand_value = expand_value,
     .experts_workspace = experts_workspace,
     .routed_experts = routed_experts,
+    .takes_shared = takes_shared,
     .sample_workspace = sample_workspace,
     .sample = sample,
     .begin_capture = begin_capture,

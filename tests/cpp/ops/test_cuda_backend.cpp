@@ -379,9 +379,23 @@ TEST_P(CudaExperts, AgreeWithReference) {
   std::vector<float> weights_copy = weights;
   float* dweights = on_device(weights_copy.data(), count);
   const Routing routing{{dused, count}, {dused, count}, {dweights, count}};
-  ASSERT_TRUE(
-      backend_->routed_experts(device, routing, c.top_k, on_device(x), dhidden, drouted, dy));
+  ASSERT_TRUE(backend_->routed_experts(device, routing, c.top_k, on_device(x), dhidden, drouted, dy,
+                                       nullptr));
   EXPECT_LT(relative_error(on_host(dy), y.values), kTolerance);
+
+  // Expert 1 as the shared one: with the others, or alone before them.
+  if (!backend_->takes_shared(device, device[1], c.tokens, c.top_k)) return;
+  std::vector<std::int32_t> all(static_cast<std::size_t>(c.tokens));
+  std::iota(all.begin(), all.end(), 0);
+  OwnedMatrix shared_hidden(c.tokens, c.intermediate);
+  OwnedMatrix expected(c.tokens, c.hidden);
+  const ExpertTask one[] = {{&host[1], all}};
+  reference_->experts(one, 1, x.view(), shared_hidden.view(), expected.view());
+  reference_->combine(routed.view(), weights, c.top_k, expected.view());
+  const OwnedMatrix more(pairs + c.tokens, c.intermediate);
+  ASSERT_TRUE(backend_->routed_experts(device, routing, c.top_k, on_device(x), on_device(more),
+                                       drouted, dy, &device[1]));
+  EXPECT_LT(relative_error(on_host(dy), expected.values), kTolerance);
 }
 
 constexpr auto kNv = WeightFormat::kNvfp4;
