@@ -12,7 +12,9 @@
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr int kTileAlignment = 1024;        // of a swizzle's pattern
+constexpr int kTileAlignment = 1024;  // of a swizzle's pattern
+
+#if DSFP4_ON_HOPPER
 constexpr int kSliceBytes = kTokens * 128;  // 64 columns of a tile
 
 // Nine slices of 64 columns: rows of 8 units, mixed with the row as wgmma's swizzle of 128 bytes.
@@ -36,6 +38,7 @@ __device__ __forceinline__ void score_tile(const std::byte* queries, const std::
   commit_products();
   wait_products<0>();
 }
+#endif
 
 template <bool kFp8, int kTogether>
 __global__ void __launch_bounds__(kThreads, 1)

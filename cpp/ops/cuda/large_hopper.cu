@@ -24,8 +24,7 @@ struct WideShape {
   /// Blocks of a multiprocessor that registers and shared memory allow.
   static constexpr int kResident = kTokens * kTiles > 64 ? 1 : kGroups* kTiles > 1 ? 2 : 4;
   static constexpr int kStages = 4;
-  static constexpr int kUnits = W::kChunk / 8;           // of 16 bytes, a token
-  static constexpr int kAtom = kUnits < 8 ? kUnits : 8;  // units that are swizzled together
+  static constexpr int kUnits = W::kChunk / 8;  // of 16 bytes, a token
   static constexpr int kTokenBytes = kTokens * kUnits * 16;
   static constexpr int kRawBytes = kBlockRows * 64;
   static constexpr int kScaleBytes = kBlockRows * W::kScales;
@@ -42,6 +41,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   constexpr int kTiles = Shape::kTiles;
   constexpr int kThreads = Shape::kThreads;
   constexpr int kBlockRows = Shape::kBlockRows;
+  constexpr int kAtom = Shape::kUnits < 8 ? Shape::kUnits : 8;  // units swizzled together
   constexpr bool kPairs = kWhat == Large::kGateUp;
   extern __shared__ uint4 shared_units[];
   __shared__ std::int32_t out_row[kTokens];
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
                     (kPairs ? row / a.top_k : row) * a.x_stride * 2 + unit * 16;
   }
   const auto token_to = [&](int token) {
-    return unit / Shape::kAtom * (kTokens * Shape::kAtom * 16) + token * Shape::kAtom * 16 +
-           swizzled<Shape::kAtom>(token, unit % Shape::kAtom) * 16;
+    return unit / kAtom * (kTokens * kAtom * 16) + token * kAtom * 16 +
+           swizzled<kAtom>(token, unit % kAtom) * 16;
   };
 
   const auto load_stage = [&](int chunk) {
@@ -221,9 +221,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     constexpr int kSteps = W::kSteps;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      constexpr int kAtomSteps = Shape::kAtom / 2;
-      const auto tokens = tile_descriptor<Shape::kAtom * 16>(
-          stage + step / kAtomSteps * (kTokens * Shape::kAtom * 16) + step % kAtomSteps * 32);
+      constexpr int kAtomSteps = kAtom / 2;
+      const auto tokens = tile_descriptor<kAtom * 16>(
+          stage + step / kAtomSteps * (kTokens * kAtom * 16) + step % kAtomSteps * 32);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         decode_step<kFormat>(low[m], high[m], step, scales[m][0][step / (kSteps / 2)],
