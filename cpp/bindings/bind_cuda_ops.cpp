@@ -66,7 +66,7 @@ class Result {
     auto kept = std::make_unique<OnDevice>(std::move(memory_));
     const nb::capsule owner(kept.get(),
                             [](void* memory) noexcept { delete static_cast<OnDevice*>(memory); });
-    static_cast<void>(kept.release());  // the capsule exists now, and owns it
+    [[maybe_unused]] const OnDevice* owned = kept.release();  // by the capsule
     const std::size_t shape[] = {static_cast<std::size_t>(rows_), static_cast<std::size_t>(cols_)};
     return nb::cast(nb::ndarray<nb::array_api, float, nb::device::cuda>(
         data, 2, shape, owner, nullptr, nb::dtype<float>(), nb::device::cuda::value, index));
@@ -156,6 +156,7 @@ class CudaOps {
                  const ConstArray<float>& weights) const {
     const ops::ConstMatrix x = matrix_of(tensor, "x");
     std::vector<format::WeightView> matrices;
+    matrices.reserve(weights_of_experts.size());
     for (const auto& weight : weights_of_experts) matrices.push_back(weight->view);
     const ExpertTasks given(matrices, x, chosen, weights);
     OnDevice mixing(backend_, weights.nbytes(), "mixing weights");
@@ -189,7 +190,9 @@ class CudaOps {
 }  // namespace
 
 void bind_cuda_ops(nb::module_& m) {
-  nb::class_<CudaWeight>(m, "CudaWeight", "A weight on the GPU; see dsfp4.ops.cuda.");
+  nb::class_<CudaWeight>(m, "CudaWeight", "A weight on the GPU; see dsfp4.ops.cuda.")
+      .def_prop_ro("rows", [](const CudaWeight& weight) { return weight.view.rows; })
+      .def_prop_ro("cols", [](const CudaWeight& weight) { return weight.view.cols; });
   nb::class_<CudaOps>(m, "CudaOps", "Computes single ops on the GPU; see dsfp4.ops.cuda.")
       .def(nb::init<int>(), nb::arg("index"))
       .def_prop_ro("stream", &CudaOps::stream)

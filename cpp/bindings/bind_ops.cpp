@@ -160,6 +160,7 @@ class PyBackend {
                  const ConstArray<std::int32_t>& chosen, const Floats& weights) {
     const ops::ConstMatrix x = matrix_of(x_array, "x");
     std::vector<format::WeightView> matrices;
+    matrices.reserve(expert_weights.size());
     for (const nb::handle weight : expert_weights) {
       matrices.push_back(nb::cast<const EncodedMatrix&>(weight).view());
     }
