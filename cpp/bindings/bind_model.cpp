@@ -38,7 +38,7 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
   return narrow;
 }
 
-MemoryConfig memory_config(std::int64_t prefetch_layers, double expert_threshold) {
+MemoryConfig memory_config(std::optional<std::int64_t> prefetch_layers, double expert_threshold) {
   return {prefetch_layers, expert_threshold};
 }
 
@@ -93,7 +93,7 @@ nb::dict stats(const Model& model) {
 Model load(const std::string& path, const std::string& device, int threads,
            std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
            std::uint64_t ram_limit, const std::optional<nb::callable>& progress,
-           std::int64_t prefetch_layers, double expert_threshold,
+           std::optional<std::int64_t> prefetch_layers, double expert_threshold,
            std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
            const std::string& cache_policy, const std::string& warm_start_folder,
            const std::string& reader, bool direct_reads, const std::string& trace_file) {
@@ -266,18 +266,18 @@ void bind_model(nb::module_& m) {
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
            nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
            nb::arg("memory_limit") = 0.0, nb::arg("ram_limit") = 0,
-           nb::arg("progress") = nb::none(), nb::arg("prefetch_layers") = 0,
+           nb::arg("progress") = nb::none(), nb::arg("prefetch_layers") = nb::none(),
            nb::arg("expert_threshold") = 0.0, nb::arg("cpu_cache_size") = nb::none(),
            nb::arg("prefetch_size") = nb::none(), nb::arg("cache_policy") = "default",
            nb::arg("warm_start_folder") = "", nb::arg("reader") = "auto",
            nb::arg("direct_reads") = true, nb::arg("trace_file") = "")
       .def(
           "set_memory_config",
-          [](Model& model, std::int64_t prefetch_layers, double expert_threshold) {
+          [](Model& model, std::optional<std::int64_t> prefetch_layers, double expert_threshold) {
             const nb::gil_scoped_release released;
             model.set_memory_config(memory_config(prefetch_layers, expert_threshold));
           },
-          nb::arg("prefetch_layers"), nb::arg("expert_threshold"))
+          nb::arg("prefetch_layers").none(), nb::arg("expert_threshold"))
       .def(
           "set_memory_strategy",
           [](Model& model, std::optional<double> cpu_cache_size,

@@ -36,7 +36,8 @@ residency::RamWishes wishes_of(const MemoryStrategy& strategy) {
 
 // The layer that is computed, and those that are read ahead of it.
 std::size_t layer_buffers(const MemoryConfig& config) {
-  return static_cast<std::size_t>(1 + std::max<std::int64_t>(1, config.prefetch_layers));
+  return static_cast<std::size_t>(1 +
+                                  std::max<std::int64_t>(1, config.prefetch_layers.value_or(1)));
 }
 
 // Which bytes of which tensors a matrix is, for WeightCheck.
@@ -58,10 +59,11 @@ void count_reads(const storage::ReaderStats& reader, ModelStats& stats) {
 }  // namespace
 
 void check_memory_config(const MemoryConfig& config) {
-  if (config.prefetch_layers < 0 || config.prefetch_layers > kMostPrefetchLayers) {
+  const std::int64_t ahead = config.prefetch_layers.value_or(0);
+  if (ahead < 0 || ahead > kMostPrefetchLayers) {
     throw ParameterError("prefetch_layers", "must be 0 (off) to " +
                                                 std::to_string(kMostPrefetchLayers) + ", not " +
-                                                std::to_string(config.prefetch_layers));
+                                                std::to_string(ahead));
   }
   if (!(config.expert_threshold >= 0.0 && config.expert_threshold <= 1.0)) {
     throw ParameterError("expert_threshold",
@@ -207,7 +209,9 @@ void Tiers::remember() noexcept {
 void Tiers::configure(const MemoryConfig& config) {
   check_memory_config(config);
   if (tiered_ != nullptr) {
-    tiered_->configure({config.prefetch_layers, static_cast<float>(config.expert_threshold)});
+    tiered_->configure({.prefetch_layers = config.prefetch_layers.value_or(0),
+                        .prompt_prefetch_layers = config.prefetch_layers.value_or(1),
+                        .expert_threshold = static_cast<float>(config.expert_threshold)});
   }
 }
 
@@ -262,9 +266,10 @@ ModelStats Tiers::stats() const {
   stats.used_bytes = runner.used_bytes;
   stats.skipped_pairs = runner.skipped_pairs;
   stats.total_pairs = runner.total_pairs;
-  stats.predicted = runner.predicted;
-  stats.predicted_used = runner.predicted_used;
-  stats.predictable = runner.chosen;
+  const residency::PrefetchStats& prefetch = tiered_->prefetch_stats();
+  stats.predicted = prefetch.predicted;
+  stats.predicted_used = prefetch.predicted_used;
+  stats.predictable = prefetch.chosen;
   stats.image_bytes = store_->image_bytes(0);
   stats.wait_seconds = runner.wait_seconds;
   stats.expert_seconds = runner.compute_seconds;

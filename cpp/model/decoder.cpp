@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "model/rope.h"
+#include "ops/mlp.h"
 
 namespace dsfp4::model {
 namespace {
@@ -41,6 +42,7 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
                         batch.chosen_experts == nullptr;
   if (recorded && backend_.begin_recorded(batch.ids, sequences)) return x;
   backend_.embed(weights_.embed_tokens, batch.ids, x);
+  experts_.begin_step(rows);
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
     const residency::LayerStream::Use use(streamed_, layer);
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
@@ -57,7 +59,7 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
       moe(spec_, layer, weights, expert_choice(batch, layer), backend_, experts_, arena, normed,
           block);
     } else {
-      mlp(weights.mlp, backend_, arena, normed, block);
+      ops::mlp(weights.mlp, backend_, arena, normed, block);
     }
     backend_.add(block, x);
   }
@@ -87,7 +89,7 @@ std::size_t Decoder::scratch_bytes(std::int64_t rows, Phase phase) const {
   const std::size_t stream = 3 * ops::scratch_bytes(rows * spec_.hidden_size) +
                              ops::scratch_bytes(rows * spec_.mla.qk_rope_head_dim);
   return stream + std::max({mla_scratch_bytes(spec_, rows, phase),
-                            mlp_scratch_bytes(spec_.intermediate_size, rows),
+                            ops::mlp_scratch_bytes(spec_.intermediate_size, rows),
                             spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, experts_, rows) : 0});
 }
 

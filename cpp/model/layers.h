@@ -35,9 +35,6 @@ struct ExpertChoice {
 void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const Step& step,
                    ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x,
                    ops::Matrix out);
-/// out = down(silu(gate x) * up x).
-void mlp(const MlpWeights& weights, ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x,
-         ops::Matrix out);
 /// Mixture of experts (DeepSeek-V3, section 2.1.2): out = shared + routed experts of model layer
 /// `layer`.
 void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
@@ -46,7 +43,6 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
 
 /// Scratch bytes that one layer takes from the arena for a step of `rows` rows.
 std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
-std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows);
 std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,
                               std::int64_t rows);
 

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "model/layers.h"
 
 namespace dsfp4::model {
@@ -7,17 +5,6 @@ using ops::ConstMatrix;
 using ops::Matrix;
 using ops::scratch_matrix;
 using ops::ScratchScope;
-
-void mlp(const MlpWeights& weights, ops::Backend& backend, memory::Arena& arena, ConstMatrix x,
-         Matrix out) {
-  const ScratchScope scope(arena);
-  const Matrix gate = scratch_matrix(arena, x.rows, weights.gate_proj.rows);
-  const Matrix up = scratch_matrix(arena, x.rows, weights.up_proj.rows);
-  backend.linear(weights.gate_proj, x, gate);
-  backend.linear(weights.up_proj, x, up);
-  backend.silu_mul(gate, up);
-  backend.linear(weights.down_proj, gate, out);
-}
 
 void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
          const ExpertChoice& choice, ops::Backend& backend, residency::ExpertRunner& experts,
@@ -40,28 +27,14 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
   }
 
   const bool has_shared = spec.shared_intermediate_size > 0;
-  if (has_shared && experts.takes_shared(layer, weights.shared_experts, x.rows, top_k)) {
-    experts.run(layer, x, routing, top_k, arena, out, &weights.shared_experts);
-    return;
-  }
-  if (has_shared) {
-    mlp(weights.shared_experts, backend, arena, x, out);
-  } else {
-    backend.zero(out);
-  }
-  experts.run(layer, x, routing, top_k, arena, out, nullptr);
-}
-
-std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows) {
-  return 2 * ops::scratch_bytes(rows * intermediate_size);
+  experts.run(layer, x, routing, top_k, arena, out, has_shared ? &weights.shared_experts : nullptr);
 }
 
 std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,
                               std::int64_t rows) {
   const std::int64_t top_k = spec.router.top_k;
   return ops::scratch_bytes(rows * spec.router.experts) + 3 * ops::scratch_bytes(rows * top_k) +
-         std::max(mlp_scratch_bytes(spec.shared_intermediate_size, rows),
-                  experts.scratch_bytes(rows, top_k));
+         experts.scratch_bytes(rows, top_k, spec.shared_intermediate_size);
 }
 
 }  // namespace dsfp4::model

@@ -14,23 +14,20 @@ class ExpertRunner {
  public:
   virtual ~ExpertRunner() = default;
 
-  /// y[t] += sum over slots k, ascending, of routing.weights[t, k] * expert(routing.used[t,
-  /// k])(x[t]) with the experts of model layer `layer`. x and y are [tokens, hidden_size];
-  /// `routing` is [tokens, top_k]; scratch comes from `arena` and is given back. `shared`, if not
-  /// null and takes_shared() says so, is one more expert of every token: y[t] = shared(x[t]) + that
-  /// sum.
+  /// A step of `rows` tokens begins: time to read what its first MoE layer is sure to need.
+  virtual void begin_step(std::int64_t rows) { static_cast<void>(rows); }
+
+  /// y[t] = shared(x[t]) + sum over slots k, ascending, of routing.weights[t, k] *
+  /// expert(routing.used[t, k])(x[t]) with the experts of model layer `layer`; `shared` may be
+  /// null. x and y are [tokens, hidden_size]; `routing` is [tokens, top_k]; scratch comes from
+  /// `arena` and is given back.
   virtual void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
                    std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
                    const ops::ExpertView* shared) = 0;
-  virtual bool takes_shared(std::int64_t layer, const ops::ExpertView& shared, std::int64_t tokens,
-                            std::int64_t top_k) const {
-    static_cast<void>(layer), static_cast<void>(shared);
-    static_cast<void>(tokens), static_cast<void>(top_k);
-    return false;
-  }
 
-  /// Arena bytes that run() takes for `tokens` tokens.
-  virtual std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const = 0;
+  /// Arena bytes that run() takes for `tokens` tokens; the shared expert's width may be 0.
+  virtual std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
+                                    std::int64_t shared_intermediate_size) const = 0;
 };
 
 }  // namespace dsfp4::residency

@@ -14,6 +14,8 @@ namespace dsfp4::residency {
 namespace {
 
 constexpr std::chrono::milliseconds kLookAgain{1};
+/// The value of what was read ahead and not used yet.
+constexpr float kUnused = -std::numeric_limits<float>::infinity();
 
 void check_counts(std::size_t slots, std::size_t cache_slots) {
   if (slots == 0 || cache_slots >= slots) {
@@ -196,15 +198,15 @@ void ExpertStore::check(std::span<const ExpertKey> pinned) {
   for (const ExpertKey key : keys) slot_of(key).checked = true;
 }
 
-bool ExpertStore::prefetch(ExpertKey key) {
+ExpertStore::Found ExpertStore::prefetch(ExpertKey key) {
   const std::lock_guard lock(mutex_);
-  if (slot_of_[key] >= 0) return false;
+  if (slot_of_[key] >= 0) return Found::kReady;
   const int number = free_or_passing();
-  if (number < 0) return false;
+  if (number < 0) return Found::kNoRoom;
   read_into(number, key, storage::Priority::kSpeculative);
   slots_[static_cast<std::size_t>(number)].speculative = true;
   stats_.speculative_bytes += image_bytes(key);
-  return true;
+  return Found::kReading;
 }
 
 void ExpertStore::drop_speculation(std::int64_t layer) {
@@ -213,14 +215,16 @@ void ExpertStore::drop_speculation(std::int64_t layer) {
   const auto experts = static_cast<ExpertKey>(options_.experts);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
-    if (!slot.speculative || slot.cancelled || slot.pins > 0) continue;
+    if (!slot.speculative || slot.cancelled || slot.pins > 0 || slot.keep) continue;
     if (static_cast<std::int64_t>(slot.key / experts) != layer) continue;
     if (slot.state == State::kReading) {
       slot.cancelled = true;
       tickets.push_back(slot.ticket);
-    } else if (slot.state == State::kReady) {
-      slot.speculative = false;  // it may still be found until the slot is taken
-      stats_.wasted_bytes += image_bytes(slot.key);
+    } else if (cached_ < options_.cache_slots) {
+      slot.keep = true;  // still unused, so the first to go
+      ++cached_;
+    } else {
+      give_up_speculation(slot);  // it may still be found until the slot is taken
       pass_by(static_cast<int>(i));
     }
   }
@@ -264,7 +268,6 @@ int ExpertStore::find_slot(bool evict) {
     const Slot& slot = slots_[i];
     if (slot.state != State::kReady || slot.pins > 0) continue;
     if (slot.speculative) {  // read ahead for nothing, or too early
-      stats_.wasted_bytes += image_bytes(slot.key);
       best = static_cast<int>(i);
       break;
     }
@@ -277,9 +280,15 @@ int ExpertStore::find_slot(bool evict) {
   if (best < 0) return -1;
   Slot& slot = slots_[static_cast<std::size_t>(best)];
   if (slot.keep) ++stats_.evictions;
+  give_up_speculation(slot);
   slot_of_[slot.key] = -1;
   forget(slot);
   return best;
+}
+
+void ExpertStore::give_up_speculation(Slot& slot) noexcept {
+  if (slot.speculative) stats_.wasted_bytes += image_bytes(slot.key);
+  slot.speculative = false;
 }
 
 // The slot's content is no longer counted as cached.
@@ -362,16 +371,34 @@ void ExpertStore::trim() {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     if (slot.state == State::kReady && slot.keep && slot.pins == 0) {
-      candidates.emplace_back(policy_->value(slot.key), static_cast<int>(i));
+      candidates.emplace_back(slot.speculative ? kUnused : policy_->value(slot.key),
+                              static_cast<int>(i));
     }
   }
   const std::size_t surplus = std::min(cached_ - options_.cache_slots, candidates.size());
   std::ranges::partial_sort(candidates, candidates.begin() + static_cast<std::ptrdiff_t>(surplus));
   for (std::size_t i = 0; i < surplus; ++i) {
-    forget(slots_[static_cast<std::size_t>(candidates[i].second)]);
+    Slot& slot = slots_[static_cast<std::size_t>(candidates[i].second)];
+    forget(slot);
+    give_up_speculation(slot);
     pass_by(candidates[i].second);
     ++stats_.evictions;
   }
+}
+
+std::vector<ExpertKey> ExpertStore::most_valued(std::int64_t layer) const {
+  const std::lock_guard lock(mutex_);
+  const auto experts = static_cast<ExpertKey>(options_.experts);
+  std::vector<std::pair<float, ExpertKey>> values;
+  values.reserve(experts);
+  for (ExpertKey e = 0; e < experts; ++e) {
+    const ExpertKey key = static_cast<ExpertKey>(layer) * experts + e;
+    values.emplace_back(-policy_->value(key), key);
+  }
+  std::ranges::sort(values);
+  std::vector<ExpertKey> keys(experts);
+  std::ranges::transform(values, keys.begin(), [](const auto& pair) { return pair.second; });
+  return keys;
 }
 
 std::size_t ExpertStore::cache_room() const {

@@ -93,10 +93,14 @@ class ExpertStore {
   /// Of a pinned expert that is ready.
   ops::ExpertView view(ExpertKey key) const;
 
-  /// Submits a speculative read if the expert is absent and a slot is free of anything cached.
-  bool prefetch(ExpertKey key);
-  /// Cancels the speculative reads of that MoE layer that are not pinned, and frees their slots.
+  /// Submits a speculative read if the expert is absent and a slot is free of anything cached:
+  /// kReading or kNoRoom; kReady if it is there or on its way.
+  Found prefetch(ExpertKey key);
+  /// Cancels the speculative reads of that MoE layer that are not pinned, and frees their slots;
+  /// what has arrived stays while the cache has room.
   void drop_speculation(std::int64_t layer);
+  /// The experts of a MoE layer by the policy's value, the highest first.
+  std::vector<ExpertKey> most_valued(std::int64_t layer) const;
 
   /// The policy's use(); then gives up cached experts beyond cache_slots.
   void note_use(std::int64_t layer, std::span<const std::int32_t> experts,
@@ -145,6 +149,7 @@ class ExpertStore {
   int free_or_passing();
   void reclaim();
   int find_slot(bool evict);
+  void give_up_speculation(Slot& slot) noexcept;
   void forget(Slot& slot) noexcept;
   void pass_by(int slot);
   void read_into(int slot, ExpertKey key, storage::Priority priority);

@@ -4,7 +4,18 @@
 #include <cstddef>
 #include <numeric>
 
+#include "ops/mlp.h"
+
 namespace dsfp4::residency {
+
+void shared_into(const ops::ExpertView* shared, ops::Backend& backend, memory::Arena& arena,
+                 ops::ConstMatrix x, ops::Matrix y) {
+  if (shared != nullptr) {
+    ops::mlp(*shared, backend, arena, x, y);
+  } else {
+    backend.zero(y);
+  }
+}
 
 std::vector<ChosenExpert> group_by_expert(std::span<const std::int32_t> used,
                                           std::span<std::int32_t> pairs) {

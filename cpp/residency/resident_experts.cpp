@@ -1,7 +1,9 @@
 #include "residency/resident_experts.h"
 
+#include <algorithm>
 #include <vector>
 
+#include "ops/mlp.h"
 #include "ops/scratch.h"
 #include "residency/expert_tasks.h"
 
@@ -14,10 +16,16 @@ void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Rou
   const std::int64_t pairs = x.rows * top_k;
   const auto count = static_cast<std::size_t>(pairs);
   const std::span<const ops::ExpertView> experts = experts_of_(layer);
-  const std::int64_t rows = shared == nullptr ? pairs : pairs + x.rows;
+  const bool in_a_slot =
+      shared != nullptr && backend_.takes_shared(experts, *shared, x.rows, top_k);
+  if (!in_a_slot) shared_into(shared, backend_, arena, x, y);
+  const std::int64_t rows = in_a_slot ? pairs + x.rows : pairs;
   const ops::Matrix hidden = ops::scratch_matrix(arena, rows, moe_intermediate_size_);
   const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
-  if (backend_.routed_experts(experts, routing, top_k, x, hidden, routed, y, shared)) return;
+  if (backend_.routed_experts(experts, routing, top_k, x, hidden, routed, y,
+                              in_a_slot ? shared : nullptr)) {
+    return;
+  }
   std::vector<ops::ExpertTask> tasks;
   for (const ChosenExpert& chosen :
        group_by_expert(routing.used, std::span(arena.take_array<std::int32_t>(count), count))) {
@@ -27,10 +35,13 @@ void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Rou
   backend_.combine(routed, routing.weights, top_k, y);
 }
 
-std::size_t ResidentExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {
+std::size_t ResidentExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k,
+                                           std::int64_t shared_intermediate_size) const {
   const std::int64_t pairs = tokens * top_k;
-  return ops::scratch_bytes(pairs) + ops::scratch_bytes((pairs + tokens) * moe_intermediate_size_) +
-         ops::scratch_bytes(pairs * hidden_size_);
+  return std::max(ops::mlp_scratch_bytes(shared_intermediate_size, tokens),
+                  ops::scratch_bytes(pairs) +
+                      ops::scratch_bytes((pairs + tokens) * moe_intermediate_size_) +
+                      ops::scratch_bytes(pairs * hidden_size_));
 }
 
 }  // namespace dsfp4::residency

@@ -23,11 +23,8 @@ class ResidentExperts final : public ExpertRunner {
 
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
            memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared) override;
-  bool takes_shared(std::int64_t layer, const ops::ExpertView& shared, std::int64_t tokens,
-                    std::int64_t top_k) const override {
-    return backend_.takes_shared(experts_of_(layer), shared, tokens, top_k);
-  }
-  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const override;
+  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
+                            std::int64_t shared_intermediate_size) const override;
 
  private:
   ops::Backend& backend_;

@@ -7,13 +7,12 @@
 #include <numeric>
 #include <utility>
 
+#include "ops/mlp.h"
 #include "ops/scratch.h"
 
 namespace dsfp4::residency {
 namespace {
 
-/// More rows than this are a prompt: its experts pass by the cache once that is full.
-constexpr std::int64_t kDecodeRows = 16;
 /// Experts of a prompt that are computed together; between groups the caller may look up.
 constexpr std::size_t kPromptGroup = 4;
 
@@ -71,6 +70,7 @@ class TieredExperts::Layer {
       reading_.push_back(missing_[done++]);  // ready or not: collect() finds out
     }
     missing_.erase(missing_.begin(), missing_.begin() + static_cast<std::ptrdiff_t>(done));
+    if (missing_.empty()) runner_.prefetcher_.submit();
   }
 
   void compute_all() {
@@ -174,11 +174,15 @@ TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::Rou
       hidden_size_(hidden_size),
       moe_intermediate_size_(moe_intermediate_size),
       trace_(trace),
-      predicted_(routers_.size()) {}
+      prefetcher_(backend, store, router_, routers_) {}
+
+void TieredExperts::begin_step(std::int64_t rows) {
+  if (options_.prompt_prefetch_layers > 0) prefetcher_.expect(rows, router_.top_k);
+}
 
 void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
                         std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
-                        const ops::ExpertView*) {
+                        const ops::ExpertView* shared) {
   const ops::ScratchScope scope(arena);
   const std::int64_t moe_layer = layer - first_layer_;
   const std::int64_t pairs = x.rows * top_k;
@@ -189,7 +193,7 @@ void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routi
 
   Layer work(*this, moe_layer, x, top_k, group_by_expert(routing.used, order), hidden, routed);
   stats_.total_pairs += count;
-  note_prediction(moe_layer, work.chosen());
+  prefetcher_.chosen(moe_layer, work.chosen());
   work.find();
   if (options_.expert_threshold > 0.0f) {
     leave_out(work, routing, top_k, routed);
@@ -197,7 +201,10 @@ void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routi
   work.fetch();
   store_.drop_speculation(moe_layer);
   note_use(moe_layer, routing, x.rows, top_k);
-  predict(moe_layer, x, top_k, arena);
+  const std::int64_t ahead =
+      x.rows > kDecodeRows ? options_.prompt_prefetch_layers : options_.prefetch_layers;
+  prefetcher_.predict(moe_layer, x, top_k, ahead, arena);
+  shared_into(shared, backend_, arena, x, y);
   work.compute_all();
   store_.trim();
   backend_.combine(routed, routing.weights, top_k, y);
@@ -259,52 +266,13 @@ void TieredExperts::note_use(std::int64_t moe_layer, const ops::Routing& routing
   }
 }
 
-void TieredExperts::predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
-                            memory::Arena& arena) {
-  const auto layers = static_cast<std::int64_t>(routers_.size());
-  for (std::int64_t ahead = 1; ahead <= options_.prefetch_layers; ++ahead) {
-    const std::int64_t next = moe_layer + ahead;
-    if (next >= layers) return;
-    const ops::ScratchScope scope(arena);
-    const auto pairs = static_cast<std::size_t>(x.rows * top_k);
-    const auto ints = [&] { return std::span(arena.take_array<std::int32_t>(pairs), pairs); };
-    const RouterView& router = routers_[static_cast<std::size_t>(next)];
-    const ops::Matrix logits = ops::scratch_matrix(arena, x.rows, router_.experts);
-    backend_.linear(router.gate, x, logits, ops::Inputs::kF32);
-    const ops::Routing guess{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs), {}};
-    backend_.route(router_, logits, router.bias, {}, guess);
-
-    // How many rows want each; one row of many is not enough to read for.
-    std::vector<std::int32_t> wanted(static_cast<std::size_t>(router_.experts), 0);
-    for (const std::int32_t e : guess.experts) ++wanted[static_cast<std::size_t>(e)];
-    const std::int32_t least = x.rows > kDecodeRows ? 2 : 1;
-    std::vector<std::int32_t>& predicted = predicted_[static_cast<std::size_t>(next)];
-    if (ahead == 1) predicted.clear();
-    for (const std::int32_t e : guess.experts) {  // best first
-      std::int32_t& count = wanted[static_cast<std::size_t>(e)];
-      if (count < least) continue;
-      count = 0;
-      if (ahead == 1) predicted.push_back(e);
-      store_.prefetch(static_cast<ExpertKey>(next * router_.experts + e));
-    }
-  }
-}
-
-void TieredExperts::note_prediction(std::int64_t moe_layer, std::span<const ChosenExpert> chosen) {
-  std::vector<std::int32_t>& predicted = predicted_[static_cast<std::size_t>(moe_layer)];
-  if (predicted.empty()) return;
-  stats_.predicted += predicted.size();
-  stats_.chosen += chosen.size();
-  for (const ChosenExpert& expert : chosen) {
-    if (std::ranges::find(predicted, expert.expert) != predicted.end()) ++stats_.predicted_used;
-  }
-  predicted.clear();
-}
-
-std::size_t TieredExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {
+std::size_t TieredExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k,
+                                         std::int64_t shared_intermediate_size) const {
   const std::int64_t pairs = tokens * top_k;
-  return 4 * ops::scratch_bytes(pairs) + ops::scratch_bytes(pairs * moe_intermediate_size_) +
-         ops::scratch_bytes(pairs * hidden_size_) + ops::scratch_bytes(tokens * router_.experts);
+  return ops::scratch_bytes(pairs) + ops::scratch_bytes(pairs * moe_intermediate_size_) +
+         ops::scratch_bytes(pairs * hidden_size_) +
+         std::max(prefetcher_.scratch_bytes(tokens, top_k),
+                  ops::mlp_scratch_bytes(shared_intermediate_size, tokens));
 }
 
 }  // namespace dsfp4::residency

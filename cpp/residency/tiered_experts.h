@@ -2,9 +2,9 @@
 // the missing ones are read, and each missing one as soon as it arrives.
 //
 // For one layer: reads of missing experts are submitted first (as many as there are slots), then
-// what the next layers will probably need, then everything that is in RAM is computed, then what
-// arrives, in whatever order; the results are summed in slot order at the end. So neither the
-// cache nor the disk can change a token's bits.
+// what the next layers will probably need, then everything that is in RAM is computed, the shared
+// expert too, then what arrives, in whatever order; the results are summed in slot order at the
+// end. So neither the cache nor the disk can change a token's bits.
 #pragma once
 
 #include <functional>
@@ -15,12 +15,15 @@
 #include "residency/expert_runner.h"
 #include "residency/expert_store.h"
 #include "residency/expert_tasks.h"
+#include "residency/prefetcher.h"
 
 namespace dsfp4::residency {
 
 struct TieredOptions {
   /// The next so many MoE layers' experts are predicted and read when the disk is idle; 0 is off.
   std::int64_t prefetch_layers = 0;
+  /// The same for prompts, whose tokens need most experts between them.
+  std::int64_t prompt_prefetch_layers = 0;
   /// A missing expert whose share of its token's routing weight is below this is left out; 0 is
   /// exact.
   float expert_threshold = 0.0f;
@@ -29,18 +32,9 @@ struct TieredOptions {
 struct TieredStats {
   std::uint64_t skipped_pairs = 0;  // (token, expert) pairs left out by expert_threshold
   std::uint64_t total_pairs = 0;
-  std::uint64_t used_bytes = 0;      // of experts that were computed with, once for each layer step
-  std::uint64_t predicted = 0;       // experts named by the prediction one layer ahead
-  std::uint64_t predicted_used = 0;  // of those, experts that were then chosen
-  std::uint64_t chosen = 0;          // experts chosen in layers that had a prediction
-  double wait_seconds = 0.0;         // in which nothing was left to compute but for reads
-  double compute_seconds = 0.0;      // of experts
-};
-
-/// A layer's router, to predict its choice.
-struct RouterView {
-  format::WeightView gate;
-  std::span<const float> bias;
+  std::uint64_t used_bytes = 0;  // of experts that were computed with, once for each layer step
+  double wait_seconds = 0.0;     // in which nothing was left to compute but for reads
+  double compute_seconds = 0.0;  // of experts
 };
 
 class TieredExperts final : public ExpertRunner {
@@ -51,14 +45,17 @@ class TieredExperts final : public ExpertRunner {
                 std::vector<RouterView> routers, std::int64_t first_layer, std::int64_t hidden_size,
                 std::int64_t moe_intermediate_size, Trace* trace = nullptr);
 
+  void begin_step(std::int64_t rows) override;
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
            memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared) override;
-  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const override;
+  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
+                            std::int64_t shared_intermediate_size) const override;
 
   /// Between steps only.
   void configure(const TieredOptions& options) { options_ = options; }
   const TieredOptions& options() const noexcept { return options_; }
   const TieredStats& stats() const noexcept { return stats_; }
+  const PrefetchStats& prefetch_stats() const noexcept { return prefetcher_.stats(); }
   /// Called between groups of experts; what it throws leaves through run(), with nothing pinned.
   void between_groups(std::function<void()> call) { between_groups_ = std::move(call); }
 
@@ -66,9 +63,6 @@ class TieredExperts final : public ExpertRunner {
   class Layer;  // one run()
 
   void leave_out(Layer& work, const ops::Routing& routing, std::int64_t top_k, ops::Matrix routed);
-  void predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
-               memory::Arena& arena);
-  void note_prediction(std::int64_t moe_layer, std::span<const ChosenExpert> chosen);
   void note_use(std::int64_t moe_layer, const ops::Routing& routing, std::int64_t tokens,
                 std::int64_t top_k);
 
@@ -83,7 +77,7 @@ class TieredExperts final : public ExpertRunner {
   TieredOptions options_;
   TieredStats stats_;
   std::function<void()> between_groups_;
-  std::vector<std::vector<std::int32_t>> predicted_;  // by MoE layer, ascending; of the last step
+  Prefetcher prefetcher_;
 };
 
 }  // namespace dsfp4::residency

@@ -29,9 +29,10 @@ namespace dsfp4 {
 /// How experts and layers that lie on the SSD are brought in. Exact, but for expert_threshold.
 struct MemoryConfig {
   /// How many MoE layers ahead experts are predicted and read while the SSD is idle; 0 (off) to 16.
-  /// Dense weights that are streamed are read so many layers ahead, at least one; that number is
-  /// taken when the model is loaded.
-  std::int64_t prefetch_layers = 0;
+  /// Not given: one for a prompt, whose tokens need most experts between them, and 0 for single
+  /// tokens. Dense weights that are streamed are read so many layers ahead, at least one; that
+  /// number is taken when the model is loaded.
+  std::optional<std::int64_t> prefetch_layers;
   /// An expert that would have to come from the SSD and has less than this share of its token's
   /// routing weight is left out, and the rest scaled to the original sum; 0 (exact) to 1.
   double expert_threshold = 0.0;

@@ -44,7 +44,7 @@ class Memory(TypedDict, total=False):
 
     cpu_cache_size: float | None
     prefetch_size: float | None
-    prefetch_layers: int
+    prefetch_layers: int | None
     expert_threshold: float
     cache_policy: str
     warm_start: bool | str | os.PathLike[str]

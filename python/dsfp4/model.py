@@ -62,7 +62,8 @@ class Model:
     as many layers as must. `cpu_cache_size` is what cached
     experts may take, `prefetch_size` the memory for reads in flight, both in GB; None is planned
     from what is available. `prefetch_layers` and `expert_threshold` are as in
-    `set_memory_config()`. `cache_policy` is "default", "lru", "lfu", "lrfu" or "router".
+    `set_memory_config()`; `prefetch_layers` None is 1 for a prompt, whose tokens need most experts
+    between them, and 0 for single tokens. `cache_policy` is "default", "lru", "lfu", "lrfu" or "router".
     `warm_start` remembers how experts were used in a small file, so that the next load caches them
     at once: False turns it off, a path is the folder to use, True is
     `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
@@ -82,7 +83,7 @@ class Model:
         memory_limit: float | None = None,
         cpu_cache_size: float | None = None,
         prefetch_size: float | None = None,
-        prefetch_layers: int = 0,
+        prefetch_layers: int | None = None,
         expert_threshold: float = 0.0,
         cache_policy: str = "default",
         warm_start: bool | str | os.PathLike[str] = True,
@@ -105,7 +106,7 @@ class Model:
             "memory_limit": check_limit(memory_limit),
             "cpu_cache_size": check_optional("cpu_cache_size", cpu_cache_size),
             "prefetch_size": check_optional("prefetch_size", prefetch_size),
-            "prefetch_layers": check_integer("prefetch_layers", prefetch_layers),
+            "prefetch_layers": check_layers(prefetch_layers),
             "expert_threshold": check_real("expert_threshold", expert_threshold),
             "cache_policy": check_text("cache_policy", cache_policy),
             "warm_start_folder": warm_start_folder(warm_start),
@@ -156,7 +157,7 @@ class Model:
         """
         wanted = dict(self._memory_config)
         if prefetch_layers is not None:
-            wanted["prefetch_layers"] = check_integer("prefetch_layers", prefetch_layers)
+            wanted["prefetch_layers"] = check_layers(prefetch_layers)
         if expert_threshold is not None:
             wanted["expert_threshold"] = check_real("expert_threshold", expert_threshold)
         self._core.set_memory_config(**wanted)
@@ -281,6 +282,11 @@ class Model:
             on_token=on_token,
             on_prefill=on_prefill,
         )
+
+
+def check_layers(prefetch_layers: int | None) -> int | None:
+    """Return a whole number, or None."""
+    return None if prefetch_layers is None else check_integer("prefetch_layers", prefetch_layers)
 
 
 def check_optional(name: str, value: float | None) -> float | None:

@@ -78,7 +78,7 @@ RESIDENCY = st.fixed_dictionaries(
         "slots": st.integers(0, 31),
         "staging": st.integers(1, 12),
         "cache_policy": st.sampled_from(POLICIES),
-        "prefetch_layers": st.integers(0, 2),
+        "prefetch_layers": st.one_of(st.none(), st.integers(0, 2)),
         "reader": st.sampled_from(["auto", "pread"]),
         "direct_reads": st.booleans(),
         "decode": st.booleans(),
@@ -152,6 +152,22 @@ def test_prefetch_finds_experts_before_they_are_asked_for(folder: Path, whole: d
     assert stats["prefetched"] > 0
     assert 0 < stats["predicted_used"] <= stats["predicted"]
     assert stats["predictable"] == 60 * whole.config["num_experts_per_tok"]  # one layer of two
+
+
+def test_a_prompt_reads_the_next_layer_ahead(folder: Path, whole: dsfp4.Model) -> None:
+    ids = random_ids(whole, 60)
+    expected = whole.forward(ids)
+    for prefetch_layers, ahead in ((None, True), (0, False)):
+        model = tiered(folder, 4, prefetch_layers=prefetch_layers)
+        assert np.array_equal(model.forward(ids), expected)
+        stats = model.stats()
+        assert (stats["prefetched"] > 0) == ahead
+        assert (stats["speculative_bytes"] > 0) == ahead
+        experts = stats["misses"] + stats["prefetched"]
+        assert experts * stats["image_bytes"] == stats["demand_bytes"] + stats["prefetched_bytes"]
+    model = tiered(folder, 4)
+    model.forward(ids, decode=True)
+    assert model.stats()["speculative_bytes"] == 0  # single tokens: off, unless asked for
 
 
 def test_settings_between_generations(folder: Path, whole: dsfp4.Model) -> None:

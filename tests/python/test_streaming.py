@@ -90,7 +90,7 @@ def test_below_the_floor_everything_streams_and_below_that_nothing_loads(
     spare=st.floats(0, 8e-3),
     options=st.fixed_dictionaries(
         {
-            "prefetch_layers": st.integers(0, 3),
+            "prefetch_layers": st.one_of(st.none(), st.integers(0, 3)),
             "reader": st.sampled_from(["auto", "pread"]),
             "direct_reads": st.booleans(),
         }

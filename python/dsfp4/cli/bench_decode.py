@@ -40,7 +40,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--cpu-cache-size", type=real(0, 1e6), required=True, metavar="GB")
     parser.add_argument("--prefetch-size", type=real(0, 1e6), metavar="GB")
-    parser.add_argument("--prefetch-layers", type=integer(0, 16), default=0, metavar="N")
+    parser.add_argument("--prefetch-layers", type=integer(0, 16), metavar="N")
     parser.add_argument("--cache-policy", default="default", choices=_core.policy_names())
     parser.add_argument("--tokens", type=integer(2, 1 << 20), default=32, metavar="N")
     parser.add_argument(

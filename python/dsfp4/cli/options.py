@@ -127,9 +127,9 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefetch-layers",
         type=integer(0, 16),
-        default=0,
         metavar="N",
-        help="predict and read experts so many layers ahead; 0, the default, is off",
+        help="predict and read experts so many layers ahead; 0 is off, the default is 1 for prompts "
+        "and 0 for single tokens",
     )
     group.add_argument(
         "--expert-threshold",

@@ -105,7 +105,7 @@ class GenerationFaults : public storage::ReaderTest {
       std::optional<Engine> engine;
       std::int64_t load_reads = 0;
       bool failed = true;
-      const bool ahead = load.memory.prefetch_layers > 0 || load.ram_limit > 0;
+      const bool ahead = load.memory.prefetch_layers != 0 || load.ram_limit > 0;
       try {
         engine.emplace(folder_->path(), load, Machine{faulty, boundless});
         load_reads = system.reads();

@@ -164,8 +164,8 @@ TEST_F(ExpertStoreTest, StreamsPastTheCache) {
 
 TEST_F(ExpertStoreTest, PromotesASpeculativeRead) {
   ExpertStore& store = make(4, 3);
-  EXPECT_TRUE(store.prefetch(9));
-  EXPECT_FALSE(store.prefetch(9));
+  EXPECT_EQ(store.prefetch(9), Found::kReading);
+  EXPECT_EQ(store.prefetch(9), Found::kReady);
   EXPECT_EQ(reader_.reads[0].request.priority, Priority::kSpeculative);
   EXPECT_EQ(store.pin(9, true), Found::kReading);
   EXPECT_EQ(reader_.reads[0].request.priority, Priority::kDemand);
@@ -181,18 +181,47 @@ TEST_F(ExpertStoreTest, SpeculationTakesNothingThatIsCached) {
   ExpertStore& store = make(3, 2);
   bring(0, true);
   bring(1, true);
-  EXPECT_TRUE(store.prefetch(8));
-  EXPECT_FALSE(store.prefetch(9));
+  EXPECT_EQ(store.prefetch(8), Found::kReading);
+  EXPECT_EQ(store.prefetch(9), Found::kNoRoom);
   reader_.complete(2);
   store.drop_speculation(1);
-  EXPECT_TRUE(store.prefetch(9));  // takes the place of 8
+  EXPECT_EQ(store.prefetch(9), Found::kReading);  // takes the place of 8
   EXPECT_EQ(store.stats().wasted_bytes, 50u);
   EXPECT_EQ(store.pin(8, true), Found::kAbsent);
 }
 
+TEST_F(ExpertStoreTest, WhatWasReadAheadInVainStaysWhileThereIsRoomAndGoesFirst) {
+  ExpertStore& store = make(4, 2);
+  EXPECT_EQ(store.prefetch(8), Found::kReading);
+  EXPECT_EQ(store.prefetch(9), Found::kReading);
+  reader_.complete(0);
+  reader_.complete(1);
+  store.drop_speculation(1);
+  EXPECT_EQ(store.cache_room(), 0u);
+  EXPECT_EQ(store.stats().wasted_bytes, 0u);
+  EXPECT_EQ(store.pin(9, true), Found::kReady);  // of use after all
+  store.unpin(9);
+  EXPECT_EQ(store.stats().prefetched, 1u);
+  bring(0, true);
+  store.trim();
+  EXPECT_EQ(store.stats().wasted_bytes, 50u);  // 8
+  EXPECT_EQ(store.pin(9, true), Found::kReady);
+  store.unpin(9);
+}
+
+TEST_F(ExpertStoreTest, NamesTheMostValuedExpertsOfALayerFirst) {
+  ExpertStore& store = make(4, 2);
+  use(1, 2);
+  use(1, 5);
+  const std::vector<ExpertKey> keys = store.most_valued(1);
+  ASSERT_EQ(keys.size(), static_cast<std::size_t>(kExperts));
+  EXPECT_EQ(keys[0], static_cast<ExpertKey>(kExperts + 5));
+  EXPECT_EQ(keys[1], static_cast<ExpertKey>(kExperts + 2));
+}
+
 TEST_F(ExpertStoreTest, ACancelledSpeculationIsReadAgainWhenAskedFor) {
   ExpertStore& store = make(3, 2);
-  EXPECT_TRUE(store.prefetch(8));
+  EXPECT_EQ(store.prefetch(8), Found::kReading);
   store.drop_speculation(1);
   ASSERT_EQ(reader_.cancelled.size(), 1u);
   EXPECT_EQ(store.pin(8, true), Found::kAbsent);

@@ -1,0 +1,22 @@
+#include "ops/mlp.h"
+
+#include "ops/scratch.h"
+
+namespace dsfp4::ops {
+
+void mlp(const ExpertView& weights, Backend& backend, memory::Arena& arena, ConstMatrix x,
+         Matrix out) {
+  const ScratchScope scope(arena);
+  const Matrix gate = scratch_matrix(arena, x.rows, weights.gate_proj.rows);
+  const Matrix up = scratch_matrix(arena, x.rows, weights.up_proj.rows);
+  backend.linear(weights.gate_proj, x, gate);
+  backend.linear(weights.up_proj, x, up);
+  backend.silu_mul(gate, up);
+  backend.linear(weights.down_proj, gate, out);
+}
+
+std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows) {
+  return 2 * scratch_bytes(rows * intermediate_size);
+}
+
+}  // namespace dsfp4::ops

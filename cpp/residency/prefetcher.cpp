@@ -1,0 +1,86 @@
+#include "residency/prefetcher.h"
+
+#include <algorithm>
+
+#include "ops/scratch.h"
+
+namespace dsfp4::residency {
+namespace {
+
+/// With so many (token, slot) pairs for each expert of a layer, next to all of them are chosen.
+constexpr std::int64_t kPairsPerExpert = 8;
+
+}  // namespace
+
+void Prefetcher::expect(std::int64_t rows, std::int64_t top_k) {
+  named_.clear();
+  if (rows * top_k < kPairsPerExpert * router_.experts) return;
+  named_ = store_.most_valued(0);
+  std::ranges::reverse(named_);
+  submit();
+}
+
+void Prefetcher::predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
+                         std::int64_t ahead, memory::Arena& arena) {
+  named_.clear();
+  const auto layers = static_cast<std::int64_t>(routers_.size());
+  const auto pairs = static_cast<std::size_t>(x.rows * top_k);
+  // One row of many that wants an expert is not enough to read it.
+  const std::int32_t least = x.rows > kDecodeRows ? 2 : 1;
+  for (std::int64_t next = moe_layer + 1; next <= moe_layer + ahead && next < layers; ++next) {
+    const ops::ScratchScope scope(arena);
+    const auto ints = [&] { return std::span(arena.take_array<std::int32_t>(pairs), pairs); };
+    const RouterView& router = routers_[static_cast<std::size_t>(next)];
+    const ops::Matrix logits = ops::scratch_matrix(arena, x.rows, router_.experts);
+    backend_.linear(router.gate, x, logits, ops::Inputs::kF32);
+    const ops::Routing guess{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs), {}};
+    backend_.route(router_, logits, router.bias, {}, guess);
+
+    std::vector<std::int32_t> wanted(static_cast<std::size_t>(router_.experts), 0);
+    std::vector<std::int32_t> experts;
+    for (const std::int32_t e : guess.experts) {  // a row's best first
+      if (++wanted[static_cast<std::size_t>(e)] == least) experts.push_back(e);
+    }
+    std::ranges::stable_sort(experts, [&](std::int32_t a, std::int32_t b) {
+      return wanted[static_cast<std::size_t>(a)] > wanted[static_cast<std::size_t>(b)];
+    });
+    name(next, experts);
+    if (next == moe_layer + 1) predicted_[static_cast<std::size_t>(next)] = std::move(experts);
+  }
+  submit();
+}
+
+void Prefetcher::name(std::int64_t moe_layer, std::span<const std::int32_t> experts) {
+  std::vector<ExpertKey> keys(experts.size());
+  std::ranges::transform(experts, keys.rbegin(), [&](std::int32_t e) {
+    return static_cast<ExpertKey>(moe_layer * router_.experts + e);
+  });
+  named_.insert(named_.begin(), keys.begin(), keys.end());
+}
+
+void Prefetcher::submit() {
+  while (!named_.empty() && store_.prefetch(named_.back()) != ExpertStore::Found::kNoRoom) {
+    named_.pop_back();
+  }
+}
+
+void Prefetcher::chosen(std::int64_t moe_layer, std::span<const ChosenExpert> chosen) {
+  const auto first = static_cast<ExpertKey>(moe_layer * router_.experts);
+  std::erase_if(named_, [&](ExpertKey key) {
+    return key >= first && key < first + static_cast<ExpertKey>(router_.experts);
+  });
+  std::vector<std::int32_t>& predicted = predicted_[static_cast<std::size_t>(moe_layer)];
+  if (predicted.empty()) return;
+  stats_.predicted += predicted.size();
+  stats_.chosen += chosen.size();
+  for (const ChosenExpert& expert : chosen) {
+    if (std::ranges::find(predicted, expert.expert) != predicted.end()) ++stats_.predicted_used;
+  }
+  predicted.clear();
+}
+
+std::size_t Prefetcher::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {
+  return 3 * ops::scratch_bytes(tokens * top_k) + ops::scratch_bytes(tokens * router_.experts);
+}
+
+}  // namespace dsfp4::residency

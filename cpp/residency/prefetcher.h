@@ -1,0 +1,70 @@
+// Says what to read while the SSD would idle: the next layers' routers on the hidden state of this
+// one, and, where a prompt is so long that every expert of a layer is needed, all of them.
+//
+// Candidates wait here until a slot is free that holds nothing cached; the store reads them behind
+// every demand.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "memory/arena.h"
+#include "ops/backend.h"
+#include "residency/expert_store.h"
+#include "residency/expert_tasks.h"
+
+namespace dsfp4::residency {
+
+/// A layer's router, to predict its choice.
+struct RouterView {
+  format::WeightView gate;
+  std::span<const float> bias;
+};
+
+struct PrefetchStats {
+  std::uint64_t predicted = 0;       // experts named by the prediction one layer ahead
+  std::uint64_t predicted_used = 0;  // of those, experts that were then chosen
+  std::uint64_t chosen = 0;          // experts chosen in layers that had a prediction
+};
+
+class Prefetcher {
+ public:
+  /// `routers`: one for each MoE layer. All must outlive this.
+  Prefetcher(ops::Backend& backend, ExpertStore& store, const ops::RouterSpec& router,
+             std::span<const RouterView> routers)
+      : backend_(backend),
+        store_(store),
+        router_(router),
+        routers_(routers),
+        predicted_(routers.size()) {}
+
+  /// `rows` tokens are on their way to the first MoE layer: names its experts, the most valued
+  /// first, if they are so many that next to all of them are needed.
+  void expect(std::int64_t rows, std::int64_t top_k);
+  /// Names what the next `ahead` layers will probably choose, from this one's input x. What was
+  /// named before and not begun is forgotten.
+  void predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k, std::int64_t ahead,
+               memory::Arena& arena);
+  /// Submits reads of what was named, as many as there are slots for.
+  void submit();
+  /// The layer's choice is known: forgets what was named for it, and counts.
+  void chosen(std::int64_t moe_layer, std::span<const ChosenExpert> chosen);
+
+  const PrefetchStats& stats() const noexcept { return stats_; }
+  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const;
+
+ private:
+  void name(std::int64_t moe_layer, std::span<const std::int32_t> experts);
+
+  ops::Backend& backend_;
+  ExpertStore& store_;
+  const ops::RouterSpec& router_;
+  std::span<const RouterView> routers_;
+  PrefetchStats stats_;
+  std::vector<std::vector<std::int32_t>> predicted_;  // by MoE layer; of the last step
+  std::vector<ExpertKey> named_;                      // not begun yet, the first last
+};
+
+}  // namespace dsfp4::residency
