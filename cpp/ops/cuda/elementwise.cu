@@ -19,7 +19,51 @@ __global__ void embed_kernel(WeightView table, const std::int32_t* ids, Matrix o
   }
 }
 
-// One block a row. The sum's order depends on the row's width alone.
+// The sum of each thread's value, in an order that depends on nothing; all threads get it.
+__device__ float block_sum(float value) {
+  __shared__ float parts[kNormThreads / 32];
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  return warp_sum(parts[threadIdx.x % 32]);
+}
+
+// One block a row, which it keeps in registers: kFours * 4 * kNormThreads values at most.
+template <int kFours>
+__global__ void __launch_bounds__(kNormThreads)
+    rms_norm_fours_kernel(ConstMatrix x, const float* weight, float eps, Matrix y) {
+  const int fours = static_cast<int>(x.cols / 4);
+  const auto* from = reinterpret_cast<const float4*>(x.data + blockIdx.x * x.stride);
+  auto* to = reinterpret_cast<float4*>(y.data + blockIdx.x * y.stride);
+  float4 weights[kFours];
+#pragma unroll
+  for (int j = 0; j < kFours; ++j) {  // no kernel writes them
+    const int i = static_cast<int>(threadIdx.x) + j * kNormThreads;
+    if (i < fours) weights[j] = reinterpret_cast<const float4*>(weight)[i];
+  }
+  begin_kernel();
+  float4 values[kFours];
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kFours; ++j) {
+    const int i = static_cast<int>(threadIdx.x) + j * kNormThreads;
+    values[j] = i < fours ? from[i] : float4{};
+    const float4& v = values[j];
+    sum += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+  }
+  const float scale = rsqrtf(block_sum(sum) / static_cast<float>(x.cols) + eps);
+#pragma unroll
+  for (int j = 0; j < kFours; ++j) {
+    const int i = static_cast<int>(threadIdx.x) + j * kNormThreads;
+    const float4& v = values[j];
+    const float4& w = weights[j];
+    if (i < fours) {
+      to[i] = {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w};
+    }
+  }
+}
+
+// The same for rows that are longer, or not aligned to 16 bytes.
 __global__ void __launch_bounds__(kNormThreads)
     rms_norm_kernel(ConstMatrix x, const float* weight, float eps, Matrix y) {
   begin_kernel();
@@ -27,14 +71,7 @@ __global__ void __launch_bounds__(kNormThreads)
   float* to = y.data + blockIdx.x * y.stride;
   float sum = 0.0f;
   for (std::int64_t i = threadIdx.x; i < x.cols; i += kNormThreads) sum += from[i] * from[i];
-  __shared__ float parts[kNormThreads / 32];
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kNormThreads / 32; ++w) sum += parts[w];
-  const float scale = rsqrtf(sum / static_cast<float>(x.cols) + eps);
+  const float scale = rsqrtf(block_sum(sum) / static_cast<float>(x.cols) + eps);
   for (std::int64_t i = threadIdx.x; i < x.cols; i += kNormThreads)
     to[i] = from[i] * scale * weight[i];
 }
@@ -151,8 +188,17 @@ bool embed(Device* device, const WeightView* table, const std::int32_t* ids, Mat
 
 bool rms_norm(Device* device, ConstMatrix x, const float* weight, float eps, Matrix y) {
   if (empty(x)) return true;
-  DSFP4_TRY(launch(device, rms_norm_kernel, static_cast<unsigned>(x.rows), kNormThreads, 0, x,
-                   weight, eps, y));
+  const auto aligned = [](const float* row, std::int64_t stride) {
+    return reinterpret_cast<std::uintptr_t>(row) % 16 == 0 && stride % 4 == 0;
+  };
+  const std::int64_t most = 4 * kNormThreads;  // of a thread's first four
+  const bool fours = aligned(x.data, x.stride) && aligned(y.data, y.stride) && aligned(weight, 0) &&
+                     x.cols % 4 == 0 && x.cols <= 2 * most;
+  const auto kernel = !fours           ? rms_norm_kernel
+                      : x.cols <= most ? rms_norm_fours_kernel<1>
+                                       : rms_norm_fours_kernel<2>;
+  DSFP4_TRY(
+      launch(device, kernel, static_cast<unsigned>(x.rows), kNormThreads, 0, x, weight, eps, y));
   return true;
 }
 

@@ -31,17 +31,9 @@ __device__ int take_best(unsigned* ranks, int count) {
       index = i;
     }
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const unsigned other = __shfl_xor_sync(kAll, best, step);
-    const int other_index = __shfl_xor_sync(kAll, index, step);
-    if (other > best || (other == best && other_index < index)) {
-      best = other;
-      index = other_index;
-    }
-  }
-  __syncwarp();
-  if (best == 0) return -1;
+  const unsigned most = __reduce_max_sync(kAll, best);
+  if (most == 0) return -1;
+  index = __reduce_min_sync(kAll, best == most ? index : count);
   if (lane == 0) ranks[index] = 0;
   __syncwarp();
   return index;
