@@ -8,16 +8,16 @@ using ops::Matrix;
 using ops::scratch_matrix;
 using ops::ScratchScope;
 
-// q = W_UQ norm(W_DQ x), or W_Q x in V2-Lite; [rows, heads * (nope + rope)].
-void query(const ModelSpec& spec, const AttentionWeights& weights, ops::Backend& backend,
-           memory::Arena& arena, ConstMatrix x, Matrix q) {
+// q = W_UQ norm(W_DQ x), or W_Q x in V2-Lite; [rows, heads * (nope + rope)]. kv = W_DKV x.
+void project(const ModelSpec& spec, const AttentionWeights& weights, ops::Backend& backend,
+             memory::Arena& arena, ConstMatrix x, Matrix q, Matrix kv) {
   if (spec.q_lora_rank == 0) {
-    backend.linear(weights.q_proj, x, q);
+    backend.linear_pair(weights.q_proj, q, weights.kv_a_proj_with_mqa, kv, x);
     return;
   }
   const ScratchScope scope(arena);
   const Matrix compressed = scratch_matrix(arena, x.rows, spec.q_lora_rank);
-  backend.linear(weights.q_a_proj, x, compressed);
+  backend.linear_pair(weights.q_a_proj, compressed, weights.kv_a_proj_with_mqa, kv, x);
   backend.rms_norm(compressed, weights.q_a_layernorm, kLoraNormEps, compressed);
   backend.linear(weights.q_b_proj, compressed, q);
 }
@@ -41,13 +41,11 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
   const ops::MlaShape& shape = spec.mla;
 
   const Matrix q = scratch_matrix(arena, x.rows, shape.heads * shape.qk_head_dim());
-  query(spec, weights, backend, arena, x, q);
-  backend.rope(q.columns(shape.qk_nope_head_dim, q.cols - shape.qk_nope_head_dim), shape.heads,
-               shape.qk_head_dim(), step.cos_sin);
-
   // What the cache holds: the normed latent, then the key that all heads share, rotated.
   const Matrix kv = scratch_matrix(arena, x.rows, shape.cache_width());
-  backend.linear(weights.kv_a_proj_with_mqa, x, kv);
+  project(spec, weights, backend, arena, x, q, kv);
+  backend.rope(q.columns(shape.qk_nope_head_dim, q.cols - shape.qk_nope_head_dim), shape.heads,
+               shape.qk_head_dim(), step.cos_sin);
   const Matrix latent = kv.columns(0, shape.kv_lora_rank);
   backend.rms_norm(latent, weights.kv_a_layernorm, kLoraNormEps, latent);
   backend.rope(kv.columns(shape.kv_lora_rank, shape.qk_rope_head_dim), 1, 0, step.cos_sin);

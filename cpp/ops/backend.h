@@ -187,6 +187,12 @@ class Backend {
   /// y = x W^T: x [tokens, W.cols], y [tokens, W.rows]. y must not overlap x.
   virtual void linear(const format::WeightView& weight, ConstMatrix x, Matrix y,
                       Inputs inputs = Inputs::kBf16) = 0;
+  /// linear() of two weights with the same number of columns, and the same x.
+  virtual void linear_pair(const format::WeightView& first, Matrix y_first,
+                           const format::WeightView& second, Matrix y_second, ConstMatrix x) {
+    linear(first, x, y_first);
+    linear(second, x, y_second);
+  }
   /// gate = silu(gate) * up.
   virtual void silu_mul(Matrix gate, ConstMatrix up) = 0;
   virtual void zero(Matrix y) = 0;

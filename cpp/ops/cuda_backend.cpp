@@ -188,6 +188,13 @@ void CudaBackend::linear(const format::WeightView& weight, ConstMatrix x, Matrix
   check(plugin_.linear(device_, &weight, x, y, inputs, space));
 }
 
+void CudaBackend::linear_pair(const format::WeightView& first, Matrix y_first,
+                              const format::WeightView& second, Matrix y_second, ConstMatrix x) {
+  std::byte* space = workspace(std::max(plugin_.linear_workspace(device_, &first, x.rows),
+                                        plugin_.linear_workspace(device_, &second, x.rows)));
+  check(plugin_.linear_pair(device_, &first, y_first, &second, y_second, x, space));
+}
+
 void CudaBackend::silu_mul(Matrix gate, ConstMatrix up) {
   check(plugin_.silu_mul(device_, gate, up));
 }

@@ -70,6 +70,8 @@ class CudaBackend final : public Backend {
              Matrix out) override;
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
   void linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) override;
+  void linear_pair(const format::WeightView& first, Matrix y_first,
+                   const format::WeightView& second, Matrix y_second, ConstMatrix x) override;
   void silu_mul(Matrix gate, ConstMatrix up) override;
   void zero(Matrix y) override;
   void add(ConstMatrix x, Matrix y) override;

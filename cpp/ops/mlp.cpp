@@ -9,8 +9,7 @@ void mlp(const ExpertView& weights, Backend& backend, memory::Arena& arena, Cons
   const ScratchScope scope(arena);
   const Matrix gate = scratch_matrix(arena, x.rows, weights.gate_proj.rows);
   const Matrix up = scratch_matrix(arena, x.rows, weights.up_proj.rows);
-  backend.linear(weights.gate_proj, x, gate);
-  backend.linear(weights.up_proj, x, up);
+  backend.linear_pair(weights.gate_proj, gate, weights.up_proj, up, x);
   backend.silu_mul(gate, up);
   backend.linear(weights.down_proj, gate, out);
 }

@@ -14,7 +14,7 @@
 namespace dsfp4::ops::cuda {
 
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 3;
+inline constexpr std::uint32_t kAbiVersion = 4;
 
 struct Device;  // the plugin's own
 
@@ -110,6 +110,10 @@ struct Plugin {
   std::size_t (*linear_workspace)(Device*, const format::WeightView* weight, std::int64_t tokens);
   bool (*linear)(Device*, const format::WeightView* weight, ConstMatrix x, Matrix y, Inputs inputs,
                  std::byte* workspace);
+  /// Two products of one x; the workspace that the larger needs.
+  bool (*linear_pair)(Device*, const format::WeightView* first, Matrix y_first,
+                      const format::WeightView* second, Matrix y_second, ConstMatrix x,
+                      std::byte* workspace);
 
   bool (*kv_append)(Device*, const KvRows* kv, ConstMatrix x);
   std::size_t (*prefill_workspace)(Device*, const MlaShape* shape, std::int64_t max_length,

@@ -24,6 +24,9 @@ bool route(Device*, const RouterSpec* spec, ConstMatrix logits, const float* bia
 std::size_t linear_workspace(Device*, const format::WeightView* weight, std::int64_t tokens);
 bool linear(Device*, const format::WeightView* weight, ConstMatrix x, Matrix y, Inputs inputs,
             std::byte* workspace);
+bool linear_pair(Device*, const format::WeightView* first, Matrix y_first,
+                 const format::WeightView* second, Matrix y_second, ConstMatrix x,
+                 std::byte* workspace);
 
 // linear_plain.cu: any shape and alignment.
 bool linear_plain(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y,
@@ -31,6 +34,8 @@ bool linear_plain(Device*, const format::WeightView& weight, ConstMatrix x, Matr
 
 // linear_small.cu: rows in words of 16 bytes; best up to 8 tokens.
 bool linear_small(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y);
+bool linear_small_pair(Device*, const format::WeightView& first, Matrix y_first,
+                       const format::WeightView& second, Matrix y_second, ConstMatrix x);
 
 // linear_large.cu: rows of whole chunks (32 BF16, 64 FP8, 128 FP4 columns); for many tokens.
 bool linear_large_fit(const format::WeightView& weight);

@@ -32,4 +32,15 @@ bool linear(Device* device, const format::WeightView* weight, ConstMatrix x, Mat
   return linear_small(device, *weight, x, y);
 }
 
+bool linear_pair(Device* device, const format::WeightView* first, Matrix y_first,
+                 const format::WeightView* second, Matrix y_second, ConstMatrix x,
+                 std::byte* workspace) {
+  const bool together = first->format == second->format && first->cols == second->cols &&
+                        has_words(*first) && has_words(*second) && !is_large(*first, x.rows) &&
+                        !is_large(*second, x.rows) && x.rows > 0;
+  if (together) return linear_small_pair(device, *first, y_first, *second, y_second, x);
+  return linear(device, first, x, y_first, Inputs::kBf16, workspace) &&
+         linear(device, second, x, y_second, Inputs::kBf16, workspace);
+}
+
 }  // namespace dsfp4::ops::cuda

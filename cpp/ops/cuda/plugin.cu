@@ -250,6 +250,7 @@ constexpr Plugin kPlugin{
     .route = route,
     .linear_workspace = linear_workspace,
     .linear = linear,
+    .linear_pair = linear_pair,
     .kv_append = kv_append,
     .prefill_workspace = prefill_workspace,
     .prefill_attention = prefill_attention,

@@ -134,6 +134,26 @@ TEST_F(Cuda, LinearOfEveryNumberOfTokens) {
   }
 }
 
+TEST_F(Cuda, LinearPairIsTwoProducts) {
+  const ScratchScope scope(*arena_);
+  for (const WeightFormat format : kAllFormats) {
+    for (const std::int64_t tokens : {1, 3, 8, 20}) {
+      OwnedMatrix x(tokens, 640, 4);
+      const Matrix dx = on_device(x);
+      const WeightFormat other = tokens == 3 ? WeightFormat::kBF16 : format;
+      const format::EncodedMatrix weights[] = {random_weight(format, 100, 640, 1),
+                                               random_weight(other, 36, 640, 2)};
+      OwnedMatrix y[] = {OwnedMatrix(tokens, 100), OwnedMatrix(tokens, 36)};
+      const Matrix dy[] = {on_device(y[0]), on_device(y[1])};
+      for (int i = 0; i < 2; ++i) reference_->linear(weights[i].view(), x.view(), y[i].view());
+      backend_->linear_pair(on_device(weights[0]), dy[0], on_device(weights[1]), dy[1], dx);
+      for (int i = 0; i < 2; ++i) {
+        EXPECT_LT(relative_error(on_host(dy[i]), y[i].values), kTolerance);
+      }
+    }
+  }
+}
+
 // So many that blocks take 256 rows and 128 tokens where a GPU has room for that.
 TEST_F(Cuda, LinearOfManyTokensAndRows) {
   for (const WeightFormat format : kAllFormats) {
@@ -142,7 +162,8 @@ TEST_F(Cuda, LinearOfManyTokensAndRows) {
 }
 
 TEST_F(Cuda, ElementwiseOps) {
-  for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{1, 7}, {5, 300}}) {
+  for (const auto& [rows, cols] :
+       {std::pair<std::int64_t, std::int64_t>{1, 7}, {5, 300}, {2, 7168}, {3, 8196}}) {
     const ScratchScope scope(*arena_);
     OwnedMatrix x(rows, cols, 1);
     OwnedMatrix y(rows, cols, 2);
