@@ -44,12 +44,8 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
   // What the cache holds: the normed latent, then the key that all heads share, rotated.
   const Matrix kv = scratch_matrix(arena, x.rows, shape.cache_width());
   project(spec, weights, backend, arena, x, q, kv);
-  backend.rope(q.columns(shape.qk_nope_head_dim, q.cols - shape.qk_nope_head_dim), shape.heads,
-               shape.qk_head_dim(), step.cos_sin);
-  const Matrix latent = kv.columns(0, shape.kv_lora_rank);
-  backend.rms_norm(latent, weights.kv_a_layernorm, kLoraNormEps, latent);
-  backend.rope(kv.columns(shape.kv_lora_rank, shape.qk_rope_head_dim), 1, 0, step.cos_sin);
-  backend.kv_append(step.sequences, kv);
+  backend.mla_inputs(shape, step.sequences, step.cos_sin, weights.kv_a_layernorm, kLoraNormEps, q,
+                     kv);
 
   const Matrix heads = scratch_matrix(arena, x.rows, shape.heads * shape.v_head_dim);
   if (step.phase == Phase::kPrefill) {

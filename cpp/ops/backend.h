@@ -206,6 +206,19 @@ class Backend {
 
   /// Stores each row [latent | rotated key] (x.cols = cache_width) at its token's place.
   virtual void kv_append(std::span<const SequenceRows> batch, ConstMatrix x) = 0;
+  /// What lies between projections and attention: rope() of each head's last values in q, and of
+  /// the key in kv [latent | key]; rms_norm() of the latent; kv_append() of that. kv's values are
+  /// undefined afterwards.
+  virtual void mla_inputs(const MlaShape& shape, std::span<const SequenceRows> batch,
+                          ConstMatrix cos_sin, std::span<const float> kv_norm, float eps, Matrix q,
+                          Matrix kv) {
+    rope(q.columns(shape.qk_nope_head_dim, q.cols - shape.qk_nope_head_dim), shape.heads,
+         shape.qk_head_dim(), cos_sin);
+    const Matrix latent = kv.columns(0, shape.kv_lora_rank);
+    rms_norm(latent, kv_norm, eps, latent);
+    rope(kv.columns(shape.kv_lora_rank, shape.qk_rope_head_dim), 1, 0, cos_sin);
+    kv_append(batch, kv);
+  }
   /// Prefill. Each head's keys and values are expanded from the cached latents by kv_b_proj
   /// [heads * (nope + v), kv_lora_rank], then causal attention.
   /// q: [tokens, heads * (nope + rope)]; out: [tokens, heads * v].

@@ -263,6 +263,14 @@ void CudaBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) 
   check(plugin_.kv_append(device_, &kv, x));
 }
 
+void CudaBackend::mla_inputs(const MlaShape& shape, std::span<const SequenceRows> batch,
+                             ConstMatrix cos_sin, std::span<const float> kv_norm, float eps,
+                             Matrix q, Matrix kv) {
+  if (batch.empty()) return;
+  const cuda::KvRows rows = rows_of(batch);
+  check(plugin_.mla_inputs(device_, &shape, &rows, cos_sin, kv_norm.data(), eps, q, kv));
+}
+
 void CudaBackend::prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
                                     std::span<const SequenceRows> batch, ConstMatrix q,
                                     Matrix out) {

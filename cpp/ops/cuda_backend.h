@@ -78,6 +78,8 @@ class CudaBackend final : public Backend {
   void rope(Matrix x, std::int64_t heads, std::int64_t head_stride, ConstMatrix cos_sin) override;
 
   void kv_append(std::span<const SequenceRows> batch, ConstMatrix x) override;
+  void mla_inputs(const MlaShape& shape, std::span<const SequenceRows> batch, ConstMatrix cos_sin,
+                  std::span<const float> kv_norm, float eps, Matrix q, Matrix kv) override;
   void prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
                          std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) override;
   void absorb_query(const MlaShape& shape, const format::WeightView& kv_b_proj, ConstMatrix q,

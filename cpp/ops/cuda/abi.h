@@ -116,6 +116,8 @@ struct Plugin {
                       std::byte* workspace);
 
   bool (*kv_append)(Device*, const KvRows* kv, ConstMatrix x);
+  bool (*mla_inputs)(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix cos_sin,
+                     const float* kv_norm, float eps, Matrix q, Matrix x);
   std::size_t (*prefill_workspace)(Device*, const MlaShape* shape, std::int64_t max_length,
                                    std::int64_t rows);
   bool (*prefill_attention)(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,

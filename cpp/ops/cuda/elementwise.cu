@@ -20,12 +20,13 @@ __global__ void embed_kernel(WeightView table, const std::int32_t* ids, Matrix o
 }
 
 // The sum of each thread's value, in an order that depends on nothing; all threads get it.
+template <int kCount>
 __device__ float block_sum(float value) {
-  __shared__ float parts[kNormThreads / 32];
+  __shared__ float parts[kCount / 32];
   value = warp_sum(value);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();
-  return warp_sum(parts[threadIdx.x % 32]);
+  return warp_sum(threadIdx.x % 32 < kCount / 32 ? parts[threadIdx.x % 32] : 0.0f);
 }
 
 // One block a row, which it keeps in registers: kFours * 4 * kNormThreads values at most.
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kNormThreads)
     const float4& v = values[j];
     sum += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
   }
-  const float scale = rsqrtf(block_sum(sum) / static_cast<float>(x.cols) + eps);
+  const float scale = rsqrtf(block_sum<kNormThreads>(sum) / static_cast<float>(x.cols) + eps);
 #pragma unroll
   for (int j = 0; j < kFours; ++j) {
     const int i = static_cast<int>(threadIdx.x) + j * kNormThreads;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kNormThreads)
   float* to = y.data + blockIdx.x * y.stride;
   float sum = 0.0f;
   for (std::int64_t i = threadIdx.x; i < x.cols; i += kNormThreads) sum += from[i] * from[i];
-  const float scale = rsqrtf(block_sum(sum) / static_cast<float>(x.cols) + eps);
+  const float scale = rsqrtf(block_sum<kNormThreads>(sum) / static_cast<float>(x.cols) + eps);
   for (std::int64_t i = threadIdx.x; i < x.cols; i += kNormThreads)
     to[i] = from[i] * scale * weight[i];
 }
@@ -137,22 +138,64 @@ __device__ unsigned char to_e4m3(float value) {
   return static_cast<unsigned char>(sign | (kept - ((127u - 7u) << 3)));
 }
 
+__device__ void store(const KvRows& kv, std::byte* block, std::int64_t at, float value) {
+  std::byte* layer = block + kv.layer_offset;
+  if (kv.format == KvFormat::kBf16) {
+    reinterpret_cast<__nv_bfloat16*>(layer)[at] = __float2bfloat16_rn(value);
+  } else if (kv.format == KvFormat::kFp8) {
+    reinterpret_cast<unsigned char*>(layer)[at] = to_e4m3(value / kv.scale);
+  } else {
+    reinterpret_cast<float*>(layer)[at] = value;
+  }
+}
+
 __global__ void kv_append_kernel(KvRows kv, ConstMatrix x) {
   begin_kernel();
   const RowPlace place = kv.rows[blockIdx.x];
   std::byte* block = kv.blocks[place.first_block + place.position / kKvBlockTokens];
   const std::int64_t at = place.position % kKvBlockTokens * x.cols;
   const float* from = x.data + blockIdx.x * x.stride;
-  for (std::int64_t i = threadIdx.x; i < x.cols; i += kThreads) {
-    if (kv.format == KvFormat::kBf16) {
-      reinterpret_cast<__nv_bfloat16*>(block + kv.layer_offset)[at + i] =
-          __float2bfloat16_rn(from[i]);
-    } else if (kv.format == KvFormat::kFp8) {
-      reinterpret_cast<unsigned char*>(block + kv.layer_offset)[at + i] =
-          to_e4m3(from[i] / kv.scale);
-    } else {
-      reinterpret_cast<float*>(block + kv.layer_offset)[at + i] = from[i];
-    }
+  for (std::int64_t i = threadIdx.x; i < x.cols; i += kThreads) store(kv, block, at + i, from[i]);
+}
+
+// (row, part): part 0 stores the row [latent | key] in the cache, the others rotate 256 pairs of q.
+__global__ void __launch_bounds__(kThreads)
+    mla_inputs_kernel(MlaShape shape, KvRows kv, ConstMatrix cos_sin, const float* kv_norm,
+                      float eps, Matrix q, ConstMatrix x) {
+  begin_kernel();
+  const int row = static_cast<int>(blockIdx.y);
+  const int pairs = static_cast<int>(shape.qk_rope_head_dim / 2);
+  const float* angles = cos_sin.data + row * cos_sin.stride;
+  const auto rotated = [&](const float* v, int pair) {
+    const float c = angles[2 * pair];
+    const float s = angles[2 * pair + 1];
+    return float2{v[0] * c - v[1] * s, v[1] * c + v[0] * s};
+  };
+  if (blockIdx.x > 0) {
+    const int i = static_cast<int>(blockIdx.x - 1) * kThreads + static_cast<int>(threadIdx.x);
+    if (i >= static_cast<int>(shape.heads) * pairs) return;
+    float* v = q.data + row * q.stride + i / pairs * shape.qk_head_dim() + shape.qk_nope_head_dim +
+               2 * (i % pairs);
+    const float2 turned = rotated(v, i % pairs);
+    v[0] = turned.x;
+    v[1] = turned.y;
+    return;
+  }
+  const int rank = static_cast<int>(shape.kv_lora_rank);
+  const RowPlace place = kv.rows[row];
+  std::byte* block = kv.blocks[place.first_block + place.position / kKvBlockTokens];
+  const std::int64_t at = place.position % kKvBlockTokens * x.cols;
+  const float* from = x.data + row * x.stride;
+  float sum = 0.0f;
+  for (int i = static_cast<int>(threadIdx.x); i < rank; i += kThreads) sum += from[i] * from[i];
+  const float scale = rsqrtf(block_sum<kThreads>(sum) / static_cast<float>(rank) + eps);
+  for (int i = static_cast<int>(threadIdx.x); i < rank; i += kThreads) {
+    store(kv, block, at + i, from[i] * scale * kv_norm[i]);
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < pairs; i += kThreads) {
+    const float2 turned = rotated(from + rank + 2 * i, i);
+    store(kv, block, at + rank + 2 * i, turned.x);
+    store(kv, block, at + rank + 2 * i + 1, turned.y);
   }
 }
 
@@ -188,11 +231,11 @@ bool embed(Device* device, const WeightView* table, const std::int32_t* ids, Mat
 
 bool rms_norm(Device* device, ConstMatrix x, const float* weight, float eps, Matrix y) {
   if (empty(x)) return true;
-  const auto aligned = [](const float* row, std::int64_t stride) {
-    return reinterpret_cast<std::uintptr_t>(row) % 16 == 0 && stride % 4 == 0;
+  const auto in_fours = [](ConstMatrix m) {
+    return reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0 && m.stride % 4 == 0;
   };
   const std::int64_t most = 4 * kNormThreads;  // of a thread's first four
-  const bool fours = aligned(x.data, x.stride) && aligned(y.data, y.stride) && aligned(weight, 0) &&
+  const bool fours = in_fours(x) && in_fours(y) && in_fours({weight, 1, x.cols, 0}) &&
                      x.cols % 4 == 0 && x.cols <= 2 * most;
   const auto kernel = !fours           ? rms_norm_kernel
                       : x.cols <= most ? rms_norm_fours_kernel<1>
@@ -240,6 +283,16 @@ bool kv_append(Device* device, const KvRows* kv, ConstMatrix x) {
   if (kv->count == 0) return true;
   DSFP4_TRY(
       launch(device, kv_append_kernel, static_cast<unsigned>(kv->count), kThreads, 0, *kv, x));
+  return true;
+}
+
+bool mla_inputs(Device* device, const MlaShape* shape, const KvRows* kv, ConstMatrix cos_sin,
+                const float* kv_norm, float eps, Matrix q, Matrix x) {
+  if (kv->count == 0) return true;
+  const dim3 grid(1 + blocks_for(shape->heads * shape->qk_rope_head_dim / 2, kThreads),
+                  static_cast<unsigned>(kv->count));
+  DSFP4_TRY(launch(device, mla_inputs_kernel, grid, kThreads, 0, *shape, *kv, cos_sin, kv_norm, eps,
+                   q, x));
   return true;
 }
 

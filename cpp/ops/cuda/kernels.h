@@ -15,6 +15,8 @@ bool add(Device*, ConstMatrix x, Matrix y);
 bool rope(Device*, Matrix x, std::int64_t heads, std::int64_t head_stride, ConstMatrix cos_sin);
 bool combine(Device*, ConstMatrix pairs, const float* weights, std::int64_t top_k, Matrix y);
 bool kv_append(Device*, const KvRows* kv, ConstMatrix x);
+bool mla_inputs(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix cos_sin,
+                const float* kv_norm, float eps, Matrix q, Matrix x);
 
 // route.cu
 bool route(Device*, const RouterSpec* spec, ConstMatrix logits, const float* bias,

@@ -252,6 +252,7 @@ constexpr Plugin kPlugin{
     .linear = linear,
     .linear_pair = linear_pair,
     .kv_append = kv_append,
+    .mla_inputs = mla_inputs,
     .prefill_workspace = prefill_workspace,
     .prefill_attention = prefill_attention,
     .absorb_query = absorb_query,

@@ -258,7 +258,7 @@ TEST_F(Cuda, RouterChoosesAsTheHost) {
   }
 }
 
-// Two sequences of different age in one batch, their caches filled by kv_append.
+// Two sequences of different age in one batch, their caches filled by kv_append, then mla_inputs.
 class CudaAttention : public Cuda {
  protected:
   struct Case {
@@ -303,9 +303,13 @@ class CudaAttention : public Cuda {
     OwnedMatrix out(rows, c.shape.heads * c.shape.v_head_dim);
     OwnedMatrix q_abs(rows, c.shape.heads * c.shape.kv_lora_rank);
     OwnedMatrix attended(rows, c.shape.heads * c.shape.kv_lora_rank);
-    backend.kv_append(batch, place(latents));
     const format::WeightView w = host ? weight.view() : on_device(weight);
     const Matrix q_view = place(q);
+    OwnedMatrix angles(rows, c.shape.qk_rope_head_dim, 32);
+    const std::vector<float> norm = random_values(c.shape.kv_lora_rank, 33);
+    const float* norm_there = host ? norm.data() : on_device(norm.data(), norm.size());
+    backend.mla_inputs(c.shape, batch, place(angles), {norm_there, norm.size()}, 1e-6f, q_view,
+                       place(latents));
     const Matrix out_view = place(out);
     if (decode) {
       const Matrix abs_view = place(q_abs);
