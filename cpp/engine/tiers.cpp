@@ -209,9 +209,7 @@ void Tiers::remember() noexcept {
 void Tiers::configure(const MemoryConfig& config) {
   check_memory_config(config);
   if (tiered_ != nullptr) {
-    tiered_->configure({.prefetch_layers = config.prefetch_layers.value_or(0),
-                        .prompt_prefetch_layers = config.prefetch_layers.value_or(1),
-                        .expert_threshold = static_cast<float>(config.expert_threshold)});
+    tiered_->configure({config.prefetch_layers, static_cast<float>(config.expert_threshold)});
   }
 }
 

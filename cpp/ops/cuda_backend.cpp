@@ -88,7 +88,7 @@ void CudaBackend::Buffer::release(CudaMemory& source) noexcept {
 
 CudaBackend::CudaBackend(int index, std::uint64_t memory_limit) : plugin_(cuda_plugin()) {
   const cuda::DeviceInfo before = cuda_device(index);
-  check(plugin_.open(index, &device_));
+  check(plugin_.open(index, cuda_kernels_are_portable(), &device_));
   std::uint64_t free = 0;
   std::uint64_t total = 0;
   check(plugin_.memory(device_, &free, &total));

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <dlfcn.h>
 #include <filesystem>
+#include <string_view>
 
 #include "dsfp4/error.h"
 
@@ -90,6 +91,14 @@ cuda::DeviceInfo cuda_device(int index) {
   const std::string refusal = cuda_refusal(info, index);
   if (!refusal.empty()) throw CudaError(refusal);
   return info;
+}
+
+bool cuda_kernels_are_portable() {
+  const char* value = std::getenv("DSFP4_CUDA_KERNELS");
+  const std::string_view word = value == nullptr ? "" : value;
+  if (word.empty() || word == "portable") return !word.empty();
+  throw ParameterError("DSFP4_CUDA_KERNELS",
+                       "must be 'portable' or empty, not '" + std::string(word) + "'");
 }
 
 }  // namespace dsfp4::ops

@@ -15,6 +15,10 @@ const cuda::Plugin& cuda_plugin();
 /// no GPU of this index, one too old (compute capability under 8.0), or too old a driver.
 cuda::DeviceInfo cuda_device(int index);
 
+/// Whether the environment's DSFP4_CUDA_KERNELS is "portable": only kernels that every GPU can run.
+/// Throws ParameterError if it is something else; empty is as if it were not there.
+bool cuda_kernels_are_portable();
+
 /// The sentence why `info` cannot be used; empty if it can. For cuda_device() and its tests.
 std::string cuda_refusal(const cuda::DeviceInfo& info, int index);
 

@@ -177,7 +177,11 @@ TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::Rou
       prefetcher_(backend, store, router_, routers_) {}
 
 void TieredExperts::begin_step(std::int64_t rows) {
-  if (options_.prompt_prefetch_layers > 0) prefetcher_.expect(rows, router_.top_k);
+  if (layers_ahead(rows) > 0) prefetcher_.expect(rows, router_.top_k);
+}
+
+std::int64_t TieredExperts::layers_ahead(std::int64_t rows) const {
+  return options_.prefetch_layers.value_or(rows > kDecodeRows || store_.cache_room() > 0 ? 1 : 0);
 }
 
 void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
@@ -201,9 +205,7 @@ void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routi
   work.fetch();
   store_.drop_speculation(moe_layer);
   note_use(moe_layer, routing, x.rows, top_k);
-  const std::int64_t ahead =
-      x.rows > kDecodeRows ? options_.prompt_prefetch_layers : options_.prefetch_layers;
-  prefetcher_.predict(moe_layer, x, top_k, ahead, arena);
+  prefetcher_.predict(moe_layer, x, top_k, layers_ahead(x.rows), arena);
   shared_into(shared, backend_, arena, x, y);
   work.compute_all();
   store_.trim();

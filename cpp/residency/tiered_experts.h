@@ -8,6 +8,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -21,9 +22,9 @@ namespace dsfp4::residency {
 
 struct TieredOptions {
   /// The next so many MoE layers' experts are predicted and read when the disk is idle; 0 is off.
-  std::int64_t prefetch_layers = 0;
-  /// The same for prompts, whose tokens need most experts between them.
-  std::int64_t prompt_prefetch_layers = 0;
+  /// Not given: 1 where it is sure to pay, for prompts, whose tokens need most experts between
+  /// them, and while the cache has room; else 0.
+  std::optional<std::int64_t> prefetch_layers;
   /// A missing expert whose share of its token's routing weight is below this is left out; 0 is
   /// exact.
   float expert_threshold = 0.0f;
@@ -62,6 +63,7 @@ class TieredExperts final : public ExpertRunner {
  private:
   class Layer;  // one run()
 
+  std::int64_t layers_ahead(std::int64_t rows) const;
   void leave_out(Layer& work, const ops::Routing& routing, std::int64_t top_k, ops::Matrix routed);
   void note_use(std::int64_t moe_layer, const ops::Routing& routing, std::int64_t tokens,
                 std::int64_t top_k);

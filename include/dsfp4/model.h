@@ -29,9 +29,9 @@ namespace dsfp4 {
 /// How experts and layers that lie on the SSD are brought in. Exact, but for expert_threshold.
 struct MemoryConfig {
   /// How many MoE layers ahead experts are predicted and read while the SSD is idle; 0 (off) to 16.
-  /// Not given: one for a prompt, whose tokens need most experts between them, and 0 for single
-  /// tokens. Dense weights that are streamed are read so many layers ahead, at least one; that
-  /// number is taken when the model is loaded.
+  /// Not given: 1 where it is sure to pay, for a prompt, whose tokens need most experts between
+  /// them, and while the cache has room; else 0. Dense weights that are streamed are read so many
+  /// layers ahead, at least one; that number is taken when the model is loaded.
   std::optional<std::int64_t> prefetch_layers;
   /// An expert that would have to come from the SSD and has less than this share of its token's
   /// routing weight is left out, and the rest scaled to the original sum; 0 (exact) to 1.

@@ -63,9 +63,9 @@ class Model:
     experts may take, `prefetch_size` the memory for reads in flight, both in GB; None is planned
     from what is available. `prefetch_layers` and `expert_threshold` are as in
     `set_memory_config()`; `prefetch_layers` None is 1 for a prompt, whose tokens need most experts
-    between them, and 0 for single tokens. `cache_policy` is "default", "lru", "lfu", "lrfu" or "router".
-    `warm_start` remembers how experts were used in a small file, so that the next load caches them
-    at once: False turns it off, a path is the folder to use, True is
+    between them, and while the cache has room, else 0. `cache_policy` is "default", "lru", "lfu",
+    "lrfu" or "router". `warm_start` remembers how experts were used in a small file, so that the
+    next load caches them at once: False turns it off, a path is the folder to use, True is
     `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
     `direct_reads` False goes through the page cache. `trace` is a file for a timeline that Perfetto
     (ui.perfetto.dev) opens: steps, computing, waits and reads; it is whole once the model is gone.

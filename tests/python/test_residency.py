@@ -165,9 +165,23 @@ def test_a_prompt_reads_the_next_layer_ahead(folder: Path, whole: dsfp4.Model) -
         assert (stats["speculative_bytes"] > 0) == ahead
         experts = stats["misses"] + stats["prefetched"]
         assert experts * stats["image_bytes"] == stats["demand_bytes"] + stats["prefetched_bytes"]
-    model = tiered(folder, 4)
-    model.forward(ids, decode=True)
-    assert model.stats()["speculative_bytes"] == 0  # single tokens: off, unless asked for
+
+
+def test_single_tokens_read_ahead_while_the_cache_has_room(
+    folder: Path, whole: dsfp4.Model
+) -> None:
+    ids = random_ids(whole, 60)
+    expected = whole.forward(ids, decode=True)
+    model = tiered(folder, 12)
+    assert np.array_equal(model.forward(ids, decode=True), expected)
+    filled = model.stats()
+    assert filled["prefetched"] > 0
+    assert np.array_equal(model.forward(ids, decode=True), expected)
+    assert model.stats()["speculative_bytes"] == filled["speculative_bytes"]
+    off = tiered(folder, 12, prefetch_layers=0)
+    off.forward(ids, decode=True)
+    assert off.stats()["speculative_bytes"] == 0
+    assert filled["misses"] <= off.stats()["misses"]
 
 
 def test_settings_between_generations(folder: Path, whole: dsfp4.Model) -> None:

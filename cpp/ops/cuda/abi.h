@@ -77,8 +77,9 @@ struct Plugin {
   const Failure* (*failure)();
   /// Says what is there, without making a context; info->count 0 is no failure.
   bool (*probe)(int index, DeviceInfo* info);
-  /// Makes a context on device `index` and a stream.
-  bool (*open)(int index, Device** device);
+  /// Makes a context on device `index` and a stream. `portable`: without the kernels that only some
+  /// GPUs can run.
+  bool (*open)(int index, bool portable, Device** device);
   void (*close)(Device*);
 
   bool (*memory)(Device*, std::uint64_t* free, std::uint64_t* total);

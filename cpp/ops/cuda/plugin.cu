@@ -1,5 +1,4 @@
 // The table that the core loads, and what is not a kernel: the device, its memory, graphs.
-#include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -72,7 +71,7 @@ bool probe(int index, DeviceInfo* info) {
   return true;
 }
 
-bool open(int index, Device** device) {
+bool open(int index, [[maybe_unused]] bool portable, Device** device) {
   DSFP4_TRY(cudaSetDevice(index));
   cudaDeviceProp properties{};
   DSFP4_TRY(cudaGetDeviceProperties(&properties, index));
@@ -80,9 +79,7 @@ bool open(int index, Device** device) {
   opened->index = index;
   opened->major = properties.major;
 #if defined(DSFP4_WGMMA)
-  const char* kernels = std::getenv("DSFP4_CUDA_KERNELS");
-  opened->wgmma =
-      properties.major == 9 && (kernels == nullptr || std::strcmp(kernels, "portable") != 0);
+  opened->wgmma = properties.major == 9 && !portable;
 #endif
   opened->multiprocessors = properties.multiProcessorCount;
   opened->shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);

@@ -128,8 +128,8 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         "--prefetch-layers",
         type=integer(0, 16),
         metavar="N",
-        help="predict and read experts so many layers ahead; 0 is off, the default is 1 for prompts "
-        "and 0 for single tokens",
+        help="predict and read experts so many layers ahead; 0 is off, the default is 1 for "
+        "prompts and while the cache has room, else 0",
     )
     group.add_argument(
         "--expert-threshold",

@@ -30,6 +30,18 @@ using testing::relative_error;
 
 constexpr double kTolerance = 5e-3;  // BF16 inputs
 
+TEST(CudaPlugin, AnUnknownChoiceOfKernelsIsNamed) {
+  const char* before = std::getenv("DSFP4_CUDA_KERNELS");
+  const std::string kept = before == nullptr ? "" : before;
+  ::setenv("DSFP4_CUDA_KERNELS", "portable", 1);
+  EXPECT_TRUE(cuda_kernels_are_portable());
+  ::setenv("DSFP4_CUDA_KERNELS", "", 1);
+  EXPECT_FALSE(cuda_kernels_are_portable());
+  ::setenv("DSFP4_CUDA_KERNELS", "protable", 1);
+  EXPECT_THROW(cuda_kernels_are_portable(), ParameterError);
+  ::setenv("DSFP4_CUDA_KERNELS", kept.c_str(), 1);
+}
+
 TEST(CudaPlugin, RefusalsAreOneSentenceEach) {
   cuda::DeviceInfo info;
   info.runtime_version = 13000;
