@@ -126,6 +126,8 @@ struct Plugin {
                             std::byte* workspace);
   bool (*absorb_query)(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
                        ConstMatrix q, Matrix q_abs);
+  /// Reads the cache before the kernel before it has ended: absorb_query(), or something else, must
+  /// come between mla_inputs() or kv_append() and latent_attention().
   std::size_t (*latent_workspace)(Device*, const MlaShape* shape, std::int64_t rows,
                                   std::int64_t max_length);
   bool (*latent_attention)(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     add_values(tile, warp, sums);
   }
 
-  const std::int64_t base = (work.row * splits + work.split) * shape.heads;
+  const std::int64_t first = Partial::first(shape, work, splits);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
@@ -251,68 +251,84 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int h = a * 16 + r * 8 + lane / 4;
-      if (work.first_head + h >= shape.heads) continue;
-      partial.largest[base + work.first_head + h] = largest[r];
-      partial.total[base + work.first_head + h] = totals[0][h] + totals[1][h];
+      partial.largest[first + h] = largest[r];
+      partial.total[first + h] = totals[0][h] + totals[1][h];
     }
   }
   const float unscale = kFp8 ? kv.scale : 1.0f;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
+    const int h = m * 16 + lane / 4;
+    const float low = average_of(totals[0][h] + totals[1][h], unscale);
+    const float high = average_of(totals[0][h + 8] + totals[1][h + 8], unscale);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t head = work.first_head + m * 16 + half * 8 + lane / 4;
-      if (head >= shape.heads) continue;
-      float* to = partial.sums + (base + head) * kLatent + warp * 64 + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        *reinterpret_cast<float2*>(to + n * 8) = {sums[m][n][2 * half] * unscale,
-                                                  sums[m][n][2 * half + 1] * unscale};
-      }
+    for (int n = 0; n < 8; ++n) {
+      partial.store(first, m, warp * 8 + n, lane, sums[m][n], low, high);
     }
   }
 }
 
-// One block a (head, row). Four groups of threads add up every fourth split each, then the groups.
+// One block a (head and the one 8 below it, half of the columns, row). Four groups of threads add
+// up every fourth split each, then the groups.
 constexpr int kMostSplits = 256;
-constexpr int kGroup = kLatent / 4;  // threads, of four columns each
+constexpr int kGroup = kLatent / 4;  // threads, of two columns of both heads each
 constexpr int kGroups = 4;
 
 __global__ void __launch_bounds__(kGroup* kGroups)
-    combine_kernel(std::int64_t heads, int splits, Partial partial, Matrix out) {
-  __shared__ float weights[kMostSplits];
-  __shared__ float totals[kMostSplits];
+    combine_kernel(MlaShape shape, int splits, Partial partial, Matrix out) {
+  __shared__ float weights[2][kMostSplits];
+  __shared__ float totals[2][kMostSplits];
   __shared__ float4 parts[kGroups - 1][kGroup];
   begin_kernel();
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread / kGroup;
-  const int column = thread % kGroup * 4;
-  const std::int64_t head = blockIdx.x;
+  const int pair = static_cast<int>(blockIdx.x) / 2;
+  const int half = static_cast<int>(blockIdx.x) % 2;
+  const int head = pair / 8 * 16 + pair % 8;
+  if (head >= shape.heads) return;
   const std::int64_t row = blockIdx.y;
-  const std::int64_t first = row * splits * heads + head;
-  for (int s = thread; s < splits; s += kGroup * kGroups) {
-    weights[s] = partial.largest[first + s * heads];
-    totals[s] = partial.total[first + s * heads];
+  const std::int64_t padded = padded_heads(shape);
+  const std::int64_t first = row * splits * padded;
+  const int lane = pair % 8 * 4 + thread % 4;
+  const int eight = half * (kLatent / 16) + thread % kGroup / 4;
+  const auto load = [&](int s) {
+    return *partial.values(first + s * padded, pair / 8, eight, lane);
+  };
+  for (int i = thread; i < 2 * splits; i += kGroup * kGroups) {
+    const std::int64_t at = first + i / 2 * padded + head + i % 2 * 8;
+    weights[i % 2][i / 2] = partial.largest[at];
+    totals[i % 2][i / 2] = partial.total[at];
   }
   __syncthreads();
-  float largest = -INFINITY;
-  for (int s = 0; s < splits; ++s) largest = fmaxf(largest, weights[s]);
+  float largest[2] = {-INFINITY, -INFINITY};
+  for (int s = 0; s < splits; ++s) {
+    largest[0] = fmaxf(largest[0], weights[0][s]);
+    largest[1] = fmaxf(largest[1], weights[1][s]);
+  }
+  const auto weight = [&](int h, int s) {  // 0 for an empty split
+    return exp2f(weights[h][s] - largest[h]) * totals[h][s];
+  };
   float4 sum{};
-  float total = 0.0f;
 #pragma unroll 8
   for (int s = group; s < splits; s += kGroups) {
-    const float weight = exp2f(weights[s] - largest);  // 0 for an empty split
-    const float4 part =
-        *reinterpret_cast<const float4*>(partial.sums + (first + s * heads) * kLatent + column);
-    sum.x = fmaf(weight, part.x, sum.x);
-    sum.y = fmaf(weight, part.y, sum.y);
-    sum.z = fmaf(weight, part.z, sum.z);
-    sum.w = fmaf(weight, part.w, sum.w);
+    const uint2 part = load(s);
+    const float2 first_two = __half22float2(*reinterpret_cast<const __half2*>(&part.x));
+    const float2 second_two = __half22float2(*reinterpret_cast<const __half2*>(&part.y));
+    const float low = weight(0, s);
+    const float high = weight(1, s);
+    sum.x = fmaf(low, first_two.x, sum.x);
+    sum.y = fmaf(low, first_two.y, sum.y);
+    sum.z = fmaf(high, second_two.x, sum.z);
+    sum.w = fmaf(high, second_two.y, sum.w);
   }
   if (group > 0) parts[group - 1][thread % kGroup] = sum;
-  for (int s = 0; s < splits; ++s) total = fmaf(exp2f(weights[s] - largest), totals[s], total);
   __syncthreads();
   if (group > 0) return;
+  float total[2] = {};
+  for (int s = 0; s < splits; ++s) {
+    total[0] += weight(0, s);
+    total[1] += weight(1, s);
+  }
 #pragma unroll
   for (int g = 0; g < kGroups - 1; ++g) {
     const float4 part = parts[g][thread];
@@ -321,17 +337,19 @@ __global__ void __launch_bounds__(kGroup* kGroups)
     sum.z += part.z;
     sum.w += part.w;
   }
-  const float inverse = 1.0f / total;
-  float* to = out.data + row * out.stride + head * kLatent + column;
-  to[0] = sum.x * inverse;
-  to[1] = sum.y * inverse;
-  to[2] = sum.z * inverse;
-  to[3] = sum.w * inverse;
+  float* to = out.data + row * out.stride + std::int64_t{head} * kLatent + eight * 8 + lane % 4 * 2;
+  const float low = 1.0f / total[0];
+  to[0] = sum.x * low;
+  to[1] = sum.y * low;
+  if (head + 8 >= shape.heads) return;
+  const float high = 1.0f / total[1];
+  to[8 * kLatent] = sum.z * high;
+  to[8 * kLatent + 1] = sum.w * high;
 }
 
 struct Splits {
   int count;
-  int together;  // so many are added up before they are written
+  bool short_cache;  // two tiles each at most
 };
 
 std::int64_t tiles_of(std::int64_t length) {
@@ -344,23 +362,22 @@ std::int64_t most_splits(Device* device, const MlaShape& shape, std::int64_t row
 }
 
 // As many as keep every multiprocessor busy once. Where a cache is so short that reading queries
-// and writing sums takes longer than the products do, fewer, which share that work if they can.
+// and writing sums takes longer than the products do, fewer.
 Splits splits_for(Device* device, const MlaShape& shape, std::int64_t rows,
                   std::int64_t max_length) {
   const std::int64_t tiles = tiles_of(max_length);
   const std::int64_t most = most_splits(device, shape, rows);
-  constexpr std::int64_t kTogether = 4;
-  if (device->wgmma && tiles <= most && tiles >= 2 * kTogether) {
-    const std::int64_t clusters = (tiles + 2 * kTogether - 1) / (2 * kTogether);
-    return {static_cast<int>(clusters * kTogether), kTogether};
+  constexpr std::int64_t kOfSharers = 2 * kQuerySharers;  // tiles
+  if (device->wgmma && tiles <= most && tiles >= kOfSharers) {
+    return {static_cast<int>((tiles + kOfSharers - 1) / kOfSharers * kQuerySharers), true};
   }
-  return {static_cast<int>(std::min(most, tiles)), 1};
+  return {static_cast<int>(std::min(most, tiles)), false};
 }
 
 Partial carve(Carver& carver, const MlaShape& shape, std::int64_t rows, int splits) {
-  const std::int64_t count = rows * splits * shape.heads;
+  const std::int64_t count = rows * splits * padded_heads(shape);
   Partial partial{};
-  partial.sums = carver.take<float>(count * kLatent);
+  partial.outputs = carver.take<__half>(count * kLatent);
   partial.largest = carver.take<float>(count);
   partial.total = carver.take<float>(count);
   return partial;
@@ -384,12 +401,12 @@ std::size_t latent_fast_workspace(Device* device, const MlaShape& shape, std::in
 
 bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
                  ConstMatrix q, Matrix out, std::byte* workspace) {
-  const auto [splits, together] = splits_for(device, shape, kv.count, kv.max_length);
+  const auto [splits, short_cache] = splits_for(device, shape, kv.count, kv.max_length);
   Carver carver(workspace);
-  const Partial partial = carve(carver, shape, kv.count, splits / together);
+  const Partial partial = carve(carver, shape, kv.count, splits);
   const auto rows = static_cast<unsigned>(kv.count);
   if (device->wgmma) {
-    if (!latent_hopper(device, shape, kv, q_abs, q, splits, together, partial)) return false;
+    if (!latent_hopper(device, shape, kv, q_abs, q, splits, short_cache, partial)) return false;
   } else {
     const auto kernel = kv.format == KvFormat::kFp8 ? decode_kernel<true> : decode_kernel<false>;
     DSFP4_TRY(
@@ -399,8 +416,8 @@ bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstM
                dim3(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)), rows),
                kThreads, kSharedBytes, shape, kv, q_abs, q, splits, partial));
   }
-  DSFP4_TRY(launch(device, combine_kernel, dim3(static_cast<unsigned>(shape.heads), rows),
-                   kGroup * kGroups, 0, shape.heads, splits / together, partial, out));
+  DSFP4_TRY(launch(device, combine_kernel, dim3(static_cast<unsigned>(padded_heads(shape)), rows),
+                   kGroup * kGroups, 0, shape, splits, partial, out));
   return true;
 }
 

@@ -47,11 +47,47 @@ __device__ __forceinline__ Work work_of_block(const RowPlace& place, int splits)
   return work;
 }
 
-struct Partial {  // [rows, splits, heads(, 512)]
-  float* sums;
+// Heads in whole groups.
+__host__ __device__ inline std::int64_t head_groups(const MlaShape& shape) {
+  return (shape.heads + kHeads - 1) / kHeads;
+}
+__host__ __device__ inline std::int64_t padded_heads(const MlaShape& shape) {
+  return head_groups(shape) * kHeads;
+}
+
+// What each split found: [rows, splits, padded heads], and outputs with 512 values more. These are
+// averages of cached values, in FP16, as writing them is a good part of a short cache's time; they
+// lie as mma leaves them: for 16 heads and 8 columns four values of each lane, of head lane / 4 and
+// the columns 2 (lane % 4) and + 1, then of head lane / 4 + 8.
+struct Partial {
+  __half* outputs;
   float* largest;
   float* total;
+
+  // Where the work's first head has its numbers.
+  static __device__ __forceinline__ std::int64_t first(const MlaShape& shape, const Work& work,
+                                                       int splits) {
+    return (work.row * splits + work.split) * padded_heads(shape) + work.first_head;
+  }
+  // The lane's four of heads [head + 16 sixteen, + 16) and columns [8 eight, + 8).
+  __device__ __forceinline__ uint2* values(std::int64_t head, int sixteen, int eight,
+                                           int lane) const {
+    return reinterpret_cast<uint2*>(outputs + (head + 16 * sixteen) * kLatent) + eight * 32 + lane;
+  }
+  // Sums of probabilities times values, times what makes averages of them for each of two heads.
+  __device__ __forceinline__ void store(std::int64_t head, int sixteen, int eight, int lane,
+                                        const float* sums, float low, float high) const {
+    const __half2 first = __floats2half2_rn(sums[0] * low, sums[1] * low);
+    const __half2 second = __floats2half2_rn(sums[2] * high, sums[3] * high);
+    *values(head, sixteen, eight, lane) = {*reinterpret_cast<const unsigned*>(&first),
+                                           *reinterpret_cast<const unsigned*>(&second)};
+  }
 };
+
+// A split without tokens has the average 0.
+__device__ __forceinline__ float average_of(float total, float unscale) {
+  return total == 0.0f ? 0.0f : unscale / total;
+}
 
 // Queries of heads [first, first + count) of the block's 64 to shared memory, 8 values a unit:
 // store(offset, unit).
@@ -99,25 +135,29 @@ __device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_b
   }
 }
 
-// E4M3 to BF16; the cache's multiplier goes to the scores and the sums.
+// 16 values in E4M3 to BF16, as units `unit` and `unit` + 1 of a row; the cache's multiplier goes
+// to the scores and the sums.
+template <class Layout>
+__device__ __forceinline__ void convert_units(const uint4& words, std::byte* to, int row,
+                                              int unit) {
+  const unsigned from[4] = {words.x, words.y, words.z, words.w};
+  unsigned out[8];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    unsigned pairs[2];  // (0, 2), (1, 3)
+    decode_fp8(from[w], pairs);
+    out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
+    out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
+  }
+  *reinterpret_cast<uint4*>(to + Layout::offset(row, unit)) = {out[0], out[1], out[2], out[3]};
+  *reinterpret_cast<uint4*>(to + Layout::offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
+}
+
 template <class Layout>
 __device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
   for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
-    const uint4 words = *reinterpret_cast<const uint4*>(raw + i * 16);
-    const unsigned from[4] = {words.x, words.y, words.z, words.w};
-    unsigned out[8];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      unsigned pairs[2];  // (0, 2), (1, 3)
-      decode_fp8(from[w], pairs);
-      out[2 * w] = __byte_perm(pairs[0], pairs[1], 0x5410);
-      out[2 * w + 1] = __byte_perm(pairs[0], pairs[1], 0x7632);
-    }
-    const int row = i / (kUnits / 2);
-    const int unit = i % (kUnits / 2) * 2;
-    *reinterpret_cast<uint4*>(to + Layout::offset(row, unit)) = {out[0], out[1], out[2], out[3]};
-    *reinterpret_cast<uint4*>(to + Layout::offset(row, unit + 1)) = {out[4], out[5], out[6],
-                                                                     out[7]};
+    convert_units<Layout>(*reinterpret_cast<const uint4*>(raw + i * 16), to, i / (kUnits / 2),
+                          i % (kUnits / 2) * 2);
   }
 }
 
@@ -131,13 +171,10 @@ __device__ __forceinline__ void clear_tail(std::byte* tile, int first, int visib
   }
 }
 
-inline std::int64_t head_groups(const MlaShape& shape) {
-  return (shape.heads + kHeads - 1) / kHeads;
-}
-
-/// attention_decode_hopper.cu, for GPUs with wgmma. Every `together` splits, 1 or 4, are added up
-/// before they are written: `partial` holds splits / together of them.
+/// attention_decode_hopper.cu, for GPUs with wgmma. `short_cache`: no split has more than two
+/// tiles, and splits come in multiples of kQuerySharers.
+constexpr int kQuerySharers = 4;
 bool latent_hopper(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
-                   ConstMatrix q, int splits, int together, const Partial& partial);
+                   ConstMatrix q, int splits, bool short_cache, const Partial& partial);
 
 }  // namespace dsfp4::ops::cuda

@@ -2,8 +2,8 @@
 // computes a tile's scores and probabilities; both then add half of the columns of P V each to
 // their output, 64 heads x 256 columns in registers.
 //
-// Short caches: the splits of a cluster of blocks convert a part of the queries each, for all of
-// them, and add up their outputs through each other's shared memory before these are written.
+// Short caches, of two tiles a split: each warpgroup computes the scores of one, and the splits of
+// a cluster of blocks convert a part of the queries each, for all of them.
 #include <cooperative_groups.h>
 
 #include "ops/cuda/attention_decode.cuh"
@@ -38,9 +38,67 @@ __device__ __forceinline__ void score_tile(const std::byte* queries, const std::
   commit_products();
   wait_products<0>();
 }
+
+// Scales the scores of row `r` of a thread's two, those beyond `visible` to -infinity; returns the
+// row's largest.
+__device__ __forceinline__ float mask_and_find(float (&scores)[32], int r, float scale, int tile,
+                                               int visible) {
+  const int left = visible - tile * kTokens - static_cast<int>(threadIdx.x) % 4 * 2;
+  float best = -INFINITY;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& score = scores[4 * n + 2 * r + i];
+      score = n * 8 + i < left ? score * scale : -INFINITY;
+      best = fmaxf(best, score);
+    }
+  }
+  best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+  return fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+}
+
+// The probabilities of that row to P [64 heads, 64 tokens], a slice; returns the thread's sum.
+__device__ __forceinline__ float store_chances(const float (&scores)[32], int r, float most,
+                                               int row, std::byte* chances) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float p0 = exp2f(scores[4 * n + 2 * r] - most);
+    const float p1 = exp2f(scores[4 * n + 2 * r + 1] - most);
+    sum += p0 + p1;
+    *reinterpret_cast<unsigned*>(chances + Slices::offset(row, n) + threadIdx.x % 4 * 4) =
+        pack_bf16(p0, p1);
+  }
+  return sum;
+}
+
+// sums += P V of a tile, the group's 256 columns.
+__device__ __forceinline__ void add_values(float (&sums)[128], const std::byte* chances,
+                                           const std::byte* tile, int group) {
+  order_registers();
+#pragma unroll
+  for (int k = 0; k < kTokens / 16; ++k) {
+    multiply_columns(
+        sums, tile_descriptor<128>(chances + k * 32),
+        columns_descriptor(tile + group * 4 * kSliceBytes + k * 16 * 128, kSliceBytes));
+  }
+  commit_products();
+  wait_products<0>();
+}
+
+__device__ __forceinline__ void write_outputs(const Partial& partial, std::int64_t first,
+                                              const float (&sums)[128], float low, float high) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int n = 0; n < 32; ++n) {
+    partial.store(first, thread / 32 % 4, thread / 128 * 32 + n, thread % 32, sums + 4 * n, low,
+                  high);
+  }
+}
 #endif
 
-template <bool kFp8, int kTogether>
+template <bool kFp8>
 __global__ void __launch_bounds__(kThreads, 1)
     hopper_decode_kernel(MlaShape shape, KvRows kv, ConstMatrix q_abs, ConstMatrix q, int splits,
                          Partial partial) {
@@ -54,7 +112,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ float correction[kHeads];
   __shared__ float head_largest[kHeads];
   __shared__ float head_total[kHeads];
-  const auto cluster = cooperative_groups::this_cluster();
 
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread / 128;
@@ -72,22 +129,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tile<Slices, kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
   }
   commit_copies();
-  if constexpr (kTogether == 1) {
-    load_queries<Slices>(shape, work, q_abs, q, 0, [&](int at, const uint4& unit) {
-      *reinterpret_cast<uint4*>(queries + at) = unit;
-    });
-  } else {
-    cluster.sync();  // all of them have begun
-    constexpr int kShare = kHeads / kTogether;
-    const int first = static_cast<int>(cluster.block_rank()) * kShare;
-    load_queries<Slices, kShare>(shape, work, q_abs, q, first, [&](int at, const uint4& unit) {
-#pragma unroll
-      for (int other = 0; other < kTogether; ++other) {
-        *reinterpret_cast<uint4*>(cluster.map_shared_rank(queries, other) + at) = unit;
-      }
-    });
-    cluster.sync();
-  }
+  load_queries<Slices>(shape, work, q_abs, q, 0, [&](int at, const uint4& unit) {
+    *reinterpret_cast<uint4*>(queries + at) = unit;
+  });
 
   float sums[128];
 #pragma unroll
@@ -121,32 +165,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       score_tile(queries, tile, scores);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float best = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& score = scores[4 * n + 2 * r + i];
-            const int token = t * kTokens + n * 8 + lane % 4 * 2 + i;
-            score = token < work.visible ? score * scale : -INFINITY;
-            best = fmaxf(best, score);
-          }
-        }
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+        const float best = mask_and_find(scores, r, scale, t, work.visible);
         const float now = fmaxf(largest[r], best);  // a tile has a visible token: it is finite
         const float change = exp2f(largest[r] - now);
         largest[r] = now;
-        float sum = 0.0f;
         const int row = head + 8 * r;
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const float p0 = exp2f(scores[4 * n + 2 * r] - now);
-          const float p1 = exp2f(scores[4 * n + 2 * r + 1] - now);
-          sum += p0 + p1;
-          *reinterpret_cast<unsigned*>(chances + Slices::offset(row, n) + lane % 4 * 4) =
-              pack_bf16(p0, p1);
-        }
+        const float sum = store_chances(scores, r, now, row, chances);
         total[r] = total[r] * change + sum;
         if (lane % 4 == 0) correction[row] = change;
       }
@@ -159,15 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 128; ++i) sums[i] *= i % 4 < 2 ? low : high;
     }
-    order_registers();
-#pragma unroll
-    for (int k = 0; k < kTokens / 16; ++k) {
-      multiply_columns(
-          sums, tile_descriptor<128>(chances + k * 32),
-          columns_descriptor(tile + group * 4 * kSliceBytes + k * 16 * 128, kSliceBytes));
-    }
-    commit_products();
-    wait_products<0>();
+    add_values(sums, chances, tile, group);
   }
 
   // Each head's largest score and its sum of probabilities.
@@ -180,89 +196,136 @@ __global__ void __launch_bounds__(kThreads, 1)
       head_total[head + 8 * r] = total[r];
     }
   }
+  __syncthreads();
+  const std::int64_t first = Partial::first(shape, work, splits);
   const float unscale = kFp8 ? kv.scale : 1.0f;
-  const int written = splits / kTogether;
-  const std::int64_t base =
-      (work.row * written + work.split / kTogether) * shape.heads + work.first_head;
-  if constexpr (kTogether == 1) {
-    __syncthreads();
-    if (thread < kHeads && work.first_head + thread < shape.heads) {
-      partial.largest[base + thread] = head_largest[thread];
-      partial.total[base + thread] = head_total[thread];
-    }
+  write_outputs(partial, first, sums, average_of(head_total[head], unscale),
+                average_of(head_total[head + 8], unscale));
+  if (thread < kHeads) {
+    partial.largest[first + thread] = head_largest[thread];
+    partial.total[first + thread] = head_total[thread];
+  }
+#endif
+}
+
+// Each split has two tiles at most, which both lie in shared memory.
+template <bool kFp8>
+__global__ void __launch_bounds__(kThreads, 1)
+    hopper_short_kernel(MlaShape shape, KvRows kv, ConstMatrix q_abs, ConstMatrix q, int splits,
+                        Partial partial) {
+#if DSFP4_ON_HOPPER
+  extern __shared__ uint4 shared_units[];
+  auto* queries = reinterpret_cast<std::byte*>(
+      (reinterpret_cast<std::uintptr_t>(shared_units) + kTileAlignment - 1) / kTileAlignment *
+      kTileAlignment);
+  std::byte* tiles = queries + kTileBytes;
+  __shared__ float group_largest[2][kHeads];
+  __shared__ float group_total[2][kHeads];
+  const auto cluster = cooperative_groups::this_cluster();
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group = thread / 128;
+  const int lane = thread % 32;
+  const int head = thread / 32 % 4 * 16 + lane / 4;  // and 8 more
+  const RowPlace place = kv.rows[blockIdx.z];
+  const Work work = work_of_block(place, splits);
+  const int own = work.begin + group;  // tile
+  const bool has = own < work.end;
+  std::byte* tile = tiles + group * kTileBytes;
+
+  // FP8 waits in registers, beyond what is visible zeros.
+  constexpr int kOfRow = kUnits / 2;
+  constexpr int kRaw = kFp8 ? kRawBytes / 16 / 128 : 1;
+  uint4 raw[kRaw];
+  if constexpr (kFp8) {
+    const int units = has ? min(work.visible - own * kTokens, kTokens) * kOfRow : 0;
+    const auto* from =
+        has ? reinterpret_cast<const uint4*>(kv.blocks[place.first_block + own] + kv.layer_offset)
+            : nullptr;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (work.first_head + head + 8 * r >= shape.heads) continue;
-      float* to = partial.sums + (base + head + 8 * r) * kLatent + group * 256 + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < 32; ++n) {
-        *reinterpret_cast<float2*>(to + n * 8) = {sums[4 * n + 2 * r] * unscale,
-                                                  sums[4 * n + 2 * r + 1] * unscale};
-      }
+    for (int j = 0; j < kRaw; ++j) {
+      const int i = thread % 128 + j * 128;
+      raw[j] = i < units ? from[i] : uint4{};
     }
   } else {
-    cluster.sync();  // the numbers of all heads are there, and nobody's tiles are read any more
-    float* outputs = reinterpret_cast<float*>(queries);  // [64 heads, kStride]
-    constexpr int kStride = kLatent + 8;  // so that the rows of a warp lie in different banks
-    static_assert(kHeads * kStride * sizeof(float) <= 3 * kTileBytes);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = head + 8 * r;
-      float most = -INFINITY;
-#pragma unroll
-      for (int other = 0; other < kTogether; ++other) {
-        most = fmaxf(most, cluster.map_shared_rank(head_largest, other)[row]);
-      }
-      // The cluster's first split has a token if any has.
-      const float weight = most == -INFINITY ? 0.0f : exp2f(head_largest[row] - most) * unscale;
-      float* to = outputs + row * kStride + group * 256 + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < 32; ++n) {
-        *reinterpret_cast<float2*>(to + n * 8) = {sums[4 * n + 2 * r] * weight,
-                                                  sums[4 * n + 2 * r + 1] * weight};
-      }
+    for (int t = work.begin; t < work.end; ++t) {
+      load_tile<Slices, false>(kv, place.first_block, t, work.visible,
+                               tiles + (t - work.begin) * kTileBytes);
     }
-    cluster.sync();
-    constexpr int kShare = kLatent / kTogether;  // columns
-    const int rank = static_cast<int>(cluster.block_rank());
-    const float* of[kTogether];
+    commit_copies();
+  }
+
+  cluster.sync();     // all of them have begun
+  wait_for_inputs();  // queries: the cache is older
+  let_next_begin();   // there are fewer blocks than multiprocessors: room for the next kernel's
+  constexpr int kShare = kHeads / kQuerySharers;
+  const int first = static_cast<int>(cluster.block_rank()) * kShare;
+  load_queries<Slices, kShare>(shape, work, q_abs, q, first, [&](int at, const uint4& unit) {
 #pragma unroll
-    for (int other = 0; other < kTogether; ++other) {
-      of[other] = cluster.map_shared_rank(outputs, other);
+    for (int other = 0; other < kQuerySharers; ++other) {
+      *reinterpret_cast<uint4*>(cluster.map_shared_rank(queries, other) + at) = unit;
     }
-    for (int i = thread; i < kHeads * kShare / 4; i += kThreads) {
-      const int row = i / (kShare / 4);
-      const int column = rank * kShare + i % (kShare / 4) * 4;
-      if (work.first_head + row >= shape.heads) break;
-      float4 sum{};
+  });
+  cluster.sync();
+  if constexpr (kFp8) {
 #pragma unroll
-      for (int other = 0; other < kTogether; ++other) {
-        const float4 part = *reinterpret_cast<const float4*>(of[other] + row * kStride + column);
-        sum.x += part.x;
-        sum.y += part.y;
-        sum.z += part.z;
-        sum.w += part.w;
-      }
-      *reinterpret_cast<float4*>(partial.sums + (base + row) * kLatent + column) = sum;
+    for (int j = 0; j < kRaw; ++j) {
+      const int i = thread % 128 + j * 128;
+      if (has) convert_units<Slices>(raw[j], tile, i / kOfRow, i % kOfRow * 2);
     }
-    if (rank == 0 && thread < kHeads && work.first_head + thread < shape.heads) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int other = 0; other < kTogether; ++other) {
-        most = fmaxf(most, cluster.map_shared_rank(head_largest, other)[thread]);
-      }
-      float all = 0.0f;
-#pragma unroll
-      for (int other = 0; other < kTogether; ++other) {
-        const float theirs = cluster.map_shared_rank(head_largest, other)[thread];
-        if (theirs != -INFINITY) {
-          all += exp2f(theirs - most) * cluster.map_shared_rank(head_total, other)[thread];
-        }
-      }
-      partial.largest[base + thread] = most;
-      partial.total[base + thread] = all;
+  } else {
+    wait_copies<0>();
+    const int last = work.end - 1;
+    if (work.begin < work.end && (last + 1) * kTokens > work.visible) {
+      clear_tail<Slices>(tiles + (last - work.begin) * kTileBytes, last * kTokens, work.visible);
     }
-    cluster.sync();  // nobody reads this block's memory any more
+  }
+  publish_to_products();
+  __syncthreads();
+
+  constexpr float kLog2E = 1.44269504f;
+  const float scale = shape.softmax_scale * kLog2E * (kFp8 ? kv.scale : 1.0f);
+  float scores[32];
+  float largest[2] = {-INFINITY, -INFINITY};
+  if (has) {
+    score_tile(queries, tile, scores);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) largest[r] = mask_and_find(scores, r, scale, own, work.visible);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (lane % 4 == 0) group_largest[group][head + 8 * r] = largest[r];
+  }
+  __syncthreads();  // and nobody reads queries any more: probabilities take their place
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = head + 8 * r;
+    float total = 0.0f;
+    if (has) {
+      const float most = fmaxf(group_largest[0][row], group_largest[1][row]);
+      total = store_chances(scores, r, most, row, queries + group * kExchangeBytes);
+    }
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    if (lane % 4 == 0) group_total[group][row] = total;
+  }
+  publish_to_products();
+  __syncthreads();
+
+  float sums[128];
+#pragma unroll
+  for (float& sum : sums) sum = 0.0f;
+  for (int t = 0; t < work.end - work.begin; ++t) {
+    add_values(sums, queries + t * kExchangeBytes, tiles + t * kTileBytes, group);
+  }
+  const std::int64_t at = Partial::first(shape, work, splits);
+  const auto total_of = [&](int h) { return group_total[0][h] + group_total[1][h]; };
+  const float unscale = kFp8 ? kv.scale : 1.0f;
+  write_outputs(partial, at, sums, average_of(total_of(head), unscale),
+                average_of(total_of(head + 8), unscale));
+  if (thread < kHeads) {
+    partial.largest[at + thread] = fmaxf(group_largest[0][thread], group_largest[1][thread]);
+    partial.total[at + thread] = total_of(thread);
   }
 #endif
 }
@@ -270,17 +333,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 bool latent_hopper(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
-                   ConstMatrix q, int splits, int together, const Partial& partial) {
+                   ConstMatrix q, int splits, bool short_cache, const Partial& partial) {
   const bool fp8 = kv.format == KvFormat::kFp8;
-  const auto kernel = together == 1
-                          ? (fp8 ? hopper_decode_kernel<true, 1> : hopper_decode_kernel<false, 1>)
-                          : (fp8 ? hopper_decode_kernel<true, 4> : hopper_decode_kernel<false, 4>);
+  const auto kernel = short_cache
+                          ? (fp8 ? hopper_short_kernel<true> : hopper_short_kernel<false>)
+                          : (fp8 ? hopper_decode_kernel<true> : hopper_decode_kernel<false>);
   constexpr int kBytes = kSharedBytes + kTileAlignment;
   DSFP4_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(head_groups(shape)),
                   static_cast<unsigned>(kv.count));
-  DSFP4_TRY(launch_clusters(device, kernel, grid, kThreads, kBytes, together, shape, kv, q_abs, q,
-                            splits, partial));
+  DSFP4_TRY(launch_clusters(device, kernel, grid, kThreads, kBytes, short_cache ? kQuerySharers : 1,
+                            shape, kv, q_abs, q, splits, partial));
   return true;
 }
 
