@@ -34,6 +34,7 @@ __device__ int take_best(unsigned* ranks, int count) {
   const unsigned most = __reduce_max_sync(kAll, best);
   if (most == 0) return -1;
   index = __reduce_min_sync(kAll, best == most ? index : count);
+  __syncwarp();  // all have read their ranks
   if (lane == 0) ranks[index] = 0;
   __syncwarp();
   return index;
