@@ -22,7 +22,7 @@ constexpr std::size_t kPromptGroup = 4;
 class TieredExperts::Layer {
  public:
   Layer(TieredExperts& runner, std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
-        std::vector<ChosenExpert> chosen, ops::Matrix hidden, ops::Matrix routed)
+        std::vector<ChosenExpert> chosen)
       : runner_(runner),
         store_(runner.store_),
         layer_(moe_layer + runner.first_layer_),
@@ -30,8 +30,6 @@ class TieredExperts::Layer {
         x_(x),
         top_k_(top_k),
         chosen_(std::move(chosen)),
-        hidden_(hidden),
-        routed_(routed),
         streams_(x.rows > kDecodeRows) {}
   ~Layer() {
     for (const auto* list : {&ready_, &reading_}) {
@@ -73,11 +71,11 @@ class TieredExperts::Layer {
     if (missing_.empty()) runner_.prefetcher_.submit();
   }
 
-  void compute_all() {
+  void compute_all(ops::Matrix hidden, ops::Matrix routed) {
     for (;;) {
       while (!ready_.empty()) {
         if (runner_.between_groups_) runner_.between_groups_();
-        compute_group();
+        compute_group(hidden, routed);
         collect(false);
         fetch();
       }
@@ -99,7 +97,7 @@ class TieredExperts::Layer {
   }
   bool keep() const { return !streams_ || store_.cache_room() > 0; }
 
-  void compute_group() {
+  void compute_group(ops::Matrix hidden, ops::Matrix routed) {
     const std::size_t count = streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
     std::vector<ExpertKey> keys;
     std::vector<ops::ExpertView> views;
@@ -113,7 +111,7 @@ class TieredExperts::Layer {
     }
     const auto start = Trace::Clock::now();
     store_.check(keys);
-    runner_.backend_.experts(tasks, top_k_, x_, hidden_, routed_);
+    runner_.backend_.experts(tasks, top_k_, x_, hidden, routed);
     runner_.stats_.compute_seconds += span(Trace::Track::kCompute, count, start);
     for (std::size_t n = 0; n < count; ++n) store_.unpin(key(ready_[n]));
     ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
@@ -155,8 +153,6 @@ class TieredExperts::Layer {
   ops::ConstMatrix x_;
   std::int64_t top_k_;
   std::vector<ChosenExpert> chosen_;
-  ops::Matrix hidden_;
-  ops::Matrix routed_;
   bool streams_;
   // Indices into chosen_; the first two are pinned.
   std::vector<std::size_t> ready_, reading_, missing_;
@@ -191,29 +187,30 @@ void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routi
   const std::int64_t moe_layer = layer - first_layer_;
   const std::int64_t pairs = x.rows * top_k;
   const auto count = static_cast<std::size_t>(pairs);
-  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
-  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
   const std::span<std::int32_t> order(arena.take_array<std::int32_t>(count), count);
 
-  Layer work(*this, moe_layer, x, top_k, group_by_expert(routing.used, order), hidden, routed);
+  Layer work(*this, moe_layer, x, top_k, group_by_expert(routing.used, order));
   stats_.total_pairs += count;
   prefetcher_.chosen(moe_layer, work.chosen());
   work.find();
-  if (options_.expert_threshold > 0.0f) {
-    leave_out(work, routing, top_k, routed);
-  }
+  std::vector<std::int32_t> left_out;
+  if (options_.expert_threshold > 0.0f) left_out = leave_out(work, routing, top_k);
   work.fetch();
   store_.drop_speculation(moe_layer);
   note_use(moe_layer, routing, x.rows, top_k);
   prefetcher_.predict(moe_layer, x, top_k, layers_ahead(x.rows), arena);
   shared_into(shared, backend_, arena, x, y);
-  work.compute_all();
+
+  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
+  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
+  for (const std::int32_t pair : left_out) std::fill_n(routed.row(pair), routed.cols, 0.0f);
+  work.compute_all(hidden, routed);
   store_.trim();
   backend_.combine(routed, routing.weights, top_k, y);
 }
 
-void TieredExperts::leave_out(Layer& work, const ops::Routing& routing, std::int64_t top_k,
-                              ops::Matrix routed) {
+std::vector<std::int32_t> TieredExperts::leave_out(Layer& work, const ops::Routing& routing,
+                                                   std::int64_t top_k) {
   const auto slots = static_cast<std::size_t>(top_k);
   std::vector<bool> missing(routing.used.size(), false);
   for (const std::size_t i : work.missing()) {
@@ -222,7 +219,7 @@ void TieredExperts::leave_out(Layer& work, const ops::Routing& routing, std::int
     }
   }
   // Which pairs go is decided token by token, then the experts that nobody is left for.
-  std::vector<bool> left_out(routing.used.size(), false);
+  std::vector<std::int32_t> left_out;  // ascending
   for (std::size_t first = 0; first < routing.used.size(); first += slots) {
     const std::span<float> weights = routing.weights.subspan(first, slots);
     const float sum = std::accumulate(weights.begin(), weights.end(), 0.0f);
@@ -233,10 +230,9 @@ void TieredExperts::leave_out(Layer& work, const ops::Routing& routing, std::int
       if (k == best || !missing[first + k] || weights[k] >= options_.expert_threshold * sum) {
         continue;
       }
-      left_out[first + k] = true;
+      left_out.push_back(static_cast<std::int32_t>(first + k));
       kept -= weights[k];
       weights[k] = 0.0f;
-      std::fill_n(routed.row(static_cast<std::int64_t>(first + k)), routed.cols, 0.0f);
       ++stats_.skipped_pairs;
     }
     if (kept < sum) {
@@ -246,11 +242,12 @@ void TieredExperts::leave_out(Layer& work, const ops::Routing& routing, std::int
   std::erase_if(work.missing(), [&](std::size_t i) {
     ChosenExpert& expert = work.expert(i);
     const auto end = std::remove_if(expert.pairs.begin(), expert.pairs.end(), [&](std::int32_t p) {
-      return left_out[static_cast<std::size_t>(p)];
+      return std::ranges::binary_search(left_out, p);
     });
     expert.pairs = expert.pairs.first(static_cast<std::size_t>(end - expert.pairs.begin()));
     return expert.pairs.empty();
   });
+  return left_out;
 }
 
 void TieredExperts::note_use(std::int64_t moe_layer, const ops::Routing& routing,
@@ -271,10 +268,11 @@ void TieredExperts::note_use(std::int64_t moe_layer, const ops::Routing& routing
 std::size_t TieredExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k,
                                          std::int64_t shared_intermediate_size) const {
   const std::int64_t pairs = tokens * top_k;
-  return ops::scratch_bytes(pairs) + ops::scratch_bytes(pairs * moe_intermediate_size_) +
-         ops::scratch_bytes(pairs * hidden_size_) +
-         std::max(prefetcher_.scratch_bytes(tokens, top_k),
-                  ops::mlp_scratch_bytes(shared_intermediate_size, tokens));
+  return ops::scratch_bytes(pairs) +
+         std::max({prefetcher_.scratch_bytes(tokens, top_k),
+                   ops::mlp_scratch_bytes(shared_intermediate_size, tokens),
+                   ops::scratch_bytes(pairs * moe_intermediate_size_) +
+                       ops::scratch_bytes(pairs * hidden_size_)});
 }
 
 }  // namespace dsfp4::residency

@@ -64,7 +64,8 @@ class TieredExperts final : public ExpertRunner {
   class Layer;  // one run()
 
   std::int64_t layers_ahead(std::int64_t rows) const;
-  void leave_out(Layer& work, const ops::Routing& routing, std::int64_t top_k, ops::Matrix routed);
+  /// Takes light pairs out of `work` and of the weights; returns them.
+  std::vector<std::int32_t> leave_out(Layer& work, const ops::Routing& routing, std::int64_t top_k);
   void note_use(std::int64_t moe_layer, const ops::Routing& routing, std::int64_t tokens,
                 std::int64_t top_k);
 
