@@ -197,6 +197,7 @@ TEST_F(ExpertStoreTest, WhatWasReadAheadInVainStaysWhileThereIsRoomAndGoesFirst)
   reader_.complete(0);
   reader_.complete(1);
   store.drop_speculation(1);
+  use(1, 0);  // of 8, so that its value would keep it
   EXPECT_EQ(store.cache_room(), 0u);
   EXPECT_EQ(store.stats().wasted_bytes, 0u);
   EXPECT_EQ(store.pin(9, true), Found::kReady);  // of use after all
