@@ -167,6 +167,19 @@ def test_a_prompt_reads_the_next_layer_ahead(folder: Path, whole: dsfp4.Model) -
         assert experts * stats["image_bytes"] == stats["demand_bytes"] + stats["prefetched_bytes"]
 
 
+def test_a_long_prompt_reads_the_first_layer_from_the_start(
+    folder: Path, whole: dsfp4.Model
+) -> None:
+    experts = whole.config["n_routed_experts"]
+    ids = random_ids(whole, 100)
+    _, chosen = whole.forward(ids, return_experts=True)
+    model = tiered(folder, 31)  # room for all of the first layer
+    model.forward(ids)
+    assert len(np.unique(chosen[0])) > experts // 2
+    assert model.stats()["misses"] < len(np.unique(chosen[0])) // 2  # of both layers
+    assert len(ids) * whole.config["num_experts_per_tok"] >= 8 * experts  # it is a long one
+
+
 def test_single_tokens_read_ahead_while_the_cache_has_room(
     folder: Path, whole: dsfp4.Model
 ) -> None:

@@ -24,6 +24,14 @@ struct Slices {
   }
 };
 
+// The block's shared memory, from where a tile may lie.
+__device__ __forceinline__ std::byte* shared_tiles() {
+  extern __shared__ uint4 shared_units[];
+  return reinterpret_cast<std::byte*>(
+      (reinterpret_cast<std::uintptr_t>(shared_units) + kTileAlignment - 1) / kTileAlignment *
+      kTileAlignment);
+}
+
 // Scores of 64 heads x 64 tokens: scores[4n + i] is of head 16 warp + 8 (i / 2) + lane / 4 and
 // token 8n + 2 (lane % 4) + i % 2.
 __device__ __forceinline__ void score_tile(const std::byte* queries, const std::byte* tile,
@@ -103,10 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     hopper_decode_kernel(MlaShape shape, KvRows kv, ConstMatrix q_abs, ConstMatrix q, int splits,
                          Partial partial) {
 #if DSFP4_ON_HOPPER
-  extern __shared__ uint4 shared_units[];
-  auto* queries = reinterpret_cast<std::byte*>(
-      (reinterpret_cast<std::uintptr_t>(shared_units) + kTileAlignment - 1) / kTileAlignment *
-      kTileAlignment);
+  std::byte* queries = shared_tiles();
   std::byte* tiles = queries + kTileBytes;
   std::byte* chances = tiles + 2 * kTileBytes;  // P [64 heads, 64 tokens], a slice
   __shared__ float correction[kHeads];
@@ -214,10 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     hopper_short_kernel(MlaShape shape, KvRows kv, ConstMatrix q_abs, ConstMatrix q, int splits,
                         Partial partial) {
 #if DSFP4_ON_HOPPER
-  extern __shared__ uint4 shared_units[];
-  auto* queries = reinterpret_cast<std::byte*>(
-      (reinterpret_cast<std::uintptr_t>(shared_units) + kTileAlignment - 1) / kTileAlignment *
-      kTileAlignment);
+  std::byte* queries = shared_tiles();
   std::byte* tiles = queries + kTileBytes;
   __shared__ float group_largest[2][kHeads];
   __shared__ float group_total[2][kHeads];
