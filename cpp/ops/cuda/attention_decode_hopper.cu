@@ -81,9 +81,9 @@ __device__ __forceinline__ float store_chances(const float (&scores)[32], int r,
   return sum;
 }
 
-// sums += P V of a tile, the group's 256 columns.
-__device__ __forceinline__ void add_values(float (&sums)[128], const std::byte* chances,
-                                           const std::byte* tile, int group) {
+// sums += P V of a tile, the group's 256 columns; not before wait_products().
+__device__ __forceinline__ void begin_values(float (&sums)[128], const std::byte* chances,
+                                             const std::byte* tile, int group) {
   order_registers();
 #pragma unroll
   for (int k = 0; k < kTokens / 16; ++k) {
@@ -92,8 +92,38 @@ __device__ __forceinline__ void add_values(float (&sums)[128], const std::byte* 
         columns_descriptor(tile + group * 4 * kSliceBytes + k * 16 * 128, kSliceBytes));
   }
   commit_products();
-  wait_products<0>();
 }
+
+// A thread's share, of kOf, of an FP8 tile on its way through registers.
+template <int kOf>
+struct RawUnits {
+  static constexpr int kCount = kRawBytes / 16 / kOf;
+  static constexpr int kOfRow = kUnits / 2;
+
+  // Of tile `tile`, if `there`; what is not visible is zero.
+  __device__ __forceinline__ void load(const KvRows& kv, std::int32_t first_block, int tile,
+                                       bool there, int visible) {
+    const int count = there ? min(visible - tile * kTokens, kTokens) * kOfRow : 0;
+    const auto* from =
+        there ? reinterpret_cast<const uint4*>(kv.blocks[first_block + tile] + kv.layer_offset)
+              : nullptr;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int i = static_cast<int>(threadIdx.x) % kOf + j * kOf;
+      units[j] = i < count ? from[i] : uint4{};
+    }
+  }
+
+  __device__ __forceinline__ void convert(std::byte* tile) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int i = static_cast<int>(threadIdx.x) % kOf + j * kOf;
+      convert_units<Slices>(units[j], tile, i / kOfRow, i % kOfRow * 2);
+    }
+  }
+
+  uint4 units[kCount];
+};
 
 __device__ __forceinline__ void write_outputs(const Partial& partial, std::int64_t first,
                                               const float (&sums)[128], float low, float high) {
@@ -127,13 +157,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RowPlace place = kv.rows[blockIdx.z];
   const Work work = work_of_block(place, splits);
 
-  const auto raw_stage = [&](int tile) {
-    return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
+  const auto stage = [&](int t) { return tiles + t % 2 * kTileBytes; };
+  RawUnits<kThreads> raw;  // FP8: of the tile after the next
+  const auto load_raw = [&](int t) {
+    raw.load(kv, place.first_block, t, t < work.end, work.visible);
   };
-  if (work.begin < work.end) {
-    load_tile<Slices, kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
+  if constexpr (kFp8) {
+    load_raw(work.begin);
+  } else {
+    if (work.begin < work.end) {
+      load_tile<Slices, false>(kv, place.first_block, work.begin, work.visible, stage(work.begin));
+    }
+    commit_copies();
   }
-  commit_copies();
   load_queries<Slices>(shape, work, q_abs, q, 0, [&](int at, const uint4& unit) {
     *reinterpret_cast<uint4*>(queries + at) = unit;
   });
@@ -145,24 +181,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   const float scale = shape.softmax_scale * kLog2E * (kFp8 ? kv.scale : 1.0f);
   float largest[2] = {-INFINITY, -INFINITY};
   float total[2] = {};
+  if constexpr (kFp8) {
+    raw.convert(stage(work.begin));
+    load_raw(work.begin + 1);
+    publish_to_products();
+  }
   for (int t = work.begin; t < work.end; ++t) {
-    wait_copies<0>();
-    if constexpr (!kFp8) publish_to_products();
+    std::byte* tile = stage(t);
+    if constexpr (!kFp8) {
+      wait_copies<0>();
+      publish_to_products();
+    }
     __syncthreads();  // the tile is there, and the other stage is free
-    std::byte* tile = kFp8 ? tiles : raw_stage(t);
     if constexpr (kFp8) {
-      convert_tile<Slices>(raw_stage(t), tile);
-      publish_to_products();
-      __syncthreads();
-    }
-    if (t + 1 < work.end) {
-      load_tile<Slices, kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
-    }
-    commit_copies();
-    if ((t + 1) * kTokens > work.visible) {
-      clear_tail<Slices>(tile, t * kTokens, work.visible);
-      publish_to_products();
-      __syncthreads();
+      if (group == 1) {  // while the other computes scores
+        raw.convert(stage(t + 1));
+        load_raw(t + 2);
+        publish_to_products();
+      }
+    } else {
+      if (t + 1 < work.end) {
+        load_tile<Slices, false>(kv, place.first_block, t + 1, work.visible, stage(t + 1));
+      }
+      commit_copies();
+      if ((t + 1) * kTokens > work.visible) {
+        clear_tail<Slices>(tile, t * kTokens, work.visible);
+        publish_to_products();
+        __syncthreads();
+      }
     }
 
     if (group == 0) {
@@ -188,7 +234,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < 128; ++i) sums[i] *= i % 4 < 2 ? low : high;
     }
-    add_values(sums, chances, tile, group);
+    begin_values(sums, chances, tile, group);
+    if constexpr (kFp8) {
+      if (group == 0) {
+        raw.convert(stage(t + 1));
+        load_raw(t + 2);
+        publish_to_products();
+      }
+    }
+    wait_products<0>();
   }
 
   // Each head's largest score and its sum of probabilities.
@@ -235,20 +289,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool has = own < work.end;
   std::byte* tile = tiles + group * kTileBytes;
 
-  // FP8 waits in registers, beyond what is visible zeros.
-  constexpr int kOfRow = kUnits / 2;
-  constexpr int kRaw = kFp8 ? kRawBytes / 16 / 128 : 1;
-  uint4 raw[kRaw];
+  RawUnits<128> raw;  // FP8
   if constexpr (kFp8) {
-    const int units = has ? min(work.visible - own * kTokens, kTokens) * kOfRow : 0;
-    const auto* from =
-        has ? reinterpret_cast<const uint4*>(kv.blocks[place.first_block + own] + kv.layer_offset)
-            : nullptr;
-#pragma unroll
-    for (int j = 0; j < kRaw; ++j) {
-      const int i = thread % 128 + j * 128;
-      raw[j] = i < units ? from[i] : uint4{};
-    }
+    raw.load(kv, place.first_block, own, has, work.visible);
   } else {
     for (int t = work.begin; t < work.end; ++t) {
       load_tile<Slices, false>(kv, place.first_block, t, work.visible,
@@ -270,11 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
   cluster.sync();
   if constexpr (kFp8) {
-#pragma unroll
-    for (int j = 0; j < kRaw; ++j) {
-      const int i = thread % 128 + j * 128;
-      if (has) convert_units<Slices>(raw[j], tile, i / kOfRow, i % kOfRow * 2);
-    }
+    if (has) raw.convert(tile);
   } else {
     wait_copies<0>();
     const int last = work.end - 1;
@@ -318,7 +357,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (float& sum : sums) sum = 0.0f;
   for (int t = 0; t < work.end - work.begin; ++t) {
-    add_values(sums, queries + t * kExchangeBytes, tiles + t * kTileBytes, group);
+    begin_values(sums, queries + t * kExchangeBytes, tiles + t * kTileBytes, group);
+    wait_products<0>();
   }
   const std::int64_t at = Partial::first(shape, work, splits);
   const auto total_of = [&](int h) { return group_total[0][h] + group_total[1][h]; };
