@@ -9,6 +9,8 @@ namespace dsfp4::ops::cuda {
 namespace {
 
 constexpr int kTile = 16;
+constexpr int kRing = 3;
+constexpr int kRingBytes = kRing * kSlotBytes;
 
 constexpr int kMostPairs = 64;  // of a launch
 constexpr int kMostDownWarps = 18;
@@ -27,18 +29,20 @@ struct Chosen {
 struct Source {
   const std::byte* data;
   const std::byte* scales;
-  float global_scale;
+  float scale;  // of the sums
 };
-__device__ __forceinline__ Source source_of(const WeightView& weight) {
-  return {weight.data, weight.scales, weight.global_scale};
-}
 
 // That of gate_proj, up_proj or down_proj for a pair.
+template <typename Product>
 __device__ __forceinline__ Source source_of(const Chosen& chosen, int pair,
-                                            WeightView ExpertView::*matrix) {
+                                            WeightView ExpertView::*matrix, float scale) {
   const int slot = pair % chosen.slots;
-  if (slot == chosen.top_k) return source_of(chosen.shared.*matrix);
-  return source_of(chosen.table[chosen.used[pair / chosen.slots * chosen.top_k + slot]].*matrix);
+  const WeightView& weight =
+      (slot == chosen.top_k
+           ? chosen.shared
+           : chosen.table[chosen.used[pair / chosen.slots * chosen.top_k + slot]]).*
+      matrix;
+  return {weight.data, weight.scales, Product::epilogue(weight.global_scale) * scale};
 }
 
 // This block's part of all work: blocks that run together read what lies together.
@@ -46,8 +50,13 @@ __device__ __forceinline__ Tiles share_of(int work) {
   return {static_cast<int>(blockIdx.x), work, static_cast<int>(gridDim.x)};
 }
 
-// Work is (pair, row tile). Even warps do gate_proj, odd ones up_proj,
-// each its share of the columns. hidden [pairs, rows].
+// Whether `hidden` goes from kernel to kernel as digits: where a row tile is a group.
+template <typename Product>
+constexpr bool kDigits = requires { requires Product::kGroup == kTile; };
+
+// Work is (pair, row tile). Even warps do gate_proj, odd ones up_proj, each its share of the
+// columns. The last warp, which has no more of them than any other, adds the shares up. hidden
+// [pairs, rows].
 template <WeightFormat kFormat, typename Product, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     gate_up_kernel(const __grid_constant__ Chosen chosen, ConstMatrix x, Matrix hidden) {
@@ -55,7 +64,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   __shared__ float parts[2][kWarps][kTile];
   __shared__ Source sources[2][kMostPairs];
   auto* rings = reinterpret_cast<std::byte*>(shared);
-  std::byte* staged = rings + kWarps * kSmallRingBytes;
+  std::byte* staged = rings + kWarps * kRingBytes;
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
   const int lane = thread % 32;
@@ -65,26 +74,27 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const int tiles = (rows + kTile - 1) / kTile;
   begin_kernel();
   for (int i = thread; i < 2 * pairs; i += kWarps * 32) {
-    sources[i % 2][i / 2] =
-        source_of(chosen, i / 2, i % 2 == 0 ? &ExpertView::gate_proj : &ExpertView::up_proj);
+    sources[i % 2][i / 2] = source_of<Product>(
+        chosen, i / 2, i % 2 == 0 ? &ExpertView::gate_proj : &ExpertView::up_proj, 1.0f);
   }
   __syncthreads();
   int staged_token = -1;
   int turn = 0;
-  stream_tiles<kFormat, Product>(
-      share_of(tiles * pairs), warp / 2, kWarps / 2, cols, 1, rings + warp * kSmallRingBytes,
+  stream_tiles<kFormat, Product, kRing>(
+      share_of(tiles * pairs), warp / 2, kWarps / 2,
+      {shared_address(staged), pieces_of<kFormat>(cols)}, 1,
+      shared_address(rings + warp * kRingBytes),
       [&](int i) {
         const Source& source = sources[warp % 2][i / tiles];
         return Rows<kFormat>(source.data, source.scales, rows, cols, i % tiles * kTile);
       },
-      [&](int i) -> const std::byte* {
+      [&](int i) {
         const int token = i / tiles / chosen.slots;
-        if (token == staged_token) return staged;
+        if (token == staged_token) return;
         if (staged_token >= 0) __syncthreads();  // the last one is used
         Product::stage(x.data + token * x.stride, cols, staged, thread, kWarps * 32);
         staged_token = token;
         __syncthreads();
-        return staged;
       },
       [&](int i, const Product& product) {
         float sums[4];
@@ -96,29 +106,32 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
           set[warp][lane / 4 + 8] = sums[2];
         }
         __syncthreads();
-        const int row = i % tiles * kTile + thread;
-        if (thread >= kTile || row >= rows) return;
-        float gate = 0.0f;
-        float up = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; w += 2) {
-          gate += set[w][thread];
-          up += set[w + 1][thread];
-        }
+        if (warp < kWarps - 1) return;
         const int pair = i / tiles;
-        gate *= Product::epilogue(sources[0][pair].global_scale);
-        up *= Product::epilogue(sources[1][pair].global_scale);
-        hidden.data[pair * hidden.stride + row] = silu(gate) * up;
+        const int first = i % tiles * kTile;
+        // Half the warp adds up gate_proj, the other half up_proj.
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; w += 2) sum += set[w + lane / kTile][lane % kTile];
+        sum *= sources[lane / kTile][pair].scale;
+        const float up = __shfl_down_sync(0xffffffffu, sum, kTile);
+        const float value = silu(sum) * up;
+        float* to = hidden.data + pair * hidden.stride;
+        if constexpr (kDigits<Product>) {  // rows come in whole chunks
+          Product::store(value, rows, reinterpret_cast<std::byte*>(to), first);
+        } else if (lane < kTile && first + lane < rows) {
+          to[first + lane] = value;
+        }
       });
 }
 
 // Work is (token, `together` row tiles), each of `slots` warps: its warp k does slot k. The slots
 // are summed in order, after the shared expert or what y is.
-template <WeightFormat kFormat, typename Product>
-__global__ void __launch_bounds__(kMostDownWarps * 32, 1)
+template <WeightFormat kFormat, typename Product, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 1)
     down_kernel(const __grid_constant__ Chosen chosen, int together, ConstMatrix hidden, Matrix y) {
   extern __shared__ uint4 shared[];
-  __shared__ float parts[2][kMostDownWarps][kTile];
+  __shared__ float parts[2][kWarps][kTile];
   __shared__ Source sources[kMostPairs];
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
@@ -127,50 +140,57 @@ __global__ void __launch_bounds__(kMostDownWarps * 32, 1)
   const int own = warp / slots;  // of the tiles together
   const int lane = thread % 32;
   const int cols = static_cast<int>(hidden.cols);
+  const int pieces = pieces_of<kFormat>(cols);
   const int rows = static_cast<int>(y.cols);
   const int tiles = (rows + kTile * together - 1) / (kTile * together);
   const int pairs = static_cast<int>(hidden.rows);
   auto* rings = reinterpret_cast<std::byte*>(shared);
-  std::byte* staged =
-      rings + slots * together * kSmallRingBytes + slot * Product::token_bytes(cols);
+  std::byte* staged = rings + slots * together * kRingBytes + slot * Product::token_bytes(pieces);
   const auto first_row = [&](int i) { return i % tiles * kTile * together; };
   for (int i = thread; i < pairs; i += static_cast<int>(blockDim.x)) {
-    sources[i] = source_of(chosen, i, &ExpertView::down_proj);
+    const float weight =
+        i % slots < chosen.top_k ? chosen.weights[i / slots * chosen.top_k + i % slots] : 1.0f;
+    sources[i] = source_of<Product>(chosen, i, &ExpertView::down_proj, weight);
   }
   __syncthreads();
+  const auto rows_of = [&](int i) {
+    const Source& source = sources[i / tiles * slots + slot];
+    return Rows<kFormat>(source.data, source.scales, rows, cols, first_row(i) + own * kTile);
+  };
   int staged_token = -1;  // the routing is older than the kernel before, weights change never
   int turn = 0;
-  stream_tiles<kFormat, Product>(
-      share_of(tiles * static_cast<int>(y.rows)), 0, 1, cols, 1, rings + warp * kSmallRingBytes,
+  stream_tiles<kFormat, Product, kRing>(
+      share_of(tiles * static_cast<int>(y.rows)), 0, 1, {shared_address(staged), pieces}, 1,
+      shared_address(rings + warp * kRingBytes), rows_of,
       [&](int i) {
-        const Source& source = sources[i / tiles * slots + slot];
-        return Rows<kFormat>(source.data, source.scales, rows, cols, first_row(i) + own * kTile);
-      },
-      [&](int i) -> const std::byte* {
         const int token = i / tiles;
-        if (token == staged_token) return staged;
+        if (token == staged_token) return;
         if (staged_token < 0) {
+          // Beyond the ring, while the kernel before ends.
+          const auto first = rows_of(i);
+          for (int piece = kRing; piece < pieces; ++piece) first.prefetch(piece);
           begin_kernel();
         } else {
           __syncthreads();  // the last one is used
         }
-        Product::stage(hidden.data + (token * slots + slot) * hidden.stride, cols, staged,
-                       own * 32 + lane, together * 32);
+        const float* from = hidden.data + (token * slots + slot) * hidden.stride;
+        if constexpr (kDigits<Product>) {
+          Product::copy(reinterpret_cast<const std::byte*>(from), cols, staged, own * 32 + lane,
+                        together * 32);
+        } else {
+          Product::stage(from, cols, staged, own * 32 + lane, together * 32);
+        }
         staged_token = token;
         __syncthreads();
-        return staged;
       },
       [&](int i, const Product& product) {
         const int token = i / tiles;
-        const int pair = token * slots + slot;
         float sums[4];
         product.finish(sums);
         float(*set)[kTile] = parts[turn];
         turn ^= 1;
         if (lane % 4 == 0) {
-          const float weight =
-              slot < chosen.top_k ? chosen.weights[token * chosen.top_k + slot] : 1.0f;
-          const float scale = Product::epilogue(sources[pair].global_scale) * weight;
+          const float scale = sources[token * slots + slot].scale;
           set[warp][lane / 4] = sums[0] * scale;
           set[warp][lane / 4 + 8] = sums[2] * scale;
         }
@@ -187,8 +207,9 @@ __global__ void __launch_bounds__(kMostDownWarps * 32, 1)
 
 template <WeightFormat kFormat>
 std::size_t shared_bytes(std::int64_t warps, std::int64_t cols, std::int64_t tokens) {
-  return static_cast<std::size_t>(warps * kSmallRingBytes +
-                                  tokens * OneToken<kFormat>::Product::token_bytes(cols));
+  return static_cast<std::size_t>(
+      warps * kRingBytes +
+      tokens * OneToken<kFormat>::Product::token_bytes(pieces_of<kFormat>(cols)));
 }
 
 // How blocks are made up: 16 warps where the device has the shared memory.
@@ -223,7 +244,8 @@ bool launch(Device* device, const Chosen& chosen, ConstMatrix x, Matrix hidden, 
   const Plan plan = plan_for<kFormat>(device, x.cols, hidden.cols, slots);
   const auto gate_up = plan.gate_up_warps == 16 ? gate_up_kernel<kFormat, Product, 16>
                                                 : gate_up_kernel<kFormat, Product, 8>;
-  const auto down = down_kernel<kFormat, Product>;
+  const auto down = slots * plan.together <= 16 ? down_kernel<kFormat, Product, 16>
+                                                : down_kernel<kFormat, Product, kMostDownWarps>;
   const std::size_t gate_up_shared = shared_bytes<kFormat>(plan.gate_up_warps, x.cols, 1);
   const std::size_t down_shared = shared_bytes<kFormat>(slots * plan.together, hidden.cols, slots);
   DSFP4_TRY(cudaFuncSetAttribute(gate_up, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -11,6 +11,9 @@ namespace {
 constexpr int kTile = 16;
 constexpr int kSums = 128;  // of a warp: 16 rows x 8 tokens
 
+// The pieces of a warp on their way: one token leaves room for more.
+constexpr int ring_of(int warps) { return warps == 16 ? 4 : 3; }
+
 // A weight, and where its product goes.
 struct Part {
   WeightView weight;
@@ -22,11 +25,13 @@ template <WeightFormat kFormat, typename Product, int kWarps, bool kPair>
 __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     linear_small_kernel(const __grid_constant__ Part first, const __grid_constant__ Part second,
                         ConstMatrix x, int split) {
+  constexpr int kRingBytes = ring_of(kWarps) * kSlotBytes;
   extern __shared__ uint4 shared[];
   auto* parts = reinterpret_cast<float*>(shared);  // two sets of [warps][128]
   auto* rings = reinterpret_cast<std::byte*>(parts + 2 * kWarps * kSums);
-  std::byte* staged = rings + kWarps * kSmallRingBytes;
+  std::byte* staged = rings + kWarps * kRingBytes;
   const int cols = static_cast<int>(first.weight.cols);
+  const int pieces = pieces_of<kFormat>(cols);
   const int tokens = static_cast<int>(x.rows);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -38,10 +43,11 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
   const auto is_second = [&](int base) { return kPair && base >= before; };
   int turn = 0;
   bool is_staged = false;
-  stream_tiles<kFormat, Product>(
+  stream_tiles<kFormat, Product, ring_of(kWarps)>(
       {static_cast<int>(blockIdx.x) * rows, kPair ? before + second_rows : first_rows,
        static_cast<int>(gridDim.x) * rows},
-      warp % split, split, cols, tokens, rings + warp * kSmallRingBytes,
+      warp % split, split, {shared_address(staged), pieces}, tokens,
+      shared_address(rings + warp * kRingBytes),
       [&](int base) {
         const int row = base + warp / split * kTile;
         if (is_second(base)) {
@@ -50,16 +56,15 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
         }
         return Rows<kFormat>(first.weight.data, first.weight.scales, first_rows, cols, row);
       },
-      [&](int) -> const std::byte* {
-        if (is_staged) return staged;
+      [&](int) {
+        if (is_staged) return;
         begin_kernel();  // weights are on their way by now
         for (int t = 0; t < tokens; ++t) {
-          Product::stage(x.data + t * x.stride, cols, staged + t * Product::token_bytes(cols),
+          Product::stage(x.data + t * x.stride, cols, staged + t * Product::token_bytes(pieces),
                          static_cast<int>(threadIdx.x), kWarps * 32);
         }
         is_staged = true;
         __syncthreads();
-        return staged;
       },
       [&](int base, const Product& product) {
         const bool other = is_second(base);
@@ -87,24 +92,26 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
       });
 }
 
-// Warps that share the columns of a row tile: each has four chunks at least.
+// Warps that share the columns of a row tile: each has two pieces at least.
 template <WeightFormat kFormat>
 int split_of(const WeightView& weight, int warps) {
   int split = warps;
-  while (split > 1 && chunks_of<kFormat>(weight.cols) / split < 4) split /= 2;
+  while (split > 1 && pieces_of<kFormat>(weight.cols) / split < 2) split /= 2;
   return split;
 }
 
 // Shared memory beside the tokens.
 constexpr std::size_t parts_bytes(int warps) {
-  return static_cast<std::size_t>(warps) * (2 * kSums * sizeof(float) + kSmallRingBytes);
+  return static_cast<std::size_t>(warps) *
+         (2 * kSums * sizeof(float) + static_cast<std::size_t>(ring_of(warps) * kSlotBytes));
 }
 
 template <WeightFormat kFormat, typename Product, int kWarps, bool kPair = false>
 bool launch(Device* device, const Part& first, const Part& second, ConstMatrix x) {
   const WeightView& weight = first.weight;
   constexpr std::size_t kParts = parts_bytes(kWarps);
-  const auto token_bytes = static_cast<std::size_t>(Product::token_bytes(weight.cols));
+  const auto token_bytes =
+      static_cast<std::size_t>(Product::token_bytes(pieces_of<kFormat>(weight.cols)));
   const auto limit = static_cast<std::size_t>(device->shared_bytes);
   const std::int64_t together = std::min<std::int64_t>(
       kSmallTokens, static_cast<std::int64_t>((limit - kParts) / token_bytes));
@@ -143,7 +150,8 @@ bool launch_for_one(Device* device, const Part& first, const Part& second, Const
   const WeightView& weight = first.weight;
   // Blocks of 16 warps stage the token half as often: where there is the room, and where they do
   // not leave multiprocessors idle by having several tiles each.
-  const auto bytes = parts_bytes(16) + static_cast<std::size_t>(Product::token_bytes(weight.cols));
+  const auto bytes = parts_bytes(16) + static_cast<std::size_t>(
+                                           Product::token_bytes(pieces_of<kFormat>(weight.cols)));
   const std::int64_t tiles = 16 / split_of<kFormat>(weight, 16);
   const bool wide =
       bytes <= static_cast<std::size_t>(device->shared_bytes) &&

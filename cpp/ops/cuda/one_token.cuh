@@ -21,99 +21,115 @@ struct OneTokenProduct {
   static constexpr int kGroups = W::kChunk / kGroup;  // of a chunk
   static constexpr int kDigitBytes = 2 * W::kChunk;   // of a chunk
   static constexpr int kBytes = kDigitBytes + kGroups * 4;
+  static constexpr int kZeroBytes = kOfPiece * kDigitBytes;
   static constexpr float kMost = 127.0f * 255.0f + 127.0f;
 
-  static __host__ __device__ constexpr int token_bytes(std::int64_t cols) {
-    return chunks_of<kFormat>(cols) * kBytes;
+  static __host__ __device__ constexpr int token_bytes(int pieces) {
+    return pieces * (kOfPiece * kBytes) + kZeroBytes;
   }
 
-  /// Digits, then the groups' multipliers. A chunk has, for each half of a lane's values, 16 bytes
-  /// for each digit of each lane.
+  /// Digits, then the groups' multipliers, then zeros. A chunk has, for each half of a lane's
+  /// values, 16 bytes for each digit of each lane.
   static __device__ __noinline__ void stage(const float* from, int cols, std::byte* to, int thread,
                                             int threads) {
-    const int chunks = chunks_of<kFormat>(cols);
-    auto* multipliers = reinterpret_cast<float*>(to + chunks * kDigitBytes);
-    for_eights(from, chunks * (W::kChunk / 8), cols, thread, threads,
-               [&](int eight, const float values[8]) {
-                 float rounded[8];
-                 float largest = 0.0f;
-                 bool finite = true;
+    const int eights = pieces_of<kFormat>(cols) * (kOfPiece * W::kChunk / 8);
+    auto* multipliers = reinterpret_cast<float*>(to + multipliers_at(cols));
+    clear_zeros(to, cols, thread);
+    for_eights(from, eights, cols, thread, threads, [&](int eight, const float values[8]) {
+      float rounded[8];
+      float largest = 0.0f;
 #pragma unroll
-                 for (int i = 0; i < 8; ++i) {
-                   rounded[i] = round_bf16(values[i]);
-                   finite = finite && fabsf(rounded[i]) < INFINITY;
-                   largest = fmaxf(largest, fabsf(rounded[i]));
-                 }
-                 if (!finite) largest = INFINITY;
+      for (int i = 0; i < 8; ++i) {
+        rounded[i] = round_bf16(values[i]);
+        largest = fmaxf(largest, magnitude(rounded[i]));
+      }
 #pragma unroll
-                 for (int step = 1; step < kGroup / 8; step *= 2) {  // neighbours share a group
-                   largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-                 }
-                 if (eight >= chunks * (W::kChunk / 8)) return;
-                 if (eight % (kGroup / 8) == 0) {
-                   multipliers[eight * 8 / kGroup] =
-                       largest < INFINITY ? largest * (1.0f / kMost) : NAN;
-                 }
-                 const float inverse = largest > 0.0f ? kMost / largest : 0.0f;
-                 unsigned high[8];
-                 unsigned low[8];
+      for (int step = 1; step < kGroup / 8; step *= 2) {  // neighbours share a group
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+      }
+      if (eight >= eights) return;
+      if (eight % (kGroup / 8) == 0) {
+        multipliers[eight * 8 / kGroup] = multiplier_of(largest);
+      }
+      const float inverse = inverse_of(largest);
+      unsigned high[8];
+      unsigned low[8];
 #pragma unroll
-                 for (int i = 0; i < 8; ++i) {
-                   // Added to 1.5 * 2^23, a number is rounded, and its low byte is the digit.
-                   constexpr float kRound = 12582912.0f;
-                   const float fixed = fmaf(rounded[i], inverse, kRound) - kRound;
-                   const float digit = fmaf(fixed, 1.0f / 255.0f, kRound);
-                   high[i] = __float_as_uint(digit);
-                   low[i] = __float_as_uint(fmaf(digit - kRound, -255.0f, fixed) + kRound);
-                 }
-                 const int in = eight * 8 % W::kChunk;
-                 auto* place = reinterpret_cast<uint2*>(to + eight * 8 / W::kChunk * kDigitBytes +
-                                                        in % W::kLane / 16 * 128 +
-                                                        in / W::kLane * 32 + in % 16);
-                 place[0] = {low_bytes(high), low_bytes(high + 4)};
-                 place[2] = {low_bytes(low), low_bytes(low + 4)};
-               });
+      for (int i = 0; i < 8; ++i) to_digits(rounded[i], inverse, high[i], low[i]);
+      auto* place = reinterpret_cast<uint2*>(to + digit_at(eight * 8));
+      place[0] = {low_bytes(high), low_bytes(high + 4)};
+      place[2] = {low_bytes(low), low_bytes(low + 4)};
+    });
+  }
+
+  /// A group of a token of `cols` values, from column `first` on, one in each of a warp's first
+  /// lanes, as copy() takes it: digits, then multipliers.
+  static __device__ __forceinline__ void store(float value, int cols, std::byte* to, int first) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const float rounded = round_bf16(value);
+    float largest = magnitude(rounded);
+#pragma unroll
+    for (int step = 1; step < kGroup; step *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    }
+    unsigned high;
+    unsigned low;
+    to_digits(rounded, inverse_of(largest), high, low);
+    if (lane >= kGroup) return;
+    auto* place = reinterpret_cast<unsigned char*>(to + digit_at(first + lane));
+    place[0] = static_cast<unsigned char>(high);
+    place[16] = static_cast<unsigned char>(low);
+    if (lane == 0) {
+      reinterpret_cast<float*>(to + 2 * cols)[first / kGroup] = multiplier_of(largest);
+    }
+  }
+
+  /// Stages a token that store() has written; `cols` is a multiple of a chunk.
+  static __device__ __forceinline__ void copy(const std::byte* from, int cols, std::byte* to,
+                                              int thread, int threads) {
+    constexpr int kTogether = 5;  // are loaded before the first is stored
+    const int digits = 2 * cols / 16;
+    const int all = digits + cols / kGroup / 4;
+    const int padded = multipliers_at(cols) / 16;
+    clear_zeros(to, cols, thread);
+    if (padded > digits) {  // the last piece is half empty
+      auto* units = reinterpret_cast<uint4*>(to);
+      for (int i = thread; i < padded - digits; i += threads) units[digits + i] = {};
+      for (int i = thread; i < kGroups / 4; i += threads) units[padded + all - digits + i] = {};
+    }
+    for (int i = thread; i < all; i += kTogether * threads) {
+      uint4 units[kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int at = i + j * threads;
+        if (at < all) units[j] = reinterpret_cast<const uint4*>(from)[at];
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int at = i + j * threads;
+        if (at < all) {
+          reinterpret_cast<uint4*>(to)[at < digits ? at : at - digits + padded] = units[j];
+        }
+      }
+    }
   }
 
   __device__ __forceinline__ void clear() { low = high = 0.0f; }
 
-  __device__ __forceinline__ void add(const Piece<kFormat>& piece, int chunk, const std::byte* x,
-                                      int cols, int) {
+  __device__ __forceinline__ void add(const Piece<kFormat>& piece, int number, const Staged& x,
+                                      int) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int quad = lane % 4;
-    const auto* digits = reinterpret_cast<const uint4*>(x + chunk * kDigitBytes) + lane / 4;
-    const auto* multipliers =
-        reinterpret_cast<const float*>(x + chunks_of<kFormat>(cols) * kDigitBytes) +
-        chunk * kGroups + quad * (kGroups / 4);
     const bool mine = lane / 8 == quad;
-    const uint4 first = mine ? digits[0] : uint4{};
-    const uint4 second = mine ? digits[8] : uint4{};
-    const unsigned b[8] = {first.x,  first.y,  first.z,  first.w,
-                           second.x, second.y, second.z, second.w};
-    const unsigned l[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
-    const unsigned h[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
-    float low_scales[2];
-    float high_scales[2];
-    if constexpr (kFormat == WeightFormat::kNvfp4) {
-      two_e4m3(piece.low_scales, low_scales);
-      two_e4m3(piece.high_scales, high_scales);
-    } else {
-      low_scales[0] = e8m0_value(piece.low_scales);
-      high_scales[0] = e8m0_value(piece.high_scales);
-    }
-    constexpr int kWords = kGroup / 8;
+    const unsigned digits = x.at + (mine ? lane / 4 * 16 + number * (kOfPiece * kDigitBytes)
+                                         : x.pieces * (kOfPiece * kBytes));
+    const unsigned multipliers = x.at + x.pieces * (kOfPiece * kDigitBytes) +
+                                 (number * kOfPiece * kGroups + quad * (kGroups / 4)) * 4;
 #pragma unroll
-    for (int group = 0; group < kGroups / 4; ++group) {
-      int sums[4] = {};
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const int w = group * kWords + i;
-        multiply_codes(sums, l[w], h[w], b[2 * w], b[2 * w + 1]);
-      }
-      const float multiplier = multipliers[group];
-      low = fmaf(static_cast<float>(sums[0] * 255 + sums[1]), low_scales[group] * multiplier, low);
-      high =
-          fmaf(static_cast<float>(sums[2] * 255 + sums[3]), high_scales[group] * multiplier, high);
+    for (int c = 0; c < kOfPiece; ++c) {
+      // Beyond the digits of a lane that has none lie as many zeros.
+      add(piece.low[c], piece.high[c], piece.low_scales[c], piece.high_scales[c],
+          digits + c * kDigitBytes, multipliers + c * kGroups * 4);
     }
   }
 
@@ -137,11 +153,54 @@ struct OneTokenProduct {
         negative_{in_register(0xfdfeff00u), in_register(0xf4f8fafcu)} {}
 
  private:
-  // prmt takes one constant at most: the tables would be moved to registers each time.
+  // A chunk.
+  __device__ __forceinline__ void add(const uint4& low_words, const uint4& high_words,
+                                      unsigned low_scales, unsigned high_scales, unsigned digits,
+                                      unsigned multipliers) {
+    const uint4 first = load_shared16(digits);
+    const uint4 second = load_shared16(digits + 128);
+    float2 of_groups;
+    if constexpr (kGroups == 8) {
+      of_groups = load_shared_floats(multipliers);
+    } else {
+      of_groups.x = load_shared_float(multipliers);
+    }
+    const unsigned b[8] = {first.x,  first.y,  first.z,  first.w,
+                           second.x, second.y, second.z, second.w};
+    const unsigned l[4] = {low_words.x, low_words.y, low_words.z, low_words.w};
+    const unsigned h[4] = {high_words.x, high_words.y, high_words.z, high_words.w};
+    float scales_low[2];
+    float scales_high[2];
+    if constexpr (kFormat == WeightFormat::kNvfp4) {
+      two_e4m3(low_scales, scales_low);
+      two_e4m3(high_scales, scales_high);
+    } else {
+      scales_low[0] = e8m0_value(low_scales);
+      scales_high[0] = e8m0_value(high_scales);
+    }
+    constexpr int kWords = kGroup / 8;
+#pragma unroll
+    for (int group = 0; group < kGroups / 4; ++group) {
+      int sums[4] = {};
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int w = group * kWords + i;
+        multiply_codes(sums, l[w], h[w], b[2 * w], b[2 * w + 1]);
+      }
+      const float multiplier = group == 0 ? of_groups.x : of_groups.y;
+      low = fmaf(static_cast<float>(sums[0] * 255 + sums[1]), scales_low[group] * multiplier, low);
+      high =
+          fmaf(static_cast<float>(sums[2] * 255 + sums[3]), scales_high[group] * multiplier, high);
+    }
+  }
+
+  // prmt takes one constant at most: the tables would be moved to registers each time. So would
+  // what is the same in all lanes; of this the compiler cannot know.
   static __device__ __forceinline__ unsigned in_register(unsigned value) {
-    unsigned kept;
-    asm volatile("mov.b32 %0, %1;" : "=r"(kept) : "r"(value));
-    return kept;
+    unsigned before, after;
+    asm volatile("mov.u32 %0, %%lanemask_lt;" : "=r"(before));
+    asm volatile("mov.u32 %0, %%lanemask_gt;" : "=r"(after));
+    return value | (before & after);
   }
 
   static __device__ __forceinline__ unsigned look_up(unsigned first, unsigned second,
@@ -149,6 +208,39 @@ struct OneTokenProduct {
     unsigned bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(first), "r"(second), "r"(codes));
     return bytes;
+  }
+
+  // Where a staged token of `cols` has its multipliers, and the first digit of column `col`.
+  static __device__ __forceinline__ int multipliers_at(int cols) {
+    return pieces_of<kFormat>(cols) * (kOfPiece * kDigitBytes);
+  }
+  static __device__ __forceinline__ int digit_at(int col) {
+    const int in = col % W::kChunk;
+    return col / W::kChunk * kDigitBytes + in % W::kLane / 16 * 128 + in / W::kLane * 32 + in % 16;
+  }
+  static __device__ __forceinline__ void clear_zeros(std::byte* to, int cols, int thread) {
+    if (thread >= kZeroBytes / 16) return;
+    reinterpret_cast<uint4*>(to + pieces_of<kFormat>(cols) * (kOfPiece * kBytes))[thread] = {};
+  }
+
+  static __device__ __forceinline__ float magnitude(float value) {
+    return fabsf(value) < INFINITY ? fabsf(value) : INFINITY;  // NaN, too
+  }
+  static __device__ __forceinline__ float multiplier_of(float largest) {
+    return largest < INFINITY ? largest * (1.0f / kMost) : NAN;
+  }
+  static __device__ __forceinline__ float inverse_of(float largest) {
+    return largest > 0.0f ? kMost / largest : 0.0f;
+  }
+  // In the low byte of each.
+  static __device__ __forceinline__ void to_digits(float value, float inverse, unsigned& high,
+                                                   unsigned& low) {
+    // Added to 1.5 * 2^23, a number is rounded, and its low byte is the digit.
+    constexpr float kRound = 12582912.0f;
+    const float fixed = fmaf(value, inverse, kRound) - kRound;
+    const float digit = fmaf(fixed, 1.0f / 255.0f, kRound);
+    high = __float_as_uint(digit);
+    low = __float_as_uint(fmaf(digit - kRound, -255.0f, fixed) + kRound);
   }
 
   static __device__ __forceinline__ unsigned low_bytes(const unsigned words[4]) {

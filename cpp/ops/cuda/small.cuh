@@ -9,21 +9,20 @@
 namespace dsfp4::ops::cuda {
 
 constexpr int kSmallTokens = 8;
-constexpr int kRing = 6;                   // pieces of a warp on their way
-constexpr int kSlotBytes = 1024 + 16 * 8;  // a piece: words and scales of 16 rows
-constexpr int kSmallRingBytes = kRing * kSlotBytes;
+constexpr int kOfPiece = 2;                             // chunks
+constexpr int kSlotBytes = kOfPiece * (1024 + 16 * 8);  // a piece: words and scales of 16 rows
 
-/// A lane's words of two rows (g and g + 8 of the 16) in one chunk.
+/// A lane's words of two rows (g and g + 8 of the 16) in two chunks.
 template <WeightFormat kFormat>
 struct Piece {
-  uint4 low, high;
-  unsigned low_scales, high_scales;
+  uint4 low[kOfPiece], high[kOfPiece];
+  unsigned low_scales[kOfPiece], high_scales[kOfPiece];
 };
 
 /// Where a warp finds its words of 16 rows, and how they come: by cp.async to a slot of shared
-/// memory, in which each lane finds its own, and 8 bytes of scales a row. (Loads to registers wait
-/// for one another across branches: they share a scoreboard.) Rows beyond the weight repeat its
-/// last one.
+/// memory, in which each lane finds its own. (Loads to registers wait for one another across
+/// branches: they share a scoreboard.) What is beyond the columns is zero; rows beyond the weight
+/// repeat its last one.
 template <WeightFormat kFormat>
 class Rows {
  public:
@@ -40,49 +39,66 @@ class Rows {
     low_ = data + std::uint64_t{bytes} * static_cast<unsigned>(low) + lane() % 4 * 16;
     high_ = data + std::uint64_t{bytes} * static_cast<unsigned>(high) + lane() % 4 * 16;
     if constexpr (kFormat == WeightFormat::kFp8Block) {
-      // One scale for the whole product: its rows lie in one tile, as does the chunk.
+      // One scale for the whole product: its rows lie in one tile, as does the piece.
+      static_assert(kOfPiece * W::kChunk == ::dsfp4::format::kFp8Tile);
       constexpr int kTile = static_cast<int>(::dsfp4::format::kFp8Tile);
       scales_ = scales + std::int64_t{low / kTile} * ((cols + kTile - 1) / kTile) * 4;
-    } else if constexpr (W::kScales > 0) {
-      // Of row g, or, for a quad's second lane, of row g + 8.
-      const auto each = static_cast<std::uint32_t>(cols / W::kLane * (W::kScales / 4));
-      scales_ = scales + std::uint64_t{each} * static_cast<unsigned>(lane() % 4 == 1 ? high : low);
+    } else if constexpr (kFp4) {  // a chunk's of row lane / 2
+      const auto each = static_cast<std::uint32_t>(cols / W::kChunk * W::kScales);
+      const int of = min(row + lane() / 2, rows - 1);
+      scales_ = scales + std::uint64_t{each} * static_cast<unsigned>(of) + lane() % 2 * W::kScales;
     }
   }
 
-  __device__ __forceinline__ void load(int chunk, std::byte* slot) const {
-    if constexpr (kFp4) {  // whole chunks
-      copy_of_row(slot + lane() * 16, low_ + chunk * 64);
-      copy_of_row(slot + 512 + lane() * 16, high_ + chunk * 64);
-    } else {
-      const int bytes = chunk * W::kChunk + lane() % 4 * W::kLane < cols_ ? 16 : 0;
-      copy_or_clear(slot + lane() * 16, low_ + (bytes == 0 ? 0 : chunk * 64), bytes);
-      copy_or_clear(slot + 512 + lane() * 16, high_ + (bytes == 0 ? 0 : chunk * 64), bytes);
+  __device__ __forceinline__ void load(int piece, unsigned slot) const {
+    const unsigned words = slot + lane() * 16;
+#pragma unroll
+    for (int c = 0; c < kOfPiece; ++c) {
+      const int at = piece * (kOfPiece * 64) + c * 64;
+      const int col = (piece * kOfPiece + c) * W::kChunk + (kFp4 ? 0 : lane() % 4 * W::kLane);
+      if ((kFp4 && c == 0) || col < cols_) {  // FP4: whole chunks
+        copy_of_row(words + c * 1024, low_ + at);
+        copy_of_row(words + c * 1024 + 512, high_ + at);
+      } else {
+        store_shared16(words + c * 1024, {});
+        store_shared16(words + c * 1024 + 512, {});
+      }
     }
+    const unsigned scales = slot + kOfPiece * 1024;
     if constexpr (kFormat == WeightFormat::kFp8Block) {
-      constexpr int kTile = static_cast<int>(::dsfp4::format::kFp8Tile);
-      if (lane() == 0) copy_async<4>(slot + 1024, scales_ + chunk / (kTile / W::kChunk) * 4);
-    } else if constexpr (W::kScales > 0) {
-      if (lane() % 4 < 2) {
-        copy_async<W::kScales>(slot + 1024 + lane() % 4 * 64 + lane() / 4 * 8,
-                               scales_ + chunk * W::kScales);
+      if (lane() == 0) copy_async<4>(scales, scales_ + piece * 4);
+    } else if constexpr (kFp4) {
+      const unsigned own = scales + lane() * W::kScales;
+      if ((piece * kOfPiece + lane() % 2) * W::kChunk < cols_) {
+        copy_async<W::kScales>(own, scales_ + piece * (kOfPiece * W::kScales));
+      } else {
+        clear_shared<W::kScales>(own);
       }
     }
   }
 
-  static __device__ __forceinline__ Piece<kFormat> piece(const std::byte* slot) {
-    const auto* words = reinterpret_cast<const uint4*>(slot) + lane();
-    Piece<kFormat> piece{words[0], words[32], 0, 0};
-    if constexpr (kFormat == WeightFormat::kFp8Block) {
-      piece.low_scales = *reinterpret_cast<const unsigned*>(slot + 1024);
-    } else if constexpr (W::kScales > 0) {
-      const auto* scales = slot + 1024 + lane() / 4 * 8 + lane() % 4 * (W::kScales / 4);
-      if constexpr (kFormat == WeightFormat::kNvfp4) {
-        piece.low_scales = *reinterpret_cast<const unsigned short*>(scales);
-        piece.high_scales = *reinterpret_cast<const unsigned short*>(scales + 64);
-      } else {
-        piece.low_scales = static_cast<unsigned>(scales[0]);
-        piece.high_scales = static_cast<unsigned>(scales[64]);
+  /// The words of a piece to the L2 cache.
+  __device__ __forceinline__ void prefetch(int piece) const {
+    if (lane() % 4 >= 2) return;  // for the quad
+    const std::byte* row = lane() % 4 == 0 ? low_ : high_;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + piece * (kOfPiece * 64)));
+  }
+
+  static __device__ __forceinline__ Piece<kFormat> piece(unsigned slot) {
+    const unsigned words = slot + lane() * 16;
+    Piece<kFormat> piece;
+#pragma unroll
+    for (int c = 0; c < kOfPiece; ++c) {
+      piece.low[c] = load_shared16(words + c * 1024);
+      piece.high[c] = load_shared16(words + c * 1024 + 512);
+      const unsigned scales = slot + kOfPiece * 1024;
+      if constexpr (kFormat == WeightFormat::kFp8Block) {
+        piece.low_scales[c] = load_shared_word<4>(scales);
+      } else if constexpr (kFp4) {
+        constexpr int kOfLane = W::kScales / 4;
+        const unsigned own = scales + lane() / 4 * (kOfPiece * W::kScales) + lane() % 4 * kOfLane;
+        piece.low_scales[c] = load_shared_word<kOfLane>(own + c * W::kScales);
+        piece.high_scales[c] = load_shared_word<kOfLane>(own + (c + 8 * kOfPiece) * W::kScales);
       }
     }
     return piece;
@@ -138,9 +154,16 @@ inline bool has_fours(ConstMatrix x) {
 }
 
 template <WeightFormat kFormat>
-__host__ __device__ constexpr int chunks_of(std::int64_t cols) {
-  return static_cast<int>((cols + Words<kFormat>::kChunk - 1) / Words<kFormat>::kChunk);
+__host__ __device__ constexpr int pieces_of(std::int64_t cols) {
+  constexpr int kPiece = kOfPiece * Words<kFormat>::kChunk;
+  return static_cast<int>((cols + kPiece - 1) / kPiece);
 }
+
+/// Where in shared memory the tokens are staged, and how many pieces a token has.
+struct Staged {
+  unsigned at;
+  int pieces;
+};
 
 /// Up to 8 tokens, rounded to BF16, in the order of decoding; the tokens are mma's 8 columns.
 template <WeightFormat kFormat>
@@ -149,13 +172,14 @@ struct TokensProduct {
   static constexpr int kChains = 4;  // sums added up independently, to hide the latency of mma
 
   /// Bytes from one token to the next: 64 off a multiple of 128, against bank conflicts.
-  static __host__ __device__ constexpr int token_bytes(std::int64_t cols) {
-    return (chunks_of<kFormat>(cols) * W::kChunk + 63) / 64 * 128 + 64;
+  static __host__ __device__ constexpr int token_bytes(int pieces) {
+    static_assert(kOfPiece * W::kChunk % 64 == 0);
+    return pieces * (kOfPiece * W::kChunk * 2) + 64;
   }
 
   static __device__ __noinline__ void stage(const float* from, int cols, std::byte* to, int thread,
                                             int threads) {
-    const int eights = chunks_of<kFormat>(cols) * (W::kChunk / 8);
+    const int eights = pieces_of<kFormat>(cols) * (kOfPiece * W::kChunk / 8);
     for_eights(from, eights, cols, thread, threads, [&](int eight, const float values[8]) {
       if (eight >= eights) return;
       const int in = eight * 8 % W::kChunk;
@@ -178,17 +202,40 @@ struct TokensProduct {
     }
   }
 
-  /// sums += the chunk's product with the tokens staged at `x`.
-  __device__ __forceinline__ void add(const Piece<kFormat>& piece, int chunk, const std::byte* x,
-                                      int cols, int tokens) {
+  /// sums += the piece's product with the tokens.
+  __device__ __forceinline__ void add(const Piece<kFormat>& piece, int number, const Staged& x,
+                                      int tokens) {
     const int quad = static_cast<int>(threadIdx.x) % 4;
     const int token = static_cast<int>(threadIdx.x) % 32 / 4;
-    const auto* from =
-        reinterpret_cast<const uint4*>(x + token * token_bytes(cols) + chunk * W::kChunk * 2) +
-        quad;
-    const bool mine = token < tokens;
-    const unsigned low[4] = {piece.low.x, piece.low.y, piece.low.z, piece.low.w};
-    const unsigned high[4] = {piece.high.x, piece.high.y, piece.high.z, piece.high.w};
+    const unsigned from =
+        x.at + token * token_bytes(x.pieces) + number * (kOfPiece * W::kChunk * 2) + quad * 16;
+#pragma unroll
+    for (int c = 0; c < kOfPiece; ++c) {
+      add(piece.low[c], piece.high[c], piece.low_scales[c], piece.high_scales[c],
+          from + c * W::kChunk * 2, token < tokens);
+    }
+  }
+
+  /// In mma's layout: result[i] belongs to row 8 * (i / 2) + lane / 4 and token 2 * (lane % 4) +
+  /// i % 2.
+  __device__ __forceinline__ void finish(float result[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+  }
+
+  static __host__ __device__ float epilogue(float global_scale) {
+    return word_epilogue(kFormat, global_scale);
+  }
+
+  float sums[kChains][4];
+
+ private:
+  // A chunk.
+  __device__ __forceinline__ void add(const uint4& low_words, const uint4& high_words,
+                                      unsigned low_scales, unsigned high_scales, unsigned from,
+                                      bool mine) {
+    const unsigned low[4] = {low_words.x, low_words.y, low_words.z, low_words.w};
+    const unsigned high[4] = {high_words.x, high_words.y, high_words.z, high_words.w};
     if constexpr (kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4) {
       unsigned scale_low = 0;
       unsigned scale_high = 0;
@@ -196,14 +243,14 @@ struct TokensProduct {
       for (int w = 0; w < 4; ++w) {  // a word: two products
         if (w == 0 || (w == 2 && kFormat == WeightFormat::kNvfp4)) {
           if constexpr (kFormat == WeightFormat::kNvfp4) {
-            scale_low = nvfp4_scale((piece.low_scales >> (4 * w)) & 0xffu);
-            scale_high = nvfp4_scale((piece.high_scales >> (4 * w)) & 0xffu);
+            scale_low = nvfp4_scale((low_scales >> (4 * w)) & 0xffu);
+            scale_high = nvfp4_scale((high_scales >> (4 * w)) & 0xffu);
           } else {
-            scale_low = mxfp4_scale(piece.low_scales);
-            scale_high = mxfp4_scale(piece.high_scales);
+            scale_low = mxfp4_scale(low_scales);
+            scale_high = mxfp4_scale(high_scales);
           }
         }
-        const uint4 b = mine ? from[4 * w] : uint4{};
+        const uint4 b = mine ? load_shared16(from + 64 * w) : uint4{};
         unsigned l[4];
         unsigned h[4];
         decode_fp4(low[w], 0, l);
@@ -224,7 +271,7 @@ struct TokensProduct {
       float tile[2][4] = {};
 #pragma unroll
       for (int w = 0; w < 4; w += 2) {  // two words: two products
-        const uint4 b = mine ? from[4 * (w / 2)] : uint4{};
+        const uint4 b = mine ? load_shared16(from + 64 * (w / 2)) : uint4{};
         unsigned l[4];
         unsigned h[4];
         decode_fp8(low[w], l);
@@ -236,59 +283,46 @@ struct TokensProduct {
         multiply(tile[0], a0, b.x, b.y);
         multiply(tile[1], a1, b.z, b.w);
       }
-      const float scale = __uint_as_float(piece.low_scales);
+      const float scale = __uint_as_float(low_scales);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[0][i] = fmaf(scale, tile[0][i] + tile[1][i], sums[0][i]);
     } else {
-      const uint4 b = mine ? from[0] : uint4{};
+      const uint4 b = mine ? load_shared16(from) : uint4{};
       const unsigned a0[4] = {low[0], high[0], low[1], high[1]};
       const unsigned a1[4] = {low[2], high[2], low[3], high[3]};
       multiply(sums[0], a0, b.x, b.y);
       multiply(sums[1], a1, b.z, b.w);
     }
   }
-
-  /// In mma's layout: result[i] belongs to row 8 * (i / 2) + lane / 4 and token 2 * (lane % 4) +
-  /// i % 2.
-  __device__ __forceinline__ void finish(float result[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-  }
-
-  static __host__ __device__ float epilogue(float global_scale) {
-    return word_epilogue(kFormat, global_scale);
-  }
-
-  float sums[kChains][4];
 };
 
-/// A block's tiles of 16 rows: first, first + step, ... below `last`.
+/// What a block goes through: first, first + step, ... below `last`.
 struct Tiles {
   int first, last, step;
 };
 
-/// Passes a warp's share of all tiles (chunks `first`, `first` + step, ... of each) through its
-/// `ring` of kRing slots: a slot is loaded anew as soon as it is used, beyond the end of the tile,
-/// so that kRing pieces are on their way at any time. rows_of(tile) says where a tile is;
-/// enter(tile) runs before its first piece is used and returns where its tokens are staged;
-/// leave(tile, product) runs after the last. All warps of a block go through all tiles, so that
-/// these may synchronize.
-template <WeightFormat kFormat, typename Product, typename RowsOf, typename Enter, typename Leave>
-__device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, int cols, int tokens,
-                                             std::byte* ring, const RowsOf& rows_of,
+/// Passes a warp's share of all tiles (of each, the pieces `first`, `first` + step, ... of all that
+/// `x.pieces` says) through its `ring` of kRing slots: a slot is loaded anew as soon as it is used,
+/// beyond the end of the tile, so that kRing pieces are on their way at any time. rows_of(tile)
+/// says where a tile is; enter(tile) runs before its first piece is used, when its tokens must be
+/// at `x`; leave(tile, product) runs after the last. All warps of a block go through all tiles, so
+/// that these may synchronize.
+template <WeightFormat kFormat, typename Product, int kRing, typename RowsOf, typename Enter,
+          typename Leave>
+__device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, const Staged& x,
+                                             int tokens, unsigned ring, const RowsOf& rows_of,
                                              const Enter& enter, const Leave& leave) {
   using R = Rows<kFormat>;
   if (tiles.first >= tiles.last) return;
-  const int chunks = chunks_of<kFormat>(cols);
   int load_tile = tiles.first;
-  int load_chunk = first;
+  int load_piece = first;
   R rows = rows_of(load_tile);
-  const auto load = [&](std::byte* slot) {
-    if (load_tile < tiles.last && first < chunks) {
-      rows.load(load_chunk, slot);
-      load_chunk += step;
-      if (load_chunk >= chunks) {
-        load_chunk = first;
+  const auto load = [&](unsigned slot) {
+    if (load_tile < tiles.last && first < x.pieces) {
+      rows.load(load_piece, slot);
+      load_piece += step;
+      if (load_piece >= x.pieces) {
+        load_piece = first;
         load_tile += tiles.step;
         if (load_tile < tiles.last) rows = rows_of(load_tile);
       }
@@ -300,33 +334,16 @@ __device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, i
   Product product;
   int slot = 0;
   for (int tile = tiles.first; tile < tiles.last; tile += tiles.step) {
-    const std::byte* x = enter(tile);
+    enter(tile);
     product.clear();
-    // Two at a time, so that their products overlap, and the last one.
-    const auto following = [](int at) {
-      return at == (kRing - 1) * kSlotBytes ? 0 : at + kSlotBytes;
-    };
-    int chunk = first;
-    for (; chunk + step < chunks; chunk += 2 * step) {
-      const int second = following(slot);
-      wait_copies<kRing - 2>();
-      __syncwarp();  // scales are read by other lanes than those that copied them
-      const Piece<kFormat> pieces[2] = {R::piece(ring + slot), R::piece(ring + second)};
-      __syncwarp();
-      load(ring + slot);
-      load(ring + second);
-      product.add(pieces[0], chunk, x, cols, tokens);
-      product.add(pieces[1], chunk + step, x, cols, tokens);
-      slot = following(second);
-    }
-    if (chunk < chunks) {
+    for (int piece = first; piece < x.pieces; piece += step) {
       wait_copies<kRing - 1>();
-      __syncwarp();
-      const Piece<kFormat> piece = R::piece(ring + slot);
+      __syncwarp();  // scales are read by other lanes than those that copied them
+      const Piece<kFormat> own = R::piece(ring + slot);
       __syncwarp();
       load(ring + slot);
-      product.add(piece, chunk, x, cols, tokens);
-      slot = following(slot);
+      product.add(own, piece, x, tokens);
+      slot = slot == (kRing - 1) * kSlotBytes ? 0 : slot + kSlotBytes;
     }
     leave(tile, product);
   }
