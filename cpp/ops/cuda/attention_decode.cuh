@@ -22,8 +22,8 @@ constexpr int kUnits = kWidth / 8;
 static_assert(kTokens == kKvBlockTokens);
 
 static_assert(kTileBytes == 2 * kRawBytes);
-// Shared memory: queries, then two tiles (BF16), or one tile and two raw ones (FP8); and 8 KB of
-// scores or probabilities on their way from warp to warp.
+// Shared memory: queries, then two tiles, or with mma.sync one tile and two raw ones (FP8); and 8
+// KB of scores or probabilities on their way from warp to warp.
 constexpr int kExchangeBytes = kHeads * kTokens * 2;
 constexpr int kSharedBytes = 3 * kTileBytes + kExchangeBytes;
 

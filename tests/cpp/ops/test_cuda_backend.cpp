@@ -416,6 +416,8 @@ INSTANTIATE_TEST_SUITE_P(
                       ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 1},
                       ExpertsCase{kF8, kF8, kF8, 16, 8, 512, 256, 1},
                       ExpertsCase{kBf, kBf, kBf, 16, 8, 512, 256, 1},
+                      ExpertsCase{kNv, kNv, kNv, 16, 8, 640, 384, 1},  // odd chunks of 128 columns
+                      ExpertsCase{kMx, kMx, kMx, 16, 8, 640, 384, 2},
                       ExpertsCase{kNv, kNv, kNv, 16, 8, 384, 128, 7},   // a few
                       ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 70},  // many
                       ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 70},
