@@ -146,6 +146,16 @@ def test_demo_free(demo_on_gpu: Any, texts: list[GoldenText], decode: bool) -> N
     assert abs(perplexity / expected - 1) <= 0.005
 
 
+# A decode step is recorded and replayed, so that its kernels begin early; not where the experts that
+# it chose are asked for.
+@with_gpu
+def test_replayed_steps_are_the_same(demo_on_gpu: Any, texts: list[GoldenText]) -> None:
+    for text in texts:
+        replayed = demo_on_gpu.forward(text.ids, decode=True)
+        launched, _ = demo_on_gpu.forward(text.ids, decode=True, return_experts=True)
+        np.testing.assert_array_equal(replayed, launched)
+
+
 @with_gpu
 def test_generates_the_same_text_each_time(demo_on_gpu: Any) -> None:
     first = demo_on_gpu.generate([1, 2, 3], max_tokens=40, stop_ids=[]).tokens

@@ -100,7 +100,8 @@ struct RawUnits {
   static constexpr int kCount = kRawBytes / 16 / kOf;
   static constexpr int kOfRow = kUnits / 2;
 
-  // Of tile `tile`, if `there`; what is not visible is zero.
+  // Of tile `tile`, if `there`; what is not visible is zero. Past the first-level cache, as this
+  // may be before the wait.
   __device__ __forceinline__ void load(const KvRows& kv, std::int32_t first_block, int tile,
                                        bool there, int visible) {
     const int count = there ? min(visible - tile * kTokens, kTokens) * kOfRow : 0;
@@ -110,7 +111,7 @@ struct RawUnits {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const int i = static_cast<int>(threadIdx.x) % kOf + j * kOf;
-      units[j] = i < count ? from[i] : uint4{};
+      units[j] = i < count ? __ldcg(from + i) : uint4{};
     }
   }
 

@@ -46,7 +46,9 @@ bool fail(cudaError_t code, const char* call, const char* source, int line);
 /// Launches a kernel that may begin while the one before it still runs, where the GPU can do that
 /// (from compute capability 9.0 on). Such a kernel calls wait_for_inputs() first of all, or after
 /// reading what no kernel writes, and then let_next_begin(). So what a kernel reads before it waits
-/// may come from the last kernel but one. Clusters of `cluster` blocks along x, from 9.0 on.
+/// may come from the last kernel but one, if it is read past the first-level cache (__ldcg,
+/// cp.async.cg), where only the wait makes it visible. Clusters of `cluster` blocks along x,
+/// from 9.0 on.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(Device* device, void (*kernel)(Parameters...), dim3 grid,
                             unsigned threads, std::size_t shared, int cluster,

@@ -32,17 +32,19 @@ struct Source {
   float scale;  // of the sums
 };
 
-// That of gate_proj, up_proj or down_proj for a pair.
+// That of gate_proj, up_proj or down_proj for a pair. The choice is read past the first-level
+// cache: down_kernel does so before it waits, when that cache may still have the choice of another
+// layer.
 template <typename Product>
 __device__ __forceinline__ Source source_of(const Chosen& chosen, int pair,
-                                            WeightView ExpertView::*matrix, float scale) {
+                                            WeightView ExpertView::*matrix) {
   const int slot = pair % chosen.slots;
   const WeightView& weight =
       (slot == chosen.top_k
            ? chosen.shared
-           : chosen.table[chosen.used[pair / chosen.slots * chosen.top_k + slot]]).*
+           : chosen.table[__ldcg(chosen.used + pair / chosen.slots * chosen.top_k + slot)]).*
       matrix;
-  return {weight.data, weight.scales, Product::epilogue(weight.global_scale) * scale};
+  return {weight.data, weight.scales, Product::epilogue(weight.global_scale)};
 }
 
 // This block's part of all work: blocks that run together read what lies together.
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   begin_kernel();
   for (int i = thread; i < 2 * pairs; i += kWarps * 32) {
     sources[i % 2][i / 2] = source_of<Product>(
-        chosen, i / 2, i % 2 == 0 ? &ExpertView::gate_proj : &ExpertView::up_proj, 1.0f);
+        chosen, i / 2, i % 2 == 0 ? &ExpertView::gate_proj : &ExpertView::up_proj);
   }
   __syncthreads();
   int staged_token = -1;
@@ -148,11 +150,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   std::byte* staged = rings + slots * together * kRingBytes + slot * Product::token_bytes(pieces);
   const auto first_row = [&](int i) { return i % tiles * kTile * together; };
   for (int i = thread; i < pairs; i += static_cast<int>(blockDim.x)) {
-    const float weight =
-        i % slots < chosen.top_k ? chosen.weights[i / slots * chosen.top_k + i % slots] : 1.0f;
-    sources[i] = source_of<Product>(chosen, i, &ExpertView::down_proj, weight);
+    sources[i] = source_of<Product>(chosen, i, &ExpertView::down_proj);
   }
   __syncthreads();
+  const auto weight_of = [&](int pair) {
+    const int slot_of_pair = pair % slots;
+    return slot_of_pair < chosen.top_k ? chosen.weights[pair / slots * chosen.top_k + slot_of_pair]
+                                       : 1.0f;
+  };
   const auto rows_of = [&](int i) {
     const Source& source = sources[i / tiles * slots + slot];
     return Rows<kFormat>(source.data, source.scales, rows, cols, first_row(i) + own * kTile);
@@ -165,11 +170,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       [&](int i) {
         const int token = i / tiles;
         if (token == staged_token) return;
-        if (staged_token < 0) {
+        const bool begins = staged_token < 0;
+        float weight = 1.0f;
+        if (begins) {
           // Beyond the ring, while the kernel before ends.
           const auto first = rows_of(i);
           for (int piece = kRing; piece < pieces; ++piece) first.prefetch(piece);
           begin_kernel();
+          if (thread < pairs) weight = weight_of(thread);  // on its way while tokens are staged
         } else {
           __syncthreads();  // the last one is used
         }
@@ -179,6 +187,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
                         together * 32);
         } else {
           Product::stage(from, cols, staged, own * 32 + lane, together * 32);
+        }
+        if (begins) {
+          for (int p = thread; p < pairs; p += static_cast<int>(blockDim.x)) {
+            sources[p].scale *= p == thread ? weight : weight_of(p);
+          }
         }
         staged_token = token;
         __syncthreads();
