@@ -146,8 +146,8 @@ def test_demo_free(demo_on_gpu: Any, texts: list[GoldenText], decode: bool) -> N
     assert abs(perplexity / expected - 1) <= 0.005
 
 
-# A decode step is recorded and replayed, so that its kernels begin early; not where the experts that
-# it chose are asked for.
+# A decode step is recorded and replayed, so that its kernels begin early; not where it is asked
+# which experts it chose.
 @with_gpu
 def test_replayed_steps_are_the_same(demo_on_gpu: Any, texts: list[GoldenText]) -> None:
     for text in texts:
