@@ -1,4 +1,4 @@
-// cp.async: memory to shared memory past the registers.
+// Shared memory: cp.async, to it past the registers; and loads and stores by its own addresses.
 #pragma once
 
 #include "ops/cuda/common.cuh"

@@ -53,7 +53,7 @@ bool experts_large(Device*, const ExpertView* table, const ExpertView& first, st
                    Matrix routed, std::byte* workspace);
 
 // experts_small.cu: a few tokens; `fit` says whether these experts can be read that way. `slots` of
-// a token: top_k, and one more with `shared`.
+// a token: top_k, and one more with `shared`. `hidden` holds digits where one_token.cuh takes them.
 bool experts_small_fit(Device*, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden,
                        std::int64_t slots);
 bool experts_small(Device*, const ExpertView* table, const ExpertView& first, DeviceRouting routing,
