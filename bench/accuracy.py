@@ -13,8 +13,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from dsfp4 import Model
@@ -22,6 +20,7 @@ from fixtures.cases import CASES
 from fixtures.golden_vectors import (
     Golden,
     chosen_otherwise,
+    compare_free,
     load_demo_golden,
     load_golden,
     relative_error,
@@ -58,18 +57,10 @@ def row(name: str, golden: Golden, reference: Model, cpu: Model, forced: bool) -
 
 def free(cpu: Model, texts: list[Any]) -> None:
     """The demo model with its own choice of experts."""
-    agree, nll, truth = [], [], []
-    for text in texts:
-        logits = cpu.forward(text.ids).astype(np.float64)
-        agree.append((logits.argmax(axis=1) == text.top)[text.gap > 0.1])
-        logs = logits - logits.max(axis=1, keepdims=True)
-        logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
-        nll.append(-logs[np.arange(len(text.ids) - 1), text.ids[1:]])
-        truth.append(text.nll)
-    change = np.exp(np.concatenate(nll).mean() - np.concatenate(truth).astype(np.float64).mean())
+    agreement, perplexity = compare_free(cpu.forward, texts)
     print(
-        f"demo, free, on cpu: the same top token at {100 * np.concatenate(agree).mean():.2f} % of "
-        f"{len(np.concatenate(agree))} clear positions, perplexity {100 * (change - 1):+.3f} %"
+        f"demo, free, on cpu: the same top token at {100 * agreement:.2f} % of the clear "
+        f"positions, perplexity {100 * perplexity:+.3f} %"
     )
 
 

@@ -21,6 +21,9 @@ A random checkpoint's file <case>.npz holds, for T tokens, L MoE layers, k activ
 demo.npz holds the same for each of its texts, the names followed by _<text>, with logits and
 bf16_error at `positions` only, and for every position `top` (the best token), `gap` (its logit
 minus the second's) and `nll` (nats of each next token, T - 1 values).
+demo_drawn.npz holds ids, top, gap and nll of texts that the model itself has drawn, [texts, T]:
+where a choice of experts is close, one position's nats may move by 4, so that perplexity needs
+thousands of them.
 """
 
 import argparse
@@ -58,6 +61,10 @@ Arrays = dict[str, NDArray[Any]]
 # The demo model's logits are large; this many positions of each text are kept.
 DEMO_POSITIONS = 40
 LEAST_MARGIN = 2e-4
+# Drawn texts go on from the first tokens of each text.
+DRAWN_OF_EACH = 3
+DRAWN_START = 32
+DRAWN_TOKENS = 512
 
 
 # --- the oracle ----------------------------------------------------------------------------------
@@ -264,6 +271,35 @@ def make_case(name: str, output: Path) -> None:
         save(output / f"{name}.npz", folder, arrays)
 
 
+def predictions(logits: NDArray[np.float32], ids: NDArray[Any]) -> Arrays:
+    """Of every position the best token, its distance to the second, and the next token's nats."""
+    exact = logits.astype(np.float64)
+    largest = exact.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(exact - largest).sum(axis=1)) + largest[:, 0]
+    best = np.sort(exact, axis=1)
+    return {
+        "top": exact.argmax(axis=1).astype(np.int32),
+        "gap": (best[:, -1] - best[:, -2]).astype(np.float32),
+        "nll": (log_sum[:-1] - exact[np.arange(len(ids) - 1), ids[1:]]).astype(np.float32),
+    }
+
+
+@torch.no_grad()
+def drawn_texts(model: Any, starts: NDArray[Any]) -> Arrays:
+    """What demo_drawn.npz holds: texts drawn at temperature 1, without an end."""
+    torch.manual_seed(0)
+    ids = model.generate(
+        torch.from_numpy(np.repeat(starts, DRAWN_OF_EACH, axis=0)),
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=DRAWN_TOKENS - DRAWN_START,
+        min_new_tokens=DRAWN_TOKENS - DRAWN_START,
+        pad_token_id=0,
+    ).numpy()
+    of_texts = [predictions(run(model, text), text) for text in ids]
+    return {"ids": ids} | {key: np.stack([p[key] for p in of_texts]) for key in of_texts[0]}
+
+
 def make_demo(folder: Path, output: Path) -> None:
     """The golden file of the demo model, on the texts of demo_texts.py."""
     from tokenizers import Tokenizer
@@ -275,18 +311,9 @@ def make_demo(folder: Path, output: Path) -> None:
     for name, text in DEMO_TEXTS.items():
         ids = np.array([config["bos_token_id"], *tokenizer.encode(text).ids], np.int64)
         arrays, rounded = observe(model, config, ids)
-        logits = arrays["logits"].astype(np.float64)
         positions = np.linspace(0, len(ids) - 1, DEMO_POSITIONS).astype(np.int32)
-        log_sum = np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
-        log_sum += logits.max(axis=1)
-        best = np.sort(logits, axis=1)
-        arrays |= {
-            "positions": positions,
-            "top": logits.argmax(axis=1).astype(np.int32),
-            "gap": (best[:, -1] - best[:, -2]).astype(np.float32),
-            "nll": (log_sum[:-1] - logits[np.arange(len(ids) - 1), ids[1:]]).astype(np.float32),
-            "logits": arrays["logits"][positions],
-        }
+        arrays |= predictions(arrays["logits"], ids)
+        arrays |= {"positions": positions, "logits": arrays["logits"][positions]}
         error = relative_error(rounded[positions], arrays["logits"])
         arrays["bf16_error"] = np.array(error)
         print(
@@ -295,6 +322,8 @@ def make_demo(folder: Path, output: Path) -> None:
         )
         saved |= {f"{key}_{name}": value for key, value in arrays.items()}
     save(output / "demo.npz", folder, saved)
+    starts = [saved[f"ids_{name}"][:DRAWN_START] for name in DEMO_TEXTS]
+    save(output / "demo_drawn.npz", folder, drawn_texts(model, np.stack(starts)))
 
 
 def main() -> None:

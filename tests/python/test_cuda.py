@@ -21,6 +21,8 @@ from fixtures.golden_vectors import (
     Golden,
     GoldenText,
     chosen_otherwise,
+    compare_free,
+    load_demo_drawn,
     load_demo_golden,
     load_golden,
     relative_error,
@@ -32,6 +34,7 @@ if PROBLEM and os.environ.get("DSFP4_REQUIRE_CUDA"):
 with_gpu = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 without_gpu = pytest.mark.skipif(PROBLEM is None, reason="there is a GPU")
 
+DEMO = Path(str(files("dsfp4"))) / "demo_model"
 CLOSE_CALL = 1e-2
 PHASES = pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 
@@ -104,7 +107,7 @@ def test_forced(cuda: Any, golden: Golden, decode: bool) -> None:
 
 @pytest.fixture(scope="module")
 def texts() -> list[GoldenText]:
-    return load_demo_golden(Path(str(files("dsfp4"))) / "demo_model")
+    return load_demo_golden(DEMO)
 
 
 @pytest.fixture(scope="module")
@@ -124,26 +127,15 @@ def test_demo_forced(demo_on_gpu: Any, texts: list[GoldenText], decode: bool) ->
         assert not np.any(chosen_otherwise(experts, text) & (text.margin >= CLOSE_CALL)), text.name
 
 
-def _nats(logits: Any, ids: Any) -> Any:
-    rows = logits[:-1].astype(np.float64)
-    largest = rows.max(axis=1)
-    log_sum = np.log(np.exp(rows - largest[:, None]).sum(axis=1)) + largest
-    return log_sum - rows[np.arange(len(rows)), ids[1:]]
-
-
 @with_gpu
 @PHASES
 def test_demo_free(demo_on_gpu: Any, texts: list[GoldenText], decode: bool) -> None:
-    agree, nll, reference_nll = [], [], []
-    for text in texts:
-        logits = demo_on_gpu.forward(text.ids, decode=decode)
-        agree.append((logits.argmax(axis=1) == text.top)[text.gap > 0.1])
-        nll.append(_nats(logits, text.ids))
-        reference_nll.append(text.nll)
-    assert np.concatenate(agree).mean() >= 0.99
-    perplexity = np.exp(np.concatenate(nll).mean())
-    expected = np.exp(np.concatenate(reference_nll).astype(np.float64).mean())
-    assert abs(perplexity / expected - 1) <= 0.005
+    drawn = load_demo_drawn(DEMO)
+    agreement, perplexity = compare_free(
+        lambda ids: demo_on_gpu.forward(ids, decode=decode), [*texts, *drawn]
+    )
+    assert agreement >= 0.99
+    assert abs(perplexity) <= 0.005
 
 
 # A decode step is recorded and replayed, so that its kernels begin early; not where it is asked

@@ -6,23 +6,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import dsfp4
 from fixtures.golden_vectors import (
     GoldenText,
     chosen_otherwise,
+    compare_free,
+    load_demo_drawn,
     load_demo_golden,
     relative_error,
 )
 
+DEMO = Path(str(files("dsfp4"))) / "demo_model"
 CLOSE_CALL = 1e-2  # a fast backend's router may choose otherwise below this reference margin
 PHASES = pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[GoldenText]:
-    return load_demo_golden(Path(str(files("dsfp4"))) / "demo_model")
+    return load_demo_golden(DEMO)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +35,6 @@ def reference() -> Any:
 @pytest.fixture(scope="module")
 def cpu() -> Any:
     return dsfp4.Model("demo", device="cpu")
-
-
-def nats(logits: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Negative log-likelihood of each next token, [T - 1]."""
-    rows = logits[:-1].astype(np.float64)
-    largest = rows.max(axis=1)
-    log_sum = np.log(np.exp(rows - largest[:, None]).sum(axis=1)) + largest
-    return log_sum - rows[np.arange(len(rows)), ids[1:]]
 
 
 def test_reference(reference: Any, texts: list[GoldenText]) -> None:
@@ -64,14 +58,15 @@ def test_cpu_forced(cpu: Any, texts: list[GoldenText], decode: bool) -> None:
 
 @PHASES
 def test_cpu_free(cpu: Any, texts: list[GoldenText], decode: bool) -> None:
-    agree, nll, reference_nll = [], [], []
-    for text in texts:
-        logits = cpu.forward(text.ids, decode=decode)
-        clear = text.gap > 0.1
-        agree.append((logits.argmax(axis=1) == text.top)[clear])
-        nll.append(nats(logits, text.ids))
-        reference_nll.append(text.nll)
-    assert np.concatenate(agree).mean() >= 0.99
-    perplexity = np.exp(np.concatenate(nll).mean())
-    expected = np.exp(np.concatenate(reference_nll).astype(np.float64).mean())
-    assert abs(perplexity / expected - 1) <= 0.005
+    agreement, perplexity = compare_free(lambda ids: cpu.forward(ids, decode=decode), texts)
+    assert agreement >= 0.99
+    assert abs(perplexity) <= 0.005
+
+
+@pytest.mark.full
+@PHASES
+def test_cpu_free_on_drawn_texts(cpu: Any, decode: bool) -> None:
+    drawn = load_demo_drawn(DEMO)
+    agreement, perplexity = compare_free(lambda ids: cpu.forward(ids, decode=decode), drawn)
+    assert agreement >= 0.99
+    assert abs(perplexity) <= 0.005
