@@ -16,11 +16,6 @@ __device__ __forceinline__ uint4 load_shared16(unsigned at) {
                : "r"(at));
   return v;
 }
-__device__ __forceinline__ float load_shared_float(unsigned at) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
-  return v;
-}
 __device__ __forceinline__ float2 load_shared_floats(unsigned at) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
@@ -72,6 +67,18 @@ __device__ __forceinline__ void copy_of_row(unsigned to, const void* from) {
 }
 __device__ __forceinline__ void copy_of_row(void* to, const void* from) {
   copy_of_row(shared_address(to), from);
+}
+/// The 128 bytes in which `from` lies to the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+/// `bytes` from there on, without the last that are no whole 16; nothing before compute capability
+/// 9.0, nor where `from` is not aligned to 16.
+__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes & ~15));
+#endif
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int kLeft>

@@ -64,7 +64,7 @@ bool routed_experts(Device* device, const ExpertView* table, const ExpertView* f
                     std::byte* workspace) {
   if (x.rows == 0) return true;
   if (shared != nullptr) {
-    return experts_small(device, table, *first, routing, top_k, x, hidden, y, shared);
+    return experts_small(device, table, *first, experts, routing, top_k, x, hidden, y, shared);
   }
   if (is_large(*first, experts, x.rows)) {
     return experts_large(device, table, *first, experts, routing, top_k, x, hidden, routed,
@@ -72,7 +72,7 @@ bool routed_experts(Device* device, const ExpertView* table, const ExpertView* f
            combine(device, routed, routing.weights, top_k, y);
   }
   if (experts_small_fit(device, *first, x, hidden, top_k)) {
-    return experts_small(device, table, *first, routing, top_k, x, hidden, y, nullptr);
+    return experts_small(device, table, *first, experts, routing, top_k, x, hidden, y, nullptr);
   }
   const auto pairs = static_cast<unsigned>(x.rows * top_k);
   gate_up_plain_kernel<<<dim3(blocks_for(hidden.cols, kWarps), pairs), kWarps * 32, 0,

@@ -19,6 +19,7 @@ constexpr int kMostDownWarps = 18;
 // there is one more, the shared expert, of weight 1.
 struct Chosen {
   const ExpertView* table;
+  int experts;  // in the table
   const std::int32_t* used;
   const float* weights;
   int top_k, slots;
@@ -74,6 +75,14 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const int rows = static_cast<int>(hidden.cols);
   const int cols = static_cast<int>(x.cols);
   const int tiles = (rows + kTile - 1) / kTile;
+  // What is read first of all goes to the L2 cache meanwhile, each block's part of it.
+  const auto prefetch = [&](const void* from, int bytes) {
+    const int at = (thread * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) * 128;
+    if (at < bytes) prefetch_line(static_cast<const std::byte*>(from) + at);
+  };
+  prefetch(chosen.table, chosen.experts * static_cast<int>(sizeof(ExpertView)));
+  prefetch(x.data, cols * static_cast<int>(sizeof(float)));
+  if (thread == 0) prefetch_line(chosen.used);
   begin_kernel();
   for (int i = thread; i < 2 * pairs; i += kWarps * 32) {
     sources[i % 2][i / 2] = source_of<Product>(
@@ -151,13 +160,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const auto first_row = [&](int i) { return i % tiles * kTile * together; };
   for (int i = thread; i < pairs; i += static_cast<int>(blockDim.x)) {
     sources[i] = source_of<Product>(chosen, i, &ExpertView::down_proj);
+    if (i % slots < chosen.top_k) {
+      sources[i].scale *= __ldcg(chosen.weights + i / slots * chosen.top_k + i % slots);
+    }
   }
   __syncthreads();
-  const auto weight_of = [&](int pair) {
-    const int slot_of_pair = pair % slots;
-    return slot_of_pair < chosen.top_k ? chosen.weights[pair / slots * chosen.top_k + slot_of_pair]
-                                       : 1.0f;
-  };
   const auto rows_of = [&](int i) {
     const Source& source = sources[i / tiles * slots + slot];
     return Rows<kFormat>(source.data, source.scales, rows, cols, first_row(i) + own * kTile);
@@ -170,14 +177,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       [&](int i) {
         const int token = i / tiles;
         if (token == staged_token) return;
-        const bool begins = staged_token < 0;
-        float weight = 1.0f;
-        if (begins) {
+        if (staged_token < 0) {
           // Beyond the ring, while the kernel before ends.
           const auto first = rows_of(i);
           for (int piece = kRing; piece < pieces; ++piece) first.prefetch(piece);
           begin_kernel();
-          if (thread < pairs) weight = weight_of(thread);  // on its way while tokens are staged
         } else {
           __syncthreads();  // the last one is used
         }
@@ -187,11 +191,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
                         together * 32);
         } else {
           Product::stage(from, cols, staged, own * 32 + lane, together * 32);
-        }
-        if (begins) {
-          for (int p = thread; p < pairs; p += static_cast<int>(blockDim.x)) {
-            sources[p].scale *= p == thread ? weight : weight_of(p);
-          }
         }
         staged_token = token;
         __syncthreads();
@@ -306,10 +305,11 @@ bool experts_small_fit(Device* device, const ExpertView& expert, ConstMatrix x, 
 }
 
 bool experts_small(Device* device, const ExpertView* table, const ExpertView& first,
-                   DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-                   Matrix y, const ExpertView* shared) {
+                   std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
+                   Matrix hidden, Matrix y, const ExpertView* shared) {
   const auto slots = static_cast<int>(top_k);
   const Chosen chosen{table,
+                      static_cast<int>(experts),
                       routing.used,
                       routing.weights,
                       slots,

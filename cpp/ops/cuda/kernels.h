@@ -56,9 +56,9 @@ bool experts_large(Device*, const ExpertView* table, const ExpertView& first, st
 // a token: top_k, and one more with `shared`. `hidden` holds digits where one_token.cuh takes them.
 bool experts_small_fit(Device*, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden,
                        std::int64_t slots);
-bool experts_small(Device*, const ExpertView* table, const ExpertView& first, DeviceRouting routing,
-                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix y,
-                   const ExpertView* shared);
+bool experts_small(Device*, const ExpertView* table, const ExpertView& first, std::int64_t experts,
+                   DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
+                   Matrix y, const ExpertView* shared);
 
 // attention_plain.cu: any head size.
 std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length);

@@ -7,17 +7,15 @@
 namespace dsfp4::ops::cuda {
 
 /// Twice a weight is a byte that prmt looks up, an activation 16 bits of fixed point, as two digits
-/// of base 255, with one FP32 multiplier for as many values as share a scale. A column of mma is
-/// one digit of one lane of a quad, zero for the other lanes' values: so each lane gets the sums of
-/// just the values that it has loaded, and only these sums are multiplied with scales. Exact but
-/// for the activations' rounding to 16 bits.
+/// of base 255, with one FP32 multiplier for 16 values. A column of mma is one digit of one lane of
+/// a quad, zero for the other lanes' values: so each lane gets the sums of just the values that it
+/// has loaded, and only these sums are multiplied with scales. Exact but for the activations'
+/// rounding to 16 bits.
 template <WeightFormat kFormat>
 struct OneTokenProduct {
   using W = Words<kFormat>;
   static_assert(kFormat == WeightFormat::kNvfp4 || kFormat == WeightFormat::kMxfp4);
-  static constexpr int kGroup =
-      static_cast<int>(kFormat == WeightFormat::kNvfp4 ? ::dsfp4::format::kNvfp4Group
-                                                       : ::dsfp4::format::kMxfp4Group);
+  static constexpr int kGroup = 16;                   // values that share a multiplier
   static constexpr int kGroups = W::kChunk / kGroup;  // of a chunk
   static constexpr int kDigitBytes = 2 * W::kChunk;   // of a chunk
   static constexpr int kBytes = kDigitBytes + kGroups * 4;
@@ -159,12 +157,7 @@ struct OneTokenProduct {
                                       unsigned multipliers) {
     const uint4 first = load_shared16(digits);
     const uint4 second = load_shared16(digits + 128);
-    float2 of_groups;
-    if constexpr (kGroups == 8) {
-      of_groups = load_shared_floats(multipliers);
-    } else {
-      of_groups.x = load_shared_float(multipliers);
-    }
+    const float2 of_groups = load_shared_floats(multipliers);
     const unsigned b[8] = {first.x,  first.y,  first.z,  first.w,
                            second.x, second.y, second.z, second.w};
     const unsigned l[4] = {low_words.x, low_words.y, low_words.z, low_words.w};
@@ -175,12 +168,12 @@ struct OneTokenProduct {
       two_e4m3(low_scales, scales_low);
       two_e4m3(high_scales, scales_high);
     } else {
-      scales_low[0] = e8m0_value(low_scales);
-      scales_high[0] = e8m0_value(high_scales);
+      scales_low[0] = scales_low[1] = e8m0_value(low_scales);
+      scales_high[0] = scales_high[1] = e8m0_value(high_scales);
     }
     constexpr int kWords = kGroup / 8;
 #pragma unroll
-    for (int group = 0; group < kGroups / 4; ++group) {
+    for (int group = 0; group < 2; ++group) {
       int sums[4] = {};
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {

@@ -32,7 +32,7 @@ class Rows {
   Rows() = default;
   __device__ __forceinline__ Rows(const std::byte* data, const std::byte* scales, int rows,
                                   int cols, int row)
-      : cols_(cols) {
+      : cols_(cols), own_rows_(min(16, rows - row)) {
     const int low = min(row + lane() / 4, rows - 1);
     const int high = min(row + lane() / 4 + 8, rows - 1);
     const auto bytes = static_cast<std::uint32_t>(cols / W::kLane) * 16u;
@@ -81,7 +81,17 @@ class Rows {
   __device__ __forceinline__ void prefetch(int piece) const {
     if (lane() % 4 >= 2) return;  // for the quad
     const std::byte* row = lane() % 4 == 0 ? low_ : high_;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + piece * (kOfPiece * 64)));
+    prefetch_line(row + piece * (kOfPiece * 64));
+  }
+
+  /// The block scales of all columns to the L2 cache: a piece's are too few to be read by
+  /// themselves at the memory's rate.
+  __device__ __forceinline__ void prefetch_scales() const {
+    if constexpr (kFp4) {
+      // Of fewer rows there may be less than 16 bytes.
+      if (lane() != 0 || own_rows_ < 4) return;
+      prefetch_bulk(scales_, cols_ / W::kChunk * W::kScales * own_rows_);
+    }
   }
 
   static __device__ __forceinline__ Piece<kFormat> piece(unsigned slot) {
@@ -111,6 +121,7 @@ class Rows {
   const std::byte* high_ = nullptr;
   const std::byte* scales_ = nullptr;
   int cols_ = 0;
+  int own_rows_ = 0;
 };
 
 /// Whether the rows of `weight` can be read that way.
@@ -317,6 +328,7 @@ __device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, c
   int load_tile = tiles.first;
   int load_piece = first;
   R rows = rows_of(load_tile);
+  if (first == 0) rows.prefetch_scales();
   const auto load = [&](unsigned slot) {
     if (load_tile < tiles.last && first < x.pieces) {
       rows.load(load_piece, slot);
@@ -324,7 +336,10 @@ __device__ __forceinline__ void stream_tiles(Tiles tiles, int first, int step, c
       if (load_piece >= x.pieces) {
         load_piece = first;
         load_tile += tiles.step;
-        if (load_tile < tiles.last) rows = rows_of(load_tile);
+        if (load_tile < tiles.last) {
+          rows = rows_of(load_tile);
+          if (first == 0) rows.prefetch_scales();
+        }
       }
     }
     commit_copies();
