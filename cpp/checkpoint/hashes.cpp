@@ -87,8 +87,9 @@ class HashFileHandler : public JsonHandler {
 
   std::uint64_t parse(std::string_view text, std::size_t at) const {
     std::uint64_t hash = 0;
-    const char* end = text.data() + text.size();
-    const auto [stop, error] = std::from_chars(text.data(), end, hash, 16);
+    const char* begin = text.data();
+    const char* end = begin + text.size();
+    const auto [stop, error] = std::from_chars(begin, end, hash, 16);
     if (text.size() != kDigits || error != std::errc() || stop != end) fail(at, kShape);
     return hash;
   }

@@ -321,6 +321,7 @@ class Bench {
 
   std::vector<ops::ExpertView> make_experts(WeightFormat format, std::int64_t experts) {
     std::vector<ops::ExpertView> views;
+    views.reserve(static_cast<std::size_t>(experts));
     for (std::int64_t e = 0; e < experts; ++e) {
       views.push_back({weight(format, kExpert, kHidden), weight(format, kExpert, kHidden),
                        weight(format, kHidden, kExpert)});

@@ -342,7 +342,7 @@ bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
       tiers_.between_groups([&options, at, &prompt] {
         if (!options.on_prefill(static_cast<std::int64_t>(at),
                                 static_cast<std::int64_t>(prompt.size()))) {
-          throw PrefillCancelled();
+          throw PrefillCancelled();  // NOLINT(bugprone-std-exception-baseclass): no error
         }
       });
     }

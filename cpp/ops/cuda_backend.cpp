@@ -242,7 +242,7 @@ cuda::KvRows CudaBackend::rows_of(std::span<const SequenceRows> batch) {
   }
   if (blocks != host_blocks_) {
     upload(reinterpret_cast<const std::byte*>(blocks.data()), on_gpu_blocks, block_bytes);
-    host_blocks_ = blocks;
+    host_blocks_ = std::move(blocks);
   }
   if (phase_ == Phase::kDecode) {  // a recording is good up to the next power of two
     kv.max_length = static_cast<std::int64_t>(

@@ -29,7 +29,7 @@ void append(std::string& to, const void* data, std::size_t bytes) {
 template <typename T>
 bool take(std::string_view& from, T& value) {
   if (from.size() < sizeof(T)) return false;
-  std::memcpy(&value, from.data(), sizeof(T));
+  from.copy(reinterpret_cast<char*>(&value), sizeof(T));
   from.remove_prefix(sizeof(T));
   return true;
 }

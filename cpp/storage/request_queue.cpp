@@ -26,7 +26,7 @@ void check_options(const ReaderOptions& options) {
   }
 }
 
-const ReaderOptions& checked(const ReaderOptions& options) {
+ReaderOptions checked(const ReaderOptions& options) {
   check_options(options);
   return options;
 }

@@ -2,5 +2,5 @@
 #include "ops/cpu/kernels_impl.h"
 
 namespace dsfp4::ops::cpu {
-const Kernels kAvx2Kernels = make_kernels("avx2");
+constinit const Kernels kAvx2Kernels = make_kernels("avx2");
 }  // namespace dsfp4::ops::cpu

@@ -2,5 +2,5 @@
 #include "ops/cpu/kernels_impl.h"
 
 namespace dsfp4::ops::cpu {
-const Kernels kAvx512Kernels = make_kernels("avx512");
+constinit const Kernels kAvx512Kernels = make_kernels("avx512");
 }  // namespace dsfp4::ops::cpu

@@ -2,5 +2,5 @@
 #include "ops/cpu/kernels_impl.h"
 
 namespace dsfp4::ops::cpu {
-const Kernels kBaselineKernels = make_kernels("baseline");
+constinit const Kernels kBaselineKernels = make_kernels("baseline");
 }  // namespace dsfp4::ops::cpu

@@ -135,7 +135,9 @@ void round_to_bf16(const float* x, float* y, std::int64_t n) {
   }
 }
 
-constexpr Kernels make_kernels(const char* isa) { return {isa, decode_row, round_to_bf16}; }
+constexpr Kernels make_kernels(const char* isa) noexcept {
+  return {isa, decode_row, round_to_bf16};
+}
 
 }  // namespace
 }  // namespace dsfp4::ops::cpu

@@ -5,5 +5,5 @@
 #include "ops/cpu/layer_kernels_impl.h"
 
 namespace dsfp4::ops::cpu {
-const LayerKernels kAvx2LayerKernels = make_layer_kernels("avx2");
+constinit const LayerKernels kAvx2LayerKernels = make_layer_kernels("avx2");
 }  // namespace dsfp4::ops::cpu

@@ -5,5 +5,5 @@
 #include "ops/cpu/layer_kernels_impl.h"
 
 namespace dsfp4::ops::cpu {
-const LayerKernels kAvx512LayerKernels = make_layer_kernels("avx512");
+constinit const LayerKernels kAvx512LayerKernels = make_layer_kernels("avx512");
 }  // namespace dsfp4::ops::cpu

@@ -5,5 +5,5 @@
 #include "ops/cpu/layer_kernels_impl.h"
 
 namespace dsfp4::ops::cpu {
-const LayerKernels kBaselineLayerKernels = make_layer_kernels("baseline");
+constinit const LayerKernels kBaselineLayerKernels = make_layer_kernels("baseline");
 }  // namespace dsfp4::ops::cpu

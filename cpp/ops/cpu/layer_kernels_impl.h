@@ -296,7 +296,7 @@ double multiply_in_registers(std::int64_t steps, float* sink) {
   return 2.0 * kChains * static_cast<double>(kLanes) * static_cast<double>(steps);
 }
 
-constexpr LayerKernels make_layer_kernels(std::string_view isa) {
+constexpr LayerKernels make_layer_kernels(std::string_view isa) noexcept {
   return {isa,          kLanes,     kPanel,        multiply<false>, multiply<true>,
           softmax_step, dot,        bf16_to_float, e4m3_to_float,   scale_row,
           add,          add_scaled, scale_by,      silu_mul,        multiply_in_registers};

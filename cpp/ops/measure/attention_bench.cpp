@@ -18,6 +18,7 @@ void fill(Backend& backend, const CacheCopies& cache, std::int64_t tokens, std::
 std::vector<format::EncodedMatrix> expansions(ThreadPool& pool, const MlaShape& shape,
                                               format::WeightFormat format, std::int64_t copies) {
   std::vector<format::EncodedMatrix> weights;
+  weights.reserve(static_cast<std::size_t>(copies));
   const std::int64_t rows = shape.heads * (shape.qk_nope_head_dim + shape.v_head_dim);
   for (std::int64_t i = 0; i < copies; ++i) {
     weights.push_back(

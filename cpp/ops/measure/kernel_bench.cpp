@@ -17,6 +17,7 @@ KernelBench::KernelBench(std::unique_ptr<Backend> backend, int threads)
 Seconds KernelBench::linear(format::WeightFormat format, std::int64_t rows, std::int64_t cols,
                             std::int64_t tokens, std::int64_t copies, int runs) {
   std::vector<format::EncodedMatrix> weights;
+  weights.reserve(static_cast<std::size_t>(copies));
   for (std::int64_t i = 0; i < copies; ++i) {
     weights.push_back(random_weight(pool_, format, rows, cols, static_cast<std::uint64_t>(i)));
   }

@@ -114,6 +114,7 @@ class ReferenceBackend final : public HostBackend {
     pool_.parallel_for(shape.heads, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t h = begin; h < end; ++h) {
         std::vector<std::vector<float>> w_uk;
+        w_uk.reserve(static_cast<std::size_t>(nope));
         for (std::int64_t i = 0; i < nope; ++i) {
           w_uk.push_back(decoded_row(kv_b_proj, h * (nope + shape.v_head_dim) + i));
         }
