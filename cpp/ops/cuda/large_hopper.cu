@@ -27,9 +27,13 @@ struct WideShape {
   static constexpr int kUnits = W::kChunk / 8;  // of 16 bytes, a token
   static constexpr int kTokenBytes = kTokens * kUnits * 16;
   static constexpr int kRawBytes = kBlockRows * 64;
-  static constexpr int kScaleBytes = kBlockRows * W::kScales;
-  static constexpr int kStageBytes = (kTokenBytes + kRawBytes + kScaleBytes + 1023) / 1024 * 1024;
-  static constexpr int kBytes = kStages * kStageBytes + 1024;  // to begin on 1 KB
+  static constexpr int kStageBytes = kTokenBytes + kRawBytes;  // multiples of 1 KB
+  /// Scales of a row come for kSpan chunks at once: 32 bytes, NVFP4. By chunks, 8 bytes, they would
+  /// cost as much as the weights.
+  static constexpr int kSpan = 4;
+  static constexpr int kScaleUnits = kSpan * W::kScales / 16;  // of 16 bytes, a row
+  static constexpr int kSpanBytes = kBlockRows * kScaleUnits * 16;
+  static constexpr int kBytes = kStages * kStageBytes + 2 * kSpanBytes + kTokens * 4;
 };
 
 template <WeightFormat kFormat, Large kWhat, class Shape>
@@ -43,10 +47,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   constexpr int kBlockRows = Shape::kBlockRows;
   constexpr int kAtom = Shape::kUnits < 8 ? Shape::kUnits : 8;  // units swizzled together
   constexpr bool kPairs = kWhat == Large::kGateUp;
-  extern __shared__ uint4 shared_units[];
-  __shared__ std::int32_t out_row[kTokens];
-  auto* shared = reinterpret_cast<std::byte*>(
-      (reinterpret_cast<std::uintptr_t>(shared_units) + 1023) / 1024 * 1024);
+  extern __shared__ __align__(1024) std::byte shared[];
+  std::byte* const spans = shared + Shape::kStages * Shape::kStageBytes;
+  auto* const out_row = reinterpret_cast<std::int32_t*>(spans + 2 * Shape::kSpanBytes);
 
   const int tid = static_cast<int>(threadIdx.x);
   std::int64_t row_block = blockIdx.x;
@@ -105,6 +108,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   const std::byte* scales_from =
       (kPairs && tid / 64 % 2 == 1 ? second_weight.scales : first_weight.scales) +
       weight_row(tid) * scale_stride;
+  const bool whole_units = (reinterpret_cast<std::uint64_t>(first_weight.scales) |
+                            reinterpret_cast<std::uint64_t>(second_weight.scales) | scale_stride) %
+                               16 ==
+                           0;
   constexpr int kTokenStep = kThreads / Shape::kUnits;
   constexpr int kTokenCopies = (kTokens + kTokenStep - 1) / kTokenStep;
   const int unit = tid % Shape::kUnits;
@@ -121,12 +128,31 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
            swizzled<kAtom>(token, unit % kAtom) * 16;
   };
 
+  [[maybe_unused]] const auto load_span = [&](int span) {
+    constexpr int kRowBytes = Shape::kScaleUnits * 16;
+    const std::byte* from = scales_from + std::int64_t{span} * kRowBytes;
+    const int left = static_cast<int>(scale_stride) - span * kRowBytes;
+    std::byte* to = spans + span % 2 * Shape::kSpanBytes + tid * 16;
+#pragma unroll
+    for (int u = 0; u < Shape::kScaleUnits; ++u) {
+      if (whole_units) {
+        if (u * 16 < left) copy_of_row(to + u * kBlockRows * 16, from + u * 16);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 16; i += W::kScales) {
+          if (u * 16 + i < left) {
+            copy_async<W::kScales>(to + u * kBlockRows * 16 + i, from + u * 16 + i);
+          }
+        }
+      }
+    }
+  };
   const auto load_stage = [&](int chunk) {
     std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
 #pragma unroll
     for (int j = 0; j < kTokenCopies; ++j) {
       const int token = token0 + j * kTokenStep;
-      if (kTokens % kTokenStep == 0 || token < kTokens) {
+      if (token < count) {  // what lies there for the others reaches no sum that is written
         copy_async<16>(stage + token_to(token),
                        token_from[j] + std::int64_t{chunk} * W::kChunk * 2);
       }
@@ -137,10 +163,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
       copy_of_row(raw + (j * kThreads + tid) * 16, raw_from[j] + std::int64_t{chunk} * 64);
     }
     if constexpr (W::kScales > 0) {
-      if (tid < kBlockRows) {
-        copy_async<W::kScales>(raw + Shape::kRawBytes + tid * W::kScales,
-                               scales_from + std::int64_t{chunk} * W::kScales);
-      }
+      if (chunk % Shape::kSpan == 0 && tid < kBlockRows) load_span(chunk / Shape::kSpan);
     }
   };
 
@@ -194,9 +217,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
       }
     }
 
+    // BF16 needs no decoding: the last product may still read the very registers loaded next.
+    if constexpr (kFormat == WeightFormat::kBF16) wait_products<0>();
     const std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
     const auto* raw = reinterpret_cast<const uint4*>(stage + Shape::kTokenBytes);
-    const std::byte* scale_bytes = stage + Shape::kTokenBytes + Shape::kRawBytes;
+    const std::byte* scale_bytes = spans + chunk / Shape::kSpan % 2 * Shape::kSpanBytes +
+                                   chunk % Shape::kSpan * W::kScales / 16 * (kBlockRows * 16) +
+                                   chunk % Shape::kSpan * W::kScales % 16;
     uint4 low[kTiles];
     uint4 high[kTiles];
     unsigned scales[kTiles][2][2] = {};  // of rows lane / 4 and 8 more, of a lane's two halves
@@ -207,14 +234,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
       high[m] = raw[(r + 8) * 4 + quad];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int at = (r + 8 * h) * 4 + quad;
+        const std::byte* of_row = scale_bytes + (r + 8 * h) * 16;
         if constexpr (kFormat == WeightFormat::kNvfp4) {
-          const unsigned two = reinterpret_cast<const unsigned short*>(scale_bytes)[at];
+          const unsigned two = reinterpret_cast<const unsigned short*>(of_row)[quad];
           scales[m][h][0] = nvfp4_scale(two & 0xffu);
           scales[m][h][1] = nvfp4_scale(two >> 8);
         } else if constexpr (kFormat == WeightFormat::kMxfp4) {
-          scales[m][h][0] = scales[m][h][1] =
-              mxfp4_scale(reinterpret_cast<const unsigned char*>(scale_bytes)[at]);
+          scales[m][h][0] = scales[m][h][1] = mxfp4_scale(static_cast<unsigned>(of_row[quad]));
         }
       }
     }

@@ -421,6 +421,9 @@ INSTANTIATE_TEST_SUITE_P(
                       ExpertsCase{kNv, kNv, kNv, 16, 8, 384, 128, 7},   // a few
                       ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 70},  // many
                       ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 70},
+                      // Scales of a row in whole units of 16 bytes, gate and up, and not, down.
+                      ExpertsCase{kNv, kNv, kNv, 16, 8, 1280, 640, 70},
+                      ExpertsCase{kMx, kMx, kMx, 16, 8, 1536, 640, 70},
                       ExpertsCase{kF8, kF8, kF8, 16, 4, 384, 128, 70},
                       ExpertsCase{kBf, kBf, kBf, 16, 4, 384, 128, 70},
                       ExpertsCase{kNv, kNv, kNv, 3, 2, 512, 256, 300},  // over 128 an expert
