@@ -2,6 +2,7 @@
 // of some heads at a time are expanded from the cached latents by the products of many tokens; then
 // flash attention: a block has 64 rows of one head, a warp 16 of them, whose queries, scores and
 // sums stay in registers; tiles of 64 keys and values pass through shared memory, two at a time.
+#include "ops/cuda/attention_prefill.cuh"
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/large.cuh"
 #include "ops/cuda/prepared.cuh"
@@ -9,11 +10,8 @@
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr int kNope = 128;
-constexpr int kRope = 64;
-constexpr int kKey = kNope + kRope;
-constexpr int kValue = 128;
-constexpr int kExpanded = kNope + kValue;
+using namespace prefill;
+
 constexpr int kRows = 64;
 constexpr int kTokens = 64;
 constexpr int kThreads = 128;
@@ -38,19 +36,8 @@ __device__ __forceinline__ void load_transposed(unsigned out[4], const void* fro
                : "r"(shared));
 }
 
-struct PrefillArguments {
-  float scale;  // softmax_scale * log2 e
-  SequencePart part;
-  std::int64_t first_head, heads;  // of this group
-  const __nv_bfloat16* expanded;   // [length, heads * 256]
-  const __nv_bfloat16* keys;       // [length, 64]
-  ConstMatrix q;
-  Matrix out;
-};
-
-__device__ __forceinline__ void load_tile(const PrefillArguments& a, std::int64_t head,
-                                          std::int64_t first, std::int64_t length,
-                                          std::byte* stage) {
+__device__ __forceinline__ void load_tile(const Arguments& a, std::int64_t head, std::int64_t first,
+                                          std::int64_t length, std::byte* stage) {
   const std::int64_t stride = a.heads * kExpanded;
   for (int i = static_cast<int>(threadIdx.x); i < kTokens * (kKeyUnits + kValueUnits);
        i += kThreads) {
@@ -69,7 +56,7 @@ __device__ __forceinline__ void load_tile(const PrefillArguments& a, std::int64_
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) flash_kernel(const PrefillArguments a) {
+__global__ void __launch_bounds__(kThreads, 2) flash_kernel(const Arguments a) {
   extern __shared__ uint4 shared_units[];
   auto* shared = reinterpret_cast<std::byte*>(shared_units);
   const int tid = static_cast<int>(threadIdx.x);
@@ -78,22 +65,14 @@ __global__ void __launch_bounds__(kThreads, 2) flash_kernel(const PrefillArgumen
   const std::int64_t head = blockIdx.y;  // of the group
   // The last rows see most keys: they begin first.
   const std::int64_t first_row = (gridDim.x - 1 - std::int64_t{blockIdx.x}) * kRows;
-  const std::int64_t length = a.part.position + a.part.rows;
+  const std::int64_t length = a.length();
   const std::int64_t rows = min(a.part.rows - first_row, std::int64_t{kRows});
 
   for (int i = tid; i < kRows * kKeyUnits; i += kThreads) {
     const int r = i / kKeyUnits;
     const int unit = i % kKeyUnits;
-    uint4 packed{};
-    if (r < rows) {
-      const float* from = a.q.data + (a.part.first_row + first_row + r) * a.q.stride +
-                          (a.first_head + head) * kKey + unit * 8;
-      const float4 low = *reinterpret_cast<const float4*>(from);
-      const float4 high = *reinterpret_cast<const float4*>(from + 4);
-      packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
-                pack_bf16(high.z, high.w)};
-    }
-    *reinterpret_cast<uint4*>(shared + key_offset(r, unit)) = packed;
+    *reinterpret_cast<uint4*>(shared + key_offset(r, unit)) =
+        a.query_unit(first_row + r, head, unit);
   }
   __syncthreads();
   unsigned query[kKey / 16][4];
@@ -204,8 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) flash_kernel(const PrefillArgumen
     const std::int64_t row = warp * 16 + r * 8 + lane / 4;
     if (row >= rows) continue;
     const float inverse = 1.0f / total[r];
-    float* to = a.out.data + (a.part.first_row + first_row + row) * a.out.stride +
-                (a.first_head + head) * kValue + lane % 4 * 2;
+    float* to = a.output(first_row + row, head) + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kValue / 8; ++n) {
       to[n * 8] = sums[n][2 * r] * inverse;
@@ -297,8 +275,12 @@ bool prefill_fast(Device* device, const MlaShape& shape, const WeightView& kv_b_
     const std::int64_t heads = std::min(together, shape.heads - head);
     const WeightView weight = rows_of(kv_b_proj, head * kExpanded, heads * kExpanded);
     if (!linear_prepared(device, weight, space.latents, length, space.expanded)) return false;
-    const PrefillArguments arguments{
+    const Arguments arguments{
         shape.softmax_scale * 1.44269504f, part, head, heads, space.expanded, space.keys, q, out};
+    if (device->wgmma) {
+      if (!launch_hopper(device, arguments)) return false;
+      continue;
+    }
     flash_kernel<<<dim3(blocks_for(part.rows, kRows), static_cast<unsigned>(heads)), kThreads,
                    kSharedBytes, device->stream>>>(arguments);
     DSFP4_LAUNCHED("flash_kernel");

@@ -1,7 +1,7 @@
 // Hopper's warpgroup products (wgmma): the weight from registers, tokens from shared memory.
 #pragma once
 
-#include "ops/cuda/common.cuh"
+#include "ops/cuda/copies.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DSFP4_ON_HOPPER 1
@@ -14,20 +14,30 @@ namespace dsfp4::ops::cuda {
 /// A tile of token rows of `kRowBytes` bytes, 64 or 128, whose 16-byte units are moved as the
 /// hardware's swizzle of that width expects: see swizzled(). The tile begins on 1 KB.
 template <int kRowBytes>
-__device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
+__device__ __forceinline__ std::uint64_t tile_descriptor(unsigned tile) {
   static_assert(kRowBytes == 64 || kRowBytes == 128);
   constexpr std::uint64_t kMode = kRowBytes == 128 ? 1 : 2;
   constexpr std::uint64_t kEightRows = kRowBytes * 8 / 16;
-  const std::uint64_t address = __cvta_generic_to_shared(tile);
-  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kMode << 62;
+  return (tile & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | kEightRows << 32 | kMode << 62;
+}
+template <int kRowBytes>
+__device__ __forceinline__ std::uint64_t tile_descriptor(const void* tile) {
+  return tile_descriptor<kRowBytes>(shared_address(tile));
 }
 
 /// The same slices of 64 columns, taken by columns: the rows are what is summed over, 16 of them,
 /// and slices of 64 columns lie `slice_bytes` apart.
-__device__ __forceinline__ std::uint64_t columns_descriptor(const void* rows, int slice_bytes) {
-  const std::uint64_t address = __cvta_generic_to_shared(rows);
-  return (address & 0x3ffff) >> 4 | static_cast<std::uint64_t>(slice_bytes / 16) << 16 |
+__device__ __forceinline__ std::uint64_t columns_descriptor(unsigned rows, int slice_bytes) {
+  return (rows & 0x3ffff) >> 4 | static_cast<std::uint64_t>(slice_bytes / 16) << 16 |
          std::uint64_t{1024 / 16} << 32 | std::uint64_t{1} << 62;
+}
+__device__ __forceinline__ std::uint64_t columns_descriptor(const void* rows, int slice_bytes) {
+  return columns_descriptor(shared_address(rows), slice_bytes);
+}
+
+/// A descriptor of what lies `bytes` further.
+__device__ __forceinline__ std::uint64_t further(std::uint64_t descriptor, int bytes) {
+  return descriptor + static_cast<std::uint64_t>(bytes / 16);
 }
 
 // What was written to shared memory by this thread is seen by the products after the next barrier.
@@ -51,6 +61,20 @@ template <int kLeft>
 __device__ __forceinline__ void wait_products() {
 #if DSFP4_ON_HOPPER
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+/// How many registers a thread has from here on; by all of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+#if DSFP4_ON_HOPPER
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#if DSFP4_ON_HOPPER
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #endif
 }
 
@@ -118,6 +142,43 @@ __device__ __forceinline__ void multiply_rows(float (&c)[32], std::uint64_t a, s
       "%32, %33, p, 1, 1, 0, 0;}\n"
       : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+#endif
+}
+
+/// The same with 128 columns.
+__device__ __forceinline__ void multiply_rows(float (&c)[64], std::uint64_t a, std::uint64_t b,
+                                              bool add) {
+#if DSFP4_ON_HOPPER
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "%64, %65, p, 1, 1, 0, 0;}\n"
+      : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24),
+        DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+#endif
+}
+
+/// c += a b, 64 rows, 128 columns; `a` in registers, as multiply_tokens() has the weight, and `b` a
+/// columns_descriptor().
+__device__ __forceinline__ void multiply_columns(float (&c)[64], const unsigned (&a)[4],
+                                                 std::uint64_t b) {
+#if DSFP4_ON_HOPPER
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "{%64,%65,%66,%67}, %68, p, 1, 1, 1;}\n"
+      : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24),
+        DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
 #endif
 }
 

@@ -327,6 +327,7 @@ TEST_F(CudaAttention, RealHeads) {
   expect_agreement({{20, 512, 128, 64, 128, 0.02f}, {63, 127}, {2, 1}});
   expect_agreement({{70, 512, 128, 64, 128, 0.02f}, {0, 257}, {130, 1}});
   expect_agreement({{3, 512, 128, 64, 128, 0.02f}, {500, 0}, {70, 64}, WeightFormat::kNvfp4});
+  expect_agreement({{2, 512, 128, 64, 128, 0.02f}, {77, 0}, {300, 5}});  // several blocks of rows
 }
 
 struct ExpertsCase {
