@@ -81,6 +81,13 @@ __device__ __forceinline__ void take_registers() {
 // clang-format off
 #define DSFP4_SUMS8(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), \
     "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define DSFP4_SUMS64(c) DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), \
+    DSFP4_SUMS8(c, 24), DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), \
+    DSFP4_SUMS8(c, 56)
+#define DSFP4_REGISTERS64 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
 // clang-format on
 
 /// sums += weights x tokens: 64 weight rows, kTokens tokens, 16 columns. A warp holds 16 of the
@@ -117,14 +124,9 @@ __device__ __forceinline__ void multiply_tokens(float (&c)[kTokens / 2], const u
   } else {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " DSFP4_REGISTERS64
         "{%64,%65,%66,%67}, %68, p, 1, 1, 0;}\n"
-        : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24),
-          DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56)
+        : DSFP4_SUMS64(c)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
   }
 #endif
@@ -151,14 +153,9 @@ __device__ __forceinline__ void multiply_rows(float (&c)[64], std::uint64_t a, s
 #if DSFP4_ON_HOPPER
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " DSFP4_REGISTERS64
       "%64, %65, p, 1, 1, 0, 0;}\n"
-      : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24),
-        DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56)
+      : DSFP4_SUMS64(c)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 #endif
 }
@@ -170,14 +167,9 @@ __device__ __forceinline__ void multiply_columns(float (&c)[64], const unsigned 
 #if DSFP4_ON_HOPPER
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " DSFP4_REGISTERS64
       "{%64,%65,%66,%67}, %68, p, 1, 1, 1;}\n"
-      : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24),
-        DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), DSFP4_SUMS8(c, 56)
+      : DSFP4_SUMS64(c)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
 #endif
 }
