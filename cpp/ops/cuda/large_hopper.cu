@@ -181,10 +181,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) tile_scale[m] = 1.0f;
 
-    // Zeros for the tokens that are not there: no sum of theirs is written, but products of zeros
-    // take less power, and power is what limits the clock here.
 #pragma unroll
   for (int j = 0; j < kTokenCopies; ++j) {
+    // No sum of an absent token is written; but products of zeros take less power than of whatever
+    // lay there, and power is what limits the clock here.
     const int token = token0 + j * kTokenStep;
     if (token < count || token >= kTokens) continue;
 #pragma unroll
