@@ -1,6 +1,7 @@
 #include "residency/expert_store.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -145,6 +146,7 @@ std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, 
 
 void ExpertStore::wait_for_room() {
   Lock lock(mutex_);
+  throw_if_stalled("no room for another expert");
   const int unread = unread_;
   // All may have ended by now; then the slots are there once the reader has let go of them.
   arrival_.wait_for(lock, kLookAgain, [&] { return unread_ < unread; });
@@ -257,6 +259,20 @@ void ExpertStore::reclaim() {
     slot = Slot();
     pool_->release(static_cast<int>(i));
   }
+}
+
+// If there is nothing to wait for but reads that were given up and are with the system still.
+void ExpertStore::throw_if_stalled(const char* problem) const {
+  const storage::ReadResult* stalled = nullptr;
+  for (const Slot& slot : slots_) {
+    if (slot.state == State::kReading || slot.pins > 0) return;
+    if (slot.state != State::kFailed) continue;
+    if (slot.ticket.quiet() || slot.result.error_number != ETIMEDOUT) return;
+    stalled = &slot.result;
+  }
+  if (stalled == nullptr) return;
+  throw IoError(stalled->file, stalled->offset, ETIMEDOUT,
+                std::string(problem) + ": the disk does not answer this read into an expert slot");
 }
 
 int ExpertStore::find_slot(bool evict) {
@@ -417,6 +433,12 @@ void ExpertStore::resize(std::size_t slots, std::size_t cache_slots) {
   }
   cancel(lock, tickets);
   arrival_.wait(lock, [&] { return unread_ == 0; });
+  // What the system still has would be written to where the slot used to be.
+  const auto failed = [](const Slot& slot) { return slot.state == State::kFailed; };
+  for (reclaim(); std::ranges::any_of(slots_, failed); reclaim()) {
+    throw_if_stalled("the number of expert slots cannot change");
+    arrival_.wait_for(lock, kLookAgain);
+  }
 
   std::vector<std::pair<float, int>> staying;
   for (std::size_t i = 0; i < slots_.size(); ++i) {

@@ -88,7 +88,7 @@ class ExpertStore {
   /// read. If it throws, they are absent once nobody has them pinned.
   void check(std::span<const ExpertKey> pinned);
   /// Waits until a read that nobody has pinned has ended: for who found no room and has nothing
-  /// pinned.
+  /// pinned. Throws IoError if all that could make room are reads that the disk does not answer.
   void wait_for_room();
   /// Of a pinned expert that is ready.
   ops::ExpertView view(ExpertKey key) const;
@@ -114,7 +114,8 @@ class ExpertStore {
   bool restore_policy(std::span<const float> state);
   /// Changes the number of slots and of cached experts among them. What has the highest values and
   /// fits stays. Only while nothing is pinned; waits for reads in flight, and cancels speculation.
-  /// Throws ParameterError, and MemoryLimitError, and then nothing has changed.
+  /// Throws ParameterError, MemoryLimitError, and IoError if a read that was given up is still with
+  /// the system; then nothing has changed but that.
   void resize(std::size_t slots, std::size_t cache_slots);
 
   /// Submits reads, behind every demand, of the absent experts with the highest values until the
@@ -148,6 +149,7 @@ class ExpertStore {
   Found pin_locked(ExpertKey key, bool keep);
   int free_or_passing();
   void reclaim();
+  void throw_if_stalled(const char* problem) const;
   int find_slot(bool evict);
   void give_up_speculation(Slot& slot) noexcept;
   void forget(Slot& slot) noexcept;

@@ -95,9 +95,11 @@ void LayerStream::enter(std::int64_t layer) {
   if (ring_.empty()) next_ = index;
   read_ahead();
   if (ring_.empty()) {
-    throw IoError("", -1, ETIMEDOUT,
+    const storage::ReadResult stalled = reader_.wait(stalled_.front().ticket);
+    throw IoError(stalled.file, stalled.offset, ETIMEDOUT,
                   "layer " + std::to_string(layer) +
-                      ": all its buffers are held by reads that the disk does not answer");
+                      " has no buffer: the disk does not answer this read, nor those into the "
+                      "other buffers");
   }
   try {
     wait_for(ring_.front());

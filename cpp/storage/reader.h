@@ -9,7 +9,8 @@
 // Memory: the caller owns the destinations, which must live until the ticket is quiet(). That is
 // the moment of completion, with one exception: when a read has stalled for longer than the limit,
 // the request fails first, and becomes quiet when the system lets go of the buffer. Whoever sets
-// ReadRequest::owner need not care: the reader keeps the owner alive until then.
+// ReadRequest::owner need not care: the reader keeps the owner alive until then. A demand that
+// could not begin for as long, because such reads hold all there is to read with, fails as well.
 // Order: a demand overtakes every speculative read that is not yet with the system. While a demand
 // is unfinished no speculative read is submitted, and the bytes of speculation in flight are
 // bounded always. Requests of one priority are served in the order they came; different devices are

@@ -384,6 +384,7 @@ Job* RequestQueue::take_from(Lane& lane, Priority priority) noexcept {
 
 void RequestQueue::start(Job& job, Lane& lane, Line& line, int staging) noexcept {
   const auto now = system_.now();
+  starved_since_.reset();
   job.request = line.request;
   job.piece = line.pieces[line.next++];
   job.buffer = staging >= 0 ? staging_.buffer(staging) : job.piece.destination;
@@ -415,7 +416,9 @@ void RequestQueue::start(Job& job, Lane& lane, Line& line, int staging) noexcept
 void RequestQueue::retire(Lock& lock, Job& job) noexcept {
   const std::shared_ptr<RequestState> request = std::move(job.request);
   job.request = nullptr;
+  job.given_up = false;
   job.started.store(0);
+  starved_since_.reset();
   if (job.staging >= 0) staging_.give_back(job.staging);
   Lane& lane = lanes_[job.lane];
   --lane.in_flight;

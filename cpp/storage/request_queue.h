@@ -151,6 +151,9 @@ class RequestQueue {
   void wake() noexcept;
   void watch() noexcept;
   void look_for_stalls(Lock& lock) noexcept;
+  void look_for_starvation(Lock& lock) noexcept;
+  void give_up(Lock& lock, const std::shared_ptr<RequestState>& request, const Job& job,
+               const char* consequence) noexcept;
   bool only_abandoned() const noexcept;
 
   ReaderOptions options_;
@@ -171,6 +174,7 @@ class RequestQueue {
   std::size_t open_demands_ = 0;  // not yet completed
   ReaderStats stats_;
   System::Clock::time_point busy_start_;
+  std::optional<System::Clock::time_point> starved_since_;  // no read begins or ends
   std::atomic<bool> shut_down_ = false;
   std::thread watcher_;
 };

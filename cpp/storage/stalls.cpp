@@ -1,4 +1,6 @@
 // The watch over reads that do not come back.
+#include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <exception>
 #include <string>
@@ -15,6 +17,7 @@ void RequestQueue::watch() noexcept {
     } else {
       watch_.wait_for(lock, system_.watch_period());
       look_for_stalls(lock);
+      look_for_starvation(lock);
     }
   }
 }
@@ -31,21 +34,7 @@ void RequestQueue::look_for_stalls(Lock& lock) noexcept {
     if (age > ticks(options_.stall_limit)) {
       job.given_up = true;
       const std::shared_ptr<RequestState> request = job.request;
-      if (!request->completing) {
-        request->stopping.store(true);
-        drop_pending(*request);
-        try {
-          const auto seconds =
-              std::chrono::duration_cast<std::chrono::seconds>(options_.stall_limit);
-          request->result = {ReadStatus::kFailed, files_.path(job.piece.file),
-                             static_cast<std::int64_t>(job.piece.first_needed), ETIMEDOUT,
-                             "the read has not come back for " + std::to_string(seconds.count()) +
-                                 " s and was given up"};
-        } catch (...) {
-          request->result.error_number = ETIMEDOUT;
-        }
-        end(lock, request, ReadStatus::kFailed);
-      }
+      if (!request->completing) give_up(lock, request, job, "and was given up");
       lock.unlock();
       if (wake_) wake_();  // the read may be cancelled
       lock.lock();
@@ -67,6 +56,48 @@ void RequestQueue::look_for_stalls(Lock& lock) noexcept {
       lock.lock();
     }
   }
+}
+
+// Where nothing but reads that were given up is with the system and yet no read begins, they hold
+// all that one takes: a job, a thread or a staging buffer.
+void RequestQueue::look_for_starvation(Lock& lock) noexcept {
+  const auto stuck = std::ranges::find_if(jobs_, &Job::given_up);
+  const auto waiting = [&]() -> std::shared_ptr<RequestState> {
+    for (const Lane& lane : lanes_) {
+      const auto& lines = lane.lines[static_cast<std::size_t>(Priority::kDemand)];
+      if (!lines.empty()) return lines.front().request;
+    }
+    return nullptr;
+  };
+  const bool all_stuck =
+      std::ranges::all_of(jobs_, [](const Job& job) { return !job.request || job.given_up; });
+  if (stuck == jobs_.end() || !all_stuck || !waiting()) {
+    starved_since_.reset();
+  } else if (!starved_since_) {
+    starved_since_ = system_.now();
+  } else if (system_.now() - *starved_since_ > options_.stall_limit) {
+    // Giving up lets go of the lock: a read that begins or ends meanwhile is an end of this.
+    for (auto request = waiting(); request && starved_since_; request = waiting()) {
+      give_up(lock, request, *stuck, "and with others keeps every new one from being made");
+    }
+  }
+}
+
+// Fails what has not completed, because of a read that has not come back.
+void RequestQueue::give_up(Lock& lock, const std::shared_ptr<RequestState>& request, const Job& job,
+                           const char* consequence) noexcept {
+  request->stopping.store(true);
+  drop_pending(*request);
+  try {
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options_.stall_limit);
+    request->result = {
+        ReadStatus::kFailed, files_.path(job.piece.file),
+        static_cast<std::int64_t>(job.piece.first_needed), ETIMEDOUT,
+        "the read has not come back for " + std::to_string(seconds.count()) + " s " + consequence};
+  } catch (...) {
+    request->result.error_number = ETIMEDOUT;
+  }
+  end(lock, request, ReadStatus::kFailed);
 }
 
 }  // namespace dsfp4::storage

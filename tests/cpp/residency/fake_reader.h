@@ -36,8 +36,10 @@ class FakeReader final : public storage::Reader {
   const char* name() const noexcept override { return "fake"; }
   std::uint64_t staging_bytes() const noexcept override { return 0; }
 
-  /// Completes read number `i`: fills its destinations with its first file offset's low byte.
-  void complete(std::size_t i, storage::ReadStatus status = storage::ReadStatus::kDone) {
+  /// Completes read number `i`: fills its destinations with its first file offset's low byte. With
+  /// ETIMEDOUT it fails, but stays with the system until let_go().
+  void complete(std::size_t i, storage::ReadStatus status = storage::ReadStatus::kDone,
+                int error_number = EIO) {
     Read& read = reads.at(i);
     read.over = true;
     storage::ReadResult result;
@@ -45,7 +47,7 @@ class FakeReader final : public storage::Reader {
     if (status == storage::ReadStatus::kFailed) {
       result.file = "model.safetensors";
       result.offset = 77;
-      result.error_number = EIO;
+      result.error_number = error_number;
       result.problem = "the read failed";
     }
     if (status == storage::ReadStatus::kDone) {
@@ -56,9 +58,10 @@ class FakeReader final : public storage::Reader {
       }
     }
     read.state->status = status;
-    read.state->quiet = true;
+    read.state->quiet = result.error_number != ETIMEDOUT;
     read.request.on_complete(result);
   }
+  void let_go(std::size_t i) { reads.at(i).state->quiet = true; }
   /// Those that were cancelled complete so.
   void complete_cancelled() {
     for (const auto& state : std::exchange(cancelled, {})) {

@@ -1,3 +1,4 @@
+#include <cerrno>
 #include <string>
 #include <thread>
 #include <vector>
@@ -258,6 +259,45 @@ TEST_F(ExpertStoreTest, AFailedReadNamesLayerAndExpertAndMayBeTriedAgain) {
   for (const ExpertKey key : {10u, 11u, 12u}) EXPECT_EQ(store.fetch(key, true), Found::kReading);
   for (std::size_t i = 1; i < 4; ++i) reader_.complete(i);
   for (const ExpertKey key : {10u, 11u, 12u}) store.unpin(key);
+}
+
+// A slot that the system may still write to is nobody's; who needs it hears of the read.
+TEST_F(ExpertStoreTest, ReadsThatAreNeverAnsweredHoldTheirSlotsAndAreNamed) {
+  ExpertStore& store = make(3, 2);
+  bring(3, true);
+  for (const ExpertKey key : {10u, 11u}) EXPECT_EQ(store.fetch(key, true), Found::kReading);
+  for (const std::size_t read : {1u, 2u}) reader_.complete(read, ReadStatus::kFailed, ETIMEDOUT);
+  EXPECT_THROW(store.ready_of(std::vector<ExpertKey>{10, 11}, true), IoError);
+  for (const ExpertKey key : {10u, 11u}) store.unpin(key);
+
+  const auto names_it = [](const auto& call) {
+    try {
+      call();
+      return false;
+    } catch (const IoError& error) {
+      return error.file() == "model.safetensors" && error.offset() == 77 &&
+             error.error_number() == ETIMEDOUT;
+    }
+  };
+  EXPECT_EQ(store.fetch(12, false), Found::kNoRoom);
+  EXPECT_TRUE(names_it([&] { store.wait_for_room(); }));
+  EXPECT_TRUE(names_it([&] { store.resize(4, 3); }));
+  EXPECT_EQ(store.pin(3, true), Found::kReady);
+  store.wait_for_room();  // what is pinned may be unpinned
+  store.unpin(3);
+  EXPECT_TRUE(store.is_consistent());
+
+  reader_.let_go(1);
+  store.wait_for_room();
+  EXPECT_TRUE(names_it([&] { store.resize(4, 3); }));  // the other one
+  EXPECT_EQ(store.fetch(12, false), Found::kReading);
+  reader_.complete(3);
+  store.unpin(12);
+  reader_.let_go(2);
+  store.resize(4, 3);
+  EXPECT_EQ(store.pin(3, true), Found::kReady);
+  store.unpin(3);
+  EXPECT_TRUE(store.is_consistent());
 }
 
 TEST_F(ExpertStoreTest, ResizeKeepsTheMostValuable) {

@@ -1,13 +1,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <optional>
 #include <string>
+#include <string_view>
+#include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
 #include "residency/layer_stream.h"
+#include "storage/faults.h"
 #include "storage/reader_fixture.h"
 
 namespace dsfp4::residency {
@@ -22,7 +26,12 @@ class LayerStreamTest : public storage::ReaderTest {
   LayerStreamTest() : views_(std::size(kLayers)), path_(files_.write("weights", 200'000, 1)) {}
 
   LayerStream& make(std::size_t buffers, LayerStream::Check check = {}, Trace* trace = nullptr) {
-    reader_ = storage::make_reader({path_}, options());
+    storage::ReaderOptions reading = options();
+    if (stalls_) {
+      reading.system = &*stalls_;
+      reading.depth = 64;
+    }
+    reader_ = storage::make_reader({path_}, reading);
     std::vector<StreamedLayer> layers;
     for (std::size_t i = 0; i < std::size(kLayers); ++i) {
       StreamedLayer layer;
@@ -37,7 +46,11 @@ class LayerStreamTest : public storage::ReaderTest {
                                             trace);
     return *stream_;
   }
-  ~LayerStreamTest() override { stream_.reset(); }
+  ~LayerStreamTest() override {
+    stream_.reset();
+    reader_.reset();
+    if (stalls_) stalls_->wait_for_threads();
+  }
 
   // Enters the layer and says whether its weights are there.
   bool is_right(std::int64_t layer) {
@@ -58,6 +71,7 @@ class LayerStreamTest : public storage::ReaderTest {
   }
 
   std::atomic<bool> broken_ = false;  // layer 4; asked as long as something is read ahead
+  std::optional<storage::FaultAt> stalls_;
   std::unique_ptr<storage::Reader> reader_;
   std::vector<format::WeightView> views_;
   std::filesystem::path path_;
@@ -110,6 +124,33 @@ TEST_P(LayerStreamTest, AFailedReadNamesTheLayerAndTheNextStepIsWhole) {
   }
   broken_ = false;
   EXPECT_TRUE(step());
+  EXPECT_TRUE(step());
+}
+
+TEST_P(LayerStreamTest, ReadsThatAreNeverAnsweredHoldTheirBuffersAndAreNamed) {
+  if (GetParam() == storage::ReaderKind::kUring) GTEST_SKIP() << "io_uring takes its reads back";
+  stalls_.emplace(storage::Fault::kStallForever, 0, path_.string(), 1000);
+  make(2);
+  for (const std::string_view problem : {"has not come back for", "layer 1 has no buffer"}) {
+    try {
+      is_right(1);
+      FAIL();
+    } catch (const IoError& error) {
+      EXPECT_NE(std::string(error.what()).find(problem), std::string::npos) << error.what();
+      EXPECT_EQ(error.error_number(), ETIMEDOUT);
+      EXPECT_EQ(error.file(), path_.string());
+      EXPECT_GE(error.offset(), 0);
+    }
+  }
+  stalls_->hang_up();
+  const auto has_buffers = [&] {
+    try {
+      return is_right(1);
+    } catch (const IoError&) {
+      return false;
+    }
+  };
+  while (!has_buffers()) std::this_thread::yield();
   EXPECT_TRUE(step());
 }
 

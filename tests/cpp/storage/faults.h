@@ -42,12 +42,13 @@ inline bool must_succeed(Fault fault) {
          fault != Fault::kRewritten && fault != Fault::kStallForever;
 }
 
-/// Injects `fault` at read number `at` (from 0). Stalls are reads of a pipe that nobody writes to.
+/// Injects `fault` at read number `at` (from 0), and at the next ones if `reads` > 1. Stalls are
+/// reads of a pipe that nobody writes to.
 class FaultAt final : public FaultSystem {
  public:
   /// `path` is the file that kTruncated, kRewritten and kReplaced change.
-  FaultAt(Fault fault, std::int64_t at, std::string path)
-      : fault_(fault), at_(at), path_(std::move(path)) {
+  FaultAt(Fault fault, std::int64_t at, std::string path, std::int64_t reads = 1)
+      : fault_(fault), at_(at), most_(reads), path_(std::move(path)) {
     before = [this](ReadCall& call) { return inject(call); };
     after = [this](const ReadCall& call, int result) { return alter(call, result); };
     if (fault == Fault::kStallThenGoesOn || fault == Fault::kStallForever) {
@@ -66,6 +67,10 @@ class FaultAt final : public FaultSystem {
     const std::lock_guard lock(mutex_);
     if (pipe_[1] >= 0) ::close(pipe_[1]);
     pipe_[1] = -1;
+  }
+  bool stalling() {
+    const std::lock_guard lock(mutex_);
+    return pipe_[1] >= 0;
   }
   /// Ends the stall once its reader is gone, and waits for the thread that it may have left behind:
   /// closing the files is the last that it does.
@@ -86,7 +91,8 @@ class FaultAt final : public FaultSystem {
       injected_ = true;
       return -EIO;
     }
-    if (number != at_ || fault_ == Fault::kNone) return std::nullopt;
+    if (number < at_ || number >= at_ + most_ || fault_ == Fault::kNone) return std::nullopt;
+    if (pipe_[0] >= 0 && !stalling()) return std::nullopt;
     injected_ = true;
     switch (fault_) {
       case Fault::kIoErrorOnce:
@@ -146,6 +152,7 @@ class FaultAt final : public FaultSystem {
   static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
   Fault fault_;
   std::int64_t at_;
+  std::int64_t most_;
   std::string path_;
   std::atomic<std::int64_t> reads_ = 0;
   std::atomic<bool> injected_ = false;

@@ -155,6 +155,41 @@ TEST_P(ReaderFaults, OnlyTheRequestAtFaultFails) {
   EXPECT_LT(reader->stats().reads, 74 + 30u);  // b's 74, and of a's 245 not many
 }
 
+// Nobody waits for ever where reads that are never answered hold all that reads are made with.
+TEST_P(ReaderFaults, ADemandThatCannotBeginFailsToo) {
+  const auto path = files_.write("a", 20'000, 1);
+  FaultAt system(Fault::kStallForever, 0, path.string(), 2);
+  {
+    ReaderOptions faulty = options();
+    faulty.system = &system;
+    faulty.depth = 2;
+    const auto reader = make_reader({path}, faulty);
+    const auto owner = std::make_shared<PhasedBuffer>(20'000, 0);
+    const auto submit = [&] {
+      ReadRequest request;
+      request.extents = {{0, 0, owner->size(), owner->data()}};
+      request.owner = owner;
+      return reader->submit(std::move(request));
+    };
+    EXPECT_EQ(reader->wait(submit()).error_number, ETIMEDOUT);
+    const ReadTicket second = submit();
+    while (!reader->wait_for(second, std::chrono::milliseconds(5))) {
+      system.clock_offset_ms += 30'000;
+    }
+    if (GetParam() == ReaderKind::kPread) {  // io_uring can take a read of a pipe back
+      const ReadResult result = reader->wait(second);
+      EXPECT_EQ(result.status, ReadStatus::kFailed);
+      EXPECT_EQ(result.error_number, ETIMEDOUT);
+      EXPECT_EQ(result.file, path.string());
+      EXPECT_NE(result.problem.find("keeps every new one"), std::string::npos) << result.problem;
+    }
+    system.hang_up();
+    EXPECT_EQ(reader->wait(submit()).status, ReadStatus::kDone);
+    EXPECT_TRUE(files_.same(owner->data(), owner->size(), 0, 1));
+  }
+  system.wait_for_threads();
+}
+
 TEST_P(ReaderFaults, AStalledReadIsWarnedAboutOnceThenGivenUpAndItsOwnerKept) {
   const auto path = files_.write("a", 20'000, 1);
   // The thread of the abandoned read closes the files, perhaps while the process ends already:
