@@ -384,7 +384,7 @@ Job* RequestQueue::take_from(Lane& lane, Priority priority) noexcept {
 
 void RequestQueue::start(Job& job, Lane& lane, Line& line, int staging) noexcept {
   const auto now = system_.now();
-  starved_since_.reset();
+  ++progress_;
   job.request = line.request;
   job.piece = line.pieces[line.next++];
   job.buffer = staging >= 0 ? staging_.buffer(staging) : job.piece.destination;
@@ -418,7 +418,7 @@ void RequestQueue::retire(Lock& lock, Job& job) noexcept {
   job.request = nullptr;
   job.given_up = false;
   job.started.store(0);
-  starved_since_.reset();
+  ++progress_;
   if (job.staging >= 0) staging_.give_back(job.staging);
   Lane& lane = lanes_[job.lane];
   --lane.in_flight;

@@ -41,6 +41,8 @@ struct RequestState {
   std::size_t in_flight = 0;  // jobs
   bool completing = false;    // how it ends is decided
   bool cancelled = false;
+  std::uint64_t progress_seen = 0;  // the queue's, and when that was first seen
+  System::Clock::time_point starved_since;
   ReadResult result;
 };
 
@@ -152,6 +154,7 @@ class RequestQueue {
   void watch() noexcept;
   void look_for_stalls(Lock& lock) noexcept;
   void look_for_starvation(Lock& lock) noexcept;
+  std::shared_ptr<RequestState> starved_request() noexcept;
   void give_up(Lock& lock, const std::shared_ptr<RequestState>& request, const Job& job,
                const char* consequence) noexcept;
   bool only_abandoned() const noexcept;
@@ -174,7 +177,7 @@ class RequestQueue {
   std::size_t open_demands_ = 0;  // not yet completed
   ReaderStats stats_;
   System::Clock::time_point busy_start_;
-  std::optional<System::Clock::time_point> starved_since_;  // no read begins or ends
+  std::uint64_t progress_ = 1;  // reads that began or ended
   std::atomic<bool> shut_down_ = false;
   std::thread watcher_;
 };

@@ -62,25 +62,30 @@ void RequestQueue::look_for_stalls(Lock& lock) noexcept {
 // all that one takes: a job, a thread or a staging buffer.
 void RequestQueue::look_for_starvation(Lock& lock) noexcept {
   const auto stuck = std::ranges::find_if(jobs_, &Job::given_up);
-  const auto waiting = [&]() -> std::shared_ptr<RequestState> {
-    for (const Lane& lane : lanes_) {
-      const auto& lines = lane.lines[static_cast<std::size_t>(Priority::kDemand)];
-      if (!lines.empty()) return lines.front().request;
-    }
-    return nullptr;
-  };
   const bool all_stuck =
       std::ranges::all_of(jobs_, [](const Job& job) { return !job.request || job.given_up; });
-  if (stuck == jobs_.end() || !all_stuck || !waiting()) {
-    starved_since_.reset();
-  } else if (!starved_since_) {
-    starved_since_ = system_.now();
-  } else if (system_.now() - *starved_since_ > options_.stall_limit) {
-    // Giving up lets go of the lock: a read that begins or ends meanwhile is an end of this.
-    for (auto request = waiting(); request && starved_since_; request = waiting()) {
-      give_up(lock, request, *stuck, "and with others keeps every new one from being made");
+  if (stuck == jobs_.end() || !all_stuck) return;
+  // Giving up lets go of the lock, so each time anew.
+  while (const std::shared_ptr<RequestState> request = starved_request()) {
+    give_up(lock, request, *stuck, "and with others keeps every new one from being made");
+  }
+}
+
+// A demand that has seen no read begin or end for the limit.
+std::shared_ptr<RequestState> RequestQueue::starved_request() noexcept {
+  const auto now = system_.now();
+  for (Lane& lane : lanes_) {
+    for (const Line& line : lane.lines[static_cast<std::size_t>(Priority::kDemand)]) {
+      RequestState& request = *line.request;
+      if (request.progress_seen != progress_) {
+        request.progress_seen = progress_;
+        request.starved_since = now;
+      } else if (now - request.starved_since > options_.stall_limit) {
+        return line.request;
+      }
     }
   }
+  return nullptr;
 }
 
 // Fails what has not completed, because of a read that has not come back.

@@ -171,16 +171,21 @@ TEST_P(ReaderFaults, ADemandThatCannotBeginFailsToo) {
       request.owner = owner;
       return reader->submit(std::move(request));
     };
-    EXPECT_EQ(reader->wait(submit()).error_number, ETIMEDOUT);
-    const ReadTicket second = submit();
-    while (!reader->wait_for(second, std::chrono::milliseconds(5))) {
-      system.clock_offset_ms += 30'000;
-    }
-    if (GetParam() == ReaderKind::kPread) {  // io_uring can take a read of a pipe back
-      const ReadResult result = reader->wait(second);
+    // The first takes one job or both, so the third finds none.
+    ReadResult result;
+    for (int i = 0; i < 3; ++i) {
+      const ReadTicket ticket = submit();
+      while (!reader->wait_for(ticket, std::chrono::milliseconds(5))) {
+        system.clock_offset_ms += 30'000;
+      }
+      result = reader->wait(ticket);
+      // io_uring can take a read of a pipe back.
+      if (i > 0 && GetParam() == ReaderKind::kUring) continue;
       EXPECT_EQ(result.status, ReadStatus::kFailed);
       EXPECT_EQ(result.error_number, ETIMEDOUT);
       EXPECT_EQ(result.file, path.string());
+    }
+    if (GetParam() == ReaderKind::kPread) {
       EXPECT_NE(result.problem.find("keeps every new one"), std::string::npos) << result.problem;
     }
     system.hang_up();
