@@ -11,6 +11,7 @@
 // expert, file and offset; the expert is absent afterwards and may be asked for again.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -114,8 +115,8 @@ class ExpertStore {
   bool restore_policy(std::span<const float> state);
   /// Changes the number of slots and of cached experts among them. What has the highest values and
   /// fits stays. Only while nothing is pinned; waits for reads in flight, and cancels speculation.
-  /// Throws ParameterError, MemoryLimitError, and IoError if a read that was given up is still with
-  /// the system; then nothing has changed but that.
+  /// Throws ParameterError, MemoryLimitError, and IoError while the system still has a read that
+  /// was given up; the slots are as they were then.
   void resize(std::size_t slots, std::size_t cache_slots);
 
   /// Submits reads, behind every demand, of the absent experts with the highest values until the
@@ -125,6 +126,7 @@ class ExpertStore {
   bool is_consistent() const;
 
  private:
+  static constexpr std::chrono::milliseconds kLookAgain{1};
   static constexpr ExpertKey kNoKey = std::numeric_limits<ExpertKey>::max();
   enum class State : std::uint8_t { kFree, kReading, kReady, kFailed };
   struct Slot {
@@ -142,6 +144,7 @@ class ExpertStore {
   };
   using Lock = std::unique_lock<std::mutex>;
 
+  static void check_counts(std::size_t slots, std::size_t cache_slots);
   // All but the first are called under the lock.
   void arrived(int slot, const storage::ReadResult& result) noexcept;
   void trace_read(const Slot& slot) const noexcept;

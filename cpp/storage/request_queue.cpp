@@ -384,7 +384,6 @@ Job* RequestQueue::take_from(Lane& lane, Priority priority) noexcept {
 
 void RequestQueue::start(Job& job, Lane& lane, Line& line, int staging) noexcept {
   const auto now = system_.now();
-  ++progress_;
   job.request = line.request;
   job.piece = line.pieces[line.next++];
   job.buffer = staging >= 0 ? staging_.buffer(staging) : job.piece.destination;
@@ -418,7 +417,6 @@ void RequestQueue::retire(Lock& lock, Job& job) noexcept {
   job.request = nullptr;
   job.given_up = false;
   job.started.store(0);
-  ++progress_;
   if (job.staging >= 0) staging_.give_back(job.staging);
   Lane& lane = lanes_[job.lane];
   --lane.in_flight;

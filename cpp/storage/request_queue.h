@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -41,8 +42,9 @@ struct RequestState {
   std::size_t in_flight = 0;  // jobs
   bool completing = false;    // how it ends is decided
   bool cancelled = false;
-  std::uint64_t progress_seen = 0;  // the queue's, and when that was first seen
-  System::Clock::time_point starved_since;
+  std::uint64_t reads_seen =
+      std::numeric_limits<std::uint64_t>::max();  // the queue's, when it was found waiting
+  System::Clock::time_point starved_since;        // and since when
   ReadResult result;
 };
 
@@ -177,7 +179,6 @@ class RequestQueue {
   std::size_t open_demands_ = 0;  // not yet completed
   ReaderStats stats_;
   System::Clock::time_point busy_start_;
-  std::uint64_t progress_ = 1;  // reads that began or ended
   std::atomic<bool> shut_down_ = false;
   std::thread watcher_;
 };

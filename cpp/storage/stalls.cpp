@@ -71,14 +71,14 @@ void RequestQueue::look_for_starvation(Lock& lock) noexcept {
   }
 }
 
-// A demand that has seen no read begin or end for the limit.
+// A demand that has seen no read end for the limit.
 std::shared_ptr<RequestState> RequestQueue::starved_request() noexcept {
   const auto now = system_.now();
   for (Lane& lane : lanes_) {
     for (const Line& line : lane.lines[static_cast<std::size_t>(Priority::kDemand)]) {
       RequestState& request = *line.request;
-      if (request.progress_seen != progress_) {
-        request.progress_seen = progress_;
+      if (request.reads_seen != stats_.reads) {
+        request.reads_seen = stats_.reads;
         request.starved_since = now;
       } else if (now - request.starved_since > options_.stall_limit) {
         return line.request;

@@ -1,4 +1,5 @@
-// Hopper's warpgroup products (wgmma): the weight from registers, tokens from shared memory.
+// Hopper's warpgroup products (wgmma): the left side from registers or shared memory, the right one
+// from shared memory.
 #pragma once
 
 #include "ops/cuda/copies.cuh"
