@@ -415,7 +415,6 @@ void RequestQueue::start(Job& job, Lane& lane, Line& line, int staging) noexcept
 void RequestQueue::retire(Lock& lock, Job& job) noexcept {
   const std::shared_ptr<RequestState> request = std::move(job.request);
   job.request = nullptr;
-  job.given_up = false;
   job.started.store(0);
   if (job.staging >= 0) staging_.give_back(job.staging);
   Lane& lane = lanes_[job.lane];

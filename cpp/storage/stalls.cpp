@@ -58,13 +58,12 @@ void RequestQueue::look_for_stalls(Lock& lock) noexcept {
   }
 }
 
-// Where nothing but reads that were given up is with the system and yet no read begins, they hold
-// all that one takes: a job, a thread or a staging buffer.
+// Where a read was given up and for as long again none ends and a demand does not begin, such reads
+// hold all that one takes: a job, a thread or a staging buffer.
 void RequestQueue::look_for_starvation(Lock& lock) noexcept {
-  const auto stuck = std::ranges::find_if(jobs_, &Job::given_up);
-  const bool all_stuck =
-      std::ranges::all_of(jobs_, [](const Job& job) { return !job.request || job.given_up; });
-  if (stuck == jobs_.end() || !all_stuck) return;
+  const auto stuck =
+      std::ranges::find_if(jobs_, [](const Job& job) { return job.request && job.given_up; });
+  if (stuck == jobs_.end()) return;
   // Giving up lets go of the lock, so each time anew.
   while (const std::shared_ptr<RequestState> request = starved_request()) {
     give_up(lock, request, *stuck, "and with others keeps every new one from being made");

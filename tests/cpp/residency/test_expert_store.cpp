@@ -240,6 +240,17 @@ TEST_F(ExpertStoreTest, ACancelledSpeculationIsReadAgainWhenAskedFor) {
   EXPECT_TRUE(store.is_consistent());
 }
 
+TEST_F(ExpertStoreTest, AFailedSpeculationIsReadAgainWhenAskedFor) {
+  ExpertStore& store = make(3, 2);
+  EXPECT_EQ(store.prefetch(10), Found::kReading);
+  reader_.complete(0, ReadStatus::kFailed);
+  EXPECT_EQ(store.pin(10, true), Found::kAbsent);
+  bring(10, true);
+  EXPECT_EQ(store.pin(10, true), Found::kReady);
+  store.unpin(10);
+  EXPECT_TRUE(store.is_consistent());
+}
+
 TEST_F(ExpertStoreTest, AFailedReadNamesLayerAndExpertAndMayBeTriedAgain) {
   ExpertStore& store = make(3, 2);
   EXPECT_EQ(store.fetch(10, true), Found::kReading);
