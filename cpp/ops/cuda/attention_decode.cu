@@ -18,6 +18,31 @@ struct Rows72 {
   }
 };
 
+template <bool kFp8>
+__device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
+                                          int visible, std::byte* to) {
+  // Tokens that nobody has written are not read.
+  const int tokens = min(visible - tile * kTokens, kTokens);
+  const std::byte* from = kv.blocks[first_block + tile] + kv.layer_offset;
+  if constexpr (kFp8) {
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * (kUnits / 2); i += kThreads) {
+      copy_async<16>(to + i * 16, from + i * 16);
+    }
+  } else {
+#pragma unroll 6
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * kUnits; i += kThreads) {
+      copy_async<16>(to + Rows72::offset(i / kUnits, i % kUnits), from + i * 16);
+    }
+  }
+}
+
+__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
+    convert_units<Rows72>(*reinterpret_cast<const uint4*>(raw + i * 16), to, i / (kUnits / 2),
+                          i % (kUnits / 2) * 2);
+  }
+}
+
 __device__ __forceinline__ void load_transposed(unsigned out[4], const void* from) {
   const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(from));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -149,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return kFp8 ? tiles + kTileBytes + tile % 2 * kRawBytes : tiles + tile % 2 * kTileBytes;
   };
   if (work.begin < work.end) {
-    load_tile<Rows72, kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
+    load_tile<kFp8>(kv, place.first_block, work.begin, work.visible, raw_stage(work.begin));
   }
   commit_copies();
   load_queries<Rows72>(shape, work, q_abs, q, 0, [&](int at, const uint4& unit) {
@@ -174,11 +199,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();  // the tile is there, and the other stage is free
     std::byte* tile = kFp8 ? tiles : raw_stage(t);
     if constexpr (kFp8) {
-      convert_tile<Rows72>(raw_stage(t), tile);
+      convert_tile(raw_stage(t), tile);
       __syncthreads();
     }
     if (t + 1 < work.end)
-      load_tile<Rows72, kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
+      load_tile<kFp8>(kv, place.first_block, t + 1, work.visible, raw_stage(t + 1));
     commit_copies();
     if ((t + 1) * kTokens > work.visible) {
       clear_tail<Rows72>(tile, t * kTokens, work.visible);

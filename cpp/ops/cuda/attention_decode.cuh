@@ -19,6 +19,7 @@ constexpr int kTileBytes = kTokens * kWidth * 2;
 constexpr int kRawBytes = kTokens * kWidth;  // FP8
 constexpr int kThreads = 256;
 constexpr int kUnits = kWidth / 8;
+constexpr int kSlices = kUnits / 8;  // of 64 values of a token or query
 static_assert(kTokens == kKvBlockTokens);
 
 static_assert(kTileBytes == 2 * kRawBytes);
@@ -95,42 +96,31 @@ template <class Layout, int kCount = kHeads, class Store>
 __device__ __forceinline__ void load_queries(const MlaShape& shape, const Work& work,
                                              ConstMatrix q_abs, ConstMatrix q, int first_of_block,
                                              const Store& store) {
+  // Eight threads have a slice of a query.
+  constexpr int kAtOnce = kThreads / 8;
+  static_assert(kCount % kAtOnce == 0 || kAtOnce % kCount == 0);
+  constexpr int kSlicesAtOnce = kCount < kAtOnce ? kAtOnce / kCount : 1;
+  const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-  for (int j = 0; j < (kCount * kUnits + kThreads - 1) / kThreads; ++j) {
-    const int i = static_cast<int>(threadIdx.x) + j * kThreads;
-    if (i >= kCount * kUnits) break;
-    const int h = first_of_block + i / kUnits;
-    const int unit = i % kUnits;
+  for (int first = 0; first < kCount; first += kAtOnce) {
+    const int h = first_of_block + first + thread / 8 % kCount;
     const std::int64_t head = work.first_head + h;
-    uint4 packed{};
-    if (head < shape.heads) {
-      const float* from = unit < kLatent / 8
-                              ? q_abs.data + work.row * q_abs.stride + head * kLatent + unit * 8
-                              : q.data + work.row * q.stride + head * shape.qk_head_dim() +
-                                    shape.qk_nope_head_dim + (unit - kLatent / 8) * 8;
-      const float4 low = *reinterpret_cast<const float4*>(from);
-      const float4 high = *reinterpret_cast<const float4*>(from + 4);
-      packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
-                pack_bf16(high.z, high.w)};
-    }
-    store(Layout::offset(h, unit), packed);
-  }
-}
-
-template <class Layout, bool kFp8>
-__device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
-                                          int visible, std::byte* to) {
-  // Tokens that nobody has written are not read.
-  const int tokens = min(visible - tile * kTokens, kTokens);
-  const std::byte* from = kv.blocks[first_block + tile] + kv.layer_offset;
-  if constexpr (kFp8) {
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * (kUnits / 2); i += kThreads) {
-      copy_async<16>(to + i * 16, from + i * 16);
-    }
-  } else {
-#pragma unroll 6
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * kUnits; i += kThreads) {
-      copy_async<16>(to + Layout::offset(i / kUnits, i % kUnits), from + i * 16);
+    const float* latent = q_abs.data + work.row * q_abs.stride + head * kLatent;
+    const float* rope =
+        q.data + work.row * q.stride + head * shape.qk_head_dim() + shape.qk_nope_head_dim;
+#pragma unroll
+    for (int s = 0; s < kSlices; s += kSlicesAtOnce) {
+      const int slice = s + (kSlicesAtOnce > 1 ? thread / 8 / kCount : 0);
+      if (slice >= kSlices) break;
+      uint4 packed{};
+      if (head < shape.heads) {
+        const float* from = (slice < kSlices - 1 ? latent + slice * 64 : rope) + thread % 8 * 8;
+        const float4 low = *reinterpret_cast<const float4*>(from);
+        const float4 high = *reinterpret_cast<const float4*>(from + 4);
+        packed = {pack_bf16(low.x, low.y), pack_bf16(low.z, low.w), pack_bf16(high.x, high.y),
+                  pack_bf16(high.z, high.w)};
+      }
+      store(Layout::offset(h, slice * 8 + thread % 8), packed);
     }
   }
 }
@@ -151,14 +141,6 @@ __device__ __forceinline__ void convert_units(const uint4& words, std::byte* to,
   }
   *reinterpret_cast<uint4*>(to + Layout::offset(row, unit)) = {out[0], out[1], out[2], out[3]};
   *reinterpret_cast<uint4*>(to + Layout::offset(row, unit + 1)) = {out[4], out[5], out[6], out[7]};
-}
-
-template <class Layout>
-__device__ __forceinline__ void convert_tile(const std::byte* raw, std::byte* to) {
-  for (int i = static_cast<int>(threadIdx.x); i < kRawBytes / 16; i += kThreads) {
-    convert_units<Layout>(*reinterpret_cast<const uint4*>(raw + i * 16), to, i / (kUnits / 2),
-                          i % (kUnits / 2) * 2);
-  }
 }
 
 // Tokens beyond `visible` may never have been written: their values must be finite.

@@ -32,16 +32,35 @@ __device__ __forceinline__ std::byte* shared_tiles() {
       kTileAlignment);
 }
 
+// A BF16 tile, by `kOf` threads: eight have a slice of a token, and the same one of later tokens.
+template <int kOf>
+__device__ __forceinline__ void load_tile(const KvRows& kv, std::int32_t first_block, int tile,
+                                          int visible, std::byte* to) {
+  const std::byte* from = kv.blocks[first_block + tile] + kv.layer_offset;
+  const int thread = static_cast<int>(threadIdx.x) % kOf;
+  // Tokens that nobody has written are not read.
+  const int tokens = min(visible - tile * kTokens, kTokens);
+#pragma unroll 1
+  for (int row = thread / 8; row < tokens; row += kOf / 8) {
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      const int unit = slice * 8 + thread % 8;
+      copy_async<16>(to + Slices::offset(row, unit), from + (row * kUnits + unit) * 16);
+    }
+  }
+}
+
 // Scores of 64 heads x 64 tokens: scores[4n + i] is of head 16 warp + 8 (i / 2) + lane / 4 and
 // token 8n + 2 (lane % 4) + i % 2.
 __device__ __forceinline__ void score_tile(const std::byte* queries, const std::byte* tile,
                                            float (&scores)[32]) {
+  const std::uint64_t left = tile_descriptor<128>(queries);
+  const std::uint64_t right = tile_descriptor<128>(tile);
   order_registers();
 #pragma unroll
   for (int k = 0; k < kWidth / 16; ++k) {
     const int at = k / 4 * kSliceBytes + k % 4 * 32;
-    multiply_rows(scores, tile_descriptor<128>(queries + at), tile_descriptor<128>(tile + at),
-                  k > 0);
+    multiply_rows(scores, further(left, at), further(right, at), k > 0);
   }
   commit_products();
   wait_products<0>();
@@ -72,8 +91,8 @@ __device__ __forceinline__ float store_chances(const float (&scores)[32], int r,
   float sum = 0.0f;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    const float p0 = exp2f(scores[4 * n + 2 * r] - most);
-    const float p1 = exp2f(scores[4 * n + 2 * r + 1] - most);
+    const float p0 = exp2_fast(scores[4 * n + 2 * r] - most);
+    const float p1 = exp2_fast(scores[4 * n + 2 * r + 1] - most);
     sum += p0 + p1;
     *reinterpret_cast<unsigned*>(chances + Slices::offset(row, n) + threadIdx.x % 4 * 4) =
         pack_bf16(p0, p1);
@@ -84,46 +103,69 @@ __device__ __forceinline__ float store_chances(const float (&scores)[32], int r,
 // sums += P V of a tile, the group's 256 columns; not before wait_products().
 __device__ __forceinline__ void begin_values(float (&sums)[128], const std::byte* chances,
                                              const std::byte* tile, int group) {
+  const std::uint64_t left = tile_descriptor<128>(chances);
+  const std::uint64_t right = columns_descriptor(tile + group * 4 * kSliceBytes, kSliceBytes);
   order_registers();
 #pragma unroll
   for (int k = 0; k < kTokens / 16; ++k) {
-    multiply_columns(
-        sums, tile_descriptor<128>(chances + k * 32),
-        columns_descriptor(tile + group * 4 * kSliceBytes + k * 16 * 128, kSliceBytes));
+    multiply_columns(sums, further(left, k * 32), further(right, k * 16 * 128));
   }
   commit_products();
 }
 
-// A thread's share, of kOf, of an FP8 tile on its way through registers.
+// A thread's share, of kOf, of an FP8 tile on its way through registers. Two tokens are nine lines
+// of 128 bytes, and eight threads have a line: the fifth is half the one token's, half the other's.
 template <int kOf>
 struct RawUnits {
-  static constexpr int kCount = kRawBytes / 16 / kOf;
-  static constexpr int kOfRow = kUnits / 2;
+  static constexpr int kLines = kUnits / 8;
+  static constexpr int kAtOnce = kOf / 8;
+  static constexpr int kCount = kTokens / 2 / kAtOnce;
 
   // Of tile `tile`, if `there`; what is not visible is zero. Past the first-level cache, as this
   // may be before the wait.
   __device__ __forceinline__ void load(const KvRows& kv, std::int32_t first_block, int tile,
                                        bool there, int visible) {
-    const int count = there ? min(visible - tile * kTokens, kTokens) * kOfRow : 0;
-    const auto* from =
-        there ? reinterpret_cast<const uint4*>(kv.blocks[first_block + tile] + kv.layer_offset)
-              : nullptr;
+    const int tokens = there ? visible - tile * kTokens : 0;
+    const uint4* from = nullptr;
+    if (there) {
+      from = reinterpret_cast<const uint4*>(kv.blocks[first_block + tile] + kv.layer_offset) +
+             pair(0) * kLines * 8 + threadIdx.x % 8;
+    }
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int i = static_cast<int>(threadIdx.x) % kOf + j * kOf;
-      units[j] = i < count ? __ldcg(from + i) : uint4{};
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int line = 0; line < kLines; ++line) {
+        units[i][line] =
+            token(i, line) < tokens ? __ldcg(from + (i * kAtOnce * kLines + line) * 8) : uint4{};
+      }
     }
   }
 
   __device__ __forceinline__ void convert(std::byte* tile) const {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int i = static_cast<int>(threadIdx.x) % kOf + j * kOf;
-      convert_units<Slices>(units[j], tile, i / kOfRow, i % kOfRow * 2);
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int line = 0; line < kLines; ++line) {
+        const int slice = line * 2 + half() - second(line) * kSlices;
+        convert_units<Slices>(units[i][line], tile, token(i, line),
+                              slice * 8 + static_cast<int>(threadIdx.x) % 4 * 2);
+      }
     }
   }
 
-  uint4 units[kCount];
+  static __device__ __forceinline__ int half() { return static_cast<int>(threadIdx.x) / 4 % 2; }
+  static __device__ __forceinline__ int pair(int i) {
+    return static_cast<int>(threadIdx.x) % kOf / 8 + i * kAtOnce;
+  }
+  // Whether the thread's part of a line is of the second token.
+  static __device__ __forceinline__ int second(int line) {
+    return line == kLines / 2 ? half() : line > kLines / 2;
+  }
+  static __device__ __forceinline__ int token(int i, int line) {
+    return pair(i) * 2 + second(line);
+  }
+
+  uint4 units[kCount][kLines];
 };
 
 __device__ __forceinline__ void write_outputs(const Partial& partial, std::int64_t first,
@@ -167,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_raw(work.begin);
   } else {
     if (work.begin < work.end) {
-      load_tile<Slices, false>(kv, place.first_block, work.begin, work.visible, stage(work.begin));
+      load_tile<kThreads>(kv, place.first_block, work.begin, work.visible, stage(work.begin));
     }
     commit_copies();
   }
@@ -193,18 +235,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait_copies<0>();
       publish_to_products();
     }
-    __syncthreads();  // the tile is there, and the other stage is free
-    if constexpr (kFp8) {
-      if (group == 1) {  // while the other computes scores
+    __syncthreads();   // the tile is there, and the other stage is free
+    if (group == 1) {  // while the other computes scores
+      if constexpr (kFp8) {
         raw.convert(stage(t + 1));
         load_raw(t + 2);
         publish_to_products();
+      } else {
+        if (t + 1 < work.end) {
+          load_tile<kThreads / 2>(kv, place.first_block, t + 1, work.visible, stage(t + 1));
+        }
+        commit_copies();
       }
-    } else {
-      if (t + 1 < work.end) {
-        load_tile<Slices, false>(kv, place.first_block, t + 1, work.visible, stage(t + 1));
-      }
-      commit_copies();
+    }
+    if constexpr (!kFp8) {
       if ((t + 1) * kTokens > work.visible) {
         clear_tail<Slices>(tile, t * kTokens, work.visible);
         publish_to_products();
@@ -217,9 +261,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       score_tile(queries, tile, scores);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        // A tile has a visible token, so the best is finite. Until it is 2^8 times as likely as
+        // what the sums are relative to, they are left as they are.
         const float best = mask_and_find(scores, r, scale, t, work.visible);
-        const float now = fmaxf(largest[r], best);  // a tile has a visible token: it is finite
-        const float change = exp2f(largest[r] - now);
+        const float now = best > largest[r] + 8.0f ? best : largest[r];
+        const float change = exp2_fast(largest[r] - now);
         largest[r] = now;
         const int row = head + 8 * r;
         const float sum = store_chances(scores, r, now, row, chances);
@@ -246,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_products<0>();
   }
 
-  // Each head's largest score and its sum of probabilities.
+  // What each head's probabilities are relative to, and their sum.
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
@@ -295,8 +341,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     raw.load(kv, place.first_block, own, has, work.visible);
   } else {
     for (int t = work.begin; t < work.end; ++t) {
-      load_tile<Slices, false>(kv, place.first_block, t, work.visible,
-                               tiles + (t - work.begin) * kTileBytes);
+      load_tile<kThreads>(kv, place.first_block, t, work.visible,
+                          tiles + (t - work.begin) * kTileBytes);
     }
     commit_copies();
   }

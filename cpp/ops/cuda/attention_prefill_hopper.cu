@@ -48,12 +48,6 @@ struct Ring {
     barrier_arrive_if(threadIdx.x % 32 == 0, free + t % 2 * 8);
   }
 };
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 #endif
 
 __global__ void __launch_bounds__(kThreads, 1)
