@@ -21,13 +21,17 @@ struct WideShape {
   static constexpr int kTiles = kRowTiles;  // of a warpgroup
   static constexpr int kThreads = kGroups * 128;
   static constexpr int kBlockRows = kGroups * kTiles * 64;
-  /// Blocks of a multiprocessor that registers and shared memory allow.
-  static constexpr int kResident = kTokens * kTiles > 64 ? 1 : kGroups* kTiles > 1 ? 2 : 4;
-  static constexpr int kStages = 4;
   static constexpr int kUnits = W::kChunk / 8;  // of 16 bytes, a token
   static constexpr int kTokenBytes = kTokens * kUnits * 16;
   static constexpr int kRawBytes = kBlockRows * 64;
   static constexpr int kStageBytes = kTokenBytes + kRawBytes;  // multiples of 1 KB
+  /// Blocks of a multiprocessor that registers and shared memory allow; a third small block is
+  /// worth more than a fourth stage.
+  static constexpr int kResident = kTokens * kTiles > 64    ? 1
+                                   : kGroups* kTiles > 1    ? 2
+                                   : kStageBytes > 16 << 10 ? 3
+                                                            : 4;
+  static constexpr int kStages = kResident == 3 ? 3 : 4;
   /// Scales of a row come for kSpan chunks at once: 32 bytes, NVFP4. By chunks, 8 bytes, they would
   /// cost as much as the weights.
   static constexpr int kSpan = 4;
