@@ -1,21 +1,12 @@
-// The CUDA backend against `reference`. Without a GPU these tests are skipped, unless
-// DSFP4_REQUIRE_CUDA is set. Outputs are poisoned with OwnedMatrix's initial value.
+// The CUDA backend's operations but attention and experts, against `reference`.
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include <gtest/gtest.h>
 
-#include "dsfp4/error.h"
-#include "engine/kv_cache.h"
 #include "engine/sampler.h"
-#include "format/scalar.h"
-#include "memory/arena.h"
-#include "ops/backend.h"
-#include "ops/cuda_plugin.h"
-#include "ops/random_weight.h"
+#include "ops/cuda_fixture.h"
 #include "ops/scratch.h"
 
 namespace dsfp4::ops {
@@ -23,49 +14,9 @@ namespace {
 
 using format::WeightFormat;
 using testing::kAllFormats;
-using testing::OwnedMatrix;
-using testing::random_values;
-using testing::random_weight;
-using testing::relative_error;
 
-constexpr double kTolerance = 5e-3;  // BF16 inputs
-
-class Cuda : public ::testing::Test {
+class CudaLinear : public Cuda {
  protected:
-  void SetUp() override {
-    try {
-      cuda_device(0);
-    } catch (const CudaError& error) {
-      if (std::getenv("DSFP4_REQUIRE_CUDA") != nullptr) FAIL() << error.what();
-      GTEST_SKIP() << error.what();
-    }
-    backend_ = make_cuda_backend(0, 0);
-    reference_ = make_reference_backend(2);
-    arena_ =
-        std::make_unique<memory::Arena>(std::size_t{512} << 20, "the tests", backend_->memory());
-  }
-
-  template <typename T>
-  T* on_device(const T* values, std::size_t count) {
-    T* to = arena_->take_array<T>(count);
-    backend_->upload(values, to, count * sizeof(T));
-    return to;
-  }
-  Matrix on_device(const OwnedMatrix& matrix) {
-    return {on_device(matrix.values.data(), matrix.values.size()), matrix.rows_, matrix.cols_,
-            matrix.cols_};
-  }
-  format::WeightView on_device(const format::EncodedMatrix& matrix) {
-    format::WeightView view = matrix.view();
-    view.data = on_device(matrix.data.data(), matrix.data.size());
-    view.scales = on_device(matrix.scales.data(), matrix.scales.size());
-    return view;
-  }
-  std::vector<float> on_host(ConstMatrix matrix) {
-    std::vector<float> values(static_cast<std::size_t>(matrix.rows * matrix.cols));
-    backend_->download(matrix.data, values.data(), values.size() * sizeof(float));
-    return values;
-  }
   void expect_linear(WeightFormat format, std::int64_t rows, std::int64_t cols, std::int64_t tokens,
                      Inputs inputs, double tolerance) {
     const ScratchScope scope(*arena_);
@@ -82,13 +33,9 @@ class Cuda : public ::testing::Test {
         << format::weight_format_name(format) << " " << rows << "x" << cols << ", " << tokens
         << " tokens";
   }
-
-  std::unique_ptr<Backend> backend_;
-  std::unique_ptr<Backend> reference_;
-  std::unique_ptr<memory::Arena> arena_;
 };
 
-TEST_F(Cuda, LinearOfOddShapes) {
+TEST_F(CudaLinear, OfOddShapes) {
   for (const WeightFormat format : kAllFormats) {
     for (const auto& [rows, cols] :
          {std::pair<std::int64_t, std::int64_t>{21, 32}, {130, 352}, {33, 96}}) {
@@ -103,7 +50,7 @@ TEST_F(Cuda, LinearOfOddShapes) {
   expect_linear(WeightFormat::kNvfp4, 20, 144, 2, Inputs::kBf16, kTolerance);
 }
 
-TEST_F(Cuda, LinearOfEveryNumberOfTokens) {
+TEST_F(CudaLinear, OfEveryNumberOfTokens) {
   for (const WeightFormat format : kAllFormats) {
     for (const std::int64_t tokens : {1, 2, 4, 7, 8, 9, 16, 17, 31, 64, 65, 130}) {
       expect_linear(format, 272, 384, tokens, Inputs::kBf16, kTolerance);
@@ -135,7 +82,7 @@ TEST_F(Cuda, LinearPairIsTwoProducts) {
 }
 
 // So many that blocks take 256 rows and 128 tokens where a GPU has room for that.
-TEST_F(Cuda, LinearOfManyTokensAndRows) {
+TEST_F(CudaLinear, OfManyTokensAndRows) {
   for (const WeightFormat format : kAllFormats) {
     expect_linear(format, 8516, 256, 500, Inputs::kBf16, kTolerance);
   }
@@ -237,213 +184,6 @@ TEST_F(Cuda, RouterChoosesAsTheHost) {
     }
   }
 }
-
-// Two sequences of different age in one batch, their caches filled by kv_append, then mla_inputs.
-class CudaAttention : public Cuda {
- protected:
-  struct Case {
-    MlaShape shape;
-    std::int64_t earlier[2];
-    std::int64_t rows[2];
-    WeightFormat kv_b = WeightFormat::kBF16;
-    // Makes each 64 earlier tokens of the second sequence far likelier than those before to even
-    // heads, and far less likely to odd ones: they have so much more as first rotary value.
-    float rise = 0.0f;
-  };
-
-  std::vector<float> run(Backend& backend, const Case& c, KvFormat kv_format, bool decode) {
-    const bool host = backend.host_visible();
-    const std::int64_t width = c.shape.cache_width();
-    const std::int64_t rows = c.rows[0] + c.rows[1];
-    const std::size_t layer =
-        static_cast<std::size_t>(kKvBlockTokens * width) * kv_value_bytes(kv_format);
-    const std::int64_t room = c.earlier[0] + c.earlier[1] + rows + 4 * kKvBlockTokens;
-    engine::KvCache cache(room, 2, layer, kv_format, backend.memory());
-    const auto weight =
-        random_weight(c.kv_b, c.shape.heads * (c.shape.qk_nope_head_dim + c.shape.v_head_dim),
-                      c.shape.kv_lora_rank, 10);
-    const auto place = [&](OwnedMatrix& m) { return host ? m.view() : on_device(m); };
-    engine::Sequence sequences[2] = {engine::Sequence(cache), engine::Sequence(cache)};
-    std::vector<SequenceRows> batch;
-    std::int64_t row = 0;
-    for (std::size_t i = 0; i < 2; ++i) {
-      if (c.earlier[i] > 0) {
-        OwnedMatrix earlier(c.earlier[i], width, static_cast<std::uint32_t>(20 + i));
-        for (std::int64_t t = 0; i == 1 && c.rise > 0.0f && t < c.earlier[i]; ++t) {
-          earlier.view().row(t)[c.shape.kv_lora_rank] =
-              c.rise * static_cast<float>(t / kKvBlockTokens);
-        }
-        SequenceRows before = sequences[i].next_rows(0, c.earlier[i]);
-        before.kv.layer_offset = layer;
-        before.kv.scale = 0.01f;
-        backend.kv_append({&before, 1}, place(earlier));
-        sequences[i].advance(c.earlier[i]);
-      }
-      batch.push_back(sequences[i].next_rows(row, c.rows[i]));
-      batch.back().kv.layer_offset = layer;
-      batch.back().kv.scale = 0.01f;
-      row += c.rows[i];
-    }
-    OwnedMatrix latents(rows, width, 30);
-    OwnedMatrix q(rows, c.shape.heads * c.shape.qk_head_dim(), 31);
-    for (float& v : q.values) v = format::bf16_to_float(format::float_to_bf16(v));
-    for (std::int64_t r = c.rows[0]; c.rise > 0.0f && r < rows; ++r) {
-      for (std::int64_t h = 0; h < c.shape.heads; ++h) {
-        q.view().row(r)[h * c.shape.qk_head_dim() + c.shape.qk_nope_head_dim] =
-            h % 2 == 0 ? 1024.0f : -1024.0f;
-      }
-    }
-    OwnedMatrix out(rows, c.shape.heads * c.shape.v_head_dim);
-    OwnedMatrix q_abs(rows, c.shape.heads * c.shape.kv_lora_rank);
-    OwnedMatrix attended(rows, c.shape.heads * c.shape.kv_lora_rank);
-    const format::WeightView w = host ? weight.view() : on_device(weight);
-    const Matrix q_view = place(q);
-    OwnedMatrix angles(rows, c.shape.qk_rope_head_dim, 32);
-    const std::vector<float> norm = random_values(c.shape.kv_lora_rank, 33);
-    const float* norm_there = host ? norm.data() : on_device(norm.data(), norm.size());
-    backend.mla_inputs(c.shape, batch, place(angles), {norm_there, norm.size()}, 1e-6f, q_view,
-                       place(latents));
-    const Matrix out_view = place(out);
-    if (decode) {
-      const Matrix abs_view = place(q_abs);
-      const Matrix attended_view = place(attended);
-      backend.absorb_query(c.shape, w, q_view, abs_view);
-      backend.latent_attention(c.shape, batch, abs_view, q_view, attended_view);
-      backend.expand_value(c.shape, w, attended_view, out_view);
-    } else {
-      backend.prefill_attention(c.shape, w, batch, q_view, out_view);
-    }
-    return host ? out.values : on_host(out_view);
-  }
-
-  void expect_agreement(const Case& c) {
-    for (const bool decode : {false, true}) {
-      for (const KvFormat kv : {KvFormat::kBf16, KvFormat::kFp8}) {
-        const ScratchScope scope(*arena_);
-        const std::vector<float> expected = run(*reference_, c, kv, decode);
-        EXPECT_LT(relative_error(run(*backend_, c, kv, decode), expected), kTolerance)
-            << "decode " << decode << " fp8 " << (kv == KvFormat::kFp8) << " heads "
-            << c.shape.heads;
-      }
-    }
-  }
-};
-
-TEST_F(CudaAttention, OddHeads) {
-  expect_agreement({{3, 48, 24, 20, 40, 0.13f}, {70, 3}, {5, 2}});
-  expect_agreement({{2, 32, 16, 8, 24, 0.2f}, {0, 130}, {1, 1}, WeightFormat::kFp8Block});
-}
-
-TEST_F(CudaAttention, RealHeads) {
-  expect_agreement({{4, 512, 128, 64, 128, 0.02f}, {70, 3}, {5, 66}});
-  expect_agreement({{16, 512, 128, 64, 128, 0.02f}, {300, 0}, {1, 1}, WeightFormat::kFp8Block});
-  expect_agreement({{20, 512, 128, 64, 128, 0.02f}, {63, 127}, {2, 1}});
-  expect_agreement(
-      {{70, 512, 128, 64, 128, 0.02f}, {0, 257}, {130, 1}, WeightFormat::kBF16, 0.64f});
-  expect_agreement({{3, 512, 128, 64, 128, 0.02f}, {500, 0}, {70, 64}, WeightFormat::kNvfp4});
-  expect_agreement({{2, 512, 128, 64, 128, 0.02f}, {77, 0}, {300, 5}});  // several blocks of rows
-}
-
-struct ExpertsCase {
-  WeightFormat gate, up, down;
-  std::int64_t experts, top_k, hidden, intermediate, tokens;
-};
-
-class CudaExperts : public Cuda, public ::testing::WithParamInterface<ExpertsCase> {};
-
-TEST_P(CudaExperts, AgreeWithReference) {
-  const ExpertsCase c = GetParam();
-  std::vector<format::EncodedMatrix> matrices;
-  matrices.reserve(static_cast<std::size_t>(3 * c.experts));
-  std::vector<ExpertView> host;
-  std::vector<ExpertView> device;
-  for (std::int64_t e = 0; e < c.experts; ++e) {
-    const auto seed = static_cast<std::uint32_t>(100 + 3 * e);
-    const auto next = [&](WeightFormat format, std::int64_t rows, std::int64_t cols,
-                          int i) -> const format::EncodedMatrix& {
-      matrices.push_back(random_weight(format, rows, cols, seed + static_cast<std::uint32_t>(i)));
-      return matrices.back();
-    };
-    const auto& gate = next(c.gate, c.intermediate, c.hidden, 0);
-    const auto& up = next(c.up, c.intermediate, c.hidden, 1);
-    const auto& down = next(c.down, c.hidden, c.intermediate, 2);
-    host.push_back({gate.view(), up.view(), down.view()});
-    device.push_back({on_device(gate), on_device(up), on_device(down)});
-  }
-  OwnedMatrix x(c.tokens, c.hidden, 43);
-  OwnedMatrix y(c.tokens, c.hidden, 44);  // what the shared experts gave
-  const std::int64_t pairs = c.tokens * c.top_k;
-  const auto count = static_cast<std::size_t>(pairs);
-  const std::vector<float> weights = random_values(pairs, 45);
-  std::vector<std::int32_t> used(count);
-  std::vector<std::vector<std::int32_t>> by_expert(static_cast<std::size_t>(c.experts));
-  for (std::int64_t p = 0; p < pairs; ++p) {  // distinct within a token; expert 1 is never chosen
-    std::int64_t e = (p / c.top_k * 5 + p % c.top_k) % c.experts;
-    if (c.experts > c.top_k && e == 1) e = (p / c.top_k * 5 + c.top_k) % c.experts;
-    used[static_cast<std::size_t>(p)] = static_cast<std::int32_t>(e);
-    by_expert[static_cast<std::size_t>(e)].push_back(static_cast<std::int32_t>(p));
-  }
-  const Matrix dy = on_device(y);
-  std::vector<ExpertTask> tasks;
-  for (std::size_t e = 0; e < host.size(); ++e) {
-    if (!by_expert[e].empty()) tasks.push_back({&host[e], by_expert[e]});
-  }
-  OwnedMatrix hidden(pairs, c.intermediate);
-  OwnedMatrix routed(pairs, c.hidden);
-  const Matrix dhidden = on_device(hidden);
-  const Matrix drouted = on_device(routed);
-  reference_->experts(tasks, c.top_k, x.view(), hidden.view(), routed.view());
-  reference_->combine(routed.view(), weights, c.top_k, y.view());
-
-  std::int32_t* dused = on_device(used.data(), count);
-  std::vector<float> weights_copy = weights;
-  float* dweights = on_device(weights_copy.data(), count);
-  const Routing routing{{dused, count}, {dused, count}, {dweights, count}};
-  ASSERT_TRUE(backend_->routed_experts(device, routing, c.top_k, on_device(x), dhidden, drouted, dy,
-                                       nullptr));
-  EXPECT_LT(relative_error(on_host(dy), y.values), kTolerance);
-
-  // Expert 1 as the shared one: with the others, or alone before them.
-  if (!backend_->takes_shared(device, device[1], c.tokens, c.top_k)) return;
-  std::vector<std::int32_t> all(static_cast<std::size_t>(c.tokens));
-  std::iota(all.begin(), all.end(), 0);
-  OwnedMatrix shared_hidden(c.tokens, c.intermediate);
-  OwnedMatrix expected(c.tokens, c.hidden);
-  const ExpertTask one[] = {{&host[1], all}};
-  reference_->experts(one, 1, x.view(), shared_hidden.view(), expected.view());
-  reference_->combine(routed.view(), weights, c.top_k, expected.view());
-  const OwnedMatrix more(pairs + c.tokens, c.intermediate);
-  ASSERT_TRUE(backend_->routed_experts(device, routing, c.top_k, on_device(x), on_device(more),
-                                       drouted, dy, &device[1]));
-  EXPECT_LT(relative_error(on_host(dy), expected.values), kTolerance);
-}
-
-constexpr auto kNv = WeightFormat::kNvfp4;
-constexpr auto kMx = WeightFormat::kMxfp4;
-constexpr auto kF8 = WeightFormat::kFp8Block;
-constexpr auto kBf = WeightFormat::kBF16;
-INSTANTIATE_TEST_SUITE_P(
-    All, CudaExperts,
-    ::testing::Values(ExpertsCase{kNv, kF8, kNv, 4, 2, 96, 48, 3},     // mixed
-                      ExpertsCase{kNv, kNv, kNv, 12, 3, 144, 80, 5},   // rows of no 16 bytes
-                      ExpertsCase{kBf, kBf, kBf, 6, 2, 51, 27, 4},     // odd
-                      ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 1},  // one token
-                      ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 1},
-                      ExpertsCase{kF8, kF8, kF8, 16, 8, 512, 256, 1},
-                      ExpertsCase{kBf, kBf, kBf, 16, 8, 512, 256, 1},
-                      ExpertsCase{kNv, kNv, kNv, 16, 8, 640, 384, 1},  // odd chunks of 128 columns
-                      ExpertsCase{kMx, kMx, kMx, 16, 8, 640, 384, 2},
-                      ExpertsCase{kNv, kNv, kNv, 16, 8, 384, 128, 7},   // a few
-                      ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 70},  // many
-                      ExpertsCase{kMx, kMx, kMx, 16, 6, 512, 256, 70},
-                      // Scales of a row in whole units of 16 bytes, gate and up, and not, down.
-                      ExpertsCase{kNv, kNv, kNv, 16, 8, 1280, 640, 70},
-                      ExpertsCase{kMx, kMx, kMx, 16, 8, 1536, 640, 70},
-                      ExpertsCase{kF8, kF8, kF8, 16, 4, 384, 128, 70},
-                      ExpertsCase{kBf, kBf, kBf, 16, 4, 384, 128, 70},
-                      ExpertsCase{kNv, kNv, kNv, 3, 2, 512, 256, 300},  // over 128 an expert
-                      ExpertsCase{kF8, kF8, kF8, 3, 2, 384, 256, 300},
-                      ExpertsCase{kBf, kBf, kBf, 3, 2, 160, 96, 300}));
 
 // The same draws as the host's sampler, with the same numbers.
 TEST_F(Cuda, SamplesAsTheHost) {
