@@ -117,7 +117,7 @@ __device__ __forceinline__ void begin_values(float (&sums)[128], const std::byte
 // of 128 bytes, and eight threads have a line: the fifth is half the one token's, half the other's.
 template <int kOf>
 struct RawUnits {
-  static constexpr int kLines = kUnits / 8;
+  static constexpr int kLines = 2 * kWidth / 128;
   static constexpr int kAtOnce = kOf / 8;
   static constexpr int kCount = kTokens / 2 / kAtOnce;
 
