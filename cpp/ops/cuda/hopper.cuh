@@ -97,7 +97,8 @@ template <int kTokens>
 __device__ __forceinline__ void multiply_tokens(float (&c)[kTokens / 2], const unsigned (&a)[4],
                                                 std::uint64_t tokens) {
 #if DSFP4_ON_HOPPER
-  static_assert(kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 128);
+  static_assert(kTokens == 16 || kTokens == 32 || kTokens == 64 || kTokens == 128 ||
+                kTokens == 144);
   if constexpr (kTokens == 16) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
@@ -122,12 +123,23 @@ __device__ __forceinline__ void multiply_tokens(float (&c)[kTokens / 2], const u
         "{%32,%33,%34,%35}, %36, p, 1, 1, 0;}\n"
         : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
-  } else {
+  } else if constexpr (kTokens == 128) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " DSFP4_REGISTERS64
         "{%64,%65,%66,%67}, %68, p, 1, 1, 0;}\n"
         : DSFP4_SUMS64(c)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
+  } else {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %77, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+        "%64,%65,%66,%67,%68,%69,%70,%71}, {%72,%73,%74,%75}, %76, p, 1, 1, 0;}\n"
+        : DSFP4_SUMS64(c), DSFP4_SUMS8(c, 64)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
   }
 #endif

@@ -12,6 +12,9 @@
 namespace dsfp4::ops::cuda {
 
 constexpr int kLargeTokens = 64;
+/// Of a task at most, with wgmma: 4096 tokens give 128 to each of 256 experts, 144 or fewer to 12
+/// of 13, and four stages of 144 fit into shared memory.
+constexpr int kHopperTask = 144;
 constexpr int kLargeWarps = 4;
 
 /// Where column `k` lies in a prepared row: each product's 16 columns beside each other, first the

@@ -1,6 +1,6 @@
 // Products of many tokens on Hopper: as large.cuh, but with wgmma, which takes the weight from the
 // registers where it was decoded and the tokens from shared memory, and runs while the next columns
-// are decoded. A weight is decoded once for up to 128 tokens.
+// are decoded. A weight is decoded once for up to 144 tokens.
 //
 // A warpgroup does one or two tiles of 64 weight rows (kGateUp: a tile of gate_proj and the same
 // rows of up_proj) and all tokens of its block. Many tokens: blocks of two warpgroups with two
@@ -204,83 +204,104 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     if (s < chunks) load_stage(s);
     commit_copies();
   }
-  unsigned left[2][kTiles][4];
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    wait_copies<kAhead - 1>();
-    publish_to_products();
-    __syncthreads();
-    if (chunk + kAhead < chunks) load_stage(chunk + kAhead);
-    commit_copies();
+  // All chunks, with products of kCount tokens: no fewer than the task has.
+  const auto multiply_chunks = [&]<int kCount>() {
+    unsigned left[2][kTiles][4];
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      wait_copies<kAhead - 1>();
+      publish_to_products();
+      __syncthreads();
+      if (chunk + kAhead < chunks) load_stage(chunk + kAhead);
+      commit_copies();
 
-    if constexpr (kFormat == WeightFormat::kFp8Block) {
-      // Sums are kept in units of the current tile's multiplier.
-      constexpr int kTile = static_cast<int>(::dsfp4::format::kFp8Tile);
-      if (chunk % (kTile / W::kChunk) == 0) {
-        wait_products<0>();
-        const std::int64_t across = (a.cols + kTile - 1) / kTile;
+      if constexpr (kFormat == WeightFormat::kFp8Block) {
+        // Sums are kept in units of the current tile's multiplier.
+        constexpr int kTile = static_cast<int>(::dsfp4::format::kFp8Tile);
+        if (chunk % (kTile / W::kChunk) == 0) {
+          wait_products<0>();
+          const std::int64_t across = (a.cols + kTile - 1) / kTile;
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          const auto* scales =
-              reinterpret_cast<const float*>((m == 0 ? first_weight.scales : second_weight.scales));
-          const std::int64_t row = weight_row(group * kTiles * 64 + m * 64) / kTile;
-          float scale = __ldg(scales + row * across + chunk / (kTile / W::kChunk));
-          if (fabsf(scale) < 1e-20f) scale = 1e-20f;
-          const float change = tile_scale[m] / scale;
-          tile_scale[m] = scale;
+          for (int m = 0; m < kTiles; ++m) {
+            const auto* scales = reinterpret_cast<const float*>(
+                (m == 0 ? first_weight.scales : second_weight.scales));
+            const std::int64_t row = weight_row(group * kTiles * 64 + m * 64) / kTile;
+            float scale = __ldg(scales + row * across + chunk / (kTile / W::kChunk));
+            if (fabsf(scale) < 1e-20f) scale = 1e-20f;
+            const float change = tile_scale[m] / scale;
+            tile_scale[m] = scale;
 #pragma unroll
-          for (int i = 0; i < kTokens / 2; ++i) sums[m][i] *= change;
+            for (int i = 0; i < kTokens / 2; ++i) sums[m][i] *= change;
+          }
         }
       }
-    }
 
-    // BF16 needs no decoding: the last product may still read the very registers loaded next.
-    if constexpr (kFormat == WeightFormat::kBF16) wait_products<0>();
-    const std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
-    const auto* raw = reinterpret_cast<const uint4*>(stage + Shape::kTokenBytes);
-    const std::byte* scale_bytes = spans + chunk / Shape::kSpan % 2 * Shape::kSpanBytes +
-                                   chunk % Shape::kSpan * W::kScales / 16 * (kBlockRows * 16) +
-                                   chunk % Shape::kSpan * W::kScales % 16;
-    uint4 low[kTiles];
-    uint4 high[kTiles];
-    unsigned scales[kTiles][2][2] = {};  // of rows lane / 4 and 8 more, of a lane's two halves
+      // BF16 needs no decoding: the last product may still read the very registers loaded next.
+      if constexpr (kFormat == WeightFormat::kBF16) wait_products<0>();
+      const std::byte* stage = shared + chunk % Shape::kStages * Shape::kStageBytes;
+      const auto* raw = reinterpret_cast<const uint4*>(stage + Shape::kTokenBytes);
+      const std::byte* scale_bytes = spans + chunk / Shape::kSpan % 2 * Shape::kSpanBytes +
+                                     chunk % Shape::kSpan * W::kScales / 16 * (kBlockRows * 16) +
+                                     chunk % Shape::kSpan * W::kScales % 16;
+      uint4 low[kTiles];
+      uint4 high[kTiles];
+      unsigned scales[kTiles][2][2] = {};  // of rows lane / 4 and 8 more, of a lane's two halves
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      const int r = warp_row + m * 64;
-      low[m] = raw[r * 4 + quad];
-      high[m] = raw[(r + 8) * 4 + quad];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const std::byte* of_row = scale_bytes + (r + 8 * h) * 16;
+      for (int m = 0; m < kTiles; ++m) {
+        const int r = warp_row + m * 64;
+        low[m] = raw[r * 4 + quad];
+        high[m] = raw[(r + 8) * 4 + quad];
+        const std::byte* of_row = scale_bytes + r * 16;
+        const std::byte* of_other = of_row + 8 * 16;
         if constexpr (kFormat == WeightFormat::kNvfp4) {
           const unsigned two = reinterpret_cast<const unsigned short*>(of_row)[quad];
-          scales[m][h][0] = nvfp4_scale(two & 0xffu);
-          scales[m][h][1] = nvfp4_scale(two >> 8);
+          const unsigned more = reinterpret_cast<const unsigned short*>(of_other)[quad];
+          nvfp4_scales(two | more << 16, scales[m]);
         } else if constexpr (kFormat == WeightFormat::kMxfp4) {
-          scales[m][h][0] = scales[m][h][1] = mxfp4_scale(static_cast<unsigned>(of_row[quad]));
+          scales[m][0][0] = scales[m][0][1] = mxfp4_scale(static_cast<unsigned>(of_row[quad]));
+          scales[m][1][0] = scales[m][1][1] = mxfp4_scale(static_cast<unsigned>(of_other[quad]));
         }
       }
-    }
-    constexpr int kSteps = W::kSteps;
+      constexpr int kSteps = W::kSteps;
+      const std::uint64_t all_tokens = tile_descriptor<kAtom * 16>(stage);
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      constexpr int kAtomSteps = kAtom / 2;
-      const auto tokens = tile_descriptor<kAtom * 16>(
-          stage + step / kAtomSteps * (kTokens * kAtom * 16) + step % kAtomSteps * 32);
+      for (int step = 0; step < kSteps; ++step) {
+        constexpr int kAtomSteps = kAtom / 2;
+        const std::uint64_t tokens = further(
+            all_tokens, step / kAtomSteps * (kTokens * kAtom * 16) + step % kAtomSteps * 32);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        decode_step<kFormat>(low[m], high[m], step, scales[m][0][step / (kSteps / 2)],
-                             scales[m][1][step / (kSteps / 2)], left[step % 2][m]);
+        for (int m = 0; m < kTiles; ++m) {
+          decode_step<kFormat>(low[m], high[m], step, scales[m][0][step / (kSteps / 2)],
+                               scales[m][1][step / (kSteps / 2)], left[step % 2][m]);
+        }
+        order_registers();
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          multiply_tokens<kCount>(reinterpret_cast<float(&)[kCount / 2]>(sums[m]),
+                                  left[step % 2][m], tokens);
+        }
+        commit_products();
+        wait_products<1>();
       }
-      order_registers();
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        multiply_tokens<kTokens>(sums[m], left[step % 2][m], tokens);
-      }
-      commit_products();
-      wait_products<1>();
     }
+    wait_products<0>();
+  };
+  if constexpr (kTokens == kHopperTask) {
+    if (count <= 64) {
+      multiply_chunks.template operator()<64>();
+    } else if (count <= 128) {
+      multiply_chunks.template operator()<128>();
+    } else {
+      multiply_chunks.template operator()<kTokens>();
+    }
+  } else if constexpr (kTokens == 32 && kWhat != Large::kDense) {
+    if (count <= 16) {
+      multiply_chunks.template operator()<16>();
+    } else {
+      multiply_chunks.template operator()<kTokens>();
+    }
+  } else {
+    multiply_chunks.template operator()<kTokens>();
   }
-  wait_products<0>();
 
   // sums[4n + i] belongs to row 8 * (i / 2) + lane / 4 of the warp and token 8n + 2 quad + i % 2.
 #pragma unroll
@@ -340,7 +361,7 @@ template <WeightFormat kFormat, Large kWhat>
 bool tasks_of(Device* device, const LargeArguments& arguments, int tile, std::int64_t tasks) {
   if (tile == 32) return launch_shape<kFormat, kWhat, 32, 2, 2>(device, arguments, tasks);
   if (tile == 64) return launch_shape<kFormat, kWhat, 64, 2, 2>(device, arguments, tasks);
-  return launch_shape<kFormat, kWhat, 128, 2, 2>(device, arguments, tasks);
+  return launch_shape<kFormat, kWhat, kHopperTask, 2, 2>(device, arguments, tasks);
 }
 
 // Calls with the format as a constant.

@@ -156,7 +156,7 @@ struct Grouped {
 int task_tile(const Device* device, std::int64_t experts, std::int64_t pairs) {
   if (!device->wgmma) return kLargeTokens;
   const std::int64_t mean = pairs / std::min(experts, pairs);
-  return mean <= 20 ? 32 : mean <= 44 ? 64 : 128;
+  return mean <= 20 ? 32 : mean <= 44 ? 64 : kHopperTask;
 }
 
 std::int64_t most_tasks(std::int64_t experts, std::int64_t pairs, int tile) {

@@ -65,11 +65,12 @@ constexpr unsigned kTwo119 = bf16_twice((127u + 119u) << 7);
 __device__ __forceinline__ void decode_fp4(unsigned word, int half, unsigned out[2]) {
   constexpr unsigned kSign = 0x80008000u;
   constexpr unsigned kRest = 0x01c001c0u;
+  // A product puts a code into bits 12 to 15, where its sign belongs, and 6 to 9, where the rest.
   if (half == 0) {
-    out[0] = ((word << 12) & kSign) | ((word << 6) & kRest);
-    out[1] = ((word << 8) & kSign) | ((word << 2) & kRest);
+    out[0] = ((word & 0x000f000fu) * 0x1040u) & (kSign | kRest);
+    out[1] = ((word & 0x00f000f0u) * 0x0104u) & (kSign | kRest);
   } else {
-    out[0] = ((word << 4) & kSign) | ((word >> 2) & kRest);
+    out[0] = (((word >> 2) & 0x03c003c0u) * 0x0041u) & (kSign | kRest);
     out[1] = (word & kSign) | ((word >> 6) & kRest);
   }
 }
@@ -86,6 +87,18 @@ __device__ __forceinline__ void decode_fp8(unsigned word, unsigned out[2]) {
 __device__ __forceinline__ unsigned nvfp4_scale(unsigned code) {
   const unsigned bits = ((code & 0x80u) << 8) | ((code & 0x7fu) << 4);  // 2^-120 s
   return times_bf16x2(times_bf16x2(bits | (bits << 16), kTwo120), kTwo119);
+}
+
+/// Four of them at once, of two rows with two groups each, a row in 16 bits: out[row][group].
+__device__ __forceinline__ void nvfp4_scales(unsigned codes, unsigned out[2][2]) {
+  unsigned groups[2];  // 2^-120 s of both rows, times 2^120
+  decode_fp8(codes, groups);
+#pragma unroll
+  for (int g = 0; g < 2; ++g) {
+    const unsigned rows = times_bf16x2(groups[g], kTwo119);
+    out[0][g] = __byte_perm(rows, 0, 0x1010);
+    out[1][g] = __byte_perm(rows, 0, 0x3232);
+  }
 }
 
 /// An E8M0 block scale, times 2^100, twice.

@@ -117,7 +117,19 @@ INSTANTIATE_TEST_SUITE_P(
                       ExpertsCase{kMx, kMx, kMx, 16, 8, 1536, 640, 70},
                       ExpertsCase{kF8, kF8, kF8, 16, 4, 384, 128, 70},
                       ExpertsCase{kBf, kBf, kBf, 16, 4, 384, 128, 70},
-                      ExpertsCase{kNv, kNv, kNv, 3, 2, 512, 256, 300},  // over 128 an expert
+                      // 14 to 18 an expert: products of 16 tokens, and of 32.
+                      ExpertsCase{kNv, kNv, kNv, 16, 8, 512, 256, 30},
+                      ExpertsCase{kMx, kMx, kMx, 16, 8, 512, 256, 30},
+                      ExpertsCase{kF8, kF8, kF8, 16, 8, 384, 256, 30},
+                      ExpertsCase{kBf, kBf, kBf, 16, 8, 160, 96, 30},
+                      // 54 to 69 an expert: products of 64 tokens, and of 128.
+                      ExpertsCase{kNv, kNv, kNv, 8, 4, 512, 256, 110},
+                      ExpertsCase{kMx, kMx, kMx, 8, 4, 512, 256, 110},
+                      ExpertsCase{kF8, kF8, kF8, 8, 4, 384, 256, 110},
+                      ExpertsCase{kBf, kBf, kBf, 8, 4, 160, 96, 110},
+                      // 300: two times 144, and 12.
+                      ExpertsCase{kNv, kNv, kNv, 3, 2, 512, 256, 300},
+                      ExpertsCase{kMx, kMx, kMx, 3, 2, 512, 256, 300},
                       ExpertsCase{kF8, kF8, kF8, 3, 2, 384, 256, 300},
                       ExpertsCase{kBf, kBf, kBf, 3, 2, 160, 96, 300}));
 
