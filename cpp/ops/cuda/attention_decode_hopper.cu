@@ -336,9 +336,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool has = own < work.end;
   std::byte* tile = tiles + group * kTileBytes;
 
-  RawUnits<128> raw;  // FP8
+  // The cache is older than what this kernel waits for.
   if constexpr (kFp8) {
+    RawUnits<128> raw;
     raw.load(kv, place.first_block, own, has, work.visible);
+    if (has) raw.convert(tile);
   } else {
     for (int t = work.begin; t < work.end; ++t) {
       load_tile<kThreads>(kv, place.first_block, t, work.visible,
@@ -348,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   cluster.sync();     // all of them have begun
-  wait_for_inputs();  // queries: the cache is older
+  wait_for_inputs();  // queries
   let_next_begin();   // there are fewer blocks than multiprocessors: room for the next kernel's
   constexpr int kShare = kHeads / kQuerySharers;
   const int first = static_cast<int>(cluster.block_rank()) * kShare;
@@ -359,9 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   });
   cluster.sync();
-  if constexpr (kFp8) {
-    if (has) raw.convert(tile);
-  } else {
+  if constexpr (!kFp8) {
     wait_copies<0>();
     const int last = work.end - 1;
     if (work.begin < work.end && (last + 1) * kTokens > work.visible) {
