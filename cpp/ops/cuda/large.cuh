@@ -56,7 +56,7 @@ struct LargeArguments {
 };
 
 /// large_hopper.cu: the same for GPUs with wgmma (Device::wgmma). kDense; and kGateUp and kDown
-/// with up to `tasks` tasks of `tile` = 32, 64 or 128 tokens.
+/// with up to `tasks` tasks of `tile` = 32, 64 or kHopperTask tokens.
 bool dense_hopper(Device* device, const LargeArguments& arguments);
 bool tasks_hopper(Device* device, WeightFormat format, Large what, const LargeArguments& arguments,
                   int tile, std::int64_t tasks);
