@@ -85,10 +85,10 @@ __device__ __forceinline__ void take_registers() {
 #define DSFP4_SUMS64(c) DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), \
     DSFP4_SUMS8(c, 24), DSFP4_SUMS8(c, 32), DSFP4_SUMS8(c, 40), DSFP4_SUMS8(c, 48), \
     DSFP4_SUMS8(c, 56)
-#define DSFP4_REGISTERS64 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+#define DSFP4_NAMES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define DSFP4_NAMES32 DSFP4_NAMES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define DSFP4_NAMES64 DSFP4_NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 // clang-format on
 
 /// sums += weights x tokens: 64 weight rows, kTokens tokens, 16 columns. A warp holds 16 of the
@@ -110,35 +110,29 @@ __device__ __forceinline__ void multiply_tokens(float (&c)[kTokens / 2], const u
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, "
-        "0;}\n"
+        "{" DSFP4_NAMES16 "}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;}\n"
         : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
   } else if constexpr (kTokens == 64) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-        "{%32,%33,%34,%35}, %36, p, 1, 1, 0;}\n"
+        "{" DSFP4_NAMES32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}\n"
         : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
   } else if constexpr (kTokens == 128) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " DSFP4_REGISTERS64
-        "{%64,%65,%66,%67}, %68, p, 1, 1, 0;}\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{" DSFP4_NAMES64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}\n"
         : DSFP4_SUMS64(c)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
   } else {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %77, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71}, {%72,%73,%74,%75}, %76, p, 1, 1, 0;}\n"
+        "{" DSFP4_NAMES64
+        ",%64,%65,%66,%67,%68,%69,%70,%71}, {%72,%73,%74,%75}, %76, p, 1, 1, 0;}\n"
         : DSFP4_SUMS64(c), DSFP4_SUMS8(c, 64)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(1));
   }
@@ -152,9 +146,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[32], std::uint64_t a, s
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-      "%32, %33, p, 1, 1, 0, 0;}\n"
+      "{" DSFP4_NAMES32 "}, %32, %33, p, 1, 1, 0, 0;}\n"
       : DSFP4_SUMS8(c, 0), DSFP4_SUMS8(c, 8), DSFP4_SUMS8(c, 16), DSFP4_SUMS8(c, 24)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 #endif
@@ -166,8 +158,8 @@ __device__ __forceinline__ void multiply_rows(float (&c)[64], std::uint64_t a, s
 #if DSFP4_ON_HOPPER
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " DSFP4_REGISTERS64
-      "%64, %65, p, 1, 1, 0, 0;}\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{" DSFP4_NAMES64 "}, %64, %65, p, 1, 1, 0, 0;}\n"
       : DSFP4_SUMS64(c)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 #endif
@@ -180,8 +172,8 @@ __device__ __forceinline__ void multiply_columns(float (&c)[64], const unsigned 
 #if DSFP4_ON_HOPPER
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " DSFP4_REGISTERS64
-      "{%64,%65,%66,%67}, %68, p, 1, 1, 1;}\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{" DSFP4_NAMES64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;}\n"
       : DSFP4_SUMS64(c)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
 #endif
@@ -193,12 +185,9 @@ __device__ __forceinline__ void multiply_columns(float (&c)[128], std::uint64_t 
 #if DSFP4_ON_HOPPER
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{" DSFP4_NAMES64
+      ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
       "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
       "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
       "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "

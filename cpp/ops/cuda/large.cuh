@@ -12,8 +12,8 @@
 namespace dsfp4::ops::cuda {
 
 constexpr int kLargeTokens = 64;
-/// Of a task at most, with wgmma: 4096 tokens give 128 to each of 256 experts, 144 or fewer to 12
-/// of 13, and four stages of 144 fit into shared memory.
+/// Of a task at most, with wgmma: 4096 tokens and 8 of 256 experts at random are 128 an expert, 144
+/// or fewer for 13 of 14; and four stages of 144 fit into shared memory.
 constexpr int kHopperTask = 144;
 constexpr int kLargeWarps = 4;
 

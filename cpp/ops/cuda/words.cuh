@@ -91,7 +91,7 @@ __device__ __forceinline__ unsigned nvfp4_scale(unsigned code) {
 
 /// Four of them at once, of two rows with two groups each, a row in 16 bits: out[row][group].
 __device__ __forceinline__ void nvfp4_scales(unsigned codes, unsigned out[2][2]) {
-  unsigned groups[2];  // 2^-120 s of both rows, times 2^120
+  unsigned groups[2];  // s of both rows
   decode_fp8(codes, groups);
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
