@@ -93,14 +93,15 @@ class CudaAttention : public Cuda {
   }
 
   void expect_agreement(const Case& c) {
-    for (const bool decode : {false, true}) {
-      for (const KvFormat kv : {KvFormat::kBf16, KvFormat::kFp8}) {
-        const ScratchScope scope(*arena_);
-        const std::vector<float> expected = run(*reference_, c, kv, decode);
-        EXPECT_LT(relative_error(run(*backend_, c, kv, decode), expected), kTolerance)
-            << "decode " << decode << " fp8 " << (kv == KvFormat::kFp8) << " heads "
-            << c.shape.heads;
-      }
+    expect_agreement(c, false);
+    expect_agreement(c, true);
+  }
+  void expect_agreement(const Case& c, bool decode) {
+    for (const KvFormat kv : {KvFormat::kBf16, KvFormat::kFp8}) {
+      const ScratchScope scope(*arena_);
+      const std::vector<float> expected = run(*reference_, c, kv, decode);
+      EXPECT_LT(relative_error(run(*backend_, c, kv, decode), expected), kTolerance)
+          << "decode " << decode << " fp8 " << (kv == KvFormat::kFp8) << " heads " << c.shape.heads;
     }
   }
 };
@@ -118,6 +119,14 @@ TEST_F(CudaAttention, RealHeads) {
       {{70, 512, 128, 64, 128, 0.02f}, {0, 257}, {130, 1}, WeightFormat::kBF16, 0.64f});
   expect_agreement({{3, 512, 128, 64, 128, 0.02f}, {500, 0}, {70, 64}, WeightFormat::kNvfp4});
   expect_agreement({{2, 512, 128, 64, 128, 0.02f}, {77, 0}, {300, 5}});  // several blocks of rows
+}
+
+// From 8 tiles of the cache on, a split has two of them, one or none.
+TEST_F(CudaAttention, DecodeOfShortCaches) {
+  expect_agreement({{24, 512, 128, 64, 128, 0.02f}, {700, 513}, {1, 1}}, true);
+  expect_agreement({{3, 512, 128, 64, 128, 0.02f}, {511, 3}, {1, 1}}, true);
+  expect_agreement({{70, 512, 128, 64, 128, 0.02f}, {0, 600}, {1, 1}, WeightFormat::kBF16, 0.64f},
+                   true);
 }
 
 }  // namespace
