@@ -67,6 +67,8 @@ MemoryLimitError::MemoryLimitError(const std::string& purpose, std::uint64_t nee
       needed_(needed),
       available_(available) {}
 
+CancelledError::CancelledError() : Error("the call was cancelled") {}
+
 CudaError::CudaError(const std::string& problem, int code, std::string call, std::string source,
                      int line)
     : Error(call.empty()

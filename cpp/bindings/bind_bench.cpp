@@ -12,6 +12,7 @@
 
 #include "base/thread_pool.h"
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "dsfp4/error.h"
 #include "ops/measure/kernel_bench.h"
 
@@ -92,7 +93,7 @@ nb::list profile(KernelBench& bench, std::int64_t position, std::int64_t rows, b
   shape.expert = format_named(expert);
   std::vector<ops::measure::ProfiledOp> ops;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     ops = bench.layer(shape, position, rows, decode, runs);
   }
   nb::list list;
@@ -105,7 +106,7 @@ nb::list profile(KernelBench& bench, std::int64_t position, std::int64_t rows, b
 }  // namespace
 
 void bind_bench(nb::module_& m) {
-  const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+  const auto unlocked = nb::call_guard<ReleasedGil>();
   nb::class_<KernelBench>(m, "KernelBench", "Times single ops; see dsfp4.cli.bench_kernels.")
       .def(nb::new_(&make), nb::arg("device"), nb::arg("threads"))
       .def_prop_ro("isa", &KernelBench::isa)

@@ -15,6 +15,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "checkpoint/catalogue.h"
 #include "checkpoint/config.h"
 #include "checkpoint/layout.h"
@@ -50,7 +51,7 @@ PyTensorInfo tensor_info(const Catalogue& catalogue, const TensorInfo& tensor) {
 }
 
 Catalogue open_catalogue(const path& folder) {
-  const nb::gil_scoped_release released;
+  const ReleasedGil released;
   return Catalogue::open(folder);
 }
 
@@ -118,7 +119,7 @@ nb::dict config_dict(const ModelConfig& config) {
 nb::dict read_config(const path& folder) {
   ModelConfig config;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     config = checkpoint::read_config(folder);
   }
   return config_dict(config);
@@ -128,7 +129,7 @@ nb::dict describe(const path& folder) {
   ModelConfig config;
   checkpoint::Summary summary;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     config = checkpoint::read_config(folder);
     const Catalogue catalogue = Catalogue::open(folder);
     summary =
@@ -165,7 +166,7 @@ nb::dict verify(const path& folder, int threads, bool write,
   }
   engine::VerifyReport report;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     report = engine::verify(folder, threads, write, on_bytes);
   }
   nb::list problems;

@@ -39,6 +39,8 @@ void translate(const std::exception_ptr& exception, void*) {
   } catch (const MemoryLimitError& e) {
     raise("MemoryLimitError", e, nb::arg("needed") = e.needed(),
           nb::arg("available") = e.available());
+  } catch (const CancelledError& e) {
+    raise("CancelledError", e);
   } catch (const CudaError& e) {
     raise("CudaError", e, nb::arg("code") = e.code(), nb::arg("call") = e.call(),
           nb::arg("source") = e.source(), nb::arg("line") = e.line());

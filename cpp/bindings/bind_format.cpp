@@ -9,6 +9,7 @@
 #include "base/checked.h"
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "dsfp4/error.h"
 #include "format/block.h"
 #include "format/scalar.h"
@@ -27,7 +28,7 @@ template <typename To, typename From>
 nb::object each(const ConstArray<From>& in, To (*code)(From)) {
   std::vector<To> out(in.size());
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     const From* from = in.data();
     for (std::size_t i = 0; i < out.size(); ++i) out[i] = code(from[i]);
   }
@@ -63,7 +64,7 @@ nb::tuple encode(const std::string& format, const Floats& x, float global_scale)
   const auto cols = static_cast<std::int64_t>(x.shape(1));
   EncodedMatrix matrix;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     matrix = encode_as(encoding, {x.data(), x.size()}, rows, cols, global_scale);
   }
   const std::size_t data_bytes = matrix.data.size();
@@ -90,7 +91,7 @@ nb::object decode(const std::string& format, std::int64_t rows, std::int64_t col
   }
   std::vector<float> values;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     values = format::decode({encoding, rows, cols, reinterpret_cast<const std::byte*>(data.data()),
                              reinterpret_cast<const std::byte*>(scales.data()), global_scale});
   }

@@ -6,6 +6,7 @@
 
 #include "base/log.h"
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 
 namespace dsfp4::bindings {
 namespace {
@@ -25,24 +26,23 @@ const char* level_name(LogLevel level) {
 }
 
 void forward(LogLevel level, std::string_view message) {
-  const nb::gil_scoped_acquire gil;
-  try {
-    nb::module_::import_("dsfp4._log")
-        .attr("emit")(level_name(level), nb::str(message.data(), message.size()));
-  } catch (nb::python_error& error) {  // of a handler that the user set
-    error.discard_as_unraisable("dsfp4._log.emit");
-  }
+  call_python([&] {
+    try {
+      nb::module_::import_("dsfp4._log")
+          .attr("emit")(level_name(level), nb::str(message.data(), message.size()));
+    } catch (nb::python_error& error) {  // of a handler that the user set
+      error.discard_as_unraisable("dsfp4._log.emit");
+    }
+  });
 }
 
 }  // namespace
 
 void bind_log(nb::module_& m) {
   set_log_callback(forward);
-  // Before the interpreter goes: threads of the library must not call into it any more.
-  nb::module_::import_("atexit").attr("register")(nb::cpp_function([] { set_log_callback({}); }));
   m.def(
       "log_warning", [](const std::string& message) { log(LogLevel::kWarning, message); },
-      nb::arg("message"), nb::call_guard<nb::gil_scoped_release>(),
+      nb::arg("message"), nb::call_guard<ReleasedGil>(),
       "Says `message` as the library itself does.");
 }
 

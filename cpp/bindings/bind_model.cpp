@@ -1,4 +1,5 @@
 // dsfp4.Model's C++ side.
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -13,6 +14,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "dsfp4/error.h"
 #include "dsfp4/model.h"
 #include "engine/bench_cuda.h"
@@ -24,6 +26,21 @@ namespace {
 namespace nb = nanobind;
 
 using Ids = ConstArray<std::int64_t>;
+
+/// What Python holds: the model goes without the GIL.
+class Handle {
+ public:
+  explicit Handle(Model model) : model_(std::make_unique<Model>(std::move(model))) {}
+  ~Handle() { destroy_without_gil(model_); }
+  Handle(Handle&&) = default;
+  Handle& operator=(Handle&&) = delete;
+
+  Model& operator*() const noexcept { return *model_; }
+  Model* operator->() const noexcept { return model_.get(); }
+
+ private:
+  std::unique_ptr<Model> model_;
+};
 
 std::vector<std::int32_t> ids_of(const Ids& ids) {
   if (ids.ndim() != 1) throw ParameterError("ids", "must be one-dimensional");
@@ -47,11 +64,11 @@ MemoryStrategy memory_strategy(std::optional<double> cpu_cache_size,
   return {cpu_cache_size, prefetch_size};
 }
 
-nb::dict stats(const Model& model) {
+nb::dict stats(const Handle& model) {
   ModelStats s;
   {
-    const nb::gil_scoped_release released;
-    s = model.stats();
+    const ReleasedGil released;
+    s = model->stats();
   }
   nb::dict d;
   const auto put = [&](const char* name, auto value) { d[name] = value; };
@@ -90,7 +107,7 @@ nb::dict stats(const Model& model) {
   return d;
 }
 
-Model load(const std::string& path, const std::string& device, int threads,
+Handle load(const std::string& path, const std::string& device, int threads,
            std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
            std::uint64_t ram_limit, const std::optional<nb::callable>& progress,
            std::optional<std::int64_t> prefetch_layers, double expert_threshold,
@@ -117,13 +134,15 @@ Model load(const std::string& path, const std::string& device, int threads,
       (*progress)(done, total);
     };
   }
-  const nb::gil_scoped_release released;
-  return Model::load(path, options);
+  options.keep_going = keep_going();
+  const ReleasedGil released;
+  return Handle(Model::load(path, options));
 }
 
-nb::tuple forward(Model& model, const Ids& ids,
+nb::tuple forward(const Handle& handle, const Ids& ids,
                   const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
                   bool return_router_logits) {
+  Model& model = *handle;
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
   if (count > model.max_context()) throw ContextLengthError(count, model.max_context());
@@ -138,6 +157,7 @@ nb::tuple forward(Model& model, const Ids& ids,
   options.chosen_experts = chosen;
   options.router_logits = routers;
   options.decode = decode;
+  options.keep_going = keep_going();
   if (experts) {
     if (experts->ndim() != 3 || experts->shape(0) != layers || experts->shape(1) != tokens.size() ||
         experts->shape(2) != top_k) {
@@ -149,7 +169,7 @@ nb::tuple forward(Model& model, const Ids& ids,
     options.forced_experts = {experts->data(), experts->size()};
   }
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     model.forward(tokens, logits, options);
   }
   return nb::make_tuple(
@@ -158,7 +178,7 @@ nb::tuple forward(Model& model, const Ids& ids,
       own_array(std::move(routers), {return_router_logits ? layers : 0, tokens.size(), width}));
 }
 
-GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens, double temperature,
+GenerationResult generate(const Handle& model, const Ids& ids, std::int64_t max_tokens, double temperature,
                           std::int64_t top_k, double top_p, double min_p, double repetition_penalty,
                           std::vector<std::pair<std::int32_t, float>> logit_bias, int logprobs,
                           std::uint64_t seed, std::optional<std::vector<std::int32_t>> stop_ids,
@@ -176,21 +196,23 @@ GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens,
   options.seed = seed;
   options.stop_ids = std::move(stop_ids);
   const std::vector<std::int32_t> prompt = ids_of(ids);
-  const nb::gil_scoped_release released;
-  // The callbacks also let a pending Ctrl-C through, so they are there even if Python gave none.
-  const auto call = [](const std::optional<nb::callable>& callback, auto... arguments) {
+  options.keep_going = keep_going();
+  const auto call = [](const nb::callable& callback, auto... arguments) {
     const nb::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
-    if (!callback) return true;
-    const nb::object answer = (*callback)(arguments...);
+    const nb::object answer = callback(arguments...);
     const int go_on = answer.is_none() ? 1 : PyObject_IsTrue(answer.ptr());
     if (go_on < 0) throw nb::python_error();
     return go_on != 0;
   };
-  options.on_prefill = [&](std::int64_t done, std::int64_t total) {
-    return call(on_prefill, done, total);
-  };
-  return model.generate(prompt, options, [&](std::int32_t token) { return call(on_token, token); });
+  if (on_prefill) {
+    options.on_prefill = [&](std::int64_t done, std::int64_t total) {
+      return call(*on_prefill, done, total);
+    };
+  }
+  TokenCallback token_callback;
+  if (on_token) token_callback = [&](std::int32_t token) { return call(*on_token, token); };
+  const ReleasedGil released;
+  return model->generate(prompt, options, token_callback);
 }
 
 std::optional<std::string> cuda_problem() {
@@ -205,7 +227,7 @@ std::optional<std::string> cuda_problem() {
 nb::list bench_cuda(const std::string& only) {
   std::vector<engine::KernelTime> times;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     times = engine::bench_cuda(0, only);
   }
   nb::list rows;
@@ -219,6 +241,11 @@ nb::list bench_cuda(const std::string& only) {
     rows.append(row);
   }
   return rows;
+}
+
+template <auto Getter>
+auto get(const Handle& model) {
+  return ((*model).*Getter)();
 }
 
 const char* finish_reason(const GenerationResult& result) {
@@ -262,7 +289,7 @@ void bind_model(nb::module_& m) {
       .def_ro("prefill_seconds", &GenerationResult::prefill_seconds)
       .def_ro("decode_seconds", &GenerationResult::decode_seconds);
 
-  nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
+  nb::class_<Handle>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
            nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
            nb::arg("memory_limit") = 0.0, nb::arg("ram_limit") = 0,
@@ -273,27 +300,29 @@ void bind_model(nb::module_& m) {
            nb::arg("direct_reads") = true, nb::arg("trace_file") = "")
       .def(
           "set_memory_config",
-          [](Model& model, std::optional<std::int64_t> prefetch_layers, double expert_threshold) {
-            const nb::gil_scoped_release released;
-            model.set_memory_config(memory_config(prefetch_layers, expert_threshold));
+          [](const Handle& model, std::optional<std::int64_t> prefetch_layers, double expert_threshold) {
+            const KeepGoing go_on = keep_going();
+            const ReleasedGil released;
+            model->set_memory_config(memory_config(prefetch_layers, expert_threshold), go_on);
           },
           nb::arg("prefetch_layers").none(), nb::arg("expert_threshold"))
       .def(
           "set_memory_strategy",
-          [](Model& model, std::optional<double> cpu_cache_size,
+          [](const Handle& model, std::optional<double> cpu_cache_size,
              std::optional<double> prefetch_size) {
-            const nb::gil_scoped_release released;
-            model.set_memory_strategy(memory_strategy(cpu_cache_size, prefetch_size));
+            const KeepGoing go_on = keep_going();
+            const ReleasedGil released;
+            model->set_memory_strategy(memory_strategy(cpu_cache_size, prefetch_size), go_on);
           },
           nb::arg("cpu_cache_size") = nb::none(), nb::arg("prefetch_size") = nb::none())
       .def("stats", &stats)
-      .def_prop_ro("vocab_size", &Model::vocab_size)
-      .def_prop_ro("moe_layers", &Model::moe_layers)
-      .def_prop_ro("num_experts_per_tok", &Model::num_experts_per_tok)
-      .def_prop_ro("num_experts", &Model::num_experts)
-      .def_prop_ro("max_context", &Model::max_context, "Longest sequence, in tokens.")
-      .def_prop_ro("weight_bytes", &Model::weight_bytes)
-      .def_prop_ro("device", &Model::device)
+      .def_prop_ro("vocab_size", get<&Model::vocab_size>)
+      .def_prop_ro("moe_layers", get<&Model::moe_layers>)
+      .def_prop_ro("num_experts_per_tok", get<&Model::num_experts_per_tok>)
+      .def_prop_ro("num_experts", get<&Model::num_experts>)
+      .def_prop_ro("max_context", get<&Model::max_context>, "Longest sequence, in tokens.")
+      .def_prop_ro("weight_bytes", get<&Model::weight_bytes>)
+      .def_prop_ro("device", get<&Model::device>)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
            nb::arg("decode") = false, nb::arg("return_router_logits") = false)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,

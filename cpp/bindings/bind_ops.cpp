@@ -11,6 +11,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "bindings/expert_tasks.h"
 #include "dsfp4/error.h"
 #include "engine/kv_cache.h"
@@ -98,7 +99,7 @@ class PyBackend {
     require(x.cols == w.cols, "x", "must have as many columns as the weight");
     Result y(x.rows, w.rows);
     {
-      const nb::gil_scoped_release released;
+      const ReleasedGil released;
       backend_->linear(w.view(), x, y.view(),
                        exact_inputs ? ops::Inputs::kF32 : ops::Inputs::kBf16);
     }
@@ -169,7 +170,7 @@ class PyBackend {
     Result routed(x.rows * given.top_k, x.cols);
     Result y(x.rows, x.cols);
     {
-      const nb::gil_scoped_release released;
+      const ReleasedGil released;
       backend_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view());
       backend_->combine(routed.view(), {weights.data(), weights.size()}, given.top_k, y.view());
     }
@@ -219,7 +220,7 @@ class PyBackend {
     Result q_abs(q.rows, shape.heads * shape.kv_lora_rank);
     Result attended(q.rows, shape.heads * shape.kv_lora_rank);
     {
-      const nb::gil_scoped_release released;
+      const ReleasedGil released;
       if (decode) {
         backend_->absorb_query(shape, kv_b_proj.view(), q, q_abs.view());
         backend_->latent_attention(shape, batch, q_abs.view(), q, attended.view());
@@ -281,7 +282,7 @@ nb::object sample(const Floats& logits, std::size_t count, double temperature, s
   for (const std::int32_t id : prompt) require(id >= 0 && id < vocab, "prompt", "has a bad id");
   std::vector<std::int32_t> ids(count);
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     for (std::size_t i = 0; i < count; ++i) {
       options.seed = seed + i;
       ids[i] = engine::Sampler(options, prompt, vocab).sample({logits.data(), logits.size()});

@@ -8,6 +8,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "dsfp4/error.h"
 #include "residency/policy.h"
 #include "residency/warm_start.h"
@@ -35,7 +36,7 @@ std::int64_t replay(const std::string& name, const ConstArray<std::int32_t>& use
     }
   }
   const auto policy = residency::make_policy(name, layers, experts);
-  const nb::gil_scoped_release released;
+  const ReleasedGil released;
   return residency::replay_misses(
       *policy, layers, experts, static_cast<std::int64_t>(used.shape(2)),
       {used.data(), used.size()}, {scores.data(), scores.size()}, capacity, first);

@@ -10,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
+#include "bindings/gil.h"
 #include "dsfp4/error.h"
 #include "storage/measure.h"
 
@@ -33,7 +34,7 @@ nb::dict measure_raw_rate(const std::vector<std::filesystem::path>& files,
   options.depth = depth;
   storage::RawRate rate;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     rate = storage::measure_raw_rate(files, options, seconds, seed);
   }
   nb::dict result;
@@ -51,7 +52,7 @@ nb::dict measure_demand_beside_speculation(const std::vector<std::filesystem::pa
   options.kind = kind_of(reader);
   storage::DemandLatency latency;
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     latency = storage::measure_demand_beside_speculation(files, options, expert_bytes, experts,
                                                          rounds, seed);
   }

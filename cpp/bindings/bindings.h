@@ -6,6 +6,7 @@
 namespace dsfp4::bindings {
 
 void bind_errors(nanobind::module_& m);
+void bind_exit(nanobind::module_& m);
 void bind_log(nanobind::module_& m);
 void bind_format(nanobind::module_& m);
 void bind_checkpoint(nanobind::module_& m);

@@ -4,6 +4,7 @@ NB_MODULE(_core, m) {
   m.doc() = "The C++ core of dsfp4. Use the dsfp4 package, not this module.";
   m.attr("__version__") = DSFP4_VERSION;
   dsfp4::bindings::bind_errors(m);
+  dsfp4::bindings::bind_exit(m);
   dsfp4::bindings::bind_log(m);
   dsfp4::bindings::bind_format(m);
   dsfp4::bindings::bind_checkpoint(m);

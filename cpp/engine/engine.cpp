@@ -64,12 +64,36 @@ std::size_t scratch_bytes(const model::Decoder& decoder, std::int64_t chunk) {
                   decoder.scratch_bytes(1, model::Phase::kDecode));
 }
 
-// Leaves a prefill between two groups of experts.
-struct PrefillCancelled {};
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+Poll polling(const KeepGoing& keep_going) {
+  if (!keep_going) return {};
+  return [&keep_going] {
+    if (!keep_going()) throw CancelledError();
+  };
 }
+
+// Asks on_prefill as well, with the tokens of the prompt that are done.
+Poll prefill_poll(const GenerateOptions& options, std::int64_t done, std::int64_t total) {
+  if (!options.keep_going && !options.on_prefill) return {};
+  return [&options, done, total] {
+    ask(polling(options.keep_going));
+    if (options.on_prefill && !options.on_prefill(done, total)) throw CancelledError();
+  };
+}
+
+// Adds the seconds of a scope to a number, however the scope is left.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& seconds) : seconds_(seconds) {}
+  ~Stopwatch() {
+    seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  double& seconds_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
 
 }  // namespace
 
@@ -85,6 +109,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
           {.reader = machine.reading,
            .threads = thread_count(options.threads),
            .progress = options.progress,
+           .poll = polling(options.keep_going),
            .plan =
                [&](const WeightSizes& sizes) { return plan(options, machine.memory(), sizes); }})),
       tiers_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_,
@@ -185,19 +210,14 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
   return {plan_.tiered, plan_.streamed};
 }
 
-void Engine::set_memory_config(const MemoryConfig& config) {
-  const std::lock_guard turn(turn_);
+void Engine::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going) {
+  const Turns::Turn turn(turns_, polling(keep_going));
   tiers_.configure(config);
 }
 
-void Engine::set_memory_strategy(const MemoryStrategy& strategy) {
-  const std::lock_guard turn(turn_);
+void Engine::set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going) {
+  const Turns::Turn turn(turns_, polling(keep_going));
   tiers_.place(strategy);
-}
-
-ModelStats Engine::stats() const {
-  const std::lock_guard turn(turn_);
-  return tiers_.stats();
 }
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
@@ -252,7 +272,8 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
     throw ParameterError("router_logits", "must be [moe_layers, tokens, experts]");
   }
 
-  const std::lock_guard turn(turn_);
+  const Poll poll = polling(options.keep_going);
+  const Turns::Turn turn(turns_, poll);
   Sequence sequence(cache_);
   const std::int64_t chunk = options.decode ? 1 : prefill_chunk_;
   for (std::int64_t at = 0; at < count; at += chunk) {
@@ -272,18 +293,20 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.router_logits = options.router_logits.data() + at * spec().router.experts;
       batch.logits_layer_stride = logits_stride;
     }
+    batch.poll = poll;
     step(sequence, batch,
          [&](ops::ConstMatrix hidden) { head(hidden, logits.data() + at * spec().vocab_size); });
   }
 }
 
 std::optional<std::int32_t> Engine::last_logits(Sequence& sequence, model::Phase phase,
-                                                std::span<const std::int32_t> ids,
+                                                std::span<const std::int32_t> ids, const Poll& poll,
                                                 std::span<float> logits,
                                                 const std::optional<ops::SampleSpec>& draw) {
   model::Batch batch;
   batch.phase = phase;
   batch.ids = ids;
+  batch.poll = poll;
   std::optional<std::int32_t> token;
   step(sequence, batch, [&](ops::Matrix hidden) {
     const ops::Matrix last = hidden.slice(hidden.rows - 1, 1);
@@ -306,55 +329,38 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   const auto prompt_tokens = static_cast<std::int64_t>(prompt.size());
   if (prompt_tokens + 1 > max_context_) throw ContextLengthError(prompt_tokens + 1, max_context_);
 
-  const std::lock_guard turn(turn_);
   GenerationResult result;
   result.prompt_tokens = prompt_tokens;
-  Sequence sequence(cache_);
-  std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
-
-  auto start = std::chrono::steady_clock::now();
-  bool go_on = false;
+  result.finish_reason = FinishReason::kCancelled;
   try {
-    go_on = prefill(sequence, prompt, options, logits);
-  } catch (const PrefillCancelled&) {
-    go_on = false;
-  }
-  result.prefill_seconds = seconds_since(start);
-  if (!go_on) {
+    const Poll poll = prefill_poll(options, 0, prompt_tokens);
+    const Turns::Turn turn(turns_, poll);
+    Sequence sequence(cache_);
+    std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
+    {
+      const Stopwatch watch(result.prefill_seconds);
+      prefill(sequence, prompt, options, logits);
+    }
+    const Stopwatch watch(result.decode_seconds);
+    decode(sequence, prompt, options, on_token, logits, result);
+    tiers_.remember();
+  } catch (const CancelledError&) {
     result.finish_reason = FinishReason::kCancelled;
-    return result;
   }
-  start = std::chrono::steady_clock::now();
-  decode(sequence, prompt, options, on_token, logits, result);
-  tiers_.remember();
-  result.decode_seconds = seconds_since(start);
   return result;
 }
 
-bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
+void Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                      const GenerateOptions& options, std::span<float> logits) {
-  struct Unhook {
-    Tiers& tiers;
-    ~Unhook() { tiers.between_groups({}); }
-  } unhook{tiers_};
-  for (std::size_t at = 0; at < prompt.size();) {
-    if (options.on_prefill) {
-      tiers_.between_groups([&options, at, &prompt] {
-        if (!options.on_prefill(static_cast<std::int64_t>(at),
-                                static_cast<std::int64_t>(prompt.size()))) {
-          throw PrefillCancelled();  // NOLINT(bugprone-std-exception-baseclass): no error
-        }
-      });
-    }
-    const std::size_t rows = std::min(static_cast<std::size_t>(prefill_chunk_), prompt.size() - at);
-    last_logits(sequence, model::Phase::kPrefill, prompt.subspan(at, rows), logits);
+  const auto total = static_cast<std::int64_t>(prompt.size());
+  for (std::int64_t at = 0; at < total;) {
+    const std::int64_t rows = std::min(prefill_chunk_, total - at);
+    last_logits(sequence, model::Phase::kPrefill,
+                prompt.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows)),
+                prefill_poll(options, at, total), logits);
     at += rows;
-    if (options.on_prefill && !options.on_prefill(static_cast<std::int64_t>(at),
-                                                  static_cast<std::int64_t>(prompt.size()))) {
-      return false;
-    }
+    ask(prefill_poll(options, at, total));
   }
-  return true;
 }
 
 void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
@@ -385,7 +391,8 @@ void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
     }
     const std::optional<ops::SampleSpec> draw =
         backend_->host_visible() ? std::nullopt : sampler.draw();
-    sampled = last_logits(sequence, model::Phase::kDecode, {&token, 1}, logits, draw);
+    sampled = last_logits(sequence, model::Phase::kDecode, {&token, 1},
+                          polling(options.keep_going), logits, draw);
   }
 }
 

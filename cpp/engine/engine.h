@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "engine/tiers.h"
+#include "engine/turns.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "ops/backend.h"
@@ -48,9 +48,9 @@ class Engine {
                const ForwardOptions& options);
   GenerationResult generate(std::span<const std::int32_t> prompt, const GenerateOptions& options,
                             const TokenCallback& on_token);
-  void set_memory_config(const MemoryConfig& config);
-  void set_memory_strategy(const MemoryStrategy& strategy);
-  ModelStats stats() const;
+  void set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going = {});
+  void set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going = {});
+  ModelStats stats() const { return tiers_.stats(); }
 
  private:
   /// Decides where the weights go, within the limit of RAM: plan_, reserved_ and prefill_chunk_.
@@ -61,17 +61,18 @@ class Engine {
   /// [ids.size(), hidden], valid during the call.
   template <typename Use>
   void step(Sequence& sequence, model::Batch batch, const Use& use);
-  /// Runs the prompt; false if on_prefill cancelled it.
-  bool prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
+  /// Runs the prompt. Throws CancelledError.
+  void prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                const GenerateOptions& options, std::span<float> logits);
-  /// Samples and decodes until something ends it; fills the tokens and the finish reason.
+  /// Samples and decodes until something ends it; fills the tokens and the finish reason. Throws
+  /// CancelledError.
   void decode(Sequence& sequence, std::span<const std::int32_t> prompt,
               const GenerateOptions& options, const TokenCallback& on_token,
               std::span<float> logits, GenerationResult& result);
   /// Logits of the last of `ids`, which become the sequence's next tokens; or, given a draw and a
   /// backend that samples, the token that follows, without logits.
   std::optional<std::int32_t> last_logits(Sequence& sequence, model::Phase phase,
-                                          std::span<const std::int32_t> ids,
+                                          std::span<const std::int32_t> ids, const Poll& poll,
                                           std::span<float> logits,
                                           const std::optional<ops::SampleSpec>& draw = {});
   /// logits (on the host) = head(hidden).
@@ -92,7 +93,7 @@ class Engine {
   memory::Arena scratch_;
   memory::Arena logits_;  // where the backend's memory is not the host's
   KvCache cache_;
-  mutable std::mutex turn_;  // callers take turns
+  Turns turns_;
 };
 
 }  // namespace dsfp4::engine

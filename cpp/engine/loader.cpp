@@ -381,7 +381,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
                         const std::shared_ptr<void>& owner) {
     reader->read(extents, owner, [&](std::uint64_t done) {
       if (options.progress) options.progress(before + done, total);
-    });
+    }, options.poll);
     before += bytes_of(extents);
   };
   if (backend.host_visible()) {
@@ -389,7 +389,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
     std::vector<storage::Extent> all = placement.extents();
     all.insert(all.end(), placement.staged().begin(), placement.staged().end());
     read(all, std::make_shared<Owners>(arena, placement.staging()));
-    check->check(placement.tensors());
+    check->check(placement.tensors(), options.poll);
   } else {
     read_through_host(placement, backend, *check, read);
     read(placement.staged(), placement.staging());

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/poll.h"
 #include "checkpoint/config.h"
 #include "checkpoint/layout.h"
 #include "engine/weight_check.h"
@@ -60,6 +61,8 @@ struct LoadWeightsOptions {
   int threads = 1;
   /// Called while weights are read, in bytes.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
+  /// Asked while weights are read and checked; what it throws ends the load.
+  Poll poll;
   /// Called before anything is taken; says what stays in the files: the views of that then have
   /// formats and scales but no data. An exception thrown by it ends the load.
   std::function<InFiles(const WeightSizes& sizes)> plan;

@@ -3,6 +3,9 @@
 
 #include <utility>
 
+#include <unistd.h>
+
+#include "dsfp4/error.h"
 #include "engine/engine.h"
 
 namespace dsfp4 {
@@ -11,15 +14,32 @@ struct Model::Impl {
   Impl(const std::filesystem::path& folder, const LoadOptions& options)
       : engine(folder, options), device(options.device) {}
 
+  bool forked() const noexcept { return ::getpid() != process; }
+  /// For the calls: the engine's threads, and perhaps its locks, stayed with the parent.
+  engine::Engine& here() {
+    if (forked()) {
+      throw Error(
+          "this process was forked after the model was loaded, and a model does not survive that; "
+          "load it in the child, or start processes with spawn");
+    }
+    return engine;
+  }
+
   engine::Engine engine;
   std::string device;
+  pid_t process = ::getpid();
 };
 
-Model Model::load(const std::filesystem::path& folder, const LoadOptions& options) {
-  return Model(std::make_unique<Impl>(folder, options));
+void Model::Destroy::operator()(Impl* impl) const noexcept {
+  if (impl == nullptr || impl->forked()) return;  // there are no threads to join in a child
+  delete impl;
 }
 
-Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model Model::load(const std::filesystem::path& folder, const LoadOptions& options) {
+  return Model(std::unique_ptr<Impl, Destroy>(new Impl(folder, options)));
+}
+
+Model::Model(std::unique_ptr<Impl, Destroy> impl) : impl_(std::move(impl)) {}
 Model::Model(Model&&) noexcept = default;
 Model& Model::operator=(Model&&) noexcept = default;
 Model::~Model() = default;
@@ -34,22 +54,22 @@ std::int64_t Model::max_context() const noexcept { return impl_->engine.max_cont
 std::uint64_t Model::weight_bytes() const noexcept { return impl_->engine.weight_bytes(); }
 const std::string& Model::device() const noexcept { return impl_->device; }
 
-void Model::set_memory_config(const MemoryConfig& config) {
-  impl_->engine.set_memory_config(config);
+void Model::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going) {
+  impl_->here().set_memory_config(config, keep_going);
 }
-void Model::set_memory_strategy(const MemoryStrategy& strategy) {
-  impl_->engine.set_memory_strategy(strategy);
+void Model::set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going) {
+  impl_->here().set_memory_strategy(strategy, keep_going);
 }
-ModelStats Model::stats() const { return impl_->engine.stats(); }
+ModelStats Model::stats() const { return impl_->here().stats(); }
 
 void Model::forward(std::span<const std::int32_t> ids, std::span<float> logits,
                     const ForwardOptions& options) {
-  impl_->engine.forward(ids, logits, options);
+  impl_->here().forward(ids, logits, options);
 }
 
 GenerationResult Model::generate(std::span<const std::int32_t> prompt,
                                  const GenerateOptions& options, const TokenCallback& on_token) {
-  return impl_->engine.generate(prompt, options, on_token);
+  return impl_->here().generate(prompt, options, on_token);
 }
 
 }  // namespace dsfp4

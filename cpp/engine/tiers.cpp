@@ -229,16 +229,18 @@ void Tiers::place(const MemoryStrategy& strategy) {
   needs.experts_per_token = experts_per_token_;
   const residency::RamPlan plan = residency::plan_ram(needs, wishes_of(strategy), ceiling_);
   store_->resize(plan.slots, plan.cache_slots);
+  const std::lock_guard lock(plan_mutex_);
   plan_ = plan;
-}
-
-void Tiers::between_groups(std::function<void()> call) {
-  if (tiered_ != nullptr) tiered_->between_groups(std::move(call));
 }
 
 ModelStats Tiers::stats() const {
   ModelStats stats;
-  stats.reserved_bytes = reserved_ + plan_.expert_bytes;
+  {
+    const std::lock_guard lock(plan_mutex_);
+    stats.reserved_bytes = reserved_ + plan_.expert_bytes;
+    stats.cache_slots = plan_.cache_slots;
+    stats.slots = plan_.slots;
+  }
   stats.tiered = tiered();
   if (stream_ != nullptr) {
     stats.streamed_layers = stream_->layers();
@@ -249,8 +251,6 @@ ModelStats Tiers::stats() const {
   if (!tiered()) return stats;
   const residency::StoreStats store = store_->stats();
   const residency::TieredStats& runner = tiered_->stats();
-  stats.cache_slots = plan_.cache_slots;
-  stats.slots = plan_.slots;
   stats.slot_bytes = slot_bytes_;
   stats.hits = store.hits;
   stats.misses = store.misses;

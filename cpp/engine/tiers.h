@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <mutex>
 
 #include "base/trace.h"
 #include "checkpoint/config.h"
@@ -65,8 +66,8 @@ class Tiers {
   void configure(const MemoryConfig& config);
   /// Throws ParameterError if the experts were loaded whole, MemoryLimitError if there is no room.
   void place(const MemoryStrategy& strategy);
-  void between_groups(std::function<void()> call);
   void remember() noexcept;
+  /// At any time, from any thread.
   ModelStats stats() const;
 
  private:
@@ -74,6 +75,7 @@ class Tiers {
   void warm_start(const std::string& folder);
 
   LoadedWeights& loaded_;
+  mutable std::mutex plan_mutex_;  // for stats(), while place() changes it
   residency::RamPlan plan_;
   std::filesystem::path warm_start_;
   std::uint64_t fingerprint_;

@@ -5,19 +5,33 @@
 #include "dsfp4/error.h"
 
 namespace dsfp4::engine {
+namespace {
+
+// Some tenths of a second of hashing on one core; the thread team is free between groups.
+constexpr std::uint64_t kGroupBytes = std::uint64_t{1} << 30;
+
+}  // namespace
 
 WeightCheck::WeightCheck(checkpoint::Catalogue catalogue, int threads)
     : catalogue_(std::move(catalogue)),
       hashes_(checkpoint::TensorHashes::read(catalogue_.folder())),
       pool_(threads) {}
 
-void WeightCheck::check(std::span<const ReadTensor> tensors) {
-  pool_.parallel_for(static_cast<std::int64_t>(tensors.size()), 1,
-                     [&](std::int64_t begin, std::int64_t end) {
-                       for (std::int64_t i = begin; i < end; ++i) {
-                         check_one(tensors[static_cast<std::size_t>(i)]);
-                       }
-                     });
+void WeightCheck::check(std::span<const ReadTensor> tensors, const Poll& poll) {
+  while (!tensors.empty()) {
+    std::size_t count = 0;
+    for (std::uint64_t bytes = 0; count < tensors.size() && bytes < kGroupBytes; ++count) {
+      bytes += tensors[count].tensor->bytes;
+    }
+    pool_.parallel_for(static_cast<std::int64_t>(count), 1,
+                       [&](std::int64_t begin, std::int64_t end) {
+                         for (std::int64_t i = begin; i < end; ++i) {
+                           check_one(tensors[static_cast<std::size_t>(i)]);
+                         }
+                       });
+    tensors = tensors.subspan(count);
+    ask(poll);
+  }
 }
 
 void WeightCheck::check_one(const ReadTensor& read) const {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <span>
 
+#include "base/poll.h"
 #include "base/thread_pool.h"
 #include "checkpoint/catalogue.h"
 #include "checkpoint/hashes.h"
@@ -31,7 +32,8 @@ class WeightCheck {
   const checkpoint::Catalogue& catalogue() const noexcept { return catalogue_; }
   /// Throws CheckpointError, naming file and tensor, for one whose bytes are not those of the
   /// checksum sidecar (if the folder has one), or that has a block scale that is NaN or infinite.
-  void check(std::span<const ReadTensor> tensors);
+  /// `poll` is asked between groups of tensors; what it throws leaves check().
+  void check(std::span<const ReadTensor> tensors, const Poll& poll = {});
 
  private:
   void check_one(const ReadTensor& read) const;

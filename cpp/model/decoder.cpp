@@ -43,8 +43,10 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
   if (recorded && backend_.begin_recorded(batch.ids, sequences)) return x;
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   experts_.begin_step(rows);
+  const Poll poll = recorded ? Poll() : batch.poll;  // a recording ends where it began
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
-    const residency::LayerStream::Use use(streamed_, layer);
+    ask(poll);
+    const residency::LayerStream::Use use(streamed_, layer, poll);
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
     for (ops::SequenceRows& sequence : sequences) {
       sequence.kv.layer_offset = static_cast<std::size_t>(layer) * kv_layer_bytes();
@@ -56,8 +58,8 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
 
     backend_.rms_norm(x, weights.post_attention_layernorm, spec_.rms_norm_eps, normed);
     if (spec_.is_moe(layer)) {
-      moe(spec_, layer, weights, expert_choice(batch, layer), backend_, experts_, arena, normed,
-          block);
+      moe(spec_, layer, weights, expert_choice(batch, layer), backend_, experts_, poll, arena,
+          normed, block);
     } else {
       ops::mlp(weights.mlp, backend_, arena, normed, block);
     }

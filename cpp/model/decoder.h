@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 
+#include "base/poll.h"
 #include "memory/arena.h"
 #include "model/layers.h"
 #include "model/spec.h"
@@ -26,6 +27,9 @@ struct Batch {
   /// Receives the routers' logits; layer l's rows begin l * logits_layer_stride in. May be null.
   float* router_logits = nullptr;
   std::int64_t logits_layer_stride = 0;
+  /// Asked before each layer, between groups of experts and in waits for the SSD; what it throws
+  /// leaves forward(). Not asked within a step that the backend records.
+  Poll poll;
 };
 
 class Decoder {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "base/poll.h"
 #include "memory/arena.h"
 #include "model/spec.h"
 #include "model/weights.h"
@@ -39,7 +40,7 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
 /// `layer`.
 void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
          const ExpertChoice& choice, ops::Backend& backend, residency::ExpertRunner& experts,
-         memory::Arena& arena, ops::ConstMatrix x, ops::Matrix out);
+         const Poll& poll, memory::Arena& arena, ops::ConstMatrix x, ops::Matrix out);
 
 /// Scratch bytes that one layer takes from the arena for a step of `rows` rows.
 std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);

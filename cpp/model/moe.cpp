@@ -8,7 +8,7 @@ using ops::ScratchScope;
 
 void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
          const ExpertChoice& choice, ops::Backend& backend, residency::ExpertRunner& experts,
-         memory::Arena& arena, ConstMatrix x, Matrix out) {
+         const Poll& poll, memory::Arena& arena, ConstMatrix x, Matrix out) {
   const ScratchScope scope(arena);
   const std::int64_t top_k = spec.router.top_k;
   const auto pairs = static_cast<std::size_t>(x.rows * top_k);
@@ -27,7 +27,8 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
   }
 
   const bool has_shared = spec.shared_intermediate_size > 0;
-  experts.run(layer, x, routing, top_k, arena, out, has_shared ? &weights.shared_experts : nullptr);
+  experts.run(layer, x, routing, top_k, arena, out, has_shared ? &weights.shared_experts : nullptr,
+              poll);
 }
 
 std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/poll.h"
 #include "memory/arena.h"
 #include "ops/backend.h"
 
@@ -20,10 +21,10 @@ class ExpertRunner {
   /// y[t] = shared(x[t]) + sum over slots k, ascending, of routing.weights[t, k] *
   /// expert(routing.used[t, k])(x[t]) with the experts of model layer `layer`; `shared` may be
   /// null. x and y are [tokens, hidden_size]; `routing` is [tokens, top_k]; scratch comes from
-  /// `arena` and is given back.
+  /// `arena` and is given back. `poll` is asked between groups of experts and in waits.
   virtual void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
                    std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
-                   const ops::ExpertView* shared) = 0;
+                   const ops::ExpertView* shared, const Poll& poll) = 0;
 
   /// Arena bytes that run() takes for `tokens` tokens; the shared expert's width may be 0.
   virtual std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,

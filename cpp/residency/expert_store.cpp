@@ -119,13 +119,16 @@ void ExpertStore::unpin(ExpertKey key) {
   }
 }
 
-std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, bool wait) {
+std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, bool wait,
+                                             const Poll& poll) {
   Lock lock(mutex_);
   const auto slot_of = [&](ExpertKey key) -> const Slot& {
     return slots_[static_cast<std::size_t>(slot_of_[key])];
   };
   const auto has_come = [&](ExpertKey key) { return slot_of(key).state != State::kReading; };
-  if (wait) arrival_.wait(lock, [&] { return std::ranges::any_of(pinned, has_come); });
+  if (wait) {
+    wait_polling(lock, arrival_, poll, [&] { return std::ranges::any_of(pinned, has_come); });
+  }
   std::vector<ExpertKey> ready;
   for (const ExpertKey key : pinned) {
     const Slot& slot = slot_of(key);

@@ -23,6 +23,7 @@
 #include <span>
 #include <vector>
 
+#include "base/poll.h"
 #include "base/trace.h"
 #include "memory/slot_pool.h"
 #include "ops/backend.h"
@@ -83,8 +84,9 @@ class ExpertStore {
   Found fetch(ExpertKey key, bool keep);
   void unpin(ExpertKey key);
   /// Those of `pinned` that are ready; with `wait`, at least one. Throws the error of one whose
-  /// read failed.
-  std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned, bool wait);
+  /// read failed, and what `poll` throws during the wait.
+  std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned, bool wait,
+                                  const Poll& poll = {});
   /// Lets Options::check look at those of `pinned`, all ready, that it has not seen since they were
   /// read. If it throws, they are absent once nobody has them pinned.
   void check(std::span<const ExpertKey> pinned);

@@ -86,7 +86,7 @@ void LayerStream::drop_first() noexcept {
   }
 }
 
-void LayerStream::enter(std::int64_t layer) {
+void LayerStream::enter(std::int64_t layer, const Poll& poll) {
   const auto found = std::ranges::find(layers_, layer, &StreamedLayer::layer);
   if (found == layers_.end()) return;
   const auto index = static_cast<std::size_t>(found - layers_.begin());
@@ -102,7 +102,7 @@ void LayerStream::enter(std::int64_t layer) {
                       "other buffers");
   }
   try {
-    wait_for(ring_.front());
+    wait_for(ring_.front(), poll);
     for (const StreamedLayer::Matrix& matrix : found->matrices) {
       matrix.place.point(*matrix.view, buffers_->data(ring_.front().buffer));
     }
@@ -115,9 +115,10 @@ void LayerStream::enter(std::int64_t layer) {
   stats_.bytes += found->files.bytes();
 }
 
-void LayerStream::wait_for(const Reading& reading) {
+void LayerStream::wait_for(const Reading& reading, const Poll& poll) {
   const auto start = Trace::Clock::now();
   reader_.promote(reading.ticket);
+  while (poll && !reader_.wait_for(reading.ticket, kPollPeriod)) poll();
   const storage::ReadResult result = reader_.wait(reading.ticket);
   const auto end = Trace::Clock::now();
   stats_.wait_seconds += std::chrono::duration<double>(end - start).count();

@@ -14,6 +14,8 @@
 #include <memory>
 #include <vector>
 
+#include "base/counter.h"
+#include "base/poll.h"
 #include "base/trace.h"
 #include "format/weight.h"
 #include "memory/slot_pool.h"
@@ -36,11 +38,11 @@ struct StreamedLayer {
 };
 
 struct LayerStreamStats {
-  std::uint64_t bytes = 0;  // of layers that were entered
-  double wait_seconds = 0.0;
+  Counter<std::uint64_t> bytes;  // of layers that were entered
+  Counter<double> wait_seconds;
 };
 
-/// Not safe to use from several threads at once.
+/// Not safe to use from several threads at once, but for stats().
 class LayerStream {
  public:
   /// Called once a layer has been read and its views point to it; what it throws leaves enter().
@@ -56,16 +58,18 @@ class LayerStream {
   LayerStream& operator=(const LayerStream&) = delete;
 
   /// Waits until the layer's weights are there; nothing for a layer that is not streamed. Throws
-  /// IoError that names the layer, and what Check throws; the layer may be entered again then.
-  void enter(std::int64_t layer);
+  /// IoError that names the layer, what Check throws and what `poll` throws during the wait; the
+  /// layer may be entered again then.
+  void enter(std::int64_t layer, const Poll& poll = {});
   /// The weights are no longer needed in this step.
   void leave(std::int64_t layer) noexcept;
 
   /// Enters a layer for as long as it lives. `stream` may be null.
   class Use {
    public:
-    Use(LayerStream* stream, std::int64_t layer) : stream_(stream), layer_(layer) {
-      if (stream_ != nullptr) stream_->enter(layer_);
+    Use(LayerStream* stream, std::int64_t layer, const Poll& poll)
+        : stream_(stream), layer_(layer) {
+      if (stream_ != nullptr) stream_->enter(layer_, poll);
     }
     ~Use() {
       if (stream_ != nullptr) stream_->leave(layer_);
@@ -89,7 +93,7 @@ class LayerStream {
   };
 
   void read_ahead();
-  void wait_for(const Reading& reading);
+  void wait_for(const Reading& reading, const Poll& poll);
   /// Gives the first one's buffer back, once the reader has let go of it.
   void drop_first() noexcept;
 

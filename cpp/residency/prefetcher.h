@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "base/counter.h"
 #include "memory/arena.h"
 #include "ops/backend.h"
 #include "residency/expert_store.h"
@@ -24,9 +25,9 @@ struct RouterView {
 };
 
 struct PrefetchStats {
-  std::uint64_t predicted = 0;       // experts named by the prediction one layer ahead
-  std::uint64_t predicted_used = 0;  // of those, experts that were then chosen
-  std::uint64_t chosen = 0;          // experts chosen in layers that had a prediction
+  Counter<std::uint64_t> predicted;       // experts named by the prediction one layer ahead
+  Counter<std::uint64_t> predicted_used;  // of those, experts that were then chosen
+  Counter<std::uint64_t> chosen;          // experts chosen in layers that had a prediction
 };
 
 class Prefetcher {

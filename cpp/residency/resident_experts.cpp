@@ -8,10 +8,16 @@
 #include "residency/expert_tasks.h"
 
 namespace dsfp4::residency {
+namespace {
+
+/// Experts that are computed together where somebody may want to leave.
+constexpr std::size_t kPolledGroup = 32;
+
+}  // namespace
 
 void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
                           std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
-                          const ops::ExpertView* shared) {
+                          const ops::ExpertView* shared, const Poll& poll) {
   const ops::ScratchScope scope(arena);
   const std::int64_t pairs = x.rows * top_k;
   const auto count = static_cast<std::size_t>(pairs);
@@ -31,7 +37,13 @@ void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Rou
        group_by_expert(routing.used, std::span(arena.take_array<std::int32_t>(count), count))) {
     tasks.push_back({&experts[static_cast<std::size_t>(chosen.expert)], chosen.pairs});
   }
-  backend_.experts(tasks, top_k, x, hidden, routed);
+  // A group's end costs a little, and a layer of a prompt can take seconds.
+  for (std::span<const ops::ExpertTask> left = tasks; !left.empty();) {
+    const std::size_t group = std::min(left.size(), poll ? kPolledGroup : left.size());
+    backend_.experts(left.first(group), top_k, x, hidden, routed);
+    left = left.subspan(group);
+    ask(poll);
+  }
   backend_.combine(routed, routing.weights, top_k, y);
 }
 

@@ -22,7 +22,8 @@ class ResidentExperts final : public ExpertRunner {
         experts_of_(std::move(experts_of)) {}
 
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
-           memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared) override;
+           memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared,
+           const Poll& poll) override;
   std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
                             std::int64_t shared_intermediate_size) const override;
 

@@ -71,12 +71,12 @@ class TieredExperts::Layer {
     if (missing_.empty()) runner_.prefetcher_.submit();
   }
 
-  void compute_all(ops::Matrix hidden, ops::Matrix routed) {
+  void compute_all(ops::Matrix hidden, ops::Matrix routed, const Poll& poll) {
     for (;;) {
       while (!ready_.empty()) {
-        if (runner_.between_groups_) runner_.between_groups_();
+        ask(poll);
         compute_group(hidden, routed);
-        collect(false);
+        collect(false, {});
         fetch();
       }
       if (reading_.empty()) {
@@ -84,10 +84,11 @@ class TieredExperts::Layer {
         fetch();
         if (reading_.empty()) {  // cancelled speculation still holds the slots
           store_.wait_for_room();
+          ask(poll);
           continue;
         }
       }
-      collect(true);
+      collect(true, poll);
     }
   }
 
@@ -118,12 +119,12 @@ class TieredExperts::Layer {
   }
 
   // Moves what has arrived to the ready ones; waits for something if `wait`.
-  void collect(bool wait) {
+  void collect(bool wait, const Poll& poll) {
     if (reading_.empty()) return;
     std::vector<ExpertKey> keys(reading_.size());
     std::ranges::transform(reading_, keys.begin(), [&](std::size_t i) { return key(i); });
     const auto start = Trace::Clock::now();
-    const std::vector<ExpertKey> arrived = store_.ready_of(keys, wait);
+    const std::vector<ExpertKey> arrived = store_.ready_of(keys, wait, poll);
     if (wait) {
       runner_.stats_.wait_seconds += span(Trace::Track::kWaits, arrived.size(), start);
     }
@@ -182,7 +183,7 @@ std::int64_t TieredExperts::layers_ahead(std::int64_t rows) const {
 
 void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
                         std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
-                        const ops::ExpertView* shared) {
+                        const ops::ExpertView* shared, const Poll& poll) {
   const ops::ScratchScope scope(arena);
   const std::int64_t moe_layer = layer - first_layer_;
   const std::int64_t pairs = x.rows * top_k;
@@ -204,7 +205,7 @@ void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routi
   const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
   const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
   for (const std::int32_t pair : left_out) std::fill_n(routed.row(pair), routed.cols, 0.0f);
-  work.compute_all(hidden, routed);
+  work.compute_all(hidden, routed, poll);
   store_.trim();
   backend_.combine(routed, routing.weights, top_k, y);
 }

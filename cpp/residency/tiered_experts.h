@@ -7,11 +7,11 @@
 // end. So neither the cache nor the disk can change a token's bits.
 #pragma once
 
-#include <functional>
 #include <optional>
 #include <span>
 #include <vector>
 
+#include "base/counter.h"
 #include "base/trace.h"
 #include "residency/expert_runner.h"
 #include "residency/expert_store.h"
@@ -31,11 +31,11 @@ struct TieredOptions {
 };
 
 struct TieredStats {
-  std::uint64_t skipped_pairs = 0;  // (token, expert) pairs left out by expert_threshold
-  std::uint64_t total_pairs = 0;
-  std::uint64_t used_bytes = 0;  // of experts that were computed with, once for each layer step
-  double wait_seconds = 0.0;     // in which nothing was left to compute but for reads
-  double compute_seconds = 0.0;  // of experts
+  Counter<std::uint64_t> skipped_pairs;  // (token, expert) pairs left out by expert_threshold
+  Counter<std::uint64_t> total_pairs;
+  Counter<std::uint64_t> used_bytes;  // of experts that were computed with, once for each layer step
+  Counter<double> wait_seconds;       // in which nothing was left to compute but for reads
+  Counter<double> compute_seconds;    // of experts
 };
 
 class TieredExperts final : public ExpertRunner {
@@ -48,17 +48,16 @@ class TieredExperts final : public ExpertRunner {
 
   void begin_step(std::int64_t rows) override;
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
-           memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared) override;
+           memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared,
+           const Poll& poll) override;
   std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
                             std::int64_t shared_intermediate_size) const override;
 
-  /// Between steps only.
+  /// Between steps only; the statistics may be read at any time.
   void configure(const TieredOptions& options) { options_ = options; }
   const TieredOptions& options() const noexcept { return options_; }
   const TieredStats& stats() const noexcept { return stats_; }
   const PrefetchStats& prefetch_stats() const noexcept { return prefetcher_.stats(); }
-  /// Called between groups of experts; what it throws leaves through run(), with nothing pinned.
-  void between_groups(std::function<void()> call) { between_groups_ = std::move(call); }
 
  private:
   class Layer;  // one run()
@@ -79,7 +78,6 @@ class TieredExperts final : public ExpertRunner {
   Trace* trace_;
   TieredOptions options_;
   TieredStats stats_;
-  std::function<void()> between_groups_;
   Prefetcher prefetcher_;
 };
 

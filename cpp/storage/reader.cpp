@@ -10,11 +10,6 @@
 #include "storage/request_queue.h"
 
 namespace dsfp4::storage {
-namespace {
-
-constexpr std::chrono::milliseconds kProgressPeriod{50};
-
-}  // namespace
 
 void ReadResult::throw_if_failed() const {
   if (status == ReadStatus::kFailed) throw IoError(file, offset, error_number, problem);
@@ -25,18 +20,19 @@ bool ReadTicket::quiet() const noexcept { return state_->quiet.load(); }
 std::uint64_t ReadTicket::bytes_done() const noexcept { return state_->bytes_done.load(); }
 
 void Reader::read(std::span<const Extent> extents, std::shared_ptr<void> owner,
-                  const ReadProgress& progress) {
+                  const ReadProgress& progress, const Poll& poll) {
   ReadRequest request;
   request.extents.assign(extents.begin(), extents.end());
   request.owner = std::move(owner);
   const ReadTicket ticket = submit(std::move(request));
-  if (progress) {
+  if (progress || poll) {
     try {
       std::uint64_t told = 0;
       for (bool over = false; !over;) {
-        over = wait_for(ticket, kProgressPeriod);
+        over = wait_for(ticket, kPollPeriod);
         const std::uint64_t done = ticket.bytes_done();
-        if (done > told) progress(told = done);
+        if (progress && done > told) progress(told = done);
+        ask(poll);
       }
     } catch (...) {
       cancel(ticket);

@@ -37,6 +37,7 @@
 #include <vector>
 
 #include "base/files.h"
+#include "base/poll.h"
 
 namespace dsfp4::storage {
 
@@ -153,7 +154,7 @@ class Reader {
   /// Reads all extents as one demand and waits. Throws IoError, perhaps while the system still has
   /// the destinations (see Memory): `owner` owns them, or is null where they outlive the reader.
   void read(std::span<const Extent> extents, std::shared_ptr<void> owner,
-            const ReadProgress& progress = {});
+            const ReadProgress& progress = {}, const Poll& poll = {});
 };
 
 enum class ReaderKind : std::uint8_t { kAutomatic, kUring, kPread };

@@ -99,6 +99,12 @@ class DSFP4_API MemoryLimitError : public Error {
   std::uint64_t available_;
 };
 
+/// The call was left because its keep_going (model.h) said so.
+class DSFP4_API CancelledError : public Error {
+ public:
+  CancelledError();
+};
+
 /// The GPU, its driver or the CUDA backend's library refused a call or cannot be used.
 class DSFP4_API CudaError : public Error {
  public:

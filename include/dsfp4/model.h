@@ -3,9 +3,13 @@
 // Ownership: a Model owns its weights, caches and threads and gives them back when destroyed. It
 // keeps nothing of what a call is given: spans, options and callbacks need to last only as long as
 // the call. One that was moved from may be destroyed or assigned to, nothing else.
-// Threads: all calls on one Model may come from several threads; they take turns. A Model must
-// outlive the calls on it. Callbacks must not call the same Model; they are called on the thread
-// of the call that they were given to, LoadOptions::progress on any thread, one call at a time.
+// Threads: all calls on one Model may come from several threads; they take turns, first come, first
+// served. stats() and what is noexcept never wait. A Model must outlive the calls on it. Callbacks
+// are called on the thread of the call that they were given to; they may call stats(), any other
+// call on the same Model throws Error at once.
+// Leaving: each call that may take long has a keep_going, so that no wait has to be sat out.
+// Processes: after fork() a Model belongs to the parent. In the child its calls throw Error, and
+// destroying it there gives nothing back.
 // Errors: everything thrown is a dsfp4::Error (error.h), or what a callback threw; after an error
 // the Model stays usable. Memory for small things that runs out is std::bad_alloc, as ever.
 // Nothing is printed, and nothing ends the process; log.h has what there is to say.
@@ -25,6 +29,11 @@
 #include "dsfp4/api.h"
 
 namespace dsfp4 {
+
+/// Asked on the thread of a call between layers and groups of experts, and at least every 50 ms
+/// while the call waits for its turn or for the SSD. False ends the call: generate() returns what
+/// it has, with FinishReason::kCancelled; others throw CancelledError. Empty: always true.
+using KeepGoing = std::function<bool()>;
 
 /// How experts and layers that lie on the SSD are brought in. Exact, but for expert_threshold.
 struct MemoryConfig {
@@ -109,6 +118,7 @@ struct LoadOptions {
   std::uint64_t ram_limit = 0;
   /// Called while weights are read, in bytes. An exception thrown by it ends the load.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
+  KeepGoing keep_going;
 };
 
 struct GenerateOptions {
@@ -134,8 +144,10 @@ struct GenerateOptions {
   std::uint64_t seed = 0;
   /// Tokens that end the answer (and are not part of it); none given: the model's end tokens.
   std::optional<std::vector<std::int32_t>> stop_ids;
-  /// Called as the prompt is worked off, in tokens; false cancels.
+  /// Called as the prompt is worked off, in tokens, and whenever keep_going is asked until it is;
+  /// false cancels.
   std::function<bool(std::int64_t done, std::int64_t total)> on_prefill;
+  KeepGoing keep_going;
 };
 
 struct TokenLogprob {
@@ -152,7 +164,7 @@ struct TokenLogprobs {
 enum class FinishReason : std::uint8_t {
   kStop,       // a stop token came
   kLength,     // max_tokens or the context limit is reached
-  kCancelled,  // a callback said so
+  kCancelled,  // a callback or keep_going said so
 };
 
 struct GenerationResult {
@@ -177,6 +189,7 @@ struct ForwardOptions {
   std::span<float> router_logits;
   /// Run the tokens one by one through the decode path.
   bool decode = false;
+  KeepGoing keep_going;
 };
 
 /// A loaded checkpoint. Moves, but is not copied.
@@ -213,9 +226,10 @@ class DSFP4_API Model {
                const ForwardOptions& options = {});
 
   /// Take effect with the next call; what can stay in memory stays. Throw ParameterError and
-  /// MemoryLimitError, and then nothing has changed.
-  void set_memory_config(const MemoryConfig& config);
-  void set_memory_strategy(const MemoryStrategy& strategy);
+  /// MemoryLimitError, and then nothing has changed. `keep_going` acts until their turn has come.
+  void set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going = {});
+  void set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going = {});
+  /// Returns at once, while another call runs, too: then its numbers are of that moment.
   ModelStats stats() const;
 
   /// Continues `prompt` (at least one id; nothing is added to it) until a token in stop_ids,
@@ -227,8 +241,11 @@ class DSFP4_API Model {
 
  private:
   struct Impl;
-  explicit Model(std::unique_ptr<Impl> impl);
-  std::unique_ptr<Impl> impl_;
+  struct Destroy {
+    void operator()(Impl* impl) const noexcept;
+  };
+  explicit Model(std::unique_ptr<Impl, Destroy> impl);
+  std::unique_ptr<Impl, Destroy> impl_;
 };
 
 }  // namespace dsfp4

@@ -1,6 +1,7 @@
 """The errors of dsfp4: all are Dsfp4Error; each message is a sentence that says what to do."""
 
 __all__ = [
+    "CancelledError",
     "CheckpointError",
     "ContextLengthError",
     "CudaError",
@@ -72,6 +73,10 @@ class MemoryLimitError(Dsfp4Error, MemoryError):
         super().__init__(message)
         self.needed = needed
         self.available = available
+
+
+class CancelledError(Dsfp4Error):
+    """The call was left because the interpreter is ending."""
 
 
 class CudaError(Dsfp4Error, RuntimeError):
