@@ -19,28 +19,39 @@ ReadStatus ReadTicket::status() const noexcept { return state_->status.load(); }
 bool ReadTicket::quiet() const noexcept { return state_->quiet.load(); }
 std::uint64_t ReadTicket::bytes_done() const noexcept { return state_->bytes_done.load(); }
 
+ReadResult Reader::wait(const ReadTicket& ticket, const Poll& poll) {
+  if (poll) {
+    do poll();
+    while (!wait_for(ticket, kPollPeriod));
+  }
+  return wait(ticket);
+}
+
 void Reader::read(std::span<const Extent> extents, std::shared_ptr<void> owner,
                   const ReadProgress& progress, const Poll& poll) {
+  const bool owned = owner != nullptr;
   ReadRequest request;
   request.extents.assign(extents.begin(), extents.end());
   request.owner = std::move(owner);
   const ReadTicket ticket = submit(std::move(request));
-  if (progress || poll) {
-    try {
-      std::uint64_t told = 0;
-      for (bool over = false; !over;) {
-        over = wait_for(ticket, kPollPeriod);
-        const std::uint64_t done = ticket.bytes_done();
-        if (progress && done > told) progress(told = done);
-        ask(poll);
-      }
-    } catch (...) {
-      cancel(ticket);
-      wait(ticket);
-      throw;
-    }
+  std::uint64_t told = 0;
+  const auto tell = [&] {
+    const std::uint64_t done = ticket.bytes_done();
+    if (progress && done > told) progress(told = done);
+  };
+  ReadResult result;
+  try {
+    result = wait(ticket, [&] {
+      if (poll) poll();
+      tell();
+    });
+    tell();
+  } catch (...) {
+    cancel(ticket);
+    if (!owned) wait(ticket);
+    throw;
   }
-  wait(ticket).throw_if_failed();
+  result.throw_if_failed();
 }
 
 std::unique_ptr<Reader> make_reader(const std::vector<std::filesystem::path>& files,

@@ -122,14 +122,14 @@ struct ReaderStats {
   double busy_seconds = 0.0;                    // in which at least one read was with the system
 };
 
-/// Called on the calling thread of Reader::read now and then, with the bytes that have arrived.
-/// An exception thrown by it cancels the read and leaves through it.
+/// Called on the thread that waits in Reader::read, with the bytes that have arrived, whenever
+/// there are more. An exception thrown by it cancels the read and leaves through it.
 using ReadProgress = std::function<void(std::uint64_t bytes_done)>;
 
 class Reader {
  public:
-  /// Cancels what is unfinished and waits until all is quiet; of requests with an owner that have
-  /// stalled, it leaves the rest to a thread in the background.
+  /// Cancels what is unfinished and waits until all is quiet; a request with an owner whose reads
+  /// do not come back within half a second is left to a thread in the background.
   virtual ~Reader() = default;
 
   /// Takes the request; never waits for a read. Throws ParameterError for a file number or a range
@@ -142,6 +142,8 @@ class Reader {
   virtual void cancel(const ReadTicket& ticket) noexcept = 0;
   /// Waits until the request has completed.
   virtual ReadResult wait(const ReadTicket& ticket) = 0;
+  /// The same with `poll`: what it throws ends the wait and leaves the request as it is.
+  ReadResult wait(const ReadTicket& ticket, const Poll& poll);
   /// Waits at most `most`; false if the request is still pending then.
   virtual bool wait_for(const ReadTicket& ticket, std::chrono::milliseconds most) = 0;
 
@@ -151,8 +153,9 @@ class Reader {
   /// Bytes of staging buffers.
   virtual std::uint64_t staging_bytes() const noexcept = 0;
 
-  /// Reads all extents as one demand and waits. Throws IoError, perhaps while the system still has
-  /// the destinations (see Memory): `owner` owns them, or is null where they outlive the reader.
+  /// Reads all extents as one demand and waits. Throws IoError, and what `progress` and `poll`
+  /// throw, perhaps while the system still has the destinations (see Memory): `owner` owns them. It
+  /// may be null where they outlive the reader; then the wait goes on until the read has completed.
   void read(std::span<const Extent> extents, std::shared_ptr<void> owner,
             const ReadProgress& progress = {}, const Poll& poll = {});
 };

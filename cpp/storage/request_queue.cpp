@@ -249,6 +249,9 @@ void RequestQueue::shut_down() noexcept {
     cancel(open);
     lock.lock();
   }
+  leaving_ = true;
+  leaving_since_ = system_.now();
+  watch_.notify_all();
   finished_.wait(lock, [&] { return only_abandoned(); });
   shut_down_.store(true);
   work_.notify_all();

@@ -25,6 +25,8 @@ namespace dsfp4::storage {
 
 /// One request, from submission until nobody asks about it any more.
 struct RequestState {
+  static constexpr std::uint64_t kNoReads = std::numeric_limits<std::uint64_t>::max();
+
   std::vector<Extent> extents;
   std::vector<std::uint32_t> files;  // those of the extents, each once
   std::vector<Fragment> fragments;
@@ -42,9 +44,8 @@ struct RequestState {
   std::size_t in_flight = 0;  // jobs
   bool completing = false;    // how it ends is decided
   bool cancelled = false;
-  std::uint64_t reads_seen =
-      std::numeric_limits<std::uint64_t>::max();  // the queue's, when it was found waiting
-  System::Clock::time_point starved_since;        // and since when
+  std::uint64_t reads_seen = kNoReads;      // the queue's, when it was found waiting
+  System::Clock::time_point starved_since;  // and since when
   ReadResult result;
 };
 
@@ -56,7 +57,7 @@ struct Job {
   int staging = -1;             // number of its staging buffer, or -1
   std::size_t lane = 0;
   bool speculative = false;
-  bool warned = false;                    // that it has stalled
+  bool warned = false;                    // took longer than the limit of the warning
   bool given_up = false;                  // its request has completed without it
   System::Clock::time_point due;          // of the next attempt
   std::atomic<std::int64_t> started = 0;  // in the clock's ticks; 0 if not with the system
@@ -127,6 +128,7 @@ class RequestQueue {
     std::list<Line> lines[2];  // by priority
     std::size_t in_flight = 0;
     std::uint64_t speculative_bytes = 0;
+    std::optional<std::uint32_t> stalled;  // the file whose reads were warned about
   };
   using Lock = std::unique_lock<std::mutex>;
 
@@ -154,7 +156,12 @@ class RequestQueue {
   void retire(Lock& lock, Job& job) noexcept;
   void wake() noexcept;
   void watch() noexcept;
-  void look_for_stalls(Lock& lock) noexcept;
+  void start_ages_again(System::Clock::time_point now) noexcept;
+  void give_up_stalled(Lock& lock) noexcept;
+  bool is_left_behind(const Job& job, System::Clock::time_point now) const noexcept;
+  void warn_of_stalls(Lock& lock) noexcept;
+  void say_stalled(Lock& lock, const Job& oldest, std::size_t others) noexcept;
+  void say_recovered(Lock& lock, std::uint32_t file) noexcept;
   void look_for_starvation(Lock& lock) noexcept;
   std::shared_ptr<RequestState> starved_request() noexcept;
   void give_up(Lock& lock, const std::shared_ptr<RequestState>& request, const Job& job,
@@ -179,6 +186,8 @@ class RequestQueue {
   std::size_t open_demands_ = 0;  // not yet completed
   ReaderStats stats_;
   System::Clock::time_point busy_start_;
+  bool leaving_ = false;  // shut_down() waits
+  System::Clock::time_point leaving_since_;
   std::atomic<bool> shut_down_ = false;
   std::thread watcher_;
 };

@@ -112,6 +112,7 @@ RequestQueue::Next RequestQueue::wait_and_retry(Job& job) noexcept {
   ++stats_.retries;
   job.due = system_.now() + kRetryDelay;
   job.started.store(0);
+  job.warned = false;
   retries_.push_back(number(job));  // has room for all jobs
   work_.notify_one();
   return Next::kLater;

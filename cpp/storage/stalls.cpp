@@ -8,54 +8,135 @@
 #include "storage/request_queue.h"
 
 namespace dsfp4::storage {
+namespace {
+
+// The watcher that wakes up so much later than it asked was stopped itself, and reads with it.
+constexpr std::chrono::seconds kStopped{10};
+// Reads of a reader that ends may take so long; the watcher looks as often as kLeavingPeriod.
+constexpr std::chrono::milliseconds kLeavingLimit{500};
+constexpr std::chrono::milliseconds kLeavingPeriod{100};
+
+std::string seconds_text(std::chrono::milliseconds span) {
+  return std::to_string(std::chrono::duration_cast<std::chrono::seconds>(span).count()) + " s";
+}
+
+System::Clock::duration age(std::int64_t started, System::Clock::time_point now) {
+  return now.time_since_epoch() - System::Clock::duration(started);
+}
+
+}  // namespace
 
 void RequestQueue::watch() noexcept {
   Lock lock(mutex_);
+  System::Clock::time_point looked;
   while (!shut_down_.load()) {
-    if (stats_.in_flight == 0) {
+    const bool idle = stats_.in_flight == 0;
+    if (idle) {
       watch_.wait(lock);
     } else {
-      watch_.wait_for(lock, system_.watch_period());
-      look_for_stalls(lock);
-      look_for_starvation(lock);
+      const std::chrono::milliseconds period = system_.watch_period();
+      watch_.wait_for(lock, leaving_ ? std::min(period, kLeavingPeriod) : period);
+    }
+    const auto now = system_.now();
+    if (idle || now - looked > kStopped) start_ages_again(now);
+    looked = now;
+    give_up_stalled(lock);
+    warn_of_stalls(lock);
+    look_for_starvation(lock);
+  }
+}
+
+// A stopped process (Ctrl-Z, a frozen container) says nothing about the disk.
+void RequestQueue::start_ages_again(System::Clock::time_point now) noexcept {
+  for (Job& job : jobs_) {
+    if (job.started.load() != 0) job.started.store(now.time_since_epoch().count());
+  }
+  for (Lane& lane : lanes_) {
+    for (Line& line : lane.lines[static_cast<std::size_t>(Priority::kDemand)]) {
+      line.request->reads_seen = RequestState::kNoReads;
     }
   }
 }
 
-void RequestQueue::look_for_stalls(Lock& lock) noexcept {
-  const auto now = system_.now().time_since_epoch().count();
-  const auto ticks = [](std::chrono::milliseconds span) {
-    return std::chrono::duration_cast<System::Clock::duration>(span).count();
-  };
+void RequestQueue::give_up_stalled(Lock& lock) noexcept {
+  const auto now = system_.now();
   for (Job& job : jobs_) {
     const std::int64_t started = job.started.load();
     if (!job.request || started == 0 || job.given_up) continue;
-    const std::int64_t age = now - started;
-    if (age > ticks(options_.stall_limit)) {
-      job.given_up = true;
-      const std::shared_ptr<RequestState> request = job.request;
-      if (!request->completing) give_up(lock, request, job, "and was given up");
-      lock.unlock();
-      if (wake_) wake_();  // the read may be cancelled
-      lock.lock();
-      finished_.notify_all();
-    } else if (age > ticks(options_.stall_warning) && !job.warned) {
-      job.warned = true;
-      ++stats_.stalls;
-      if (!options_.log) continue;
-      const Piece piece = job.piece;
-      lock.unlock();
-      try {
-        const auto seconds =
-            std::chrono::duration_cast<std::chrono::seconds>(options_.stall_warning);
-        options_.log(files_.path(piece.file) + ": a read of " + std::to_string(piece.bytes) +
-                     " bytes at byte " + std::to_string(piece.offset) + " has not come back for " +
-                     std::to_string(seconds.count()) + " s; waiting on");
-      } catch (...) {  // NOLINT(bugprone-empty-catch): a read is worth more than a message
+    const bool left_behind = is_left_behind(job, now);
+    if (!left_behind && age(started, now) <= options_.stall_limit) continue;
+    job.given_up = true;
+    const std::shared_ptr<RequestState> request = job.request;
+    if (!request->completing) {
+      if (left_behind) {
+        end(lock, request, ReadStatus::kCancelled);
+      } else {
+        give_up(lock, request, job, "and was given up");
       }
-      lock.lock();
+    }
+    lock.unlock();
+    if (wake_) wake_();  // the read may be cancelled
+    lock.lock();
+    finished_.notify_all();
+  }
+}
+
+// The reader ends, and the read's owner lives on without it.
+bool RequestQueue::is_left_behind(const Job& job, System::Clock::time_point now) const noexcept {
+  return leaving_ && now - leaving_since_ > kLeavingLimit && job.request->owner != nullptr;
+}
+
+// One warning for a device, however many of its reads have stalled, and one line when all are back.
+void RequestQueue::warn_of_stalls(Lock& lock) noexcept {
+  const auto now = system_.now();
+  for (std::size_t i = 0; i < lanes_.size(); ++i) {
+    const Job* oldest = nullptr;
+    for (Job& job : jobs_) {
+      const std::int64_t started = job.started.load();
+      if (!job.request || started == 0 || job.lane != i) continue;
+      if (!job.warned && age(started, now) > options_.stall_warning) {
+        job.warned = true;
+        ++stats_.stalls;
+      }
+      if (!job.warned) continue;
+      if (oldest == nullptr || started < oldest->started.load()) oldest = &job;
+    }
+    Lane& lane = lanes_[i];
+    if ((oldest != nullptr) == lane.stalled.has_value()) continue;
+    if (oldest != nullptr) {
+      lane.stalled = oldest->piece.file;
+      say_stalled(lock, *oldest, lane.in_flight - 1);
+    } else {
+      const std::uint32_t file = *lane.stalled;
+      lane.stalled.reset();
+      say_recovered(lock, file);
     }
   }
+}
+
+void RequestQueue::say_stalled(Lock& lock, const Job& oldest, std::size_t others) noexcept {
+  if (!options_.log) return;
+  const Piece piece = oldest.piece;
+  lock.unlock();
+  try {
+    std::string line = files_.path(piece.file) + ": a read of " + std::to_string(piece.bytes) +
+                       " bytes at byte " + std::to_string(piece.offset) +
+                       " has not come back for " + seconds_text(options_.stall_warning);
+    if (others > 0) line += ", and " + std::to_string(others) + " more of this disk are under way";
+    options_.log(line + "; waiting on");
+  } catch (...) {  // NOLINT(bugprone-empty-catch): a read is worth more than a message
+  }
+  lock.lock();
+}
+
+void RequestQueue::say_recovered(Lock& lock, std::uint32_t file) noexcept {
+  if (!options_.log) return;
+  lock.unlock();
+  try {
+    options_.log(files_.path(file) + ": the reads that had not come back are over");
+  } catch (...) {  // NOLINT(bugprone-empty-catch): a read is worth more than a message
+  }
+  lock.lock();
 }
 
 // Where a read was given up and for as long again none ends and a demand does not begin, such reads
@@ -93,11 +174,10 @@ void RequestQueue::give_up(Lock& lock, const std::shared_ptr<RequestState>& requ
   request->stopping.store(true);
   drop_pending(*request);
   try {
-    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(options_.stall_limit);
     request->result = {
         ReadStatus::kFailed, files_.path(job.piece.file),
         static_cast<std::int64_t>(job.piece.first_needed), ETIMEDOUT,
-        "the read has not come back for " + std::to_string(seconds.count()) + " s " + consequence};
+        "the read has not come back for " + seconds_text(options_.stall_limit) + " " + consequence};
   } catch (...) {
     request->result.error_number = ETIMEDOUT;
   }

@@ -1,6 +1,7 @@
 // Files of known bytes, a system with faults, and readers of both kinds, for the tests of storage.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <unistd.h>
 #include <vector>
 
@@ -21,7 +23,8 @@
 
 namespace dsfp4::storage {
 
-/// The real system with hooks before and after each read, and a clock that can be put forward.
+/// The real system with hooks before and after each read, and a clock that can be put forward: to
+/// clock_offset_ms in steps at which the watcher over reads looks, or at once by stopped().
 class FaultSystem : public System {
  public:
   std::function<std::optional<int>(ReadCall&)> before;
@@ -53,9 +56,30 @@ class FaultSystem : public System {
   }
   int allow_uring() override { return -uring_error.load(); }
   Clock::time_point now() override {
-    return Clock::now() + std::chrono::milliseconds(clock_offset_ms.load());
+    return Clock::now() + std::chrono::milliseconds(shown_ms_.load());
   }
-  std::chrono::milliseconds watch_period() override { return std::chrono::milliseconds(2); }
+  std::chrono::milliseconds watch_period() override {
+    const std::int64_t ahead = clock_offset_ms.load() - shown_ms_.load();
+    shown_ms_ += std::clamp<std::int64_t>(ahead, 0, 5'000);
+    ++looks_;
+    return std::chrono::milliseconds(2);
+  }
+  /// As if the process had been stopped for so long.
+  void stopped(std::chrono::milliseconds span) {
+    clock_offset_ms += span.count();
+    shown_ms_ += span.count();
+  }
+  /// The clock stays at what it shows.
+  void hold_clock() { clock_offset_ms = shown_ms_.load(); }
+  /// Waits until the watcher has looked at the reads in flight as they are now.
+  void wait_for_a_look() const {
+    const std::int64_t before = looks_;
+    while (looks_ < before + 3) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<std::int64_t> looks_ = 0;
+  std::atomic<std::int64_t> shown_ms_ = 0;
 };
 
 class ReaderFiles {

@@ -228,6 +228,15 @@ TEST_P(ReaderBasics, ExceptionOfProgressEndsTheReadAndTheReaderLivesOn) {
   EXPECT_TRUE(files_.same(buffer.data(), buffer.size(), 0, 1));
 }
 
+TEST_P(ReaderBasics, PollIsCalledAlsoWhereNothingIsToWaitFor) {
+  const auto reader = make_reader({files_.write("a", 1000, 1)}, options());
+  std::byte byte{};
+  const std::vector<Extent> extents = {{0, 0, 1, &byte}};
+  int polls = 0;
+  reader->read(extents, nullptr, {}, [&] { ++polls; });
+  EXPECT_GE(polls, 1);
+}
+
 TEST_P(ReaderBasics, BadArguments) {
   const auto with = [&](auto change) {
     ReaderOptions bad = options();

@@ -112,7 +112,6 @@ TEST_P(ReaderFaults, ErrorsThatStayAreGivenUpAndNamed) {
       ++calls;
       return -error;
     };
-    if (error == EAGAIN) system.clock_offset_ms = 0;
     ReaderOptions faulty = options();
     faulty.system = &system;
     const auto reader = make_reader({path}, faulty);
@@ -176,10 +175,16 @@ TEST_P(ReaderFaults, ADemandThatCannotBeginFailsToo) {
     for (int i = 0; i < 3; ++i) {
       const ReadTicket ticket = submit();
       const bool starves = i == 2 && GetParam() == ReaderKind::kPread;
-      if (starves) EXPECT_FALSE(reader->wait_for(ticket, std::chrono::milliseconds(50)));
+      if (starves) {
+        EXPECT_FALSE(reader->wait_for(ticket, std::chrono::milliseconds(50)));
+        system.stopped(std::chrono::hours(1));
+        system.wait_for_a_look();
+        EXPECT_EQ(ticket.status(), ReadStatus::kPending);
+      }
       while (!reader->wait_for(ticket, std::chrono::milliseconds(5))) {
         system.clock_offset_ms += 30'000;
       }
+      system.hold_clock();
       result = reader->wait(ticket);
       // io_uring can take a read of a pipe back.
       if (i > 0 && GetParam() == ReaderKind::kUring) continue;
@@ -225,6 +230,81 @@ TEST_P(ReaderFaults, AStalledReadIsWarnedAboutOnceThenGivenUpAndItsOwnerKept) {
   system.hang_up();
   while (!watched.expired()) std::this_thread::yield();
   EXPECT_TRUE(ticket.quiet());
+}
+
+// Ctrl-Z, a frozen container: the watcher was stopped as well as the reads.
+TEST_P(ReaderFaults, ReadsOfAProcessThatWasStoppedAreNotGivenUp) {
+  std::atomic<bool> held = true;
+  system_.before = [&](ReadCall&) -> std::optional<int> {
+    while (held) std::this_thread::yield();
+    return std::nullopt;
+  };
+  const auto reader = make_reader({files_.write("a", 20'000, 1)}, options());
+  std::vector<std::byte> buffer(20'000);
+  ReadRequest request;
+  request.extents = {{0, 0, buffer.size(), buffer.data()}};
+  const ReadTicket ticket = reader->submit(std::move(request));
+  system_.wait_for_a_look();
+  system_.stopped(std::chrono::hours(1));
+  system_.wait_for_a_look();
+  EXPECT_EQ(ticket.status(), ReadStatus::kPending);
+  EXPECT_EQ(log(), "");
+  held = false;
+  EXPECT_EQ(reader->wait(ticket).status, ReadStatus::kDone);
+  EXPECT_TRUE(files_.same(buffer.data(), buffer.size(), 0, 1));
+}
+
+TEST_P(ReaderFaults, AStalledDiskIsWarnedAboutOnceAndItsRecoveryTold) {
+  const auto path = files_.write("a", 200'000, 1);
+  FaultAt system(Fault::kStallThenGoesOn, 0, path.string(), 8);
+  ReaderOptions faulty = options();
+  faulty.system = &system;
+  faulty.stall_limit = std::chrono::hours(1);
+  const auto reader = make_reader({path}, faulty);
+  std::vector<std::byte> buffer(200'000);
+  ReadRequest request;
+  request.extents = {{0, 0, buffer.size(), buffer.data()}};
+  const ReadTicket ticket = reader->submit(std::move(request));
+  while (reader->stats().stalls < 8) std::this_thread::yield();
+  system.wait_for_a_look();
+  const auto lines = [&](const char* words) {
+    const std::string text = log();
+    int count = 0;
+    for (std::size_t at = text.find(words); at != text.npos; at = text.find(words, at + 1)) ++count;
+    return count;
+  };
+  EXPECT_EQ(lines("waiting on"), 1) << log();
+  EXPECT_EQ(lines("are over"), 0) << log();
+  system.hang_up();
+  EXPECT_EQ(reader->wait(ticket).status, ReadStatus::kDone);
+  while (lines("are over") == 0) std::this_thread::yield();
+  EXPECT_EQ(lines("\n"), 2) << log();
+}
+
+// A caller may leave a read that does not come back, and then the reader: neither waits for it.
+TEST_P(ReaderFaults, AStalledReadIsLeftByWhatPollThrows) {
+  const auto path = files_.write("a", 20'000, 1);
+  static auto& kept =
+      *new std::vector<std::unique_ptr<FaultAt>>;  // its thread may outlive the test
+  kept.push_back(std::make_unique<FaultAt>(Fault::kStallForever, 0, path.string()));
+  FaultAt& system = *kept.back();
+  ReaderOptions faulty = options();
+  faulty.system = &system;
+  faulty.stall_limit = std::chrono::hours(1);
+  auto reader = make_reader({path}, faulty);
+  auto owner = std::make_shared<PhasedBuffer>(20'000, 0);
+  const std::weak_ptr<void> watched = owner;
+  const std::vector<Extent> extents = {{0, 0, owner->size(), owner->data()}};
+  EXPECT_THROW(reader->read(extents, std::move(owner), {},
+                            [&] {
+                              if (system.injected()) throw std::runtime_error("enough");
+                            }),
+               std::runtime_error);
+  EXPECT_FALSE(watched.expired());
+  reader.reset();
+  if (GetParam() == ReaderKind::kPread) EXPECT_FALSE(watched.expired());  // io_uring takes it back
+  system.hang_up();
+  while (!watched.expired()) std::this_thread::yield();
 }
 
 TEST_P(ReaderFaults, WhereIoUringIsForbiddenPreadTakesOverAndSaysSo) {
