@@ -108,12 +108,12 @@ nb::dict stats(const Handle& model) {
 }
 
 Handle load(const std::string& path, const std::string& device, int threads,
-           std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
-           std::uint64_t ram_limit, const std::optional<nb::callable>& progress,
-           std::optional<std::int64_t> prefetch_layers, double expert_threshold,
-           std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
-           const std::string& cache_policy, const std::string& warm_start_folder,
-           const std::string& reader, bool direct_reads, const std::string& trace_file) {
+            std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
+            std::uint64_t ram_limit, const std::optional<nb::callable>& progress,
+            std::optional<std::int64_t> prefetch_layers, double expert_threshold,
+            std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
+            const std::string& cache_policy, const std::string& warm_start_folder,
+            const std::string& reader, bool direct_reads, const std::string& trace_file) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
@@ -178,8 +178,9 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
       own_array(std::move(routers), {return_router_logits ? layers : 0, tokens.size(), width}));
 }
 
-GenerationResult generate(const Handle& model, const Ids& ids, std::int64_t max_tokens, double temperature,
-                          std::int64_t top_k, double top_p, double min_p, double repetition_penalty,
+GenerationResult generate(const Handle& model, const Ids& ids, std::int64_t max_tokens,
+                          double temperature, std::int64_t top_k, double top_p, double min_p,
+                          double repetition_penalty,
                           std::vector<std::pair<std::int32_t, float>> logit_bias, int logprobs,
                           std::uint64_t seed, std::optional<std::vector<std::int32_t>> stop_ids,
                           const std::optional<nb::callable>& on_token,
@@ -300,7 +301,8 @@ void bind_model(nb::module_& m) {
            nb::arg("direct_reads") = true, nb::arg("trace_file") = "")
       .def(
           "set_memory_config",
-          [](const Handle& model, std::optional<std::int64_t> prefetch_layers, double expert_threshold) {
+          [](const Handle& model, std::optional<std::int64_t> prefetch_layers,
+             double expert_threshold) {
             const KeepGoing go_on = keep_going();
             const ReleasedGil released;
             model->set_memory_config(memory_config(prefetch_layers, expert_threshold), go_on);

@@ -11,8 +11,8 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
-#include "bindings/gil.h"
 #include "bindings/expert_tasks.h"
+#include "bindings/gil.h"
 #include "dsfp4/error.h"
 #include "engine/kv_cache.h"
 #include "engine/sampler.h"

@@ -216,8 +216,9 @@ void Engine::set_memory_config(const MemoryConfig& config, const KeepGoing& keep
 }
 
 void Engine::set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going) {
-  const Turns::Turn turn(turns_, polling(keep_going));
-  tiers_.place(strategy);
+  const Poll poll = polling(keep_going);
+  const Turns::Turn turn(turns_, poll);
+  tiers_.place(strategy, poll);
 }
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
@@ -391,8 +392,8 @@ void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
     }
     const std::optional<ops::SampleSpec> draw =
         backend_->host_visible() ? std::nullopt : sampler.draw();
-    sampled = last_logits(sequence, model::Phase::kDecode, {&token, 1},
-                          polling(options.keep_going), logits, draw);
+    sampled = last_logits(sequence, model::Phase::kDecode, {&token, 1}, polling(options.keep_going),
+                          logits, draw);
   }
 }
 

@@ -379,9 +379,12 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   std::uint64_t before = 0;
   const auto read = [&](const std::vector<storage::Extent>& extents,
                         const std::shared_ptr<void>& owner) {
-    reader->read(extents, owner, [&](std::uint64_t done) {
-      if (options.progress) options.progress(before + done, total);
-    }, options.poll);
+    reader->read(
+        extents, owner,
+        [&](std::uint64_t done) {
+          if (options.progress) options.progress(before + done, total);
+        },
+        options.poll);
     before += bytes_of(extents);
   };
   if (backend.host_visible()) {

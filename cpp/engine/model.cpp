@@ -1,9 +1,8 @@
 // The public Model is a thin handle around the Engine.
 #include "dsfp4/model.h"
 
-#include <utility>
-
 #include <unistd.h>
+#include <utility>
 
 #include "dsfp4/error.h"
 #include "engine/engine.h"

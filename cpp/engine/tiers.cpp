@@ -213,7 +213,7 @@ void Tiers::configure(const MemoryConfig& config) {
   }
 }
 
-void Tiers::place(const MemoryStrategy& strategy) {
+void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
   check_memory_strategy(strategy);
   if (!tiered()) {
     if (!strategy.cpu_cache_size && !strategy.prefetch_size) return;
@@ -228,7 +228,7 @@ void Tiers::place(const MemoryStrategy& strategy) {
   needs.expert_bytes = std::numeric_limits<std::uint64_t>::max() / 2;  // stays in the files
   needs.experts_per_token = experts_per_token_;
   const residency::RamPlan plan = residency::plan_ram(needs, wishes_of(strategy), ceiling_);
-  store_->resize(plan.slots, plan.cache_slots);
+  store_->resize(plan.slots, plan.cache_slots, poll);
   const std::lock_guard lock(plan_mutex_);
   plan_ = plan;
 }

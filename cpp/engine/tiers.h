@@ -64,8 +64,9 @@ class Tiers {
 
   // Between steps only.
   void configure(const MemoryConfig& config);
-  /// Throws ParameterError if the experts were loaded whole, MemoryLimitError if there is no room.
-  void place(const MemoryStrategy& strategy);
+  /// Throws ParameterError if the experts were loaded whole, MemoryLimitError if there is no room,
+  /// and what `poll` throws while reads in flight are waited for; then nothing has changed.
+  void place(const MemoryStrategy& strategy, const Poll& poll);
   void remember() noexcept;
   /// At any time, from any thread.
   ModelStats stats() const;

@@ -31,6 +31,7 @@ ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images, stora
       images_(std::move(images)),
       reader_(reader),
       policy_(std::move(policy)),
+      link_(std::make_shared<Link>()),
       slots_(options_.slots),
       slot_of_(images_.size(), -1),
       queued_(options_.slots, false) {
@@ -38,16 +39,17 @@ ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images, stora
   passing_.reserve(slots_.size());
   pool_ =
       std::make_shared<memory::SlotPool>(slots_.size(), largest_slot(images_), "the expert slots");
+  link_->store = this;
 }
 
 ExpertStore::~ExpertStore() {
-  Lock lock(mutex_);
-  std::vector<storage::ReadTicket> tickets;
-  for (Slot& slot : slots_) {
-    if (slot.state == State::kReading) tickets.push_back(slot.ticket);
+  {
+    const std::lock_guard lock(link_->mutex);
+    link_->store = nullptr;  // from here on nothing arrives
   }
-  cancel(lock, tickets);
-  arrival_.wait(lock, [&] { return unread_ == 0; });
+  for (Slot& slot : slots_) {
+    if (slot.state == State::kReading) reader_.cancel(slot.ticket);
+  }
 }
 
 // A read may complete within cancel(), so this is done without the lock.
@@ -318,8 +320,9 @@ void ExpertStore::read_into(int number, ExpertKey key, storage::Priority priorit
   request.priority = priority;
   request.owner = pool_;
   request.extents = images_[key].files.extents(pool_->data(number));
-  request.on_complete = [this, number](const storage::ReadResult& result) {
-    arrived(number, result);
+  request.on_complete = [link = link_, number](const storage::ReadResult& result) {
+    const std::lock_guard lock(link->mutex);
+    if (link->store != nullptr) link->store->arrived(number, result);
   };
   Slot& slot = slots_[static_cast<std::size_t>(number)];
   slot = Slot();

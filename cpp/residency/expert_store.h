@@ -63,7 +63,7 @@ class ExpertStore {
   /// `images`: by key. The reader must outlive the store. Throws MemoryLimitError.
   ExpertStore(Options options, std::vector<ExpertImage> images, storage::Reader& reader,
               std::unique_ptr<Policy> policy);
-  /// Cancels what is unfinished.
+  /// Cancels what is unfinished and waits for nothing: the reader keeps the slots.
   ~ExpertStore();
   ExpertStore(const ExpertStore&) = delete;
   ExpertStore& operator=(const ExpertStore&) = delete;
@@ -117,9 +117,9 @@ class ExpertStore {
   bool restore_policy(std::span<const float> state);
   /// Changes the number of slots and of cached experts among them. What has the highest values and
   /// fits stays. Only while nothing is pinned; waits for reads in flight, and cancels speculation.
-  /// Throws ParameterError, MemoryLimitError, and IoError while the system still has a read that
-  /// was given up; the slots are as they were then.
-  void resize(std::size_t slots, std::size_t cache_slots);
+  /// Throws ParameterError, MemoryLimitError, IoError while the system still has a read that was
+  /// given up, and what `poll` throws during the wait; the slots are as they were then.
+  void resize(std::size_t slots, std::size_t cache_slots, const Poll& poll = {});
 
   /// Submits reads, behind every demand, of the absent experts with the highest values until the
   /// cache is full.
@@ -143,6 +143,11 @@ class ExpertStore {
     storage::ReadTicket ticket;
     storage::ReadResult result;  // kFailed, or
     std::exception_ptr error;    // what check() threw
+  };
+  /// What a completion finds of the store, which may be gone by then.
+  struct Link {
+    std::mutex mutex;
+    ExpertStore* store;
   };
   using Lock = std::unique_lock<std::mutex>;
 
@@ -169,6 +174,7 @@ class ExpertStore {
   storage::Reader& reader_;
   std::unique_ptr<Policy> policy_;
   std::shared_ptr<memory::SlotPool> pool_;
+  std::shared_ptr<Link> link_;
 
   mutable std::mutex mutex_;
   std::condition_variable arrival_;

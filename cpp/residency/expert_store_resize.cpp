@@ -15,7 +15,7 @@ void ExpertStore::check_counts(std::size_t slots, std::size_t cache_slots) {
   }
 }
 
-void ExpertStore::resize(std::size_t slots, std::size_t cache_slots) {
+void ExpertStore::resize(std::size_t slots, std::size_t cache_slots, const Poll& poll) {
   check_counts(slots, cache_slots);
   Lock lock(mutex_);
   std::vector<storage::ReadTicket> tickets;
@@ -25,12 +25,15 @@ void ExpertStore::resize(std::size_t slots, std::size_t cache_slots) {
     tickets.push_back(slot.ticket);
   }
   cancel(lock, tickets);
-  arrival_.wait(lock, [&] { return unread_ == 0; });
+  wait_polling(lock, arrival_, poll, [&] { return unread_ == 0; });
   // What the system still has would be written to where the slot used to be.
   const auto failed = [](const Slot& slot) { return slot.state == State::kFailed; };
   for (reclaim(); std::ranges::any_of(slots_, failed); reclaim()) {
     throw_if_stalled("the number of expert slots cannot change");
     arrival_.wait_for(lock, kLookAgain);
+    lock.unlock();
+    ask(poll);
+    lock.lock();
   }
 
   std::vector<std::pair<float, int>> staying;

@@ -11,8 +11,6 @@
 namespace dsfp4::residency {
 namespace {
 
-constexpr std::chrono::milliseconds kAtMost{1000};
-
 std::size_t largest_slot(const std::vector<StreamedLayer>& layers) {
   std::size_t bytes = 0;
   for (const StreamedLayer& layer : layers) {
@@ -75,10 +73,7 @@ void LayerStream::read_ahead() {
 void LayerStream::drop_first() noexcept {
   const Reading first = ring_.front();
   ring_.pop_front();
-  if (first.ticket.status() == storage::ReadStatus::kPending) {
-    reader_.cancel(first.ticket);
-    while (!reader_.wait_for(first.ticket, kAtMost)) continue;
-  }
+  reader_.cancel(first.ticket);
   if (first.ticket.quiet()) {
     buffers_->release(first.buffer);
   } else {
@@ -93,14 +88,7 @@ void LayerStream::enter(std::int64_t layer, const Poll& poll) {
   // After a step that was broken off, another layer comes next than was expected.
   while (!ring_.empty() && ring_.front().index != index) drop_first();
   if (ring_.empty()) next_ = index;
-  read_ahead();
-  if (ring_.empty()) {
-    const storage::ReadResult stalled = reader_.wait(stalled_.front().ticket);
-    throw IoError(stalled.file, stalled.offset, ETIMEDOUT,
-                  "layer " + std::to_string(layer) +
-                      " has no buffer: the disk does not answer this read, nor those into the "
-                      "other buffers");
-  }
+  for (read_ahead(); ring_.empty(); read_ahead()) wait_for_buffer(layer, poll);
   try {
     wait_for(ring_.front(), poll);
     for (const StreamedLayer::Matrix& matrix : found->matrices) {
@@ -115,11 +103,21 @@ void LayerStream::enter(std::int64_t layer, const Poll& poll) {
   stats_.bytes += found->files.bytes();
 }
 
+// Waits for the end of a read that was dropped while the system still had it.
+void LayerStream::wait_for_buffer(std::int64_t layer, const Poll& poll) {
+  const Reading& dropped = stalled_.front();
+  const storage::ReadResult end = reader_.wait(dropped.ticket, poll);
+  if (dropped.ticket.quiet() || end.status != storage::ReadStatus::kFailed) return;
+  throw IoError(end.file, end.offset, ETIMEDOUT,
+                "layer " + std::to_string(layer) +
+                    " has no buffer: the disk does not answer this read, nor those into the "
+                    "other buffers");
+}
+
 void LayerStream::wait_for(const Reading& reading, const Poll& poll) {
   const auto start = Trace::Clock::now();
   reader_.promote(reading.ticket);
-  while (poll && !reader_.wait_for(reading.ticket, kPollPeriod)) poll();
-  const storage::ReadResult result = reader_.wait(reading.ticket);
+  const storage::ReadResult result = reader_.wait(reading.ticket, poll);
   const auto end = Trace::Clock::now();
   stats_.wait_seconds += std::chrono::duration<double>(end - start).count();
   const std::string name = "layer " + std::to_string(layers_[reading.index].layer);

@@ -52,7 +52,7 @@ class LayerStream {
   /// `trace` may be null. Throws MemoryLimitError. Reading begins at once.
   LayerStream(std::vector<StreamedLayer> layers, std::size_t buffers, storage::Reader& reader,
               Check check, Trace* trace);
-  /// Cancels what is under way.
+  /// Cancels what is under way and waits for nothing: the reader keeps the buffers.
   ~LayerStream();
   LayerStream(const LayerStream&) = delete;
   LayerStream& operator=(const LayerStream&) = delete;
@@ -94,7 +94,8 @@ class LayerStream {
 
   void read_ahead();
   void wait_for(const Reading& reading, const Poll& poll);
-  /// Gives the first one's buffer back, once the reader has let go of it.
+  void wait_for_buffer(std::int64_t layer, const Poll& poll);
+  /// Cancels the first one's read. Its buffer is free at once or, with the system still, later.
   void drop_first() noexcept;
 
   std::vector<StreamedLayer> layers_;

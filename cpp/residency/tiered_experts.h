@@ -33,9 +33,10 @@ struct TieredOptions {
 struct TieredStats {
   Counter<std::uint64_t> skipped_pairs;  // (token, expert) pairs left out by expert_threshold
   Counter<std::uint64_t> total_pairs;
-  Counter<std::uint64_t> used_bytes;  // of experts that were computed with, once for each layer step
-  Counter<double> wait_seconds;       // in which nothing was left to compute but for reads
-  Counter<double> compute_seconds;    // of experts
+  Counter<std::uint64_t>
+      used_bytes;                   // of experts that were computed with, once for each layer step
+  Counter<double> wait_seconds;     // in which nothing was left to compute but for reads
+  Counter<double> compute_seconds;  // of experts
 };
 
 class TieredExperts final : public ExpertRunner {

@@ -226,7 +226,7 @@ class DSFP4_API Model {
                const ForwardOptions& options = {});
 
   /// Take effect with the next call; what can stay in memory stays. Throw ParameterError and
-  /// MemoryLimitError, and then nothing has changed. `keep_going` acts until their turn has come.
+  /// MemoryLimitError, and then nothing has changed.
   void set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going = {});
   void set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going = {});
   /// Returns at once, while another call runs, too: then its numbers are of that moment.

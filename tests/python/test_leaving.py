@@ -17,7 +17,7 @@ import dsfp4
 from dsfp4.errors import Dsfp4Error
 
 CASE = "v3-nvfp4-real"
-FOR_EVER = 120  # seconds that nothing here may take: a hang, not a slow machine
+FOR_EVER = 100  # seconds that nothing here may take: a hang, not a slow machine
 SHIM = Path(__file__).parents[1] / "fixtures" / "stalled_disk.cpp"
 
 
@@ -150,6 +150,7 @@ def run_python(code: str, *arguments: object, **environment: str) -> subprocess.
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, **environment},
+        start_new_session=True,  # so that its children end with it
     )
 
 
@@ -157,7 +158,7 @@ def output(process: subprocess.Popen[str]) -> str:
     try:
         text, _ = process.communicate(timeout=FOR_EVER)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         text, _ = process.communicate()
         pytest.fail(f"hangs; it had said: {text}")
     return text
@@ -165,7 +166,7 @@ def output(process: subprocess.Popen[str]) -> str:
 
 def test_a_forked_child_is_told(folder: Path) -> None:
     code = """
-        import os, sys, dsfp4
+        import os, sys, dsfp4, dsfp4.errors
         model = dsfp4.Model(sys.argv[1], threads=2, max_context=32)
         child = os.fork()
         if child == 0:
@@ -173,7 +174,7 @@ def test_a_forked_child_is_told(folder: Path) -> None:
                          lambda: model.generate([5], max_tokens=1)):
                 try:
                     call()
-                except dsfp4.Dsfp4Error as error:
+                except dsfp4.errors.Dsfp4Error as error:
                     assert "forked" in str(error), error
                 else:
                     os._exit(3)
