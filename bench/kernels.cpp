@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "base/thread_pool.h"
+#include "base/cores.h"
 #include "ops/cpu/cpu_backend.h"
 #include "ops/measure/kernel_bench.h"
 

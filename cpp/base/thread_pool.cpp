@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <string>
 #include <system_error>
-#include <thread>
 
 #include "base/thread_team.h"
 #include "dsfp4/error.h"
@@ -11,13 +10,13 @@
 namespace dsfp4 {
 namespace {
 
-// The process's team: alive as long as a pool is.
+// The process's team: alive as long as a pool is. A child of fork() makes its own.
 std::shared_ptr<ThreadTeam> shared_team() {
   static std::mutex mutex;
   static std::weak_ptr<ThreadTeam> current;
   const std::lock_guard lock(mutex);
   std::shared_ptr<ThreadTeam> team = current.lock();
-  if (team == nullptr) current = team = std::make_shared<ThreadTeam>();
+  if (team == nullptr || !team->has_its_threads()) current = team = std::make_shared<ThreadTeam>();
   return team;
 }
 
@@ -47,12 +46,6 @@ void ThreadPool::run(std::int64_t count, std::int64_t grain, const Range& range)
     return;
   }
   team_->run(threads_ - 1, count, grain, range);
-}
-
-int available_cores() {
-  const std::size_t known = physical_cores().size();
-  if (known > 0) return static_cast<int>(known);
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 }  // namespace dsfp4

@@ -1,11 +1,12 @@
 // The process's compute threads: one team of worker threads, however many pools, models and
 // requests there are. A ThreadPool is a handle that says how many of them its ranges may use.
 //
-// Cores: a team counts physical cores inside the affinity mask, one thread each
-// (available_cores()). Workers are pinned, each to one physical core; the thread that calls
-// parallel_for works too, and is left where the system puts it, because it is the caller's own.
-// Workers beyond the cores are not pinned, and none is with DSFP4_PIN=0 in the environment, which
-// is the right thing on a machine that other programs keep busy.
+// Cores: by default a team has a thread for each physical core inside the affinity mask, fewer
+// under a CPU quota (available_cores()). Workers are pinned, each to one physical core, where this
+// process has the machine to itself: the mask covers all processors, no control group sets a quota,
+// and no other process of dsfp4 has said that it pins (PinMark). DSFP4_PIN=0 and 1 in the
+// environment decide otherwise. The thread that calls parallel_for works too, and is left where the
+// system puts it, because it is the caller's own; so are workers beyond the cores.
 //
 // NUMA: workers fill the cores in the order of the system's numbering, so a team smaller than a
 // node stays on few nodes. Memory is placed where it is first touched and a piece of a range may
@@ -14,12 +15,15 @@
 //
 // Waiting: a thread that has nothing to do spins for some 50 microseconds, as the ops of a decode
 // step follow each other that fast, then sleeps on a futex. Waking costs a system call only if
-// somebody sleeps. Where there are more threads than cores nobody spins.
+// somebody sleeps. Nobody spins where the team and its callers are more threads than the cores or
+// the quota have room for, or where another process of dsfp4 has pinned its own.
+//
+// Fork: the child has no workers. Pools made there have a new team; those that were copied are not
+// for use.
 #pragma once
 
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 namespace dsfp4 {
 
@@ -45,26 +49,17 @@ class ThreadPool {
                        }});
   }
 
- private:
-  friend class ThreadTeam;
   /// A body without its type, alive as long as the call.
   struct Range {
     const void* body;
     void (*call)(const void* body, std::int64_t begin, std::int64_t end);
   };
 
+ private:
   void run(std::int64_t count, std::int64_t grain, const Range& range);
 
   int threads_;
   std::shared_ptr<ThreadTeam> team_;  // the same for all pools; ends with the last of them
 };
-
-/// The logical processors that this process may run on (its affinity mask), one for each physical
-/// core: the lowest-numbered of its SMT siblings. In ascending order; empty if the system does not
-/// say.
-std::vector<int> physical_cores();
-
-/// The physical cores that this process may run on, at least 1.
-int available_cores();
 
 }  // namespace dsfp4

@@ -1,9 +1,10 @@
 #include "base/thread_team.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <sched.h>
-#include <string_view>
+#include <unistd.h>
 #include <utility>
 
 namespace dsfp4 {
@@ -11,29 +12,35 @@ namespace {
 
 thread_local bool running_a_piece = false;
 
-constexpr int kSpins = 2000;                     // 40 to 90 microseconds, as long as `pause` takes
-constexpr std::uint64_t kCountStep = 1024;       // ThreadTeam::order_ counts above its low bits
-constexpr std::uint64_t kStop = kCountStep - 1;  // so many workers is nobody's range
+constexpr int kSpins = 2000;  // 40 to 90 microseconds, as long as `pause` takes
 
-bool pinning_wanted() {
-  const char* value = std::getenv("DSFP4_PIN");
-  return value == nullptr || std::string_view(value) != "0";
-}
+// Below the count of ranges in ThreadTeam::order_: 0 to kMostWorkers workers, or the end.
+constexpr std::uint64_t kStop = ThreadTeam::kMostWorkers + 1;
+constexpr std::uint64_t kCountStep = kStop + 1;
 
 }  // namespace
 
-ThreadTeam::ThreadTeam() : cores_(physical_cores()), may_pin_(pinning_wanted()) {}
+ThreadTeam::ThreadTeam(Cores cores, std::string_view mark)
+    : cores_(std::move(cores)), mark_name_(mark), process_(getpid()) {}
 
 ThreadTeam::~ThreadTeam() {
+  if (!has_its_threads()) {
+    // Handles of threads that were never here: they can be neither joined nor detached.
+    static_cast<void>(new std::vector<std::thread>(std::move(threads_)));
+    return;
+  }
   order_.store((order_.load() / kCountStep + 1) * kCountStep + kStop);
   order_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
 
+bool ThreadTeam::has_its_threads() const noexcept { return getpid() == process_; }
+
 bool ThreadTeam::inside_body() noexcept { return running_a_piece; }
 
 void ThreadTeam::grow(int workers) {
   const Turn turn(*this);
+  if (workers > 0 && !mark_) settle_cores();
   threads_.reserve(static_cast<std::size_t>(workers));
   const std::uint64_t seen = order_.load();
   for (int i = this->workers(); i < workers; ++i) {
@@ -42,13 +49,26 @@ void ThreadTeam::grow(int workers) {
   }
 }
 
+// Two processes that pin would pin to the same cores, and with a quota or a mask somebody else has
+// shared the cores out already.
+void ThreadTeam::settle_cores() {
+  mark_.emplace(mark_name_);
+  pins_ = cores_.all && std::isinf(cores_.quota) && mark_->state() == PinMark::State::kOurs;
+  if (const char* wish = std::getenv("DSFP4_PIN")) pins_ = std::string_view(wish) != "0";
+}
+
 void ThreadTeam::run(int workers, std::int64_t count, std::int64_t grain,
                      const ThreadPool::Range& range) {
   const Turn turn(*this);
   // Workers without a piece would only be waited for.
   const std::int64_t pieces = (count - 1) / grain + 1;
   workers = static_cast<int>(std::min<std::int64_t>(workers, pieces - 1));
-  spins_.store(cores_.empty() || workers < static_cast<int>(cores_.size()),
+  // All workers wake for an order, also those of larger pools; callers wait for their turn.
+  const std::uint64_t callers =
+      ticket_.load(std::memory_order_relaxed) - serving_.load(std::memory_order_relaxed);
+  const std::uint64_t threads = callers + static_cast<std::uint64_t>(this->workers());
+  const bool others = mark_ && mark_->state() == PinMark::State::kTaken;
+  spins_.store(!others && threads <= static_cast<std::uint64_t>(cores_.spinners()),
                std::memory_order_relaxed);
   range_ = range;
   count_ = count;
@@ -95,10 +115,10 @@ void ThreadTeam::worker_loop(int index, std::uint64_t seen) {
 // runs where the system puts it.
 void ThreadTeam::pin(int index) {
   const auto core = static_cast<std::size_t>(index) + 1;
-  if (!may_pin_ || core >= cores_.size()) return;
+  if (!pins_ || core >= cores_.physical.size()) return;
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(cores_[core], &set);
+  CPU_SET(cores_.physical[core], &set);
   static_cast<void>(sched_setaffinity(0, sizeof(set), &set));
 }
 

@@ -10,7 +10,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include "base/thread_pool.h"
+#include "base/cores.h"
 #include "bindings/bindings.h"
 #include "bindings/gil.h"
 #include "dsfp4/error.h"
@@ -148,7 +148,7 @@ void bind_bench(nb::module_& m) {
           nb::arg("rows"), nb::arg("copies"), nb::arg("runs"), unlocked)
       .def("profile", &profile, nb::arg("position"), nb::arg("rows"), nb::arg("decode"),
            nb::arg("slots"), nb::arg("expert"), nb::arg("runs"));
-  m.def("available_cores", &available_cores, "Physical cores in this process's affinity mask.");
+  m.def("available_cores", &available_cores, "Threads by default: physical cores in the affinity mask, or the CPU quota.");
 }
 
 }  // namespace dsfp4::bindings

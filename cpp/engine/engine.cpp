@@ -5,8 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "base/cores.h"
 #include "base/log.h"
-#include "base/thread_pool.h"
 #include "dsfp4/error.h"
 #include "engine/ram_limit.h"
 #include "engine/sampler.h"

@@ -87,7 +87,8 @@ struct LoadOptions {
   /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; all weights must fit in its memory) or "reference"
   /// (scalar, FP32 with FP64 sums; for checking, slow).
   std::string device = "cpu";
-  /// Compute threads, 1 to 1024; 0 means one for each core that the process may use.
+  /// Compute threads, 1 to 1024; 0 means one for each core that the process may use, fewer where a
+  /// CPU quota is less.
   int threads = 0;
   /// Longest sequence in tokens, prompt and answer together, 1 to the model's
   /// max_position_embeddings; 0 means that.

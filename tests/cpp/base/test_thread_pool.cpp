@@ -1,17 +1,20 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
-#include <sched.h>
 #include <set>
 #include <stdexcept>
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "base/thread_pool.h"
+#include "base/thread_team.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4 {
@@ -135,21 +138,42 @@ TEST(ThreadPool, SleepersWakeUp) {
   EXPECT_EQ(count.load(), 60);
 }
 
-TEST(Cores, AreInTheMaskAndOneForEachSetOfSiblings) {
-  const std::vector<int> cores = physical_cores();
-  ASSERT_FALSE(cores.empty());
-  cpu_set_t mask;
-  ASSERT_EQ(sched_getaffinity(0, sizeof(mask), &mask), 0);
-  for (const int core : cores) EXPECT_TRUE(CPU_ISSET(core, &mask));
-  EXPECT_EQ(available_cores(), static_cast<int>(cores.size()));
-  // Within a mask of one processor that processor is the core, whichever sibling it is.
-  std::thread([&] {
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(cores.back(), &one);
-    ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
-    EXPECT_EQ(physical_cores(), std::vector<int>{cores.back()});
-  }).join();
+// As many as load options allow: the team's order has room for them beside its end.
+TEST(ThreadPool, TheMostThreadsRunAndEnd) {
+  ThreadPool pool(ThreadTeam::kMostWorkers + 1);
+  std::atomic<int> total = 0;
+  for (int round = 0; round < 3; ++round) {
+    pool.parallel_for(2 * pool.size(), 1, [&](std::int64_t begin, std::int64_t end) {
+      total += static_cast<int>(end - begin);
+    });
+  }
+  EXPECT_EQ(total.load(), 3 * 2 * 1024);
+  EXPECT_THROW(ThreadPool(ThreadTeam::kMostWorkers + 2), ParameterError);
+}
+
+// The parent's workers do not exist in the child, so neither ranges nor the end may wait for them.
+TEST(ThreadPool, AForkedChildHasATeamOfItsOwn) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "the sanitizer does not follow a child that starts threads";
+#endif
+  auto parents = std::make_unique<ThreadPool>(3);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(60);  // a child that hangs ends
+    std::atomic<int> total = 0;
+    {
+      ThreadPool pool(3);
+      pool.parallel_for(100, 1, [&](std::int64_t begin, std::int64_t end) {
+        total += static_cast<int>(end - begin);
+      });
+    }
+    parents.reset();
+    _exit(total.load() == 100 ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST(ThreadPool, RefusesNoThreads) { EXPECT_THROW(ThreadPool(0), ParameterError); }
