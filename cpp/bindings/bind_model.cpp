@@ -16,6 +16,8 @@
 #include "dsfp4/error.h"
 #include "dsfp4/model.h"
 #include "engine/bench_cuda.h"
+#include "engine/ram_limit.h"
+#include "memory/limits.h"
 #include "ops/cuda_plugin.h"
 
 namespace dsfp4::bindings {
@@ -121,23 +123,38 @@ Model load(const std::string& path, const std::string& device, int threads,
   return Model::load(path, options);
 }
 
+// Results that are not asked for have no rows. Logits go to `on_logits` if there is one.
 nb::tuple forward(Model& model, const Ids& ids,
                   const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
-                  bool return_router_logits) {
+                  bool return_router_logits, const std::optional<nb::callable>& on_logits,
+                  std::uint64_t ram_limit) {
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
   if (count > model.max_context()) throw ContextLengthError(count, model.max_context());
   const auto vocab = static_cast<std::size_t>(model.vocab_size());
   const auto layers = static_cast<std::size_t>(model.moe_layers());
   const auto top_k = static_cast<std::size_t>(model.num_experts_per_tok());
-  std::vector<float> logits(tokens.size() * vocab);
-  std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
   const auto width = static_cast<std::size_t>(model.num_experts());
-  std::vector<float> routers(return_router_logits ? layers * tokens.size() * width : 0);
+  const std::size_t rows = on_logits || return_router_logits ? 0 : tokens.size();
+  const std::size_t router_layers = return_router_logits ? layers : 0;
+  const std::size_t values_per_token = layers * top_k + router_layers * width;
+  engine::check_result(sizeof(float) * (rows * vocab + tokens.size() * values_per_token), ram_limit,
+                       memory::machine_memory());
+  std::vector<float> logits(rows * vocab);
+  std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
+  std::vector<float> routers(router_layers * tokens.size() * width);
   ForwardOptions options;
   options.chosen_experts = chosen;
   options.router_logits = routers;
   options.decode = decode;
+  if (rows == 0) {
+    options.on_logits = [&](std::int64_t first, std::span<const float> window) {
+      if (!on_logits) return;
+      const nb::gil_scoped_acquire gil;
+      (*on_logits)(first, own_array(std::vector<float>(window.begin(), window.end()),
+                                    {window.size() / vocab, vocab}));
+    };
+  }
   if (experts) {
     if (experts->ndim() != 3 || experts->shape(0) != layers || experts->shape(1) != tokens.size() ||
         experts->shape(2) != top_k) {
@@ -152,10 +169,9 @@ nb::tuple forward(Model& model, const Ids& ids,
     const nb::gil_scoped_release released;
     model.forward(tokens, logits, options);
   }
-  return nb::make_tuple(
-      own_array(std::move(logits), {tokens.size(), vocab}),
-      own_array(std::move(chosen), {layers, tokens.size(), top_k}),
-      own_array(std::move(routers), {return_router_logits ? layers : 0, tokens.size(), width}));
+  return nb::make_tuple(own_array(std::move(logits), {rows, vocab}),
+                        own_array(std::move(chosen), {layers, tokens.size(), top_k}),
+                        own_array(std::move(routers), {router_layers, tokens.size(), width}));
 }
 
 GenerationResult generate(Model& model, const Ids& ids, std::int64_t max_tokens, double temperature,
@@ -295,7 +311,8 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("weight_bytes", &Model::weight_bytes)
       .def_prop_ro("device", &Model::device)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
-           nb::arg("decode") = false, nb::arg("return_router_logits") = false)
+           nb::arg("decode") = false, nb::arg("return_router_logits") = false,
+           nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

@@ -125,8 +125,9 @@ def evaluate(
     checkpoint wants one; with `first`, only so many tokens of each document count. `against` is the
     model that is compared with: the divergence is KL(against || model), the mean over tokens of
     sum p_against * log(p_against / p_model). `progress` is called with tokens done and in all.
-    Raises Dsfp4Error if the two do not have the same tokenizer, ParameterError if nothing is left
-    to predict.
+    Memory: the logits of some rows, and with `against` its logits of one window. Raises Dsfp4Error
+    if the two do not have the same tokenizer, ParameterError if nothing is left to predict,
+    MemoryLimitError if a window's logits do not fit.
     """
     result = Evaluation(compared=against is not None)
     texts = list(documents)
@@ -173,18 +174,21 @@ def _add_window(
     ids: Sequence[int],
 ) -> None:
     given, targets = ids[:-1], np.asarray(ids[1:])
-    logits = model.model.forward(given)
-    others = against.model.forward(given) if against is not None else None
-    for begin in range(0, len(targets), _ROWS):
-        part = slice(begin, begin + _ROWS)
-        values = compare_rows(logits[part], targets[part], None if others is None else others[part])
-        for row in range(len(values["nll"])):
+    # One of the two is held whole: they run one after the other, and may be the same model.
+    others = None if against is None else against.model.forward(given)
+
+    def add(first: int, logits: Array) -> None:
+        part = slice(first, first + len(logits))
+        values = compare_rows(logits, targets[part], None if others is None else others[part])
+        for row in range(len(logits)):
             sums = Sums(1, *(values[name][row].item() for name in values))
-            bucket = (begin + row + 1).bit_length() - 1
+            bucket = (first + row + 1).bit_length() - 1
             while len(result.by_position) <= bucket:
                 result.by_position.append(Sums())
             result.by_position[bucket].add(sums)
             result.total.add(sums)
+
+    model.model.forward_windows(given, add)
 
 
 def _log_softmax(logits: Array) -> Array:
