@@ -2,6 +2,8 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include <nanobind/nanobind.h>
@@ -9,6 +11,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/arrays.h"
@@ -26,6 +29,11 @@ namespace {
 namespace nb = nanobind;
 
 using Ids = ConstArray<std::int64_t>;
+using TokenPairs = std::vector<std::pair<std::int32_t, float>>;
+// What pickles hold.
+using TokenState = std::tuple<std::int32_t, float, TokenPairs>;
+using ResultState = std::tuple<std::vector<std::int32_t>, std::vector<TokenLogprobs>, int,
+                               std::int64_t, double, double>;
 
 std::vector<std::int32_t> ids_of(const Ids& ids) {
   if (ids.ndim() != 1) throw ParameterError("ids", "must be one-dimensional");
@@ -249,6 +257,13 @@ const char* finish_reason(const GenerationResult& result) {
   return "";
 }
 
+TokenPairs top_of(const TokenLogprobs& logprobs) {
+  TokenPairs top;
+  top.reserve(logprobs.top.size());
+  for (const TokenLogprob& one : logprobs.top) top.emplace_back(one.id, one.logprob);
+  return top;
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -259,15 +274,16 @@ void bind_model(nb::module_& m) {
   nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
       .def_prop_ro("id", [](const TokenLogprobs& t) { return t.chosen.id; })
       .def_prop_ro("logprob", [](const TokenLogprobs& t) { return t.chosen.logprob; })
-      .def_prop_ro(
-          "top",
-          [](const TokenLogprobs& t) {
-            std::vector<std::pair<std::int32_t, float>> top;
-            top.reserve(t.top.size());
-            for (const TokenLogprob& one : t.top) top.emplace_back(one.id, one.logprob);
-            return top;
-          },
-          "(id, logprob) of the likeliest tokens, best first.");
+      .def_prop_ro("top", &top_of, "(id, logprob) of the likeliest tokens, best first.")
+      .def("__getstate__",
+           [](const TokenLogprobs& t) {
+             return TokenState(t.chosen.id, t.chosen.logprob, top_of(t));
+           })
+      .def("__setstate__", [](TokenLogprobs& t, const TokenState& state) {
+        const auto& [id, logprob, top] = state;
+        new (&t) TokenLogprobs{{id, logprob}, {}};
+        for (const auto& [other, its_logprob] : top) t.top.push_back({other, its_logprob});
+      });
 
   nb::class_<GenerationResult>(m, "GenerationResult",
                                "What a generation gave. Times are in seconds.")
@@ -276,7 +292,17 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("finish_reason", &finish_reason, "'stop', 'length' or 'cancelled'.")
       .def_ro("prompt_tokens", &GenerationResult::prompt_tokens)
       .def_ro("prefill_seconds", &GenerationResult::prefill_seconds)
-      .def_ro("decode_seconds", &GenerationResult::decode_seconds);
+      .def_ro("decode_seconds", &GenerationResult::decode_seconds)
+      .def("__getstate__",
+           [](const GenerationResult& r) {
+             return ResultState(r.tokens, r.logprobs, static_cast<int>(r.finish_reason),
+                                r.prompt_tokens, r.prefill_seconds, r.decode_seconds);
+           })
+      .def("__setstate__", [](GenerationResult& r, const ResultState& state) {
+        const auto& [tokens, logprobs, reason, prompt_tokens, prefill, decode] = state;
+        new (&r) GenerationResult{tokens,        logprobs, static_cast<FinishReason>(reason),
+                                  prompt_tokens, prefill,  decode};
+      });
 
   nb::class_<Model>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,

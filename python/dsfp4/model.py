@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -145,6 +145,10 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of weights in memory."""
         return self._core.weight_bytes
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError("a Model cannot be copied or pickled; load it once in each process")
 
     def set_memory_config(
         self, *, prefetch_layers: int | None = None, expert_threshold: float | None = None
