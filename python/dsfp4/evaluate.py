@@ -1,6 +1,7 @@
 """How well a model predicts a text, and how far another one's predictions are from its own."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsfp4.errors import Dsfp4Error, IoError, ParameterError
+from dsfp4.errors import Dsfp4Error, ParameterError
+from dsfp4.files import read_file
 from dsfp4.inference import DeepseekInference
 
 Array = npt.NDArray[Any]
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_ROWS = 64  # of logits in float64 at a time
+_MOST_BYTES = 1 << 30  # of a file of text, also once it is unpacked
+_PART = 1 << 20  # bytes unpacked at a time
 
 
 @dataclass
@@ -83,19 +86,12 @@ def read_documents(path: str | Path) -> list[str]:
     """Return the texts of a file: those of a *.jsonl's lines, or one, the whole of any other.
 
     A line of JSON is an object whose "text" is a string. Either may be compressed with gzip. Raises
-    IoError, and ParameterError (of `file`) that names the line at fault.
+    IoError, and ParameterError (of `file`) that names the line at fault, or for over 1 GiB of text.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP_MAGIC):
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _malformed(f"'{path}' is not sound gzip data: {error}") from error
-    except OSError as error:
-        raise IoError(
-            f"cannot read '{path}': {error.strerror}", file=str(path), errno=error.errno or 0
-        ) from error
+    data = read_file(path, _MOST_BYTES, _malformed)
+    if data.startswith(_GZIP_MAGIC):
+        data = _unpacked(data, path)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -210,6 +206,21 @@ def _windows(model: DeepseekInference, text: str, first: int, window: int) -> It
         part = begin + rest[at : at + step]
         if len(part) > 1:
             yield part
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    unpacked = bytearray()
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while part := file.read(_PART):
+                unpacked += part
+                if len(unpacked) > _MOST_BYTES:
+                    raise _malformed(
+                        f"'{path}' unpacks to more than {_MOST_BYTES} bytes, which is the limit"
+                    )
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _malformed(f"'{path}' is not sound gzip data: {error}") from error
+    return bytes(unpacked)
 
 
 def _text_of(line: str, name: str) -> str:
