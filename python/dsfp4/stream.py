@@ -57,9 +57,7 @@ class TextStream(Iterator[Piece]):
 
         The wait is for one step of the model. Ctrl-C leaves it, and nothing waits there again.
         """
-        self._pieces = iter(())
-        self._generation.cancel()
-        self._generation.join()
+        self._generation.close()
 
     def __enter__(self) -> "TextStream":
         """Return the stream itself."""
@@ -88,7 +86,7 @@ def end_generations(group: object = None) -> None:
     for generation in generations:
         generation.cancel()
     for generation in generations:
-        generation.join()
+        generation.close()
 
 
 class _Generation:
@@ -99,6 +97,7 @@ class _Generation:
         self.result: Text | None = None
         self._items: SimpleQueue[Piece | BaseException | None] = SimpleQueue()  # None: the end
         self._cancelled = False  # no Event: the collector may set it while any lock is held
+        self._closed = False
         self._ended = False
         self._given_up = False  # somebody has interrupted the wait for the end
         self._worker = threading.Thread(
@@ -124,8 +123,12 @@ class _Generation:
         """Ask for the end and do not wait."""
         self._cancelled = True
 
-    def join(self) -> None:
-        """Wait for the end. Who interrupts the wait does not want it at the next call either."""
+    def close(self) -> None:
+        """Cancel, drop the pieces that are left and wait for the end.
+
+        Who interrupts the wait does not want it at the next call either.
+        """
+        self._cancelled = self._closed = True
         if self._given_up or self._worker is threading.current_thread():
             return
         try:
@@ -135,8 +138,8 @@ class _Generation:
             raise
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces as they are made; raises the worker's error."""
-        while (item := self._items.get()) is not None:
+        """Yield the pieces as they are made, until close(); raises the worker's error."""
+        while not self._closed and (item := self._items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item

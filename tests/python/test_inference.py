@@ -166,9 +166,9 @@ def test_an_empty_prompt_without_a_begin_token(demo_model: Path, tmp_path: Path)
 
 
 def test_close_ends_everything(demo_model: Path) -> None:
-    with DeepseekInference(demo_model, max_context=128) as model:
-        assert model.model.max_context == 128
-        stream = model.generate(PROMPT, 100, 1.0, seed=1, stream=True, raw=True)
+    with DeepseekInference(demo_model, max_context=4095) as model:
+        assert model.model.max_context == 4095
+        stream = model.generate(PROMPT, 4000, 1.0, seed=1, stream=True, raw=True, stop_ids=[])
         next(stream)
     assert list(stream) == []
     with pytest.raises(Dsfp4Error, match="closed"):
