@@ -22,6 +22,9 @@ endif()
 set(DSFP4_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/dsfp4)
 install(TARGETS dsfp4 EXPORT dsfp4Targets COMPONENT cpp
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT cpp NAMELINK_COMPONENT cpp)
+if(TARGET dsfp4_cuda)  # beside the library; the Python extension looks there too
+  install(TARGETS dsfp4_cuda LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT python)
+endif()
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/dsfp4 DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
   COMPONENT cpp)
 install(EXPORT dsfp4Targets NAMESPACE dsfp4:: DESTINATION ${DSFP4_CMAKE_DIR} COMPONENT cpp)

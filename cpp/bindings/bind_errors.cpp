@@ -1,5 +1,6 @@
 // Turns the library's exceptions into those of dsfp4.errors, facts included.
 #include <exception>
+#include <string>
 #include <utility>
 
 #include <nanobind/stl/string.h>
@@ -12,45 +13,64 @@ namespace {
 
 namespace nb = nanobind;
 
-// Raises dsfp4.errors.<name>(message, **facts).
+// Messages and files may hold names that are not UTF-8; Python spells those as os.fsdecode does.
+nb::str text(const std::string& bytes) {
+  return nb::steal<nb::str>(
+      PyUnicode_DecodeFSDefaultAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size())));
+}
+
+// Raises <name>(message, **facts), a class of the module `errors`.
 template <typename... Facts>
-void raise(const char* name, const Error& error, Facts&&... facts) {
-  const nb::object type = nb::module_::import_("dsfp4.errors").attr(name);
-  const nb::object instance = type(error.what(), std::forward<Facts>(facts)...);
+void raise(nb::handle errors, const char* name, const Error& error, Facts&&... facts) {
+  const nb::object type = errors.attr(name);
+  const nb::object instance = type(text(error.what()), std::forward<Facts>(facts)...);
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 
-void translate(const std::exception_ptr& exception, void*) {
+void raise_as_python(const std::exception_ptr& exception, nb::handle errors) {
   try {
     std::rethrow_exception(exception);
   } catch (const CheckpointError& e) {
-    raise("CheckpointError", e, nb::arg("file") = e.file(), nb::arg("tensor") = e.tensor(),
-          nb::arg("offset") = e.offset());
+    raise(errors, "CheckpointError", e, nb::arg("file") = text(e.file()),
+          nb::arg("tensor") = text(e.tensor()), nb::arg("offset") = e.offset());
   } catch (const UnsupportedError& e) {
-    raise("UnsupportedError", e);
+    raise(errors, "UnsupportedError", e);
   } catch (const IoError& e) {
-    raise("IoError", e, nb::arg("file") = e.file(), nb::arg("offset") = e.offset(),
+    raise(errors, "IoError", e, nb::arg("file") = text(e.file()), nb::arg("offset") = e.offset(),
           nb::arg("errno") = e.error_number());
   } catch (const ParameterError& e) {
-    raise("ParameterError", e, nb::arg("parameter") = e.parameter());
+    raise(errors, "ParameterError", e, nb::arg("parameter") = e.parameter());
   } catch (const ContextLengthError& e) {
-    raise("ContextLengthError", e, nb::arg("requested") = e.requested(),
+    raise(errors, "ContextLengthError", e, nb::arg("requested") = e.requested(),
           nb::arg("limit") = e.limit());
   } catch (const MemoryLimitError& e) {
-    raise("MemoryLimitError", e, nb::arg("needed") = e.needed(),
+    raise(errors, "MemoryLimitError", e, nb::arg("needed") = e.needed(),
           nb::arg("available") = e.available());
   } catch (const CancelledError& e) {
     raise("CancelledError", e);
   } catch (const CudaError& e) {
-    raise("CudaError", e, nb::arg("code") = e.code(), nb::arg("call") = e.call(),
+    raise(errors, "CudaError", e, nb::arg("code") = e.code(), nb::arg("call") = e.call(),
           nb::arg("source") = e.source(), nb::arg("line") = e.line());
   } catch (const Error& e) {
-    raise("Dsfp4Error", e);
+    raise(errors, "Dsfp4Error", e);
+  }
+}
+
+void translate(const std::exception_ptr& exception, void* errors) {
+  try {
+    raise_as_python(exception, static_cast<PyObject*>(errors));
+  } catch (nb::python_error& error) {
+    // Python code ran, and with it the handlers of signals: a Ctrl-C comes out as what it is.
+    error.restore();
   }
 }
 
 }  // namespace
 
-void bind_errors(nb::module_&) { nb::register_exception_translator(&translate); }
+void bind_errors(nb::module_&) {
+  // Imported now, not in the midst of an error; kept for the life of the process.
+  nb::register_exception_translator(&translate,
+                                    nb::module_::import_("dsfp4.errors").release().ptr());
+}
 
 }  // namespace dsfp4::bindings

@@ -30,8 +30,12 @@ void forward(LogLevel level, std::string_view message) {
     try {
       nb::module_::import_("dsfp4._log")
           .attr("emit")(level_name(level), nb::str(message.data(), message.size()));
-    } catch (nb::python_error& error) {  // of a handler that the user set
-      error.discard_as_unraisable("dsfp4._log.emit");
+    } catch (nb::python_error& error) {
+      if (error.matches(PyExc_KeyboardInterrupt)) {
+        PyErr_SetInterrupt();  // a Ctrl-C that came just now: raised again where it can be
+        return;
+      }
+      error.discard_as_unraisable("dsfp4._log.emit");  // of a handler that the user set
     }
   });
 }

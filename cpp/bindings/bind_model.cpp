@@ -3,6 +3,8 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include <nanobind/nanobind.h>
@@ -10,6 +12,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings/arrays.h"
@@ -18,6 +21,8 @@
 #include "dsfp4/error.h"
 #include "dsfp4/model.h"
 #include "engine/bench_cuda.h"
+#include "engine/ram_limit.h"
+#include "memory/limits.h"
 #include "ops/cuda_plugin.h"
 
 namespace dsfp4::bindings {
@@ -26,6 +31,11 @@ namespace {
 namespace nb = nanobind;
 
 using Ids = ConstArray<std::int64_t>;
+using TokenPairs = std::vector<std::pair<std::int32_t, float>>;
+// What pickles hold.
+using TokenState = std::tuple<std::int32_t, float, TokenPairs>;
+using ResultState = std::tuple<std::vector<std::int32_t>, std::vector<TokenLogprobs>, int,
+                               std::int64_t, double, double>;
 
 /// What Python holds: the model goes without the GIL.
 class Handle {
@@ -139,9 +149,11 @@ Handle load(const std::string& path, const std::string& device, int threads,
   return Handle(Model::load(path, options));
 }
 
+// Results that are not asked for have no rows. Logits go to `on_logits` if there is one.
 nb::tuple forward(const Handle& handle, const Ids& ids,
                   const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
-                  bool return_router_logits) {
+                  bool return_router_logits, const std::optional<nb::callable>& on_logits,
+                  std::uint64_t ram_limit) {
   Model& model = *handle;
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
@@ -149,15 +161,28 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
   const auto vocab = static_cast<std::size_t>(model.vocab_size());
   const auto layers = static_cast<std::size_t>(model.moe_layers());
   const auto top_k = static_cast<std::size_t>(model.num_experts_per_tok());
-  std::vector<float> logits(tokens.size() * vocab);
-  std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
   const auto width = static_cast<std::size_t>(model.num_experts());
-  std::vector<float> routers(return_router_logits ? layers * tokens.size() * width : 0);
+  const std::size_t rows = on_logits || return_router_logits ? 0 : tokens.size();
+  const std::size_t router_layers = return_router_logits ? layers : 0;
+  const std::size_t values_per_token = layers * top_k + router_layers * width;
+  engine::check_result(sizeof(float) * (rows * vocab + tokens.size() * values_per_token), ram_limit,
+                       memory::machine_memory());
+  std::vector<float> logits(rows * vocab);
+  std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
+  std::vector<float> routers(router_layers * tokens.size() * width);
   ForwardOptions options;
   options.chosen_experts = chosen;
   options.router_logits = routers;
   options.decode = decode;
   options.keep_going = keep_going();
+  if (rows == 0) {
+    options.on_logits = [&](std::int64_t first, std::span<const float> window) {
+      if (!on_logits) return;
+      const nb::gil_scoped_acquire gil;
+      (*on_logits)(first, own_array(std::vector<float>(window.begin(), window.end()),
+                                    {window.size() / vocab, vocab}));
+    };
+  }
   if (experts) {
     if (experts->ndim() != 3 || experts->shape(0) != layers || experts->shape(1) != tokens.size() ||
         experts->shape(2) != top_k) {
@@ -172,10 +197,9 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
     const ReleasedGil released;
     model.forward(tokens, logits, options);
   }
-  return nb::make_tuple(
-      own_array(std::move(logits), {tokens.size(), vocab}),
-      own_array(std::move(chosen), {layers, tokens.size(), top_k}),
-      own_array(std::move(routers), {return_router_logits ? layers : 0, tokens.size(), width}));
+  return nb::make_tuple(own_array(std::move(logits), {rows, vocab}),
+                        own_array(std::move(chosen), {layers, tokens.size(), top_k}),
+                        own_array(std::move(routers), {router_layers, tokens.size(), width}));
 }
 
 GenerationResult generate(const Handle& model, const Ids& ids, std::int64_t max_tokens,
@@ -261,6 +285,13 @@ const char* finish_reason(const GenerationResult& result) {
   return "";
 }
 
+TokenPairs top_of(const TokenLogprobs& logprobs) {
+  TokenPairs top;
+  top.reserve(logprobs.top.size());
+  for (const TokenLogprob& one : logprobs.top) top.emplace_back(one.id, one.logprob);
+  return top;
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
@@ -271,15 +302,16 @@ void bind_model(nb::module_& m) {
   nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
       .def_prop_ro("id", [](const TokenLogprobs& t) { return t.chosen.id; })
       .def_prop_ro("logprob", [](const TokenLogprobs& t) { return t.chosen.logprob; })
-      .def_prop_ro(
-          "top",
-          [](const TokenLogprobs& t) {
-            std::vector<std::pair<std::int32_t, float>> top;
-            top.reserve(t.top.size());
-            for (const TokenLogprob& one : t.top) top.emplace_back(one.id, one.logprob);
-            return top;
-          },
-          "(id, logprob) of the likeliest tokens, best first.");
+      .def_prop_ro("top", &top_of, "(id, logprob) of the likeliest tokens, best first.")
+      .def("__getstate__",
+           [](const TokenLogprobs& t) {
+             return TokenState(t.chosen.id, t.chosen.logprob, top_of(t));
+           })
+      .def("__setstate__", [](TokenLogprobs& t, const TokenState& state) {
+        const auto& [id, logprob, top] = state;
+        new (&t) TokenLogprobs{{id, logprob}, {}};
+        for (const auto& [other, its_logprob] : top) t.top.push_back({other, its_logprob});
+      });
 
   nb::class_<GenerationResult>(m, "GenerationResult",
                                "What a generation gave. Times are in seconds.")
@@ -288,7 +320,17 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("finish_reason", &finish_reason, "'stop', 'length' or 'cancelled'.")
       .def_ro("prompt_tokens", &GenerationResult::prompt_tokens)
       .def_ro("prefill_seconds", &GenerationResult::prefill_seconds)
-      .def_ro("decode_seconds", &GenerationResult::decode_seconds);
+      .def_ro("decode_seconds", &GenerationResult::decode_seconds)
+      .def("__getstate__",
+           [](const GenerationResult& r) {
+             return ResultState(r.tokens, r.logprobs, static_cast<int>(r.finish_reason),
+                                r.prompt_tokens, r.prefill_seconds, r.decode_seconds);
+           })
+      .def("__setstate__", [](GenerationResult& r, const ResultState& state) {
+        const auto& [tokens, logprobs, reason, prompt_tokens, prefill, decode] = state;
+        new (&r) GenerationResult{tokens,        logprobs, static_cast<FinishReason>(reason),
+                                  prompt_tokens, prefill,  decode};
+      });
 
   nb::class_<Handle>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")
       .def(nb::new_(&load), nb::arg("path"), nb::arg("device") = "cpu", nb::arg("threads") = 0,
@@ -326,7 +368,8 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("weight_bytes", get<&Model::weight_bytes>)
       .def_prop_ro("device", get<&Model::device>)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
-           nb::arg("decode") = false, nb::arg("return_router_logits") = false)
+           nb::arg("decode") = false, nb::arg("return_router_logits") = false,
+           nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

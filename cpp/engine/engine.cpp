@@ -255,9 +255,13 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
   check_ids(ids, "ids");
   const auto count = static_cast<std::int64_t>(ids.size());
   const auto pairs = static_cast<std::size_t>(spec().moe_layers() * count * spec().router.top_k);
-  if (logits.size() != ids.size() * static_cast<std::size_t>(spec().vocab_size)) {
-    throw ParameterError("logits", "must hold vocab_size values for each token");
+  const auto vocab = static_cast<std::size_t>(spec().vocab_size);
+  if (logits.size() != (options.on_logits ? 0 : ids.size() * vocab)) {
+    throw ParameterError("logits", options.on_logits
+                                       ? "must be empty, as on_logits receives them"
+                                       : "must hold vocab_size values for each token");
   }
+  std::vector<float> window(options.on_logits ? static_cast<std::size_t>(kLogitRows) * vocab : 0);
   if (!options.forced_experts.empty() && options.forced_experts.size() != pairs) {
     throw ParameterError("experts", "must be [moe_layers, tokens, num_experts_per_tok], " +
                                         std::to_string(pairs) + " in all, not " +
@@ -295,8 +299,14 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.logits_layer_stride = logits_stride;
     }
     batch.poll = poll;
-    step(sequence, batch,
-         [&](ops::ConstMatrix hidden) { head(hidden, logits.data() + at * spec().vocab_size); });
+    step(sequence, batch, [&](ops::ConstMatrix hidden) {
+      if (!options.on_logits) head(hidden, logits.data() + at * spec().vocab_size);
+      for (std::int64_t row = 0; options.on_logits && row < rows; row += kLogitRows) {
+        const std::int64_t some = std::min(kLogitRows, rows - row);
+        head({hidden.row(row), some, hidden.cols, hidden.stride}, window.data());
+        options.on_logits(at + row, {window.data(), static_cast<std::size_t>(some) * vocab});
+      }
+    });
   }
 }
 

@@ -23,8 +23,6 @@ namespace dsfp4::engine {
 
 /// Tokens of a prompt that pass the layers together, where all weights are in memory.
 inline constexpr std::int64_t kPrefillChunk = 256;
-/// Rows of logits that a device keeps at a time.
-inline constexpr std::int64_t kLogitRows = 32;
 /// Where experts are read from the SSD, once for each chunk, chunks are as long as this much memory
 /// for activations allows, and at most kLongestPrefillChunk. Beyond the smaller of the two amounts
 /// they take an eighth of what the experts' cache would have at most, below it a half.

@@ -1,5 +1,6 @@
 #include "engine/ram_limit.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
 
@@ -46,6 +47,17 @@ void check_ram(std::uint64_t ram_limit, const RamNeeds& needs,
                                 " can be had without swapping; a machine that swaps is many times "
                                 "slower");
   }
+}
+
+void check_result(std::uint64_t bytes, std::uint64_t ram_limit,
+                  const memory::MachineMemory& machine) {
+  std::uint64_t room = machine.available;
+  if (ram_limit > 0) room = std::min(room, ram_limit - std::min(ram_limit, machine.process));
+  room = std::max(room, memory::kUncountedBytes);
+  if (bytes <= room) return;
+  throw MemoryLimitError("the results of forward() for all tokens", bytes, room,
+                         "run fewer tokens at a time (dsfp4 eval: a smaller --window), or take the "
+                         "logits with forward_windows()");
 }
 
 }  // namespace dsfp4::engine

@@ -1,9 +1,14 @@
 #include "ops/cuda_plugin.h"
 
+#include <cinttypes>
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <dlfcn.h>
-#include <filesystem>
+#include <fstream>
+#include <string>
 #include <string_view>
+#include <system_error>
 
 #include "dsfp4/error.h"
 
@@ -13,21 +18,38 @@ namespace {
 constexpr const char* kLibrary = "libdsfp4_cuda.so";
 constexpr int kOldestMajor = 8;  // Ampere
 
-// Beside the library or program that this code is in, or one folder above it (libdsfp4.so lies in
-// the package's lib/), or where DSFP4_CUDA_PLUGIN says.
-std::filesystem::path plugin_path() {
-  if (const char* path = std::getenv("DSFP4_CUDA_PLUGIN"); path != nullptr) return path;
-  Dl_info here{};
-  if (dladdr(reinterpret_cast<const void*>(&cuda_plugin), &here) == 0) return kLibrary;
-  const std::filesystem::path folder = std::filesystem::absolute(here.dli_fname).parent_path();
-  const std::filesystem::path above = folder.parent_path() / kLibrary;
-  std::error_code ignored;
-  return std::filesystem::exists(above, ignored) ? above : folder / kLibrary;
+// The library or program that this code is in. dladdr() may only know a name that a search found,
+// or one that was relative to a folder that the process has left.
+std::filesystem::path own_file() {
+  const auto here = reinterpret_cast<std::uintptr_t>(&cuda_plugin);
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    std::uintptr_t first = 0;
+    std::uintptr_t end = 0;
+    int name = 0;
+    if (std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %n", &first, &end,
+                    &name) == 2 &&
+        first <= here && here < end) {
+      return line.substr(static_cast<std::size_t>(name));
+    }
+  }
+  throw CudaError(
+      "device 'cuda' needs /proc/self/maps, to find its library beside this one; use "
+      "device 'cpu', or set DSFP4_CUDA_PLUGIN to the path of " +
+      std::string(kLibrary));
+}
+
+bool is_there(const std::filesystem::path& path) {
+  std::error_code ignored;  // where it cannot be looked at, it cannot be loaded either
+  return std::filesystem::exists(path, ignored);
 }
 
 const cuda::Plugin& load_plugin() {
-  const std::filesystem::path path = plugin_path();
-  if (!std::filesystem::exists(path)) {
+  const char* named = std::getenv("DSFP4_CUDA_PLUGIN");
+  const std::filesystem::path path = named != nullptr && *named != '\0'
+                                         ? std::filesystem::absolute(named)  // or dlopen searches
+                                         : plugin_beside(own_file());
+  if (!is_there(path)) {
     throw CudaError("device 'cuda' needs " + path.string() +
                     ", which is not there: this build of dsfp4 has no CUDA backend; use device "
                     "'cpu', or build with -DDSFP4_CUDA=ON");
@@ -50,6 +72,12 @@ std::string version_text(int version) {
 }
 
 }  // namespace
+
+std::filesystem::path plugin_beside(const std::filesystem::path& library) {
+  const std::filesystem::path folder = library.parent_path();
+  const std::filesystem::path below = folder / "lib" / kLibrary;
+  return is_there(below) ? below : folder / kLibrary;
+}
 
 const cuda::Plugin& cuda_plugin() {
   static const cuda::Plugin& plugin = load_plugin();  // a failed load is tried again

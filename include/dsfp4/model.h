@@ -191,7 +191,14 @@ struct ForwardOptions {
   /// Run the tokens one by one through the decode path.
   bool decode = false;
   KeepGoing keep_going;
+  /// Receives the logits of all tokens in order, some rows at a time, in place of forward()'s span:
+  /// [rows, vocab_size()] for the tokens from `first` on, valid during the call. That takes memory
+  /// for kLogitRows rows, however many tokens there are. An exception thrown by it ends forward().
+  std::function<void(std::int64_t first, std::span<const float> rows)> on_logits;
 };
+
+/// Most rows that ForwardOptions::on_logits is given at a time.
+inline constexpr std::int64_t kLogitRows = 32;
 
 /// A loaded checkpoint. Moves, but is not copied.
 class DSFP4_API Model {
@@ -221,8 +228,9 @@ class DSFP4_API Model {
   const std::string& device() const noexcept;
 
   /// Logits of every token of `ids` given those before it, row-major into `logits`
-  /// [ids.size(), vocab_size()]. Throws ParameterError for an id outside the vocabulary or a span
-  /// of the wrong size, ContextLengthError for too many ids.
+  /// [ids.size(), vocab_size()]; empty with options.on_logits, which gets them instead. Throws
+  /// ParameterError for an id outside the vocabulary or a span of the wrong size,
+  /// ContextLengthError for too many ids.
   void forward(std::span<const std::int32_t> ids, std::span<float> logits,
                const ForwardOptions& options = {});
 

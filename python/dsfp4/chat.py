@@ -1,12 +1,14 @@
 """Chat templates: a conversation to the prompt that the model was trained on."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsfp4.errors import CheckpointError, IoError, ParameterError, UnsupportedError
+from dsfp4.errors import CheckpointError, ParameterError, UnsupportedError
+from dsfp4.files import read_checkpoint_file
 from dsfp4.jsonfile import read_optional_json
 from dsfp4.markup import Disguise
 from dsfp4.template_process import TemplateProcess
@@ -173,13 +175,9 @@ def _text(value: Any, name: str) -> str:
 def _read_templates(folder: Path) -> tuple[Path, dict[str, str]]:
     """Return the file that holds them and the templates by name."""
     path = folder / "chat_template.jinja"
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            return path, {"default": path.read_text(encoding="utf-8")}
-        except OSError as error:
-            raise IoError(
-                f"cannot read '{path}': {error.strerror}", file=str(path), errno=error.errno or 0
-            ) from error
+            return path, {"default": read_checkpoint_file(path).decode()}
         except UnicodeDecodeError as error:
             raise CheckpointError(
                 f"'{path}' is not UTF-8 at byte {error.start}", file=str(path), offset=error.start

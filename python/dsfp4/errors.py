@@ -45,6 +45,10 @@ class IoError(Dsfp4Error, OSError):
         self.offset = offset
         self.errno = errno
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """OSError keeps `errno` apart from the other attributes, and would lose it."""
+        return type(self), self.args, {**self.__dict__, "errno": self.errno}
+
 
 class ParameterError(Dsfp4Error, ValueError):
     """The argument named `parameter` is outside its documented range."""

@@ -1,6 +1,7 @@
 """How well a model predicts a text, and how far another one's predictions are from its own."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsfp4.errors import Dsfp4Error, IoError, ParameterError
+from dsfp4.errors import Dsfp4Error, ParameterError
+from dsfp4.files import read_file
 from dsfp4.inference import DeepseekInference
 
 Array = npt.NDArray[Any]
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_ROWS = 64  # of logits in float64 at a time
+_MOST_BYTES = 1 << 30  # of a file of text, also once it is unpacked
+_PART = 1 << 20  # bytes unpacked at a time
 
 
 @dataclass
@@ -83,19 +86,12 @@ def read_documents(path: str | Path) -> list[str]:
     """Return the texts of a file: those of a *.jsonl's lines, or one, the whole of any other.
 
     A line of JSON is an object whose "text" is a string. Either may be compressed with gzip. Raises
-    IoError, and ParameterError (of `file`) that names the line at fault.
+    IoError, and ParameterError (of `file`) that names the line at fault, or for over 1 GiB of text.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP_MAGIC):
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _malformed(f"'{path}' is not sound gzip data: {error}") from error
-    except OSError as error:
-        raise IoError(
-            f"cannot read '{path}': {error.strerror}", file=str(path), errno=error.errno or 0
-        ) from error
+    data = read_file(path, _MOST_BYTES, _malformed)
+    if data.startswith(_GZIP_MAGIC):
+        data = _unpacked(data, path)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -125,8 +121,9 @@ def evaluate(
     checkpoint wants one; with `first`, only so many tokens of each document count. `against` is the
     model that is compared with: the divergence is KL(against || model), the mean over tokens of
     sum p_against * log(p_against / p_model). `progress` is called with tokens done and in all.
-    Raises Dsfp4Error if the two do not have the same tokenizer, ParameterError if nothing is left
-    to predict.
+    Memory: the logits of some rows, and with `against` its logits of one window. Raises Dsfp4Error
+    if the two do not have the same tokenizer, ParameterError if nothing is left to predict,
+    MemoryLimitError if a window's logits do not fit.
     """
     result = Evaluation(compared=against is not None)
     texts = list(documents)
@@ -173,18 +170,21 @@ def _add_window(
     ids: Sequence[int],
 ) -> None:
     given, targets = ids[:-1], np.asarray(ids[1:])
-    logits = model.model.forward(given)
-    others = against.model.forward(given) if against is not None else None
-    for begin in range(0, len(targets), _ROWS):
-        part = slice(begin, begin + _ROWS)
-        values = compare_rows(logits[part], targets[part], None if others is None else others[part])
-        for row in range(len(values["nll"])):
+    # One of the two is held whole: they run one after the other, and may be the same model.
+    others = None if against is None else against.model.forward(given)
+
+    def add(first: int, logits: Array) -> None:
+        part = slice(first, first + len(logits))
+        values = compare_rows(logits, targets[part], None if others is None else others[part])
+        for row in range(len(logits)):
             sums = Sums(1, *(values[name][row].item() for name in values))
-            bucket = (begin + row + 1).bit_length() - 1
+            bucket = (first + row + 1).bit_length() - 1
             while len(result.by_position) <= bucket:
                 result.by_position.append(Sums())
             result.by_position[bucket].add(sums)
             result.total.add(sums)
+
+    model.model.forward_windows(given, add)
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -206,6 +206,21 @@ def _windows(model: DeepseekInference, text: str, first: int, window: int) -> It
         part = begin + rest[at : at + step]
         if len(part) > 1:
             yield part
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    unpacked = bytearray()
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while part := file.read(_PART):
+                unpacked += part
+                if len(unpacked) > _MOST_BYTES:
+                    raise _malformed(
+                        f"'{path}' unpacks to more than {_MOST_BYTES} bytes, which is the limit"
+                    )
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _malformed(f"'{path}' is not sound gzip data: {error}") from error
+    return bytes(unpacked)
 
 
 def _text_of(line: str, name: str) -> str:

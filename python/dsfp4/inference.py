@@ -3,9 +3,8 @@
 import os
 import secrets
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ from dsfp4.errors import Dsfp4Error, ParameterError, UnsupportedError
 from dsfp4.model import Model, Progress, check_integers
 from dsfp4.sampling import recommended_sampling
 from dsfp4.stop import check_stop
-from dsfp4.stream import Put, TextStream
+from dsfp4.stream import Put, TextStream, end_generations
 from dsfp4.text import Text, TextBuilder
 from dsfp4.tokenizer import Tokenizer
 
@@ -119,7 +118,7 @@ class DeepseekInference:
             progress=progress,
             **memory,
         )
-        self._streams: weakref.WeakSet[TextStream] = weakref.WeakSet()
+        self._group = object()  # of its generations
         self._template_lock = threading.Lock()
         self._template: ChatTemplate | UnsupportedError | None = None  # None: not looked for yet
 
@@ -310,12 +309,23 @@ class DeepseekInference:
         return pieces if stream else _whole(pieces)
 
     def close(self) -> None:
-        """Cancel what runs and free the weights. May be called twice."""
-        for stream in list(self._streams):
-            stream.close()
-        self._model = None
-        if isinstance(self._template, ChatTemplate):
-            self._template.close()
+        """Cancel what runs, wait for it to end and free the weights. May be called twice.
+
+        The wait is for one step of the model; Ctrl-C leaves it. A generate() or chat() that another
+        thread waits for raises Dsfp4Error there; a stream ends.
+        """
+        self._model = None  # first: what starts from now on sees it and ends
+        try:
+            end_generations(self._group)
+        finally:
+            if isinstance(self._template, ChatTemplate):
+                self._template.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError(
+            "a DeepseekInference cannot be copied or pickled; load it once in each process"
+        )
 
     def __enter__(self) -> "DeepseekInference":
         """Return the object itself."""
@@ -390,8 +400,9 @@ class DeepseekInference:
                 put(*builder.finish())
                 return builder.text(result)
 
-            stream = TextStream(run)
-            self._streams.add(stream)
+            stream = TextStream(run, self._group)
+            if self._model is None:  # close() was called meanwhile, and may not have seen it
+                stream.cancel()
             return stream
 
         return start
@@ -407,10 +418,17 @@ def _check_prompt(prompt: Any, index: int) -> str:
 
 
 def _whole(stream: TextStream) -> Text:
-    """Wait for the end of `stream`."""
-    with stream:
+    """Wait for the end of `stream`, which nobody else can cancel but close()."""
+    try:
         for _ in stream:
             pass
-    if stream.result is None:
-        raise Dsfp4Error("the generation was cancelled by close()")
+    except BaseException:
+        stream.cancel()  # Ctrl-C may come between two pieces
+        raise
+    stream.close()
+    if stream.result is None or stream.result.finish_reason == "cancelled":
+        raise Dsfp4Error(
+            "this DeepseekInference was closed during the generation; make a new one, and close it "
+            "when all threads have their answers"
+        )
     return stream.result

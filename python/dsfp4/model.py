@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,7 @@ class Model:
             "prefetch_layers": prefetch_layers,
             "expert_threshold": expert_threshold,
         }
+        self._ram_limit = check_gigabytes("ram_limit", ram_limit)
         options: dict[str, Any] = {
             "threads": check_integer("threads", threads),
             "max_context": check_integer("max_context", max_context),
@@ -113,7 +114,7 @@ class Model:
             "reader": check_text("reader", reader),
             "direct_reads": bool(direct_reads),
             "trace_file": "" if trace is None else os.fspath(trace),
-            "ram_limit": check_gigabytes("ram_limit", ram_limit),
+            "ram_limit": self._ram_limit,
             "progress": progress,
         }
         chosen = resolve_device(check_text("device", device))
@@ -144,6 +145,10 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of weights in memory."""
         return self._core.weight_bytes
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError("a Model cannot be copied or pickled; load it once in each process")
 
     def set_memory_config(
         self, *, prefetch_layers: int | None = None, expert_threshold: float | None = None
@@ -216,28 +221,52 @@ class Model:
 
         `experts`, integers [MoE layers, tokens, experts per token], forces the routers' choices;
         `return_experts` also returns those made; `decode` feeds one token at a time through the
-        cache as generation does, instead of all at once.
+        cache as generation does, instead of all at once. Raises MemoryLimitError where the result
+        is more than `ram_limit`, or the machine, has room for.
         """
-        forced = None
-        if experts is not None:
-            shape = "[MoE layers, tokens, experts per token]"
-            forced = check_integers("experts", experts, shape).astype(np.int32)
-        logits, chosen, _ = map(
-            as_output, self._core.forward(check_integers("ids", ids), forced, decode)
-        )
+        logits, chosen, _ = self._forward(ids, experts, decode)
         return (logits, chosen) if return_experts else logits
+
+    def forward_windows(
+        self,
+        ids: Ids,
+        on_logits: Callable[[int, Logits], object],
+        *,
+        experts: npt.ArrayLike | None = None,
+        decode: bool = False,
+    ) -> None:
+        """Like forward(), in memory that does not grow with logits: some rows at a time, in order.
+
+        `on_logits` is called with the place of the first row in `ids` and the rows, float32 [up to
+        32, vocab]. It may keep them, must not call this model, and ends it all by raising.
+        """
+
+        def pass_on(first: int, logits: Any) -> None:
+            on_logits(first, as_output(logits))
+
+        self._forward(ids, experts, decode, on_logits=pass_on)
 
     def routing_trace(self, ids: Ids, decode: bool = False) -> tuple[Experts, RouterLogits]:
         """Return the experts that each of `ids` chooses, and the routers' logits.
 
         The context is empty at first. The experts are as forward()'s `return_experts`; the logits
-        are float32 [MoE layers, tokens, experts]. This is what `bench/replay.py` replays.
+        are float32 [MoE layers, tokens, experts]. This is what `bench/replay.py` replays. Raises
+        MemoryLimitError as forward() does.
         """
-        _, chosen, logits = map(
-            as_output,
-            self._core.forward(check_integers("ids", ids), None, decode, return_router_logits=True),
-        )
+        _, chosen, logits = self._forward(ids, None, decode, return_router_logits=True)
         return chosen, logits
+
+    def _forward(
+        self, ids: Ids, experts: npt.ArrayLike | None, decode: bool, **wanted: Any
+    ) -> tuple[Logits, Experts, RouterLogits]:
+        forced = None
+        if experts is not None:
+            shape = "[MoE layers, tokens, experts per token]"
+            forced = check_integers("experts", experts, shape).astype(np.int32)
+        checked = check_integers("ids", ids)
+        results = self._core.forward(checked, forced, decode, ram_limit=self._ram_limit, **wanted)
+        logits, chosen, routers = map(as_output, results)
+        return logits, chosen, routers
 
     def generate(
         self,

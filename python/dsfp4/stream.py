@@ -1,11 +1,12 @@
 """Generation in a thread of its own, its text handed over piece by piece."""
 
+import atexit
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+from dsfp4.errors import Dsfp4Error
 from dsfp4.text import Piece, Text
 
 
@@ -20,29 +21,21 @@ class TextStream(Iterator[Piece]):
     """The text of one generation, as it is made: pieces of reasoning, then pieces of the answer.
 
     `generate` is run at once in a worker thread; it puts the pieces and returns the whole. An error
-    of the worker is raised to whoever iterates. Ending early, by close(), by leaving a `with`
-    block, by Ctrl-C or by forgetting the stream, cancels the generation within one token. Not to
-    be iterated by two threads at once.
+    of the worker is raised to whoever iterates. Ending early, by cancel(), by close(), by leaving a
+    `with` block, by Ctrl-C or by forgetting the stream, cancels the generation within one token.
+    Only close() and leaving a `with` block wait for that. Not to be iterated by two threads at
+    once, copied or pickled. `group` is what end_generations() knows it by.
     """
 
-    def __init__(self, generate: Callable[[Put], Text]) -> None:
-        self._channel = _Channel()
-        worker = threading.Thread(
-            target=self._channel.work, args=(generate,), name="dsfp4-generate", daemon=True
-        )
-        # Also runs when the stream is forgotten and, before threads are torn down, at exit.
-        self._stop = weakref.finalize(self, _cancel, self._channel, worker)
-        self._pieces = self._channel.pieces()
-        try:
-            worker.start()
-        except BaseException:  # Ctrl-C, as start() waits for the thread to run
-            self.close()
-            raise
+    def __init__(self, generate: Callable[[Put], Text], group: object = None) -> None:
+        self._generation = _Generation(generate, group)
+        self._pieces = self._generation.pieces()
+        self._generation.start()
 
     @property
     def result(self) -> Text | None:
         """The whole answer with reasoning, ids and times; None while it runs or if it failed."""
-        return self._channel.result
+        return self._generation.result
 
     def __next__(self) -> Piece:
         """Wait for the next piece."""
@@ -50,14 +43,21 @@ class TextStream(Iterator[Piece]):
             return next(self._pieces)
         except StopIteration:
             raise
-        except BaseException:
-            self.close()
+        except BaseException:  # Ctrl-C leaves at once: the worker may be amid a long step
+            self.cancel()
+            self._pieces = iter(())
             raise
 
+    def cancel(self) -> None:
+        """Ask for the end, from any thread, and do not wait; the pieces made so far stay."""
+        self._generation.cancel()
+
     def close(self) -> None:
-        """Cancel what still runs and wait for it to end; the iterator is then exhausted."""
-        self._stop()
-        self._pieces = iter(())
+        """Cancel what still runs and wait for it to end; the iterator is then exhausted.
+
+        The wait is for one step of the model. Ctrl-C leaves it, and nothing waits there again.
+        """
+        self._generation.close()
 
     def __enter__(self) -> "TextStream":
         """Return the stream itself."""
@@ -67,36 +67,99 @@ class TextStream(Iterator[Piece]):
         """Close the stream."""
         self.close()
 
+    def __del__(self) -> None:
+        """Cancel without a wait: the collector runs this on any thread, with any lock held."""
+        if hasattr(self, "_generation"):
+            self.cancel()
 
-class _Channel:
-    """What the worker and the stream share; it must not refer to the stream."""
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled."""
+        raise TypeError("a TextStream cannot be copied or pickled; its result can")
 
-    def __init__(self) -> None:
+
+def end_generations(group: object = None) -> None:
+    """Cancel all generations of `group`, or of the process, then wait for them.
+
+    All are cancelled before any is waited for, as they take turns.
+    """
+    generations = [one for one in _running.copy() if group is None or one.group is group]
+    for generation in generations:
+        generation.cancel()
+    for generation in generations:
+        generation.close()
+
+
+class _Generation:
+    """What a stream and its worker share; it must not refer to the stream."""
+
+    def __init__(self, generate: Callable[[Put], Text], group: object) -> None:
+        self.group = group
         self.result: Text | None = None
-        self.cancelled = threading.Event()
         self._items: SimpleQueue[Piece | BaseException | None] = SimpleQueue()  # None: the end
+        self._cancelled = False  # no Event: the collector may set it while any lock is held
+        self._closed = False
+        self._ended = False
+        self._given_up = False  # somebody has interrupted the wait for the end
+        self._worker = threading.Thread(
+            target=self._work, args=(generate,), name="dsfp4-generate", daemon=True
+        )
 
-    def work(self, generate: Callable[[Put], Text]) -> None:
+    def start(self) -> None:
+        """Start the worker. Raises Dsfp4Error if there is no thread to be had."""
+        try:
+            self._worker.start()
+        except RuntimeError as error:
+            raise Dsfp4Error(
+                f"cannot start a thread for the generation: {error}; end some, or raise the limit"
+            ) from error
+        except BaseException:  # Ctrl-C, as start() waits for the thread to run
+            self.cancel()
+            raise
+        _running.add(self)
+        if self._ended:  # before it was added
+            _running.discard(self)
+
+    def cancel(self) -> None:
+        """Ask for the end and do not wait."""
+        self._cancelled = True
+
+    def close(self) -> None:
+        """Cancel, drop the pieces that are left and wait for the end.
+
+        Who interrupts the wait does not want it at the next call either.
+        """
+        self._cancelled = self._closed = True
+        if self._given_up or self._worker is threading.current_thread():
+            return
+        try:
+            self._worker.join()
+        except BaseException:
+            self._given_up = True
+            raise
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces as they are made, until close(); raises the worker's error."""
+        while not self._closed and (item := self._items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _work(self, generate: Callable[[Put], Text]) -> None:
         try:
             self.result = generate(self._put)
             self._items.put(None)
         except BaseException as error:
             self._items.put(error)
+        self._ended = True
+        _running.discard(self)
 
     def _put(self, *pieces: Piece) -> bool:
         for piece in pieces:
             self._items.put(piece)
-        return not self.cancelled.is_set()
-
-    def pieces(self) -> Iterator[Piece]:
-        while (item := self._items.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        return not self._cancelled
 
 
-def _cancel(channel: _Channel, worker: threading.Thread) -> None:
-    channel.cancelled.set()
-    # The collector may run this anywhere, in the worker too.
-    if worker.is_alive() and worker is not threading.current_thread():
-        worker.join()
+_running: set[_Generation] = set()
+
+# No worker may run on while the interpreter is torn down.
+atexit.register(end_generations)

@@ -25,6 +25,10 @@ class Piece(str):
         piece.kind = kind
         return piece
 
+    def __reduce__(self) -> tuple[type["Piece"], tuple[str, Kind]]:
+        """Copies and pickles are made by __new__, which wants both."""
+        return type(self), (str(self), self.kind)
+
 
 class Text(str):
     """An answer: a string, with what is known of it beside.

@@ -10,7 +10,8 @@ import tokenizers
 
 from dsfp4._checks import check_integer
 from dsfp4.errors import CheckpointError, ParameterError, UnsupportedError
-from dsfp4.jsonfile import read_json, read_optional_json
+from dsfp4.files import read_checkpoint_file
+from dsfp4.jsonfile import parse_json, read_json, read_optional_json
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -42,11 +43,12 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
-        vocabulary = read_json(path)
+        data = read_checkpoint_file(path)
+        vocabulary = parse_json(data, path)
         if (vocabulary.get("decoder") or {}).get("type") != "ByteLevel":
             raise UnsupportedError(f"'{path}' is not a byte-level tokenizer as DeepSeek's are")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"'{path}' is malformed: {error}", file=str(path)) from error
         if _normalizes(vocabulary.get("normalizer")):

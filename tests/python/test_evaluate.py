@@ -136,6 +136,29 @@ def test_malformed_documents(tmp_path: Path, content: bytes, problem: str) -> No
     assert error.value.parameter == "file"
 
 
+def test_a_small_file_that_unpacks_to_a_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsfp4.evaluate._MOST_BYTES", 1 << 20)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(1 << 20)))
+    assert read_documents(tmp_path / "a.gz") == ["\0" * (1 << 20)]
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bytes((1 << 20) + 1)))
+    with pytest.raises(ParameterError, match="unpacks to more than 1048576 bytes"):
+        read_documents(tmp_path / "a.gz")
+
+
+def test_logits_are_taken_in_windows(
+    demo: DeepseekInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(demo, [TEXT])
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("takes memory for the logits of all tokens")
+
+    monkeypatch.setattr(demo.model, "forward", forward)
+    assert evaluate(demo, [TEXT]) == expected
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(IoError) as error:
         read_documents(tmp_path / "none.txt")

@@ -166,14 +166,66 @@ def test_an_empty_prompt_without_a_begin_token(demo_model: Path, tmp_path: Path)
 
 
 def test_close_ends_everything(demo_model: Path) -> None:
-    with DeepseekInference(demo_model, max_context=128) as model:
-        assert model.model.max_context == 128
-        stream = model.generate(PROMPT, 100, 1.0, seed=1, stream=True, raw=True)
+    with DeepseekInference(demo_model, max_context=4095) as model:
+        assert model.model.max_context == 4095
+        stream = model.generate(PROMPT, 4000, 1.0, seed=1, stream=True, raw=True, stop_ids=[])
         next(stream)
     assert list(stream) == []
     with pytest.raises(Dsfp4Error, match="closed"):
         model.generate(PROMPT, raw=True)
     model.close()
+
+
+def test_close_is_an_error_for_who_waits_in_another_thread(demo_model: Path) -> None:
+    model = DeepseekInference(demo_model)
+    errors: list[BaseException] = []
+    first_token = threading.Event()
+
+    def work() -> None:
+        try:
+            model.generate(PROMPT, 4000, 1.0, raw=True, stop_ids=[])
+        except BaseException as error:
+            errors.append(error)
+
+    generate = model.model.generate
+
+    def seen(ids: Any, *, on_token: Any, **options: Any) -> Any:
+        return generate(ids, on_token=lambda id: (first_token.set(), on_token(id))[1], **options)
+
+    model.model.generate = seen  # type: ignore[method-assign]
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert first_token.wait(60)
+    model.close()
+    thread.join(60)
+    assert [type(error) for error in errors] == [Dsfp4Error]
+    assert "closed" in str(errors[0])
+
+
+def test_close_ends_streams_that_wait_for_their_turn(demo_model: Path) -> None:
+    with DeepseekInference(demo_model) as model:
+        # The first holds the turn until its callback, which waits for the end of the second.
+        second_ended = threading.Event()
+        first_runs = threading.Event()
+        waited: list[bool] = []
+
+        def hold(id: int) -> bool:
+            first_runs.set()
+            waited.append(second_ended.wait(60))
+            return False
+
+        holder = threading.Thread(
+            target=model.model.generate, args=([1, 2],), kwargs=dict(max_tokens=4, on_token=hold)
+        )
+        holder.start()
+        assert first_runs.wait(60)
+        second = model.generate(PROMPT, 8, raw=True, stream=True)
+        model.close()
+        second_ended.set()
+        holder.join()
+    assert waited == [True]
+    assert second.result is not None
+    assert second.result.finish_reason == "cancelled"
 
 
 QUESTION = "What is a file system?"

@@ -1,6 +1,7 @@
 """The core's messages reach Python's logging."""
 
 import logging
+import signal
 import subprocess
 import sys
 
@@ -38,3 +39,17 @@ def test_a_handler_that_raises_does_no_harm(monkeypatch: pytest.MonkeyPatch):
     finally:
         logging.getLogger("dsfp4").removeHandler(handler)
     assert [str(event.exc_value) for event in heard] == ["from the handler"]
+
+
+def test_ctrl_c_in_a_handler_is_not_lost():
+    class Interrupted(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = Interrupted()
+    logging.getLogger("dsfp4").addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _core.log_warning("a message")
+    finally:
+        logging.getLogger("dsfp4").removeHandler(handler)

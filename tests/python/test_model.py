@@ -1,5 +1,6 @@
 """dsfp4.Model: what it accepts, what it refuses, and the shapes of what it returns."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import dsfp4
-from dsfp4.errors import IoError, ParameterError
+from dsfp4.errors import IoError, MemoryLimitError, ParameterError
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,49 @@ def test_forward_shapes(model: dsfp4.Model) -> None:
     assert (logits.shape, logits.dtype) == ((5, 4096), np.float32)
     assert (experts.shape, experts.dtype) == ((7, 5, 4), np.int32)
     assert np.array_equal(model.forward(np.array(ids), experts=experts), logits)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_forward_in_windows(model: dsfp4.Model, decode: bool) -> None:
+    ids = list(range(300))
+    windows: list[tuple[int, Any]] = []
+    model.forward_windows(ids, lambda *window: windows.append(window), decode=decode)
+    firsts, rows = zip(*windows, strict=True)
+    assert all(0 < len(part) <= 32 for part in rows)
+    assert list(firsts) == np.cumsum([0, *map(len, rows[:-1])]).tolist()
+    assert np.array_equal(np.concatenate(rows), model.forward(ids, decode=decode))
+
+
+def test_forward_in_windows_ends_where_the_callback_raises(model: dsfp4.Model) -> None:
+    calls = []
+
+    def stop(first: int, logits: Any) -> None:
+        calls.append(first)
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        model.forward_windows(range(300), stop)
+    assert calls == [0]
+
+
+def test_results_that_do_not_fit_are_refused_with_the_number(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    tokens = 16384
+    for path in demo_model.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((demo_model / "config.json").read_text())
+    config["max_position_embeddings"] = tokens
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MemoryLimitError) as refusal:
+        dsfp4.Model(tmp_path, ram_limit=0.01, warm_start=False)
+    model = dsfp4.Model(tmp_path, ram_limit=refusal.value.needed / 1e9 + 0.01, warm_start=False)
+    ids = np.zeros(tokens, np.int64)
+    with pytest.raises(MemoryLimitError, match="forward_windows") as error:
+        model.forward(ids)
+    assert error.value.needed >= tokens * 4096 * 4 > error.value.available
+    assert model.forward(ids[:8]).shape == (8, 4096)
 
 
 @pytest.mark.parametrize("ids", [(1, 2), [1, 2], np.array([1, 2], np.uint16)])

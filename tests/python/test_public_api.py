@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,8 @@ def test_import_is_light(module: str):
     code = f"import sys, {module}; print(*sorted(m.partition('.')[0] for m in sys.modules))"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not {"numpy", "tokenizers", "jinja2", "torch", "asyncio"} & set(said.stdout.split())
+
+
+def test_the_sandbox_has_no_published_escape():
+    needed = [text for text in requires("dsfp4") or [] if text.startswith("jinja2")]
+    assert needed == ["jinja2>=3.1.6"], "CVE-2025-27516"

@@ -281,6 +281,23 @@ def test_an_error_in_the_progress_callback_leaves_nothing(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_copied_is_read_first_and_is_a_small_file(tmp_path: Path) -> None:
+    folder = source(BF16, tmp_path)
+    (folder / "LICENSES").mkdir()
+    (folder / "LICENSE").write_bytes(b"may be copied")
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+
+    def too_late(done: int, total: int) -> None:
+        raise AssertionError("the weights came first")
+
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json' is not a regular file"):
+        quantize(folder, tmp_path / "out", progress=too_late)
+    (folder / "tokenizer.json").unlink()
+    quantize(folder, tmp_path / "out")
+    assert (tmp_path / "out/LICENSE").read_bytes() == b"may be copied"
+
+
 def test_a_destination_in_use(tmp_path: Path) -> None:
     folder = source(BF16, tmp_path)
     (tmp_path / "out").mkdir()

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dsfp4.stream import Put, TextStream
+from dsfp4.errors import Dsfp4Error
+from dsfp4.stream import Put, TextStream, end_generations
 from dsfp4.text import Piece
 
 DEADLINE = 60.0  # seconds; only reached when something is broken
@@ -92,6 +93,22 @@ def test_stopping_early_cancels_and_waits(stop: Callable[[TextStream], None]) ->
     assert list(stream) == []
 
 
+def test_cancelling_does_not_wait_and_keeps_the_pieces() -> None:
+    go_on = threading.Event()
+
+    def generate(put: Put) -> Any:
+        put(piece("a"))
+        assert go_on.wait(DEADLINE)
+        return "cancelled" if not put() else "all"
+
+    stream = TextStream(generate)
+    stream.cancel()
+    assert stream.result is None
+    go_on.set()
+    assert list(stream) == ["a"]
+    assert stream.result == "cancelled"
+
+
 def test_a_forgotten_stream_is_cancelled() -> None:
     generate = Endless()
     stream = TextStream(generate)
@@ -99,6 +116,60 @@ def test_a_forgotten_stream_is_cancelled() -> None:
     del stream
     gc.collect()
     assert generate.ended.wait(DEADLINE)
+
+
+def test_a_forgotten_stream_is_not_waited_for() -> None:
+    # The collector may find it on the thread that its worker waits for.
+    turn = threading.Lock()
+    ended = threading.Event()
+
+    def generate(put: Put) -> Any:
+        with turn:
+            ended.set()
+
+    def forget() -> None:
+        with turn:
+            stream: Any = TextStream(generate)
+            stream.itself = stream  # only the collector finds it
+            del stream
+            gc.collect()
+
+    thread = threading.Thread(target=forget, daemon=True)
+    thread.start()
+    assert ended.wait(DEADLINE)
+
+
+def test_all_of_a_group_are_cancelled_before_any_is_waited_for() -> None:
+    # They take turns: the first to be waited for may need the end of another.
+    others = [threading.Event(), threading.Event()]
+
+    def generation(own: threading.Event, other: threading.Event) -> Callable[[Put], Any]:
+        def generate(put: Put) -> Any:
+            while put():
+                pass
+            own.set()
+            assert other.wait(DEADLINE)
+
+        return generate
+
+    group, outsider = object(), Endless()
+    with TextStream(outsider) as stays:
+        streams = [TextStream(generation(*pair), group) for pair in (others, others[::-1])]
+        end_generations(group)
+        assert [stream.result for stream in streams] == [None, None]
+        assert all(event.is_set() for event in others)
+        assert [list(stream) for stream in streams] == [[], []]
+        next(stays)
+        assert not outsider.ended.is_set()
+
+
+def test_a_thread_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(Dsfp4Error, match="can't start new thread"):
+        TextStream(Endless())
 
 
 def test_ctrl_c_cancels() -> None:
@@ -127,7 +198,42 @@ def test_ctrl_c_while_waiting_for_the_first_piece() -> None:
     with pytest.raises(KeyboardInterrupt):
         for _ in TextStream(generate):
             pass
-    assert cancelled.is_set()
+    assert cancelled.wait(DEADLINE)
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_leaves_in_the_midst_of_a_step() -> None:
+    started, step_ended = threading.Event(), threading.Event()
+
+    def generate(put: Put) -> Any:
+        assert started.wait(DEADLINE)
+        press_ctrl_c()
+        assert step_ended.wait(DEADLINE)
+        return "cancelled" if not put() else "all"
+
+    stream = TextStream(generate)
+    with pytest.raises(KeyboardInterrupt):
+        started.set()
+        next(stream)
+    step_ended.set()
+    stream.close()
+    assert stream.result == "cancelled"
+
+
+def test_ctrl_c_leaves_the_wait_for_the_end_and_nothing_waits_again() -> None:
+    step_ended = threading.Event()
+    stream = TextStream(lambda put: step_ended.wait(DEADLINE))  # type: ignore[arg-type, return-value]
+    timer = threading.Timer(0.1, press_ctrl_c)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        stream.close()
+    timer.join()
+    stream.close()
+    assert stream.result is None
+    step_ended.set()
 
 
 def test_an_open_stream_does_not_hold_up_the_end_of_the_program() -> None:

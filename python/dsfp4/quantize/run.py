@@ -16,6 +16,7 @@ from dsfp4 import _core
 from dsfp4._checks import check_integer
 from dsfp4.demo import resolve_model
 from dsfp4.errors import IoError, ParameterError
+from dsfp4.files import read_checkpoint_file
 from dsfp4.jsonfile import read_json
 from dsfp4.model import Progress
 from dsfp4.quantize.convert import Done, make_jobs
@@ -69,11 +70,12 @@ def quantize(
     _core.describe(str(folder))  # a source that could not be run is refused before any work
     check_sound(folder, workers)  # slabs are read one by one: no later place sees whole tensors
     layers = _core.read_config(str(folder))["num_hidden_layers"]
+    copied = _read_copied_files(folder)
     with Source(folder) as tensors:
         plan = make_plan(tensors, layers, attention)
         with _fresh_folder(Path(destination), plan.bytes_out) as out:
             done = _write_shards(plan, tensors, out, workers, progress)
-            _write_side_files(plan, folder, out)
+            _write_side_files(plan, folder, copied, out)
     return _summary(plan, done, attention)
 
 
@@ -126,11 +128,16 @@ def _write_shards(
     return done
 
 
-def _write_side_files(plan: Plan, source: Path, folder: Path) -> None:
+def _read_copied_files(folder: Path) -> dict[str, bytes]:
+    """Return what is taken over as it is, by name: read first, as the weights take hours."""
+    paths = (path for pattern in _COPIED_FILES for path in folder.glob(pattern))
+    return {path.name: read_checkpoint_file(path) for path in paths if not path.is_dir()}
+
+
+def _write_side_files(plan: Plan, source: Path, copied: dict[str, bytes], folder: Path) -> None:
     """Write what is not weights; the index comes last, so that it marks a finished checkpoint."""
-    for pattern in _COPIED_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    for name, data in copied.items():
+        (folder / name).write_bytes(data)
     producer = {"name": "dsfp4", "version": dsfp4.__version__}
     quantization = {
         "quant_algo": "NVFP4",

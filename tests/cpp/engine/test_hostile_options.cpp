@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -250,6 +252,29 @@ TEST_F(HostileOptions, Forward) {
 
   model_->forward(ids, logits);  // still usable
   for (const float logit : logits) EXPECT_TRUE(std::isfinite(logit));
+}
+
+TEST_F(HostileOptions, LogitsInWindows) {
+  const std::int64_t count = kLogitRows + 8;
+  const std::vector<std::int32_t> ids(static_cast<std::size_t>(count), 3);
+  std::vector<float> logits(static_cast<std::size_t>(count * kVocab));
+  for (const bool decode : {false, true}) {
+    ForwardOptions options;
+    options.decode = decode;
+    model_->forward(ids, logits, options);
+    std::vector<float> seen;
+    options.on_logits = [&](std::int64_t first, std::span<const float> rows) {
+      EXPECT_EQ(first * kVocab, std::ssize(seen));
+      EXPECT_LE(std::ssize(rows), kLogitRows * kVocab);
+      seen.insert(seen.end(), rows.begin(), rows.end());
+    };
+    EXPECT_EQ(refused([&] { model_->forward(ids, logits, options); }), "logits");
+    model_->forward(ids, {}, options);
+    EXPECT_EQ(seen, logits);
+    options.on_logits = [](std::int64_t, std::span<const float>) { throw std::range_error("own"); };
+    EXPECT_THROW(model_->forward(ids, {}, options), std::range_error);
+  }
+  model_->forward(ids, logits);  // still usable
 }
 
 }  // namespace

@@ -119,5 +119,23 @@ TEST(RamLimit, ALimitThatWouldMakeTheMachineSwapIsRefused) {
   check_ram(30 * kGb, needs, machine);  // fits; the limit itself is only warned about
 }
 
+TEST(RamLimit, ResultsThatDoNotFitAreRefusedWithTheNumbers) {
+  const memory::MachineMemory machine{32 * kGb, 10 * kGb, 4 * kGb};
+  check_result(10 * kGb, 0, machine);
+  check_result(2 * kGb, 6 * kGb, machine);
+  check_result(memory::kUncountedBytes, kGb, machine);  // the process is beyond the limit already
+  EXPECT_THROW(check_result(10 * kGb + 1, 0, machine), MemoryLimitError);
+  EXPECT_THROW(check_result(10 * kGb + 1, 30 * kGb, machine), MemoryLimitError);
+  EXPECT_THROW(check_result(memory::kUncountedBytes + 1, kGb, machine), MemoryLimitError);
+  try {
+    check_result(2 * kGb + 1, 6 * kGb, machine);
+    FAIL();
+  } catch (const MemoryLimitError& error) {
+    EXPECT_EQ(error.needed(), 2 * kGb + 1);
+    EXPECT_EQ(error.available(), 2 * kGb);
+    EXPECT_NE(std::string(error.what()).find("forward_windows"), std::string::npos);
+  }
+}
+
 }  // namespace
 }  // namespace dsfp4::engine
