@@ -47,16 +47,23 @@ def test_cancelled_a_thousand_times(model):
 
 
 def test_cancelled_during_prefill(model):
-    steps = []
+    whole = run(model, range(3, 300)).tokens
+    seen = []
+    assert run(model, range(3, 300), on_prefill=lambda *step: seen.append(step)).tokens == whole
+    assert sorted(set(seen)) == [(0, 297), (256, 297), (297, 297)]
+    assert len(seen) > 20  # asked between layers and groups of experts, not once a chunk
+    for last in (1, 2, 5, len(seen) - 1):
+        steps = []
 
-    def on_prefill(done, total):
-        steps.append((done, total))
-        return False
+        def on_prefill(done, total, steps=steps, last=last):
+            steps.append((done, total))
+            return len(steps) < last
 
-    result = run(model, range(3, 300), on_prefill=on_prefill)
-    assert result.finish_reason == "cancelled"
-    assert result.tokens == []
-    assert steps == [(256, 297)]  # stopped after the first chunk
+        result = run(model, range(3, 300), on_prefill=on_prefill)
+        assert result.finish_reason == "cancelled"
+        assert result.tokens == []
+        assert steps == seen[:last]
+    assert run(model, range(3, 300)).tokens == whole
 
 
 def test_exception_of_a_callback_reaches_the_caller(model):
