@@ -153,7 +153,7 @@ Handle load(const std::string& path, const std::string& device, int threads,
 nb::tuple forward(const Handle& handle, const Ids& ids,
                   const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
                   bool return_router_logits, const std::optional<nb::callable>& on_logits,
-                  std::uint64_t ram_limit) {
+                  std::uint64_t ram_limit, std::uint64_t resident_before) {
   Model& model = *handle;
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
@@ -165,8 +165,12 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
   const std::size_t rows = on_logits || return_router_logits ? 0 : tokens.size();
   const std::size_t router_layers = return_router_logits ? layers : 0;
   const std::size_t values_per_token = layers * top_k + router_layers * width;
-  engine::check_result(sizeof(float) * (rows * vocab + tokens.size() * values_per_token), ram_limit,
-                       memory::machine_memory());
+  const std::uint64_t bytes = sizeof(float) * (rows * vocab + tokens.size() * values_per_token);
+  {
+    const nb::gil_scoped_release released;
+    engine::check_result(bytes, ram_limit, resident_before + model.stats().reserved_bytes,
+                         memory::machine_memory());
+  }
   std::vector<float> logits(rows * vocab);
   std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
   std::vector<float> routers(router_layers * tokens.size() * width);
@@ -297,6 +301,9 @@ TokenPairs top_of(const TokenLogprobs& logprobs) {
 void bind_model(nb::module_& m) {
   m.def("cuda_problem", &cuda_problem,
         "Why device 'cuda' cannot be used here, in one sentence; None if it can.");
+  m.def(
+      "resident_bytes", [] { return memory::machine_memory().process; },
+      "Bytes of RAM that this process has now.");
   m.def("bench_cuda", &bench_cuda, nb::arg("only") = "",
         "Times the CUDA kernels: dicts of name, seconds, bytes, flops, floor.");
   nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
@@ -369,7 +376,8 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("device", get<&Model::device>)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
            nb::arg("decode") = false, nb::arg("return_router_logits") = false,
-           nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
+           nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0,
+           nb::arg("resident_before") = 0)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

@@ -49,10 +49,12 @@ void check_ram(std::uint64_t ram_limit, const RamNeeds& needs,
   }
 }
 
-void check_result(std::uint64_t bytes, std::uint64_t ram_limit,
+void check_result(std::uint64_t bytes, std::uint64_t ram_limit, std::uint64_t planned,
                   const memory::MachineMemory& machine) {
-  std::uint64_t room = machine.available;
-  if (ram_limit > 0) room = std::min(room, ram_limit - std::min(ram_limit, machine.process));
+  const std::uint64_t process = std::max(machine.process, planned);
+  const std::uint64_t untouched = process - machine.process;
+  std::uint64_t room = machine.available - std::min(machine.available, untouched);
+  if (ram_limit > 0) room = std::min(room, ram_limit - std::min(ram_limit, process));
   room = std::max(room, memory::kUncountedBytes);
   if (bytes <= room) return;
   throw MemoryLimitError("the results of forward() for all tokens", bytes, room,

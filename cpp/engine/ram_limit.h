@@ -28,9 +28,10 @@ void check_ram(std::uint64_t ram_limit, const RamNeeds& needs,
                const memory::MachineMemory& machine);
 
 /// Refuses results of forward() that take `bytes` with MemoryLimitError, if that is more than
-/// `ram_limit` (in bytes, 0: none) leaves or the machine has. memory::kUncountedBytes are always
-/// there.
-void check_result(std::uint64_t bytes, std::uint64_t ram_limit,
+/// `ram_limit` (in bytes, 0: none) leaves or the machine has. `planned` is what the process had
+/// before the load and what that reserved: all of it will be touched. memory::kUncountedBytes are
+/// always there.
+void check_result(std::uint64_t bytes, std::uint64_t ram_limit, std::uint64_t planned,
                   const memory::MachineMemory& machine);
 
 }  // namespace dsfp4::engine

@@ -1,11 +1,10 @@
 #include "ops/cuda_plugin.h"
 
-#include <cinttypes>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <dlfcn.h>
 #include <fstream>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -24,14 +23,16 @@ std::filesystem::path own_file() {
   const auto here = reinterpret_cast<std::uintptr_t>(&cuda_plugin);
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {
+    std::istringstream fields(line);
     std::uintptr_t first = 0;
     std::uintptr_t end = 0;
-    int name = 0;
-    if (std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %*s %*s %*s %*s %n", &first, &end,
-                    &name) == 2 &&
-        first <= here && here < end) {
-      return line.substr(static_cast<std::size_t>(name));
-    }
+    char dash = 0;
+    fields >> std::hex >> first >> dash >> end;
+    if (!fields || here < first || here >= end) continue;
+    std::string name;
+    for (int skipped = 0; skipped < 4; ++skipped) fields >> name;  // rights, offset, device, inode
+    std::getline(fields >> std::ws, name);                         // may hold spaces
+    return name;
   }
   throw CudaError(
       "device 'cuda' needs /proc/self/maps, to find its library beside this one; use "
@@ -44,11 +45,15 @@ bool is_there(const std::filesystem::path& path) {
   return std::filesystem::exists(path, ignored);
 }
 
-const cuda::Plugin& load_plugin() {
+std::filesystem::path plugin_path() {
   const char* named = std::getenv("DSFP4_CUDA_PLUGIN");
-  const std::filesystem::path path = named != nullptr && *named != '\0'
-                                         ? std::filesystem::absolute(named)  // or dlopen searches
-                                         : plugin_beside(own_file());
+  if (named == nullptr || *named == '\0') return plugin_beside(own_file());
+  const std::filesystem::path path = named;
+  return path.has_parent_path() ? path : "." / path;  // dlopen searches for what has no folder
+}
+
+const cuda::Plugin& load_plugin() {
+  const std::filesystem::path path = plugin_path();
   if (!is_there(path)) {
     throw CudaError("device 'cuda' needs " + path.string() +
                     ", which is not there: this build of dsfp4 has no CUDA backend; use device "

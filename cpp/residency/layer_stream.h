@@ -67,7 +67,7 @@ class LayerStream {
   /// Enters a layer for as long as it lives. `stream` may be null.
   class Use {
    public:
-    Use(LayerStream* stream, std::int64_t layer, const Poll& poll)
+    Use(LayerStream* stream, std::int64_t layer, const Poll& poll = {})
         : stream_(stream), layer_(layer) {
       if (stream_ != nullptr) stream_->enter(layer_, poll);
     }

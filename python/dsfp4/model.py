@@ -118,6 +118,7 @@ class Model:
             "progress": progress,
         }
         chosen = resolve_device(check_text("device", device))
+        self._resident_before = _core.resident_bytes()
         try:
             self._core = _core.Model(folder, device=chosen, **options)
         except MemoryLimitError as error:
@@ -264,7 +265,14 @@ class Model:
             shape = "[MoE layers, tokens, experts per token]"
             forced = check_integers("experts", experts, shape).astype(np.int32)
         checked = check_integers("ids", ids)
-        results = self._core.forward(checked, forced, decode, ram_limit=self._ram_limit, **wanted)
+        results = self._core.forward(
+            checked,
+            forced,
+            decode,
+            ram_limit=self._ram_limit,
+            resident_before=self._resident_before,
+            **wanted,
+        )
         logits, chosen, routers = map(as_output, results)
         return logits, chosen, routers
 

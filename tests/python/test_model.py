@@ -41,7 +41,7 @@ def test_forward_shapes(model: dsfp4.Model) -> None:
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_forward_in_windows(model: dsfp4.Model, decode: bool) -> None:
-    ids = list(range(300))
+    ids = list(range(200))
     windows: list[tuple[int, Any]] = []
     model.forward_windows(ids, lambda *window: windows.append(window), decode=decode)
     firsts, rows = zip(*windows, strict=True)
@@ -58,7 +58,7 @@ def test_forward_in_windows_ends_where_the_callback_raises(model: dsfp4.Model) -
         raise KeyError("enough")
 
     with pytest.raises(KeyError, match="enough"):
-        model.forward_windows(range(300), stop)
+        model.forward_windows(range(200), stop)
     assert calls == [0]
 
 

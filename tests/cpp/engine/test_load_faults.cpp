@@ -121,14 +121,19 @@ TEST(RamLimit, ALimitThatWouldMakeTheMachineSwapIsRefused) {
 
 TEST(RamLimit, ResultsThatDoNotFitAreRefusedWithTheNumbers) {
   const memory::MachineMemory machine{32 * kGb, 10 * kGb, 4 * kGb};
-  check_result(10 * kGb, 0, machine);
-  check_result(2 * kGb, 6 * kGb, machine);
-  check_result(memory::kUncountedBytes, kGb, machine);  // the process is beyond the limit already
-  EXPECT_THROW(check_result(10 * kGb + 1, 0, machine), MemoryLimitError);
-  EXPECT_THROW(check_result(10 * kGb + 1, 30 * kGb, machine), MemoryLimitError);
-  EXPECT_THROW(check_result(memory::kUncountedBytes + 1, kGb, machine), MemoryLimitError);
+  check_result(10 * kGb, 0, kGb, machine);
+  check_result(2 * kGb, 6 * kGb, kGb, machine);
+  // Here the process is beyond the limit already.
+  check_result(memory::kUncountedBytes, kGb, kGb, machine);
+  EXPECT_THROW(check_result(10 * kGb + 1, 0, kGb, machine), MemoryLimitError);
+  EXPECT_THROW(check_result(10 * kGb + 1, 30 * kGb, kGb, machine), MemoryLimitError);
+  EXPECT_THROW(check_result(memory::kUncountedBytes + 1, kGb, kGb, machine), MemoryLimitError);
+  // Of 9 GB that are reserved, 5 are not touched yet.
+  check_result(5 * kGb, 0, 9 * kGb, machine);
+  EXPECT_THROW(check_result(5 * kGb + 1, 0, 9 * kGb, machine), MemoryLimitError);
+  EXPECT_THROW(check_result(kGb + 1, 10 * kGb, 9 * kGb, machine), MemoryLimitError);
   try {
-    check_result(2 * kGb + 1, 6 * kGb, machine);
+    check_result(2 * kGb + 1, 6 * kGb, kGb, machine);
     FAIL();
   } catch (const MemoryLimitError& error) {
     EXPECT_EQ(error.needed(), 2 * kGb + 1);
