@@ -10,7 +10,9 @@
 
 #include "base/thread_pool.h"
 #include "checkpoint/catalogue.h"
+#include "checkpoint/config.h"
 #include "checkpoint/hashes.h"
+#include "checkpoint/layout.h"
 #include "format/nonfinite.h"
 #include "storage/reader.h"
 
@@ -145,7 +147,9 @@ class Verifier {
 
 VerifyReport verify(const std::filesystem::path& folder, int threads, bool write,
                     const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+  const checkpoint::ModelConfig config = checkpoint::read_config(folder);
   const Catalogue catalogue = Catalogue::open(folder);
+  checkpoint::resolve_layout(catalogue, config);  // files may be sound and yet not be run
   Verifier verifier(catalogue, progress);
   verifier.run(threads);
   VerifyReport report = verifier.report();
