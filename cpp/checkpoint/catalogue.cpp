@@ -149,10 +149,11 @@ const TensorInfo* Catalogue::find(std::string_view name) const {
   return found != by_name_.end() && tensors_[*found].name == name ? &tensors_[*found] : nullptr;
 }
 
+std::string_view Catalogue::name_of(const AbsentTensor& tensor) const {
+  return std::string_view(absent_names_).substr(tensor.name_begin, tensor.name_bytes);
+}
+
 const Catalogue::AbsentTensor* Catalogue::find_absent(std::string_view name) const {
-  const auto name_of = [&](const AbsentTensor& tensor) {
-    return std::string_view(absent_names_).substr(tensor.name_begin, tensor.name_bytes);
-  };
   const auto found = std::lower_bound(absent_.begin(), absent_.end(), name,
                                       [&](const AbsentTensor& tensor, std::string_view wanted) {
                                         return name_of(tensor) < wanted;
@@ -174,8 +175,25 @@ const TensorInfo& Catalogue::require(std::string_view name) const {
   throw CheckpointError(folder_.string(), std::string(name), -1, problem);
 }
 
+std::vector<std::string_view> Catalogue::absent_tensors() const {
+  std::vector<std::string_view> names;
+  names.reserve(absent_.size());
+  for (const AbsentTensor& tensor : absent_) names.push_back(name_of(tensor));
+  return names;
+}
+
 std::string Catalogue::file_name(const TensorInfo& tensor) const {
   return files_.at(tensor.file).string();
+}
+
+void Catalogue::fail(const TensorInfo& tensor, const std::string& problem) const {
+  throw CheckpointError(file_name(tensor), tensor.name, static_cast<std::int64_t>(tensor.offset),
+                        problem);
+}
+
+void Catalogue::unsupported(const TensorInfo& tensor, const std::string& problem) const {
+  throw UnsupportedError(file_name(tensor) + ": '" + tensor.name + "' at byte " +
+                         std::to_string(tensor.offset) + ": " + problem);
 }
 
 }  // namespace dsfp4::checkpoint

@@ -50,7 +50,14 @@ class Catalogue {
   const TensorInfo& require(std::string_view name) const;
   /// Whether the index places that tensor in a shard that is not there.
   bool in_absent_shard(std::string_view name) const { return find_absent(name) != nullptr; }
+  /// Names that the index places in shards that are not there, sorted.
+  std::vector<std::string_view> absent_tensors() const;
   std::string file_name(const TensorInfo& tensor) const;
+
+  /// Throws CheckpointError: the file, the tensor, its first byte and the problem.
+  [[noreturn]] void fail(const TensorInfo& tensor, const std::string& problem) const;
+  /// Throws UnsupportedError with the same facts.
+  [[noreturn]] void unsupported(const TensorInfo& tensor, const std::string& problem) const;
 
  private:
   // A tensor that the index places in a shard that is not there.
@@ -64,6 +71,7 @@ class Catalogue {
   void read_headers(const std::vector<std::string>& shards,
                     const std::vector<std::string>& indexed);
   void merge_names(std::vector<std::ptrdiff_t> runs);
+  std::string_view name_of(const AbsentTensor& tensor) const;
   const AbsentTensor* find_absent(std::string_view name) const;
   void check_index(ShardIndex& index);  // may take its names
 

@@ -22,6 +22,8 @@ class Fields {
   /// "rope_scaling.factor" for "factor".
   std::string full_name(std::string_view name) const;
 
+  /// All of them, those that are null too, sorted by name.
+  const JsonValue::Object& members() const { return *object_->object(); }
   /// Null if it is missing or null.
   const JsonValue* find(std::string_view name) const;
   bool is_null(std::string_view name) const;  // given, as null

@@ -1,94 +1,14 @@
 #include "checkpoint/layout.h"
 
-#include <initializer_list>
-#include <utility>
-
-#include "base/checked.h"
-#include "checkpoint/safetensors.h"
-#include "dsfp4/error.h"
+#include "checkpoint/leftovers.h"
 
 namespace dsfp4::checkpoint {
 namespace {
 
-using format::DType;
-using format::WeightFormat;
-using Shape = std::vector<std::int64_t>;
-
-[[noreturn]] void fail(const Catalogue& catalogue, const TensorInfo& tensor,
-                       const std::string& problem) {
-  throw CheckpointError(catalogue.file_name(tensor), tensor.name,
-                        static_cast<std::int64_t>(tensor.offset), problem);
-}
-
-std::string type_text(DType dtype, const Shape& shape) {
-  return std::string(format::dtype_name(dtype)) + " " + shape_text(shape);
-}
-
-// `tensor` must have one of the dtypes, and the shape.
-void check(const Catalogue& catalogue, const TensorInfo& tensor,
-           std::initializer_list<DType> dtypes, const Shape& shape) {
-  std::string expected;
-  for (const DType dtype : dtypes) {
-    if (tensor.dtype == dtype && tensor.shape == shape) return;
-    expected += (expected.empty() ? "" : " or ") + type_text(dtype, shape);
-  }
-  fail(catalogue, tensor,
-       "is " + type_text(tensor.dtype, tensor.shape) + "; it must be " + expected);
-}
-
-const TensorInfo* require_scalar(const Catalogue& catalogue, const std::string& name) {
-  const TensorInfo& tensor = catalogue.require(name);
-  const bool scalar = tensor.shape.empty() || tensor.shape == Shape{1};
-  if (!scalar || (tensor.dtype != DType::kF32 && tensor.dtype != DType::kBF16)) {
-    fail(catalogue, tensor,
-         "is " + type_text(tensor.dtype, tensor.shape) + "; it must be F32 or BF16, [] or [1]");
-  }
-  return &tensor;
-}
-
-WeightSource resolve_nvfp4(const Catalogue& catalogue, const std::string& module,
-                           const TensorInfo& packed, std::int64_t rows, std::int64_t cols) {
-  if (cols % format::kNvfp4Group != 0) {
-    fail(catalogue, packed,
-         "is U8, so NVFP4, but " + std::to_string(cols) + " columns are not a multiple of 16");
-  }
-  check(catalogue, packed, {DType::kU8}, {rows, cols / 2});
-  WeightSource source;
-  source.format = WeightFormat::kNvfp4;
-  source.rows = rows;
-  source.cols = cols;
-  source.data = &packed;
-  source.scales = &catalogue.require(module + ".weight_scale");
-  check(catalogue, *source.scales, {DType::kF8E4M3}, {rows, cols / format::kNvfp4Group});
-  source.global_scale_is_reciprocal = packed.name.ends_with("_packed");
-  source.global_scale = require_scalar(
-      catalogue,
-      module + (source.global_scale_is_reciprocal ? ".weight_global_scale" : ".weight_scale_2"));
-  return source;
-}
-
-WeightSource resolve_fp8(const Catalogue& catalogue, const std::string& module,
-                         const TensorInfo& weight, std::int64_t rows, std::int64_t cols) {
-  check(catalogue, weight, {DType::kF8E4M3}, {rows, cols});
-  const TensorInfo& scales = catalogue.require(module + ".weight_scale_inv");
-  check(catalogue, scales, {DType::kF32},
-        {ceil_div(rows, format::kFp8Tile), ceil_div(cols, format::kFp8Tile)});
-  return {WeightFormat::kFp8Block, rows, cols, &weight, &scales, nullptr, false};
-}
-
-// A matrix that is never quantised: F32 or BF16.
-WeightSource resolve_plain(const Catalogue& catalogue, const TensorInfo& weight, std::int64_t rows,
-                           std::int64_t cols) {
-  check(catalogue, weight, {DType::kBF16, DType::kF32}, {rows, cols});
-  const WeightFormat format =
-      weight.dtype == DType::kF32 ? WeightFormat::kF32 : WeightFormat::kBF16;
-  return {format, rows, cols, &weight, nullptr, nullptr, false};
-}
-
 const TensorInfo* resolve_vector(const Catalogue& catalogue, const std::string& name,
                                  std::int64_t length) {
   const TensorInfo& tensor = catalogue.require(name);
-  check(catalogue, tensor, {DType::kBF16, DType::kF32}, {length});
+  check_tensor(catalogue, tensor, {format::DType::kBF16, format::DType::kF32}, {length});
   return &tensor;
 }
 
@@ -122,7 +42,9 @@ AttentionSource resolve_attention(const Catalogue& catalogue, const std::string&
                      heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank);
   source.o_proj = resolve_weight(catalogue, prefix + ".o_proj", hidden, heads * config.v_head_dim);
   const std::string k_scale = prefix + ".k_proj.k_scale";
-  if (catalogue.find(k_scale) != nullptr) source.k_scale = require_scalar(catalogue, k_scale);
+  if (catalogue.find(k_scale) != nullptr || catalogue.in_absent_shard(k_scale)) {
+    source.k_scale = resolve_scalar(catalogue, catalogue.require(k_scale));
+  }
   return source;
 }
 
@@ -167,36 +89,6 @@ LayerSource resolve_layer(const Catalogue& catalogue, std::int64_t index,
 
 }  // namespace
 
-std::uint64_t WeightSource::bytes() const {
-  return (data == nullptr ? 0 : data->bytes) + (scales == nullptr ? 0 : scales->bytes);
-}
-
-WeightSource resolve_weight(const Catalogue& catalogue, const std::string& module,
-                            std::int64_t rows, std::int64_t cols) {
-  const std::string packed_name = module + ".weight_packed";
-  const TensorInfo* weight = catalogue.find(module + ".weight");
-  const TensorInfo* packed = catalogue.find(packed_name);
-  if (weight != nullptr && packed != nullptr) {
-    fail(catalogue, *packed, "the same matrix is there as '" + weight->name + "' too");
-  }
-  if (packed == nullptr && catalogue.in_absent_shard(packed_name)) catalogue.require(packed_name);
-  if (packed == nullptr && weight == nullptr) catalogue.require(module + ".weight");
-  if (packed != nullptr) return resolve_nvfp4(catalogue, module, *packed, rows, cols);
-  switch (weight->dtype) {
-    case DType::kU8:
-      return resolve_nvfp4(catalogue, module, *weight, rows, cols);
-    case DType::kF8E4M3:
-      return resolve_fp8(catalogue, module, *weight, rows, cols);
-    case DType::kBF16:
-    case DType::kF32:
-      return resolve_plain(catalogue, *weight, rows, cols);
-    default:
-      fail(catalogue, *weight,
-           "is " + type_text(weight->dtype, weight->shape) +
-               "; a weight must be NVFP4 (U8), FP8 (F8_E4M3), BF16 or F32");
-  }
-}
-
 ModelLayout resolve_layout(const Catalogue& catalogue, const ModelConfig& config) {
   ModelLayout layout;
   layout.embed_tokens = resolve_plain(catalogue, catalogue.require("model.embed_tokens.weight"),
@@ -209,6 +101,7 @@ ModelLayout resolve_layout(const Catalogue& catalogue, const ModelConfig& config
       config.tie_word_embeddings
           ? layout.embed_tokens
           : resolve_weight(catalogue, "lm_head", config.vocab_size, config.hidden_size);
+  check_leftovers(catalogue, config, layout);
   return layout;
 }
 

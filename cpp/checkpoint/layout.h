@@ -8,24 +8,9 @@
 
 #include "checkpoint/catalogue.h"
 #include "checkpoint/config.h"
-#include "format/weight.h"
+#include "checkpoint/weight_source.h"
 
 namespace dsfp4::checkpoint {
-
-/// A weight matrix as the files hold it. Pointers are into the Catalogue, which must outlive this.
-struct WeightSource {
-  format::WeightFormat format = format::WeightFormat::kF32;
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  const TensorInfo* data = nullptr;
-  const TensorInfo* scales = nullptr;        // null where the format has none
-  const TensorInfo* global_scale = nullptr;  // NVFP4 only: a scalar, F32 or BF16
-  bool global_scale_is_reciprocal = false;   // compressed-tensors' weight_global_scale
-
-  bool present() const { return data != nullptr; }
-  /// Bytes that lie in the files: data + scales (the scalars are not counted).
-  std::uint64_t bytes() const;
-};
 
 struct MlpSource {
   WeightSource gate_proj, up_proj, down_proj;
@@ -59,12 +44,9 @@ struct ModelLayout {
   std::vector<LayerSource> layers;  // num_hidden_layers; MTP layers are not listed
 };
 
-/// Recognises the weight of module `module` ("model.layers.3.mlp.down_proj") and checks that it is
-/// [rows, cols]. Throws CheckpointError that names the tensor at fault.
-WeightSource resolve_weight(const Catalogue& catalogue, const std::string& module,
-                            std::int64_t rows, std::int64_t cols);
-
-/// All roles of the model. Throws CheckpointError for a missing tensor or a wrong shape or dtype.
+/// All roles of the model. Throws CheckpointError for a missing tensor or a wrong shape or dtype,
+/// UnsupportedError for a format that is not supported and for a tensor that the model does not use
+/// though it may change what is computed (leftovers.h).
 ModelLayout resolve_layout(const Catalogue& catalogue, const ModelConfig& config);
 
 }  // namespace dsfp4::checkpoint

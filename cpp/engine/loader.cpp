@@ -58,6 +58,12 @@ class Placement {
     place(source.global_scale, view.global_scale, source.global_scale_is_reciprocal);
   }
 
+  // A router's matrix: where one value is NaN, that expert is chosen or left out in silence.
+  void place_router(const WeightSource& source, format::WeightView& view) {
+    place(source, view);
+    if (source.present() && arena_ != nullptr) tensors_.back().finite = true;
+  }
+
   // All but the matrix itself, which stays in its file.
   void place_absent(const WeightSource& source, format::WeightView& view) {
     view.format = source.format;
@@ -81,6 +87,7 @@ class Placement {
     auto* values = arena_->take_array<float>(count);
     view = {values, count};
     vectors_.push_back({vector, values, read_later(*vector)});
+    staged_tensors_.back().finite = true;
   }
 
   // Once the extents are read: what is kept as FP32 is converted.
@@ -209,7 +216,7 @@ void place_layer(Placement& placement, const checkpoint::LayerSource& source, bo
   placement.place(source.self_attn.kv_a_layernorm, weights.self_attn.kv_a_layernorm);
   placement.place(source.self_attn.k_scale, weights.self_attn.k_scale);
   place_all(placement, dense_matrices(source, weights), in_files);
-  placement.place(source.gate, weights.gate);
+  placement.place_router(source.gate, weights.gate);
   placement.place(source.e_score_correction_bias, weights.e_score_correction_bias);
   weights.experts.resize(source.experts.size());
   std::vector<Matrix> experts;

@@ -1,7 +1,6 @@
 #include "engine/verify.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -11,8 +10,10 @@
 
 #include "base/thread_pool.h"
 #include "checkpoint/catalogue.h"
+#include "checkpoint/config.h"
 #include "checkpoint/hashes.h"
-#include "format/dtype.h"
+#include "checkpoint/layout.h"
+#include "format/nonfinite.h"
 #include "storage/reader.h"
 
 namespace dsfp4::engine {
@@ -21,74 +22,9 @@ namespace {
 using checkpoint::Catalogue;
 using checkpoint::TensorHashes;
 using checkpoint::TensorInfo;
-using format::DType;
+using format::Nonfinite;
 
 constexpr std::uint64_t kPieceBytes = std::uint64_t{4} << 20;  // a multiple of every element's size
-
-// The bits that NaN and infinity have set, all of them, and no finite number has; 0 for integers.
-std::uint64_t nonfinite_bits(DType dtype) {
-  switch (dtype) {
-    case DType::kF8E4M3:
-      return 0x7F;
-    case DType::kF8E5M2:
-      return 0x7C;
-    case DType::kF8E8M0:
-      return 0xFF;
-    case DType::kF16:
-      return 0x7C00;
-    case DType::kBF16:
-      return 0x7F80;
-    case DType::kF32:
-      return 0x7F80'0000;
-    case DType::kF64:
-      return 0x7FF0'0000'0000'0000;
-    default:
-      return 0;
-  }
-}
-
-struct Nonfinite {
-  std::uint64_t count = 0;
-  std::uint64_t first = 0;  // byte of the first one, from the tensor's start
-};
-
-template <typename Word>
-void find_nonfinite(const std::byte* bytes, std::uint64_t size, std::uint64_t at,
-                    std::uint64_t bits, Nonfinite& found) {
-  const auto mask = static_cast<Word>(bits);
-  std::uint64_t count = 0;
-  for (std::uint64_t i = 0; i < size; i += sizeof(Word)) {
-    Word word{};
-    std::memcpy(&word, bytes + i, sizeof(Word));
-    count += (word & mask) == mask ? 1 : 0;
-  }
-  if (count != 0 && found.count == 0) {
-    for (std::uint64_t i = 0;; i += sizeof(Word)) {
-      Word word{};
-      std::memcpy(&word, bytes + i, sizeof(Word));
-      if ((word & mask) != mask) continue;
-      found.first = at + i;
-      break;
-    }
-  }
-  found.count += count;
-}
-
-void find_nonfinite(DType dtype, const std::byte* bytes, std::uint64_t size, std::uint64_t at,
-                    Nonfinite& found) {
-  const std::uint64_t bits = nonfinite_bits(dtype);
-  if (bits == 0) return;
-  switch (format::dtype_size(dtype)) {
-    case 1:
-      return find_nonfinite<std::uint8_t>(bytes, size, at, bits, found);
-    case 2:
-      return find_nonfinite<std::uint16_t>(bytes, size, at, bits, found);
-    case 4:
-      return find_nonfinite<std::uint32_t>(bytes, size, at, bits, found);
-    default:
-      return find_nonfinite<std::uint64_t>(bytes, size, at, bits, found);
-  }
-}
 
 // weight_scale, weight_scale_2, weight_scale_inv, input_scale, k_scale, ...
 bool is_scale(std::string_view tensor) {
@@ -187,7 +123,7 @@ class Verifier {
       const storage::Extent extent{tensor.file, tensor.offset + at, size, buffer.get()};
       reader_->read({&extent, 1}, buffer);
       hash.update({buffer.get(), size});
-      find_nonfinite(tensor.dtype, buffer.get(), size, at, result.nonfinite);
+      format::find_nonfinite(tensor.dtype, {buffer.get(), size}, at, result.nonfinite);
       const std::lock_guard lock(mutex_);
       done_ += size;
       if (progress_) progress_(done_, total_);
@@ -211,7 +147,9 @@ class Verifier {
 
 VerifyReport verify(const std::filesystem::path& folder, int threads, bool write,
                     const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+  const checkpoint::ModelConfig config = checkpoint::read_config(folder);
   const Catalogue catalogue = Catalogue::open(folder);
+  checkpoint::resolve_layout(catalogue, config);  // files may be sound and yet not be run
   Verifier verifier(catalogue, progress);
   verifier.run(threads);
   VerifyReport report = verifier.report();

@@ -29,7 +29,8 @@ struct VerifyReport {
 /// Takes a few MiB for each of `threads` >= 1, however large the checkpoint. With `write`, and no
 /// problem found, the sidecar is written. `progress` (may be empty) gets bytes done and bytes in
 /// all; its calls never overlap. Throws CheckpointError for malformed headers and sidecars, and
-/// IoError.
+/// IoError; and, before anything is read, what loading would throw for the configuration, a tensor
+/// that is missing, or one that is not understood.
 VerifyReport verify(const std::filesystem::path& folder, int threads, bool write,
                     const std::function<void(std::uint64_t, std::uint64_t)>& progress);
 

@@ -1,8 +1,11 @@
 #include "engine/weight_check.h"
 
+#include <cstdint>
+#include <string>
 #include <utility>
 
 #include "dsfp4/error.h"
+#include "format/nonfinite.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -37,6 +40,7 @@ void WeightCheck::check(std::span<const ReadTensor> tensors, const Poll& poll) {
 void WeightCheck::check_one(const ReadTensor& read) const {
   const checkpoint::TensorInfo& tensor = *read.tensor;
   if (hashes_) hashes_->check(catalogue_, tensor, {read.bytes, tensor.bytes});
+  if (read.finite) check_finite(read);
   if (read.scales_of == nullptr) return;
   format::WeightView view = *read.scales_of;
   view.scales = read.bytes;
@@ -45,6 +49,19 @@ void WeightCheck::check_one(const ReadTensor& read) const {
                           static_cast<std::int64_t>(tensor.offset + *bad),
                           "this block scale is NaN or infinite; download the file again");
   }
+}
+
+void WeightCheck::check_finite(const ReadTensor& read) const {
+  const checkpoint::TensorInfo& tensor = *read.tensor;
+  format::Nonfinite found;
+  format::find_nonfinite(tensor.dtype, {read.bytes, tensor.bytes}, 0, found);
+  if (found.count == 0) return;
+  const std::uint64_t size = format::dtype_size(tensor.dtype);
+  throw CheckpointError(catalogue_.file_name(tensor), tensor.name,
+                        static_cast<std::int64_t>(tensor.offset + found.first),
+                        "value " + std::to_string(found.first / size) + " of " +
+                            std::to_string(tensor.bytes / size) +
+                            " is NaN or infinite; download the file again");
 }
 
 }  // namespace dsfp4::engine

@@ -19,6 +19,8 @@ struct ReadTensor {
   const std::byte* bytes = nullptr;
   /// If these are block scales: their matrix (whose own pointers are not used).
   const format::WeightView* scales_of = nullptr;
+  /// Its values decide for a whole layer (a norm, the router): each must be finite.
+  bool finite = false;
 };
 
 /// Owns the catalogue of a checkpoint. May be used from several threads at once.
@@ -31,12 +33,14 @@ class WeightCheck {
 
   const checkpoint::Catalogue& catalogue() const noexcept { return catalogue_; }
   /// Throws CheckpointError, naming file and tensor, for one whose bytes are not those of the
-  /// checksum sidecar (if the folder has one), or that has a block scale that is NaN or infinite.
-  /// `poll` is asked between groups of tensors; what it throws leaves check().
+  /// checksum sidecar (if the folder has one), or that has a block scale, or a value that must be
+  /// finite, that is NaN or infinite. `poll` is asked between groups of tensors; what it throws
+  /// leaves check().
   void check(std::span<const ReadTensor> tensors, const Poll& poll = {});
 
  private:
   void check_one(const ReadTensor& read) const;
+  void check_finite(const ReadTensor& read) const;
 
   checkpoint::Catalogue catalogue_;
   std::optional<checkpoint::TensorHashes> hashes_;

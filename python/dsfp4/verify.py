@@ -26,7 +26,8 @@ def verify(
     Scales and other values must be finite; where the folder has dsfp4.xxh3.json, each tensor's
     bytes must have the checksum (XXH3, 64 bits) that it gives. With `write`, and if nothing is
     wrong, that file is written; from then on loading checks it too. `threads`, to 1024, 0 is one
-    for each core; `progress` is called with bytes done and in all.
+    for each core; `progress` is called with bytes done and in all. What loading would refuse for
+    its headers or configuration is refused here as well, before anything is read.
 
     Returns files, tensors, bytes, compared (there were checksums), wrote, and problems: a list of
     file, tensor, offset (of the first byte at fault, in the file) and problem. Raises the errors of

@@ -185,6 +185,23 @@ def tensor(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     return lambda folder: edit_tensor(folder, name, change)
 
 
+def put(index: int, value: float) -> Callable[[Any], Any]:
+    def change(old: Any) -> Any:
+        changed = old.copy()
+        changed[index] = value
+        return changed
+
+    return change
+
+
+def beside(module: str, part: str) -> Callable[[Path], None]:
+    """A tensor more in the module of a matrix."""
+    values = np.ones(128, ml_dtypes.bfloat16)
+    return lambda folder: write_shard(
+        folder / "model-more.safetensors", {f"{module}.{part}": values}
+    )
+
+
 def deep(levels: int) -> bytes:
     return b'{"a":' * levels + b"1" + b"}" * levels
 
@@ -353,6 +370,14 @@ MALFORMED: dict[str, tuple[Callable[[Path], None], str]] = {
         tensor(f"{EXPERT}.weight_scale_2", lambda old: np.float32(0)),
         f"{EXPERT}.weight_scale_2",
     ),
+    "a norm with a NaN": (
+        tensor("model.norm.weight", put(5, np.nan)),
+        "value 5 of 128",
+    ),
+    "a router's bias infinite": (
+        tensor("model.layers.1.mlp.gate.e_score_correction_bias", put(5, np.inf)),
+        "value 5 of 16",
+    ),
     "global scale infinite": (
         tensor(f"{EXPERT}.weight_scale_2", lambda old: np.float32(np.inf)),
         f"{EXPERT}.weight_scale_2",
@@ -379,6 +404,14 @@ UNSUPPORTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "activation": (field("hidden_act", "gelu"), "gelu"),
     "linear rope": (config(lambda c: c["rope_scaling"].update(type="linear")), "linear"),
     "every second layer": (field("moe_layer_freq", 2), "moe_layer_freq"),
+    "AWQ": (beside(EXPERT, "pre_quant_scale"), "NVFP4 without AWQ is"),
+    "SVDQuant": (beside(EXPERT, "weight_quantizer._svdquant_lora_a"), "NVFP4 without SVDQuant is"),
+    "a rotation": (beside(EXPERT, "v_input.weight"), "without transforms"),
+    "a zero point": (beside(EXPERT, "weight_zero_point"), "weight_zero_point"),
+    "rotations": (
+        config(lambda c: c.update(quantization_config={"transform_config": {"R1": 1}})),
+        "transform_config",
+    ),
 }
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import dsfp4
+from dsfp4 import _core
 from dsfp4.cli import main
-from dsfp4.errors import CheckpointError, Dsfp4Error, ParameterError
+from dsfp4.errors import CheckpointError, Dsfp4Error, ParameterError, UnsupportedError
 from dsfp4.quantize import quantize
 from dsfp4.verify import HASH_FILE, verify
 from fixtures.checkpoint_io import flip, place_of, read_shard, write_shard
@@ -73,24 +74,37 @@ def test_values_that_are_not_finite(folder: Path, tensor: str) -> None:
     assert not (folder / HASH_FILE).exists()
 
 
-def test_every_nan_of_every_float_type(tmp_path: Path) -> None:
-    """Against NumPy, all codes of the small types."""
-    for number, (dtype, codes) in enumerate(
-        [
-            (ml_dtypes.float8_e4m3fn, np.arange(256, dtype=np.uint8)),
-            (ml_dtypes.bfloat16, np.arange(65536, dtype=np.uint16)),
-            (np.float32, np.arange(65536, dtype=np.uint32) << np.uint32(16)),
-        ]
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+def test_every_nan_of_every_float_type(folder: Path) -> None:
+    """Against NumPy, all codes of the small types, in a file that the model does not use."""
+    for dtype, codes in [
+        (ml_dtypes.float8_e4m3fn, np.arange(256, dtype=np.uint8)),
+        (ml_dtypes.bfloat16, np.arange(65536, dtype=np.uint16)),
+        (np.float32, np.arange(65536, dtype=np.uint32) << np.uint32(16)),
+    ]:
         values = codes.view(dtype)
-        write_shard(folder / "model.safetensors", {"x": values})
+        write_shard(folder / "adapter_model.safetensors", {"x": values})
         [problem] = verify(folder)["problems"]
         finite = np.isfinite(values.astype(np.float32))
         assert problem["problem"].split()[0] == str((~finite).sum())
         first = int(np.argmin(finite)) * values.itemsize
         assert problem["offset"] == place_of(folder, "x")[1] + first
+
+
+def test_verify_and_info_refuse_what_loading_refuses(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{EXPERT}.pre_quant_scale"
+    write_shard(folder / "model-more.safetensors", {name: np.ones(128, ml_dtypes.bfloat16)})
+    said = []
+    for read in (dsfp4.Model, verify, _core.describe):
+        with pytest.raises(UnsupportedError, match="NVFP4 without AWQ is") as error:
+            read(str(folder))
+        said.append(str(error.value))
+    assert name in said[0] and "model-more.safetensors" in said[0]
+    assert len(set(said)) == 1
+    for command in ("verify", "info"):
+        assert main([command, str(folder)]) != 0
+        assert said[0] in capsys.readouterr().err
 
 
 def test_checksums_are_written_compared_and_kept_at_loading(folder: Path) -> None:

@@ -49,6 +49,20 @@ class Malformed : public ::testing::Test {
     EXPECT_NE(refusal.message.find(words), std::string::npos) << refusal.message;
   }
 
+  // A sound checkpoint that needs what is not supported: what the error said, which must name the
+  // file and the tensor or field.
+  void expect_unsupported(const TinyCheckpoint& checkpoint, const std::string& file,
+                          const std::string& name, const std::string& words) {
+    std::string message;
+    try {
+      message = "CheckpointError: " + open(checkpoint).message;
+    } catch (const UnsupportedError& error) {
+      message = error.what();
+    }
+    EXPECT_NE(message.find(file + ": '" + name + "'"), std::string::npos) << name << message;
+    EXPECT_NE(message.find(words), std::string::npos) << message;
+  }
+
   TinyCheckpoint sound_ = make_tiny_checkpoint(TinyKind::kNvfp4);
   ScratchFolder folder_;
 };

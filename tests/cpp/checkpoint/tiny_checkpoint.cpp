@@ -5,6 +5,8 @@
 #include <fstream>
 #include <stdexcept>
 
+#include "format/dtype.h"
+
 namespace dsfp4::testing {
 namespace {
 
@@ -262,6 +264,32 @@ std::string JsonNode::write() const {
     out += members[i].value.write();
   }
   return out + (kind == Kind::kArray ? ']' : '}');
+}
+
+void TinyShard::add(const std::string& tensor, std::string_view dtype,
+                    const std::vector<std::int64_t>& shape) {
+  const auto type = format::parse_dtype(dtype);
+  if (!type) throw std::runtime_error("there is no type " + std::string(dtype));
+  std::size_t bytes = format::dtype_size(*type);
+  for (const std::int64_t dimension : shape) bytes *= static_cast<std::size_t>(dimension);
+  const auto begin = static_cast<std::int64_t>(data.size());
+  data.append(bytes, '\0');
+  header.set(
+      tensor,
+      JsonNode::object(
+          {{"dtype", JsonNode::text(dtype)},
+           {"shape", JsonNode::array(shape)},
+           {"data_offsets", JsonNode::array({begin, static_cast<std::int64_t>(data.size())})}}));
+}
+
+void TinyShard::rename(std::string_view tensor, const std::string& to) {
+  for (JsonNode::Member& member : header.members) {
+    if (member.key == in_quotes(tensor)) {
+      member.key = in_quotes(to);
+      return;
+    }
+  }
+  throw std::runtime_error("there is no tensor " + std::string(tensor));
 }
 
 std::string TinyCheckpoint::file_of(const TinyShard& shard) {

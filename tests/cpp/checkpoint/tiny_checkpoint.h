@@ -43,6 +43,12 @@ struct TinyShard {
   std::string name;
   JsonNode header;
   std::string data;
+
+  /// Appends a tensor of zeros; its name has no place in the index.
+  void add(const std::string& tensor, std::string_view dtype,
+           const std::vector<std::int64_t>& shape);
+  /// Gives a tensor that is there another name.
+  void rename(std::string_view tensor, const std::string& to);
 };
 
 /// A whole checkpoint folder. JSON objects that are tokens with no text are not written.

@@ -1,4 +1,5 @@
-// Scales that are no numbers: found when weights are loaded, and told with file, tensor and byte.
+// Scales and other values that are no numbers: found when weights are loaded, and told with file,
+// tensor and byte.
 #include <string>
 
 #include <gtest/gtest.h>
@@ -73,6 +74,26 @@ TEST(LoaderScales, OfBlocks) {
     EXPECT_NE(load_with(TinyKind::kNvfp4, tiles, 0, std::string(bytes, 4)), "");
   }
   EXPECT_EQ(load_with(TinyKind::kNvfp4, tiles, 0, std::string("\x00\x00\x80\x3f", 4)), "");
+}
+
+// One of them spoils a whole layer, or the choice of experts, and no logit need show it.
+TEST(LoaderValues, OfNormsAndRouters) {
+  const std::string layer = "model.layers.1.";
+  for (const std::string name :
+       {layer + "input_layernorm.weight", layer + "post_attention_layernorm.weight",
+        layer + "self_attn.q_a_layernorm.weight", layer + "self_attn.kv_a_layernorm.weight",
+        std::string("model.norm.weight"), layer + "mlp.gate.weight"}) {
+    for (const char* bytes : {"\xc0\x7f", "\x80\x7f", "\x80\xff"}) {  // NaN, infinity, -infinity
+      const std::string message = load_with(TinyKind::kNvfp4, name, 6, std::string(bytes, 2));
+      EXPECT_NE(message.find("value 3 of "), std::string::npos) << name << message;
+    }
+    EXPECT_EQ(load_with(TinyKind::kNvfp4, name, 6, std::string("\x7f\x7f", 2)), "");
+  }
+  for (const char* bytes : {"\x00\x00\xc0\x7f", "\x00\x00\x80\x7f", "\x00\x00\x80\xff"}) {
+    const std::string bias = layer + "mlp.gate.e_score_correction_bias";
+    EXPECT_NE(load_with(TinyKind::kNvfp4, bias, 8, std::string(bytes, 4)).find("value 2 of 4"),
+              std::string::npos);
+  }
 }
 
 }  // namespace
