@@ -127,14 +127,22 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
   for (const model::LayerWeights& layer : loaded_.weights.layers) {
     backend_->prepare_experts(layer.experts);
   }
-  const model::ModelSpec& model = decoder_.spec();
-  ops::Backend::Largest largest{model.mla, prefill_chunk_, max_context_, 0, model.router.top_k, {}};
+  ops::Backend::Largest largest = largest_step(prefill_chunk_);
+  if (spec().moe_layers() > 0) largest.experts = loaded_.weights.layers.back().experts;
+  backend_->reserve(largest);
+}
+
+ops::Backend::Largest Engine::largest_step(std::int64_t rows) const {
+  const model::ModelSpec model = model::make_spec(config_);
+  ops::Backend::Largest largest{model.mla, rows, max_context_, 0, model.router.top_k, {}};
   largest.vocab = model.vocab_size;
   largest.width = std::max({model.hidden_size, model.intermediate_size, model.q_lora_rank,
                             model.shared_intermediate_size, model.moe_intermediate_size,
                             model.mla.heads * model.mla.v_head_dim, model.mla.kv_lora_rank});
-  if (model.moe_layers() > 0) largest.experts = loaded_.weights.layers.back().experts;
-  backend_->reserve(largest);
+  largest.hidden_size = model.hidden_size;
+  if (model.moe_layers() > 0) largest.moe_intermediate_size = model.moe_intermediate_size;
+  largest.widest = widest_;
+  return largest;
 }
 
 void Engine::head(ops::ConstMatrix hidden, float* logits) {
@@ -161,6 +169,10 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
   const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, nullptr,
                                kv_format_);
   prefill_chunk_ = std::min(kPrefillChunk, max_context_);
+  widest_ = sizes.widest;
+  const auto step_bytes = [&](std::int64_t chunk) {
+    return scratch_bytes(decoder, chunk) + backend_->working_bytes(largest_step(chunk));
+  };
   if (!backend_->host_visible()) {  // its own memory source knows its limit
     check_ram(options.ram_limit, {.staging = sizes.staging + kLoadBuffer}, machine);
     return {};
@@ -168,7 +180,7 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
   const std::uint64_t kv_cache =
       KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
   const auto try_plan = [&] {
-    const std::uint64_t others = kv_cache + sizes.staging + scratch_bytes(decoder, prefill_chunk_);
+    const std::uint64_t others = kv_cache + sizes.staging + step_bytes(prefill_chunk_);
     plan_ = plan_tiers(config_, options, sizes, others, machine);
     reserved_ = plan_.total_bytes - plan_.expert_bytes - machine.process - memory::kUncountedBytes;
   };
@@ -179,7 +191,7 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
     const std::size_t streamed = plan_.streamed_layers();
     const std::int64_t least = prefill_chunk_;
     const auto accept = [&](std::int64_t chunk) {
-      const std::size_t bytes = scratch_bytes(decoder, chunk);
+      const std::size_t bytes = step_bytes(chunk);
       if (chunk <= least || bytes > kActivationBytes) return false;
       prefill_chunk_ = chunk;
       try {

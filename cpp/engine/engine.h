@@ -55,6 +55,8 @@ class Engine {
   /// Returns what stays in the files.
   InFiles plan(const LoadOptions& options, const memory::MachineMemory& machine,
                const WeightSizes& sizes);
+  /// A step of `rows` tokens, with the whole context; without `experts`.
+  ops::Backend::Largest largest_step(std::int64_t rows) const;
   /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
   /// [ids.size(), hidden], valid during the call.
   template <typename Use>
@@ -84,6 +86,7 @@ class Engine {
   ops::KvFormat kv_format_;
   residency::RamPlan plan_;
   std::uint64_t reserved_ = 0;  // bytes of all but the experts
+  ops::WidestWeights widest_;
   std::int64_t prefill_chunk_ = kPrefillChunk;
   LoadedWeights loaded_;
   Tiers tiers_;

@@ -312,6 +312,26 @@ residency::StreamedLayer streamed_layer(std::size_t number, const std::vector<Ma
   return layer;
 }
 
+ops::WidestWeights widest_of(const checkpoint::ModelLayout& layout) {
+  ops::WidestWeights widest;
+  const auto note = [](auto& widths, const WeightSource& source) {
+    if (!source.present()) return;
+    std::int64_t& width = widths.at(static_cast<std::size_t>(source.format));
+    width = std::max(width, source.cols);
+  };
+  note(widest.all, layout.lm_head);
+  model::LayerWeights unused;
+  for (const checkpoint::LayerSource& layer : layout.layers) {
+    for (const Matrix& matrix : dense_matrices(layer, unused)) note(widest.all, *matrix.source);
+    for (const checkpoint::MlpSource& expert : layer.experts) {
+      note(widest.all, expert.gate_proj);
+      note(widest.all, expert.up_proj);
+      note(widest.expert_down, expert.down_proj);
+    }
+  }
+  return widest;
+}
+
 WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& layout,
                      ops::Backend& backend) {
   model::ModelWeights weights;
@@ -323,6 +343,7 @@ WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& 
   place_model(dense, layout, dense_weights);
 
   WeightSizes sizes;
+  sizes.widest = widest_of(layout);
   sizes.dense_bytes = dense.arena_bytes();
   sizes.expert_bytes = all.arena_bytes() - dense.arena_bytes();
   for (std::size_t i = 0; i < layout.layers.size(); ++i) {

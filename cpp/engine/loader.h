@@ -50,6 +50,7 @@ struct WeightSizes {
   std::vector<std::uint64_t> layer_bytes;
   std::size_t layer_slot_bytes = 0;
   std::uint64_t staging = 0;  // of the reader
+  ops::WidestWeights widest;
 };
 
 /// RAM through which weights pass to memory that the host cannot touch; more for a larger matrix.

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <limits>
-#include <numeric>
 #include <string>
 
 #include "dsfp4/error.h"
@@ -65,15 +63,14 @@ double Random::uniform() {
 Sampler::Sampler(const GenerateOptions& options, std::span<const std::int32_t> prompt,
                  std::int64_t vocab_size)
     : options_(options), random_(options.seed), seen_(static_cast<std::size_t>(vocab_size)) {
-  for (const std::int32_t id : prompt) seen_[static_cast<std::size_t>(id)] = true;
-  if (!options.logit_bias.empty()) bias_.resize(static_cast<std::size_t>(vocab_size));
-  for (const auto& [id, bias] : options.logit_bias) bias_[static_cast<std::size_t>(id)] += bias;
+  for (const std::int32_t id : prompt) see(id);
+  for (const auto& [id, bias] : options.logit_bias) bias_[id] += bias;
 }
 
 std::int32_t Sampler::sample(std::span<const float> logits) {
-  collect(logits);
-  const std::int32_t id = choose();
-  seen_[static_cast<std::size_t>(id)] = true;
+  const std::int32_t id = chooser_.choose(adjust(logits), spec());
+  if (id < 0) throw Error("no token can be chosen: every logit is NaN or forbidden by logit_bias");
+  see(id);
   return id;
 }
 
@@ -81,97 +78,49 @@ std::optional<ops::SampleSpec> Sampler::draw() {
   if (options_.repetition_penalty != 1.0 || !bias_.empty() || options_.logprobs > 0) {
     return std::nullopt;
   }
+  return spec();
+}
+
+ops::SampleSpec Sampler::spec() {
   const double uniform = options_.temperature == 0.0 ? 0.0 : random_.uniform();
-  return ops::SampleSpec{options_.temperature, options_.top_k, options_.top_p, options_.min_p,
-                         uniform};
+  return {options_.temperature, options_.top_k, options_.top_p, options_.min_p, uniform};
 }
 
-void Sampler::collect(std::span<const float> logits) {
+void Sampler::see(std::int32_t id) {
+  if (seen_[static_cast<std::size_t>(id)]) return;
+  seen_[static_cast<std::size_t>(id)] = true;
+  seen_ids_.push_back(id);
+}
+
+std::span<const float> Sampler::adjust(std::span<const float> logits) {
   const auto penalty = static_cast<float>(options_.repetition_penalty);
-  candidates_.clear();
-  for (std::size_t id = 0; id < logits.size(); ++id) {
-    float logit = logits[id];
-    if (penalty != 1.0f && seen_[id]) logit = logit > 0.0f ? logit / penalty : logit * penalty;
-    if (!bias_.empty()) logit += bias_[id];
-    if (std::isnan(logit) || logit == -kInfinity) continue;
-    candidates_.push_back({static_cast<std::int32_t>(id), logit, 0.0});
-  }
-  if (candidates_.empty()) {
-    throw Error("no token can be chosen: every logit is NaN or forbidden by logit_bias");
-  }
-}
-
-std::int32_t Sampler::choose() {
-  const auto better = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-  };
-  if (options_.temperature == 0.0) {
-    return std::min_element(candidates_.begin(), candidates_.end(), better)->id;
-  }
-  std::sort(candidates_.begin(), candidates_.end(), better);
-  keep_top_k();
-  const double largest = candidates_.front().logit;
-  for (Candidate& c : candidates_) {
-    // Equal infinities would give NaN.
-    c.probability = c.logit == largest ? 1.0 : std::exp((c.logit - largest) / options_.temperature);
-  }
-  keep_top_p();
-  keep_min_p();
-
-  double total = 0.0;
-  for (const Candidate& c : candidates_) total += c.probability;
-  double left = random_.uniform() * total;
-  for (const Candidate& c : candidates_) {
-    left -= c.probability;
-    if (left < 0.0) return c.id;
-  }
-  return candidates_.front().id;
-}
-
-void Sampler::keep_top_k() {
-  const auto top_k = static_cast<std::size_t>(options_.top_k);
-  if (top_k > 0 && top_k < candidates_.size()) candidates_.resize(top_k);
-}
-
-void Sampler::keep_min_p() {
-  const double least = options_.min_p * candidates_.front().probability;
-  std::erase_if(candidates_, [&](const Candidate& c) { return c.probability < least; });
-}
-
-void Sampler::keep_top_p() {
-  if (options_.top_p >= 1.0) return;
-  double total = 0.0;
-  for (const Candidate& c : candidates_) total += c.probability;
-  double kept = 0.0;
-  for (std::size_t i = 0; i < candidates_.size(); ++i) {
-    kept += candidates_[i].probability;
-    if (kept >= options_.top_p * total) {
-      candidates_.resize(i + 1);
-      return;
+  if (penalty == 1.0f && bias_.empty()) return logits;
+  adjusted_.assign(logits.begin(), logits.end());
+  if (penalty != 1.0f) {
+    for (const std::int32_t id : seen_ids_) {
+      float& logit = adjusted_[static_cast<std::size_t>(id)];
+      logit = logit > 0.0f ? logit / penalty : logit * penalty;
     }
   }
+  for (const auto& [id, bias] : bias_) adjusted_[static_cast<std::size_t>(id)] += bias;
+  return adjusted_;
 }
 
-TokenLogprobs token_logprobs(std::span<const float> raw_logits, std::int32_t chosen, int count) {
-  std::vector<float> logits(raw_logits.begin(), raw_logits.end());
-  for (float& logit : logits) logit = std::isnan(logit) ? -kInfinity : logit;
-  const double largest = *std::max_element(logits.begin(), logits.end());
+TokenLogprobs token_logprobs(std::span<const float> logits, std::int32_t chosen, int count) {
+  const auto known = [](float logit) { return std::isnan(logit) ? -kInfinity : logit; };
+  const std::vector<Candidate> best = best_of(logits, std::max(count, 1));
+  const double largest = best.front().logit;
   double sum = 0.0;
-  for (const float logit : logits) sum += std::exp(logit - largest);
+  for (const float logit : logits) sum += std::exp(known(logit) - largest);
   const double normalizer = largest + std::log(sum);
-  const auto logprob = [&](std::int32_t id) -> TokenLogprob {
-    return {id, static_cast<float>(logits[static_cast<std::size_t>(id)] - normalizer)};
+  const auto logprob = [&](float logit, std::int32_t id) -> TokenLogprob {
+    return {id, static_cast<float>(logit - normalizer)};
   };
-  std::vector<std::int32_t> ids(logits.size());
-  std::iota(ids.begin(), ids.end(), 0);
-  const auto wanted = std::min(ids.begin() + count, ids.end());
-  std::partial_sort(ids.begin(), wanted, ids.end(), [&](std::int32_t a, std::int32_t b) {
-    const float x = logits[static_cast<std::size_t>(a)];
-    const float y = logits[static_cast<std::size_t>(b)];
-    return x != y ? x > y : a < b;
-  });
-  TokenLogprobs result{logprob(chosen), {}};
-  std::transform(ids.begin(), wanted, std::back_inserter(result.top), logprob);
+  TokenLogprobs result{logprob(known(logits[static_cast<std::size_t>(chosen)]), chosen), {}};
+  for (const Candidate& c :
+       std::span(best).first(std::min<std::size_t>(static_cast<std::size_t>(count), best.size()))) {
+    result.top.push_back(logprob(c.logit, c.id));
+  }
   return result;
 }
 

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <span>
 #include <vector>
 
 #include "dsfp4/model.h"
+#include "engine/token_choice.h"
 #include "ops/backend.h"
 
 namespace dsfp4::engine {
@@ -40,22 +42,19 @@ class Sampler {
   std::optional<ops::SampleSpec> draw();
 
  private:
-  struct Candidate {
-    std::int32_t id;
-    float logit;
-    double probability;
-  };
-  void collect(std::span<const float> logits);
-  std::int32_t choose();
-  void keep_top_k();
-  void keep_top_p();
-  void keep_min_p();
+  /// The next draw.
+  ops::SampleSpec spec();
+  void see(std::int32_t id);
+  /// `logits` after repetition penalty and bias.
+  std::span<const float> adjust(std::span<const float> logits);
 
   GenerateOptions options_;
   Random random_;
-  std::vector<bool> seen_;   // by token id: in the prompt or the answer
-  std::vector<float> bias_;  // by token id; empty if there is none
-  std::vector<Candidate> candidates_;
+  std::vector<bool> seen_;  // by token id: in the prompt or the answer
+  std::vector<std::int32_t> seen_ids_;
+  std::map<std::int32_t, float> bias_;  // by token id
+  std::vector<float> adjusted_;
+  TokenChooser chooser_;
 };
 
 /// Log probabilities of `chosen` and of the `count` likeliest tokens under softmax(logits).

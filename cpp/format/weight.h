@@ -17,6 +17,8 @@ enum class WeightFormat : std::uint8_t {
   kMxfp4,     // E2M1 pairs (low nibble first), E8M0 scale for 32 columns
 };
 
+inline constexpr std::size_t kWeightFormats = 5;
+
 inline constexpr std::int64_t kNvfp4Group = 16;
 inline constexpr std::int64_t kMxfp4Group = 32;
 inline constexpr std::int64_t kFp8Tile = 128;

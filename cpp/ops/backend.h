@@ -9,6 +9,7 @@
 // Ops of one backend object are called from one thread at a time.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -141,6 +142,12 @@ struct SampleSpec {
   double top_p = 1.0;
   double min_p = 0.0;
   double uniform = 0.0;  // the draw, in [0, 1)
+};
+
+/// Columns of the widest weight in each WeightFormat; 0 if there is none.
+struct WidestWeights {
+  std::array<std::int64_t, format::kWeightFormats> all{};  // but the down-projections of experts
+  std::array<std::int64_t, format::kWeightFormats> expert_down{};
 };
 
 class Backend {
@@ -286,7 +293,16 @@ class Backend {
     std::int64_t vocab = 0;
     std::int64_t top_k = 0;
     std::span<const ExpertView> experts = {};  // of any layer; may be empty
+    std::int64_t hidden_size = 0;
+    std::int64_t moe_intermediate_size = 0;  // 0: no experts
+    WidestWeights widest;
   };
+  /// Host memory that ops take beside their operands, in steps no larger than `largest`; reserve()
+  /// takes it.
+  virtual std::uint64_t working_bytes(const Largest& largest) const {
+    static_cast<void>(largest);
+    return 0;
+  }
   virtual void reserve(const Largest& largest) { static_cast<void>(largest); }
   /// Tells of experts, or of a change of them, before routed_experts() is called with them.
   virtual void prepare_experts(std::span<const ExpertView> experts) { static_cast<void>(experts); }

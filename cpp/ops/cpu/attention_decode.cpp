@@ -43,12 +43,15 @@ Row make_row(const SequenceRows& sequence, std::int64_t r) {
 /// Rows whose partial results fit together, and the work on them.
 class Wave {
  public:
-  Wave(const LayerKernels& layer, const MlaShape& shape, ConstMatrix q_abs, ConstMatrix q)
+  Wave(const LayerKernels& layer, const MlaShape& shape, ConstMatrix q_abs, ConstMatrix q,
+       Scratch& partials, ThreadScratch& thread_memory)
       : layer_(layer),
         shape_(shape),
         q_abs_(q_abs),
         q_(q),
-        out_stride_(padded(shape.kv_lora_rank, layer.lanes)) {}
+        out_stride_(padded(shape.kv_lora_rank, layer.lanes)),
+        partials_(partials),
+        thread_memory_(thread_memory) {}
 
   bool fits(const Row& row) const {
     return rows_.empty() ||
@@ -65,9 +68,10 @@ class Wave {
 
   void run(ThreadPool& pool, Matrix out) {
     const auto results = static_cast<std::size_t>(pieces_ * shape_.heads);
-    sums_.resize(results * static_cast<std::size_t>(out_stride_));
-    maxima_.resize(results);
-    totals_.resize(results);
+    sums_ = reinterpret_cast<float*>(
+        partials_.get(results * static_cast<std::size_t>(out_stride_ + 2) * sizeof(float)));
+    maxima_ = sums_ + results * static_cast<std::size_t>(out_stride_);
+    totals_ = maxima_ + results;
     // Fewer heads a task only if there are not enough pieces for the threads.
     const std::int64_t wanted = (2 * pool.size() + pieces_ - 1) / pieces_;
     const std::int64_t most = padded(shape_.heads, layer_.lanes) / (2 * layer_.lanes);
@@ -75,12 +79,14 @@ class Wave {
         pool.size() == 1 ? 1 : std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(most, 1));
     const std::int64_t heads = padded((shape_.heads + groups - 1) / groups, layer_.lanes);
     const std::int64_t parts = (shape_.heads + heads - 1) / heads;
+    thread_memory_.reserve(latent_task_bytes(layer_, shape_, heads));
     pool.parallel_for(pieces_ * parts, 1, [&](std::int64_t begin, std::int64_t end) {
+      const ThreadScratch::Block block = thread_memory_.take();
       for (std::int64_t i = begin; i < end; ++i) {
         const auto [row, piece] = tasks_[static_cast<std::size_t>(i / parts)];
         const std::int64_t first = i % parts * heads;
         attend_piece(rows_[static_cast<std::size_t>(row)], piece, first,
-                     std::min(heads, shape_.heads - first));
+                     std::min(heads, shape_.heads - first), block);
       }
     });
     const auto row_count = static_cast<std::int64_t>(rows_.size());
@@ -103,17 +109,17 @@ class Wave {
     return static_cast<std::size_t>((row.first_partial + piece) * shape_.heads + head);
   }
 
-  void attend_piece(const Row& row, std::int64_t piece, std::int64_t first, std::int64_t heads) {
+  void attend_piece(const Row& row, std::int64_t piece, std::int64_t first, std::int64_t heads,
+                    const ThreadScratch::Block& block) {
     const std::int64_t lora = shape_.kv_lora_rank;
     const std::int64_t rope = shape_.qk_rope_head_dim;
     const std::int64_t width = shape_.cache_width();
     const std::int64_t lanes = padded(heads, layer_.lanes);
     const std::int64_t packed = packed_floats(layer_, width, heads);
-    const std::int64_t scores = (kKvBlockTokens + 1) * lanes;
-    TaskScratch scratch(packed + kKvBlockTokens * width + scores + heads * width + 2 * lanes, 6);
+    TaskScratch scratch(block);
     float* queries = scratch.take(packed);
     float* latents = scratch.take(kKvBlockTokens * width);
-    float* attend_scratch = scratch.take(scores);
+    float* attend_scratch = scratch.take((kKvBlockTokens + 1) * lanes);
     float* together = scratch.take(heads * width);  // [absorbed | q_pe] of each head
     float* maximum = scratch.take(lanes);
     float* sum = scratch.take(lanes);
@@ -170,15 +176,41 @@ class Wave {
   std::int64_t out_stride_;
   std::int64_t pieces_ = 0;
   std::vector<Row> rows_;
-  std::vector<Task> tasks_;                    // one a piece
-  std::vector<float> sums_, maxima_, totals_;  // of each piece and head: [out_stride_], 1, 1
+  std::vector<Task> tasks_;  // one a piece
+  Scratch& partials_;
+  ThreadScratch& thread_memory_;
+  // In partials_, of each piece and head: [out_stride_], 1, 1.
+  float* sums_ = nullptr;
+  float* maxima_ = nullptr;
+  float* totals_ = nullptr;
 };
 
 }  // namespace
 
+std::size_t latent_task_bytes(const LayerKernels& layer, const MlaShape& shape,
+                              std::int64_t heads) {
+  const std::int64_t width = shape.cache_width();
+  const std::int64_t lanes = padded(heads, layer.lanes);
+  return TaskScratch::bytes(packed_floats(layer, width, heads) + kKvBlockTokens * width +
+                                (kKvBlockTokens + 1) * lanes + heads * width + 2 * lanes,
+                            6);
+}
+
+std::size_t absorb_task_bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t rows) {
+  return TaskScratch::bytes((kWeightRows + rows) * padded(shape.kv_lora_rank, layer.lanes), 2);
+}
+
+std::size_t latent_partial_bytes(const LayerKernels& layer, const MlaShape& shape,
+                                 std::int64_t context) {
+  const std::int64_t pieces = std::min((context + kPieceTokens - 1) / kPieceTokens, kMostPieces);
+  return static_cast<std::size_t>(pieces * shape.heads *
+                                  (padded(shape.kv_lora_rank, layer.lanes) + 2)) *
+         sizeof(float);
+}
+
 void CpuBackend::latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
                                   ConstMatrix q_abs, ConstMatrix q, Matrix out) {
-  Wave wave(layer_, shape, q_abs, q);
+  Wave wave(layer_, shape, q_abs, q, partials_, thread_memory_);
   bool any = false;
   for (const SequenceRows& sequence : batch) {
     for (std::int64_t r = 0; r < sequence.rows; ++r) {
@@ -198,8 +230,10 @@ void CpuBackend::absorb_query(const MlaShape& shape, const WeightView& kv_b_proj
   const std::int64_t lora = shape.kv_lora_rank;
   const std::int64_t stride = padded(lora, layer_.lanes);
   const float scale = global_scale(kv_b_proj);
+  thread_memory_.reserve(absorb_task_bytes(layer_, shape, q.rows));
   pool_.parallel_for(shape.heads, 1, [&](std::int64_t begin, std::int64_t end) {
-    TaskScratch scratch((kWeightRows + q.rows) * stride, 2);
+    const ThreadScratch::Block block = thread_memory_.take();
+    TaskScratch scratch(block);
     float* rows = scratch.take(kWeightRows * stride);
     float* sums = scratch.take(q.rows * stride);
     for (std::int64_t h = begin; h < end; ++h) {
@@ -224,8 +258,10 @@ void CpuBackend::expand_value(const MlaShape& shape, const WeightView& kv_b_proj
   const std::int64_t value = shape.v_head_dim;
   const std::int64_t expanded = shape.qk_nope_head_dim + value;
   const std::int64_t lora = shape.kv_lora_rank;
+  thread_memory_.reserve(absorb_task_bytes(layer_, shape, 1));  // more than a row
   pool_.parallel_for(shape.heads * value, 64, [&](std::int64_t begin, std::int64_t end) {
-    TaskScratch scratch(lora, 1);
+    const ThreadScratch::Block block = thread_memory_.take();
+    TaskScratch scratch(block);
     float* row = scratch.take(lora);
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t head = i / value;

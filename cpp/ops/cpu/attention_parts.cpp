@@ -11,22 +11,15 @@ constexpr std::int64_t kLine = 16;  // floats in a cache line
 
 }  // namespace
 
-TaskScratch::TaskScratch(std::int64_t floats, std::int64_t arrays) {
-  thread_local std::vector<float> memory;
-  const auto needed = static_cast<std::size_t>(floats + (2 * arrays + 1) * kLine);
-  if (memory.size() < needed) memory.resize(needed);
-  const auto misplaced =
-      static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(memory.data()) / sizeof(float)) %
-      kLine;
-  next_ = memory.data() + (kLine - misplaced) % kLine;
-  end_ = memory.data() + memory.size();
+// A spare line for each array: products read whole registers past the last value.
+std::size_t TaskScratch::bytes(std::int64_t floats, std::int64_t arrays) {
+  return static_cast<std::size_t>(floats + 2 * arrays * kLine) * sizeof(float);
 }
 
 float* TaskScratch::take(std::int64_t floats) {
   float* const taken = next_;
-  // A spare line: products read whole registers past the last value.
   next_ += padded(floats, kLine) + kLine;
-  return next_ <= end_ ? taken : nullptr;
+  return taken;
 }
 
 void pack_columns(const LayerKernels& kernels, const float* rows, std::int64_t row_stride,

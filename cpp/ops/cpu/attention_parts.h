@@ -6,10 +6,10 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/layer_kernels.h"
+#include "ops/cpu/scratch.h"
 #include "ops/host_ops.h"
 
 namespace dsfp4::ops::cpu {
@@ -18,19 +18,29 @@ inline std::int64_t padded(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-/// The calling thread's memory for one task, kept from task to task: sizes are added up, then
-/// arrays taken. Contents are left over from before.
+/// Hands out a thread's block as the arrays of one task. Contents are left over from before.
 class TaskScratch {
  public:
-  /// Room for `floats` in `arrays` arrays.
-  TaskScratch(std::int64_t floats, std::int64_t arrays);
+  /// Bytes for `floats` in `arrays` arrays.
+  static std::size_t bytes(std::int64_t floats, std::int64_t arrays);
+
+  explicit TaskScratch(const ThreadScratch::Block& block)
+      : next_(reinterpret_cast<float*>(block.data())) {}
   /// The next array, on a cache line of its own.
   float* take(std::int64_t floats);
 
  private:
   float* next_;
-  float* end_;
 };
+
+/// What the ops of attention take of a thread's block, for `rows` tokens of a sequence, and for all
+/// heads in decode.
+std::size_t prefill_task_bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t rows);
+std::size_t latent_task_bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t heads);
+std::size_t absorb_task_bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t rows);
+/// Partial results of one row that looks at up to `context` tokens.
+std::size_t latent_partial_bytes(const LayerKernels& layer, const MlaShape& shape,
+                                 std::int64_t context);
 
 /// Floats of a packed matrix [k, n].
 inline std::int64_t packed_floats(const LayerKernels& kernels, std::int64_t k, std::int64_t n) {

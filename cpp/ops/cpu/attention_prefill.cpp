@@ -23,26 +23,37 @@ constexpr std::int64_t kPackedRows = 16;  // rows of the weight decoded at a tim
 class PrefillTask {
  public:
   PrefillTask(const Kernels& kernels, const LayerKernels& layer, const MlaShape& shape,
-              const SequenceRows& sequence)
+              const SequenceRows& sequence, const ThreadScratch::Block& block)
       : kernels_(kernels),
         layer_(layer),
         shape_(shape),
         sequence_(sequence),
-        tiles_((sequence.rows + kTileQueries - 1) / kTileQueries),
-        value_pad_(padded(shape.v_head_dim, layer.lanes)),
-        // A row of a block: key, value, and room for the whole registers of either product.
-        kv_stride_(padded(shape.qk_head_dim() + value_pad_, layer.lanes)),
-        scratch_(sizes(), 11) {
-    w_uk_ = scratch_.take(packed_floats(layer, shape.kv_lora_rank, shape.qk_nope_head_dim));
-    w_uv_ = scratch_.take(packed_floats(layer, shape.kv_lora_rank, shape.v_head_dim));
-    rows_ = scratch_.take(kPackedRows * shape.kv_lora_rank);
-    latents_ = scratch_.take(kKvBlockTokens * shape.cache_width());
-    kv_ = scratch_.take(kKvBlockTokens * kv_stride_);
-    queries_ = scratch_.take(tiles_ * packed_tile());
-    out_ = scratch_.take(tiles_ * kTileQueries * value_pad_);
-    maximum_ = scratch_.take(tiles_ * kTileQueries);
-    sum_ = scratch_.take(tiles_ * kTileQueries);
-    attend_ = scratch_.take((kKvBlockTokens + 1) * kTileQueries);
+        tiles_(tiles_of(sequence.rows)),
+        value_pad_(value_pad(layer, shape)),
+        kv_stride_(kv_stride(layer, shape)) {
+    TaskScratch scratch(block);
+    w_uk_ = scratch.take(packed_floats(layer, shape.kv_lora_rank, shape.qk_nope_head_dim));
+    w_uv_ = scratch.take(packed_floats(layer, shape.kv_lora_rank, shape.v_head_dim));
+    rows_ = scratch.take(kPackedRows * shape.kv_lora_rank);
+    latents_ = scratch.take(kKvBlockTokens * shape.cache_width());
+    kv_ = scratch.take(kKvBlockTokens * kv_stride_);
+    queries_ = scratch.take(tiles_ * packed_tile());
+    out_ = scratch.take(tiles_ * kTileQueries * value_pad_);
+    maximum_ = scratch.take(tiles_ * kTileQueries);
+    sum_ = scratch.take(tiles_ * kTileQueries);
+    attend_ = scratch.take((kKvBlockTokens + 1) * kTileQueries);
+  }
+
+  /// What the constructor takes.
+  static std::size_t bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t rows) {
+    const std::int64_t lora = shape.kv_lora_rank;
+    const std::int64_t tile = packed_floats(layer, shape.qk_head_dim(), kTileQueries);
+    return TaskScratch::bytes(
+        packed_floats(layer, lora, shape.qk_nope_head_dim) +
+            packed_floats(layer, lora, shape.v_head_dim) + kPackedRows * lora +
+            kKvBlockTokens * (shape.cache_width() + kv_stride(layer, shape) + kTileQueries) +
+            kTileQueries + tiles_of(rows) * (tile + kTileQueries * (value_pad(layer, shape) + 2)),
+        10);
   }
 
   void run(const WeightView& kv_b_proj, std::int64_t head, ConstMatrix q, Matrix out) {
@@ -67,12 +78,15 @@ class PrefillTask {
  private:
   std::int64_t width() const { return shape_.qk_head_dim(); }
   std::int64_t packed_tile() const { return packed_floats(layer_, width(), kTileQueries); }
-  std::int64_t sizes() const {
-    const std::int64_t lora = shape_.kv_lora_rank;
-    return packed_floats(layer_, lora, shape_.qk_nope_head_dim) +
-           packed_floats(layer_, lora, shape_.v_head_dim) + kPackedRows * lora +
-           kKvBlockTokens * (shape_.cache_width() + kv_stride_ + kTileQueries) + kTileQueries +
-           tiles_ * (packed_tile() + kTileQueries * (value_pad_ + 2));
+  static std::int64_t tiles_of(std::int64_t rows) {
+    return (rows + kTileQueries - 1) / kTileQueries;
+  }
+  static std::int64_t value_pad(const LayerKernels& layer, const MlaShape& shape) {
+    return padded(shape.v_head_dim, layer.lanes);
+  }
+  // A row of a block: key, value, and room for the whole registers of either product.
+  static std::int64_t kv_stride(const LayerKernels& layer, const MlaShape& shape) {
+    return padded(shape.qk_head_dim() + value_pad(layer, shape), layer.lanes);
   }
 
   QueryTile tile_at(std::int64_t i) const {
@@ -138,18 +152,27 @@ class PrefillTask {
   const MlaShape& shape_;
   const SequenceRows& sequence_;
   std::int64_t tiles_, value_pad_, kv_stride_;
-  TaskScratch scratch_;
   float *w_uk_, *w_uv_, *rows_, *latents_, *kv_, *queries_, *out_, *maximum_, *sum_, *attend_;
 };
 
 }  // namespace
 
+std::size_t prefill_task_bytes(const LayerKernels& layer, const MlaShape& shape,
+                               std::int64_t rows) {
+  return PrefillTask::bytes(layer, shape, rows);
+}
+
 void CpuBackend::prefill_attention(const MlaShape& shape, const WeightView& kv_b_proj,
                                    std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) {
   const auto tasks = static_cast<std::int64_t>(batch.size()) * shape.heads;
+  std::int64_t rows = 0;
+  for (const SequenceRows& sequence : batch) rows = std::max(rows, sequence.rows);
+  thread_memory_.reserve(prefill_task_bytes(layer_, shape, rows));
   pool_.parallel_for(tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    const ThreadScratch::Block block = thread_memory_.take();
     for (std::int64_t i = begin; i < end; ++i) {
-      PrefillTask task(kernels_, layer_, shape, batch[static_cast<std::size_t>(i / shape.heads)]);
+      PrefillTask task(kernels_, layer_, shape, batch[static_cast<std::size_t>(i / shape.heads)],
+                       block);
       task.run(kv_b_proj, i % shape.heads, q, out);
     }
   });

@@ -1,7 +1,6 @@
 #include "ops/cpu/cpu_backend.h"
 
 #include <algorithm>
-#include <array>
 
 #include "base/checked.h"
 
@@ -10,38 +9,13 @@ namespace cpu {
 
 using format::WeightView;
 
-float* thread_scratch(int slot, std::int64_t count) {
-  thread_local std::array<std::vector<float>, 3> buffers;
-  std::vector<float>& buffer = buffers.at(static_cast<std::size_t>(slot));
-  if (buffer.size() < static_cast<std::size_t>(count)) {
-    buffer.resize(static_cast<std::size_t>(count));
-  }
-  return buffer.data();
-}
-
-ConstMatrix CpuBackend::rounded(ConstMatrix x, std::vector<float>& buffer) {
-  buffer.resize(static_cast<std::size_t>(x.rows * x.cols));
-  pool_.parallel_for(x.rows, 16, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) {
-      kernels_.round_to_bf16(x.row(t), buffer.data() + t * x.cols, x.cols);
-    }
-  });
-  return {buffer.data(), x.rows, x.cols, x.cols};
-}
-
-std::byte* multiply_scratch(std::size_t bytes) {
-  thread_local Scratch memory;
-  return memory.get(bytes);
-}
-
 std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64_t step,
                             std::int64_t matrices, int threads) {
   constexpr std::size_t kPieceBytes = 256 * 1024;
-  constexpr std::int64_t kMostRows = 256;
   constexpr std::int64_t kPiecesPerThread = 8;
   const auto fitting = static_cast<std::int64_t>(kPieceBytes / std::max<std::size_t>(row_bytes, 1));
   const std::int64_t even = ceil_div(rows * matrices, kPiecesPerThread * threads);
-  const std::int64_t wanted = std::min({fitting, even, kMostRows});
+  const std::int64_t wanted = std::min({fitting, even, kMostPieceRows});
   return std::max<std::int64_t>(ceil_div(wanted, step), 1) * step;
 }
 
@@ -73,7 +47,9 @@ void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Input
   }
   const std::int64_t rows =
       rows_per_piece(weight.rows, data_bytes(weight.format, 1, weight.cols), 16, 1, pool_.size());
+  thread_memory_.reserve(multiply_bytes_);
   pool_.parallel_for(weight.rows, rows, [&](std::int64_t begin, std::int64_t end) {
+    const ThreadScratch::Block block = thread_memory_.take();
     const Product product = {.weight = &weight,
                              .row_begin = begin,
                              .row_end = end,
@@ -82,7 +58,7 @@ void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Input
                              .y = y.data + begin,
                              .y_stride = y.stride,
                              .tokens = x.rows};
-    matmul.multiply(product, multiply_scratch(matmul.scratch_bytes));
+    matmul.multiply(product, block.data());
   });
 }
 

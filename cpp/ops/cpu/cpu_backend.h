@@ -16,11 +16,14 @@ namespace dsfp4::ops::cpu {
 class CpuBackend final : public HostBackend {
  public:
   CpuBackend(int threads, const Isa& isa)
-      : HostBackend(threads), isa_(isa), kernels_(*isa.kernels) {}
+      : HostBackend(threads), isa_(isa), kernels_(*isa.kernels), thread_memory_(threads) {}
 
   std::string_view name() const override { return "cpu"; }
   std::string_view isa() const override { return isa_.name; }
   KvFormat default_kv_format() const override { return KvFormat::kBf16; }
+
+  std::uint64_t working_bytes(const Largest& largest) const override;
+  void reserve(const Largest& largest) override;
 
   void begin_step(Phase phase) override;
   void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
@@ -54,7 +57,7 @@ class CpuBackend final : public HostBackend {
   /// `next` as in Product.
   using Multiply = std::function<void(
       const format::WeightView& weight, const format::WeightView* next, std::int64_t begin,
-      std::int64_t end, std::int64_t first, std::int64_t count, float* y)>;
+      std::int64_t end, std::int64_t first, std::int64_t count, float* y, std::byte* scratch)>;
 
   const Matmul& matmul_of(const format::WeightView& weight) const {
     return isa_.matmul(weight.format, Inputs::kBf16, phase_);
@@ -66,9 +69,11 @@ class CpuBackend final : public HostBackend {
   /// Packs the rows of `hidden` that these tasks name, the first of them task `first_task` of the
   /// op, into hidden_.
   void pack_hidden(std::span<const ExpertTask> tasks, std::size_t first_task, ConstMatrix hidden);
-  /// silu(gate x) * up x in rows [begin, end), for `block` tokens at a time.
+  /// silu(gate x) * up x in rows [begin, end), for `block` tokens at a time; works in a thread's
+  /// block of gate_and_up_bytes(end - begin, block).
   void gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end, std::int64_t block,
-                   const Multiply& multiply, Matrix hidden) const;
+                   const Multiply& multiply, Matrix hidden, std::byte* scratch) const;
+  std::size_t gate_and_up_bytes(std::int64_t rows, std::int64_t block) const;
   bool tiles_fit(std::span<const ExpertTask> tasks) const;
   void linear_in_tiles(const format::WeightView& weight, const Packed& x, std::int64_t tokens,
                        Matrix y);
@@ -81,8 +86,9 @@ class CpuBackend final : public HostBackend {
   void make_groups(std::span<const ExpertTask> tasks, std::int64_t cols, std::size_t bytes,
                    std::byte* memory, const Source& source_of);
 
-  /// A copy of x with every value rounded to BF16, in `buffer`.
-  ConstMatrix rounded(ConstMatrix x, std::vector<float>& buffer);
+  /// Memory of all kinds for steps no larger than `largest`.
+  struct StepMemory;
+  StepMemory step_memory(const Largest& largest) const;
 
   const Isa& isa_;
   const Kernels& kernels_;
@@ -97,18 +103,23 @@ class CpuBackend final : public HostBackend {
   std::vector<std::size_t> first_token_;  // of each task, in tokens_
   Scratch groups_memory_;
   std::vector<std::int64_t> first_group_;  // of each task in work, and one past the last
-  std::vector<float> inputs_;              // rounded activations of the op that is running
+  Scratch partials_;                       // of latent attention
+  ThreadScratch thread_memory_;
+  std::size_t multiply_bytes_ = most_scratch(isa_);  // what any multiply() needs of a block
+
+  static std::size_t most_scratch(const Isa& isa);
 };
 
-/// What Matmul::multiply and Tiles::multiply work in, of the calling thread.
-std::byte* multiply_scratch(std::size_t bytes);
+/// Tokens whose gate and up rows wait in a thread's block: without tiles, and with them.
+inline constexpr std::int64_t kExpertTokens = 96;
+inline constexpr std::int64_t kTileExpertTokens = 512;
+/// Groups of 16 tokens, of `bytes` each, whose experts are computed at once; the last task may go
+/// beyond.
+std::int64_t groups_at_once(std::size_t bytes);
+inline constexpr std::int64_t kMostPieceRows = 256;  // of rows_per_piece()
 /// Rows for one piece of work on a matrix of `rows` x `row_bytes`, a multiple of `step`: enough
 /// bytes that memory is read in long runs, enough pieces that no thread waits long for the last.
 std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64_t step,
                             std::int64_t matrices, int threads);
-
-/// Scratch of the calling thread, at least `count` floats; kept from call to call.
-/// `slot` 0..2 are independent buffers.
-float* thread_scratch(int slot, std::int64_t count);
 
 }  // namespace dsfp4::ops::cpu

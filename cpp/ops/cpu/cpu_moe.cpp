@@ -12,8 +12,6 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
-constexpr std::int64_t kTokenBlock = 96;  // tokens whose gate and up rows wait in scratch
-
 std::size_t row_bytes(const format::WeightView& weight) {
   return format::data_bytes(weight.format, 1, weight.cols);
 }
@@ -59,17 +57,19 @@ void CpuBackend::pack_hidden(std::span<const ExpertTask> tasks, std::size_t firs
 }
 
 void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end,
-                             std::int64_t block, const Multiply& multiply, Matrix hidden) const {
+                             std::int64_t block, const Multiply& multiply, Matrix hidden,
+                             std::byte* scratch) const {
   const ExpertView& expert = *task.expert;
   const std::int64_t rows = end - begin;
   const auto tokens = static_cast<std::int64_t>(task.pairs.size());
-  float* gate = thread_scratch(0, std::min(block, tokens) * rows);
-  float* up = thread_scratch(1, std::min(block, tokens) * rows);
+  auto* gate = reinterpret_cast<float*>(scratch + ThreadScratch::padded(multiply_bytes_));
+  float* up = gate + block * rows;
   const bool alike = expert.gate_proj.format == expert.up_proj.format;
   for (std::int64_t first = 0; first < tokens; first += block) {
     const std::int64_t count = std::min(block, tokens - first);
-    multiply(expert.gate_proj, alike ? &expert.up_proj : nullptr, begin, end, first, count, gate);
-    multiply(expert.up_proj, nullptr, begin, end, first, count, up);
+    multiply(expert.gate_proj, alike ? &expert.up_proj : nullptr, begin, end, first, count, gate,
+             scratch);
+    multiply(expert.up_proj, nullptr, begin, end, first, count, up, scratch);
     for (std::int64_t t = 0; t < count; ++t) {
       float* to = hidden.row(task.pairs[static_cast<std::size_t>(first + t)]);
       for (std::int64_t r = 0; r < rows; ++r) {
@@ -78,6 +78,11 @@ void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::in
       }
     }
   }
+}
+
+std::size_t CpuBackend::gate_and_up_bytes(std::int64_t rows, std::int64_t block) const {
+  return ThreadScratch::padded(multiply_bytes_) +
+         static_cast<std::size_t>(2 * block * rows) * sizeof(float);
 }
 
 void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
@@ -90,12 +95,14 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
   const std::int64_t rows = rows_per_piece(hidden.cols, row_bytes(tasks.front().expert->gate_proj),
                                            16, task_count, pool_.size());
   const std::int64_t pieces = ceil_div(hidden.cols, rows);
+  thread_memory_.reserve(gate_and_up_bytes(rows, kExpertTokens));
   pool_.parallel_for(task_count * pieces, 1, [&](std::int64_t from, std::int64_t to) {
+    const ThreadScratch::Block block = thread_memory_.take();
     for (std::int64_t piece = from; piece < to; ++piece) {
       const auto at = static_cast<std::size_t>(piece / pieces);
       const auto multiply = [&](const format::WeightView& weight, const format::WeightView* next,
                                 std::int64_t begin, std::int64_t end, std::int64_t first,
-                                std::int64_t count, float* y) {
+                                std::int64_t count, float* y, std::byte* scratch) {
         const Matmul& matmul = matmul_of(weight);
         const Packed& packed = x_.at(static_cast<std::size_t>(matmul.packing));
         matmul.multiply({.weight = &weight,
@@ -108,11 +115,11 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
                          .y_stride = end - begin,
                          .tokens = count,
                          .next = next},
-                        multiply_scratch(matmul.scratch_bytes));
+                        scratch);
       };
       const std::int64_t begin = piece % pieces * rows;
-      gate_and_up(tasks[at], begin, std::min(begin + rows, hidden.cols), kTokenBlock, multiply,
-                  hidden);
+      gate_and_up(tasks[at], begin, std::min(begin + rows, hidden.cols), kExpertTokens, multiply,
+                  hidden, block.data());
     }
   });
   pack_hidden(tasks, 0, hidden);
@@ -121,6 +128,7 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
       out.cols, row_bytes(tasks.front().expert->down_proj), 16, task_count, pool_.size());
   const std::int64_t down_pieces = ceil_div(out.cols, down_rows);
   pool_.parallel_for(task_count * down_pieces, 1, [&](std::int64_t from, std::int64_t to) {
+    const ThreadScratch::Block block = thread_memory_.take();
     for (std::int64_t piece = from; piece < to; ++piece) {
       const ExpertTask& task = tasks[static_cast<std::size_t>(piece / down_pieces)];
       const format::WeightView& down = task.expert->down_proj;
@@ -136,7 +144,7 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
                        .y_stride = out.stride,
                        .y_index = task.pairs.data(),
                        .tokens = static_cast<std::int64_t>(task.pairs.size())},
-                      multiply_scratch(matmul.scratch_bytes));
+                      block.data());
     }
   });
 }

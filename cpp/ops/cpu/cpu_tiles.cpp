@@ -8,9 +8,6 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
-constexpr std::int64_t kTokenBlock = 512;        // whose gate and up rows wait in scratch
-constexpr std::size_t kGroupsBytes = 48u << 20;  // groups of the tasks that are computed at once
-
 // Rows of a piece: two tiles or a multiple of that.
 std::int64_t tile_rows(const Tiles& tiles, std::int64_t rows, std::int64_t matrices, int threads) {
   constexpr std::int64_t kStep = 32;
@@ -43,7 +40,9 @@ void CpuBackend::linear_in_tiles(const format::WeightView& weight, const Packed&
     }
   });
   const std::int64_t rows = tile_rows(tiles, weight.rows, 1, pool_.size());
+  thread_memory_.reserve(multiply_bytes_);
   pool_.parallel_for(ceil_div(weight.rows, rows), 1, [&](std::int64_t from, std::int64_t to) {
+    const ThreadScratch::Block block = thread_memory_.take();
     for (std::int64_t piece = from; piece < to; ++piece) {
       const std::int64_t begin = piece * rows;
       tiles.multiply({.weight = &weight,
@@ -54,14 +53,14 @@ void CpuBackend::linear_in_tiles(const format::WeightView& weight, const Packed&
                       .y = y.data + begin,
                       .y_stride = y.stride,
                       .tokens = tokens},
-                     multiply_scratch(tiles.scratch_bytes));
+                     block.data());
     }
   });
 }
 
 void CpuBackend::experts_in_tiles(std::span<const ExpertTask> tasks, Matrix hidden, Matrix out) {
   const std::size_t bytes = tiles_->group_bytes(std::max(hidden.cols, out.cols));
-  const auto room = std::max<std::int64_t>(1, static_cast<std::int64_t>(kGroupsBytes / bytes));
+  const std::int64_t room = groups_at_once(bytes);
   for (std::size_t first = 0; first < tasks.size();) {
     first_group_.assign(1, 0);
     std::size_t last = first;
@@ -112,12 +111,14 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
   });
   const std::int64_t rows = tile_rows(tiles, hidden.cols, task_count, pool_.size());
   const std::int64_t pieces = ceil_div(hidden.cols, rows);
+  thread_memory_.reserve(gate_and_up_bytes(rows, kTileExpertTokens));
   pool_.parallel_for(task_count * pieces, 1, [&](std::int64_t from, std::int64_t to) {
+    const ThreadScratch::Block block = thread_memory_.take();
     for (std::int64_t piece = from; piece < to; ++piece) {
       const auto at = static_cast<std::size_t>(piece / pieces);
       const auto multiply = [&](const format::WeightView& weight, const format::WeightView*,
                                 std::int64_t begin, std::int64_t end, std::int64_t first,
-                                std::int64_t count, float* y) {
+                                std::int64_t count, float* y, std::byte* scratch) {
         tiles.multiply({.weight = &weight,
                         .row_begin = begin,
                         .row_end = end,
@@ -126,11 +127,11 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
                         .y = y,
                         .y_stride = end - begin,
                         .tokens = count},
-                       multiply_scratch(tiles.scratch_bytes));
+                       scratch);
       };
       const std::int64_t begin = piece % pieces * rows;
-      gate_and_up(tasks[at], begin, std::min(begin + rows, hidden.cols), kTokenBlock, multiply,
-                  hidden);
+      gate_and_up(tasks[at], begin, std::min(begin + rows, hidden.cols), kTileExpertTokens,
+                  multiply, hidden, block.data());
     }
   });
 
@@ -140,6 +141,7 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
   const std::int64_t down_rows = tile_rows(tiles, out.cols, task_count, pool_.size());
   const std::int64_t down_pieces = ceil_div(out.cols, down_rows);
   pool_.parallel_for(task_count * down_pieces, 1, [&](std::int64_t from, std::int64_t to) {
+    const ThreadScratch::Block block = thread_memory_.take();
     for (std::int64_t piece = from; piece < to; ++piece) {
       const auto at = static_cast<std::size_t>(piece / down_pieces);
       const std::int64_t begin = piece % down_pieces * down_rows;
@@ -152,7 +154,7 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
                       .y_stride = out.stride,
                       .y_index = tasks[at].pairs.data(),
                       .tokens = static_cast<std::int64_t>(tasks[at].pairs.size())},
-                     multiply_scratch(tiles.scratch_bytes));
+                     block.data());
     }
   });
 }

@@ -25,8 +25,8 @@ struct Isa {
   const Kernels* kernels;
   const Matmul* exact;  // Inputs::kF32, and F32 weights
   /// Inputs::kBf16, by WeightFormat; one arithmetic for each phase, whatever the tokens.
-  std::array<const Matmul*, 5> prefill;
-  std::array<const Matmul*, 5> decode = prefill;
+  std::array<const Matmul*, format::kWeightFormats> prefill;
+  std::array<const Matmul*, format::kWeightFormats> decode = prefill;
   const Tiles* tiles = nullptr;  // for prefill, if there are any
 
   const Matmul& matmul(format::WeightFormat format, Inputs inputs, Phase phase) const {

@@ -18,7 +18,7 @@ void raise_peak(std::size_t now) {
 
 }  // namespace
 
-// All forms but the aligned ones: a sanitizer's own are not built on one another.
+// All forms that are used: a sanitizer's own are not built on one another.
 void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
   void* memory = std::malloc(bytes == 0 ? 1 : bytes);
   if (memory == nullptr) return nullptr;
@@ -50,6 +50,26 @@ void operator delete[](void* memory) noexcept { operator delete(memory); }
 void operator delete[](void* memory, std::size_t) noexcept { operator delete(memory); }
 void operator delete(void* memory, const std::nothrow_t&) noexcept { operator delete(memory); }
 void operator delete[](void* memory, const std::nothrow_t&) noexcept { operator delete(memory); }
+
+void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  const auto boundary = static_cast<std::size_t>(alignment);
+  void* memory = std::aligned_alloc(boundary, (bytes / boundary + 1) * boundary);
+  if (memory == nullptr) throw std::bad_alloc();
+  const std::size_t usable = ::malloc_usable_size(memory);
+  raise_peak(held.fetch_add(usable, std::memory_order_relaxed) + usable);
+  return memory;
+}
+void* operator new[](std::size_t bytes, std::align_val_t alignment) {
+  return operator new(bytes, alignment);
+}
+void operator delete(void* memory, std::align_val_t) noexcept { operator delete(memory); }
+void operator delete[](void* memory, std::align_val_t) noexcept { operator delete(memory); }
+void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
+  operator delete(memory);
+}
+void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept {
+  operator delete(memory);
+}
 
 namespace dsfp4::testing {
 
