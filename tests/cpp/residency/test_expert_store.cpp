@@ -42,7 +42,7 @@ class ExpertStoreTest : public testing::Test {
     return *store_;
   }
   ~ExpertStoreTest() override {
-    std::jthread end([this] { store_.reset(); });
+    store_.reset();  // waits for no read
     while (reader_.open() > 0) reader_.complete(reader_.reads.size() - reader_.open());
   }
   void bring(ExpertKey key, bool keep) {
@@ -309,6 +309,33 @@ TEST_F(ExpertStoreTest, ReadsThatAreNeverAnsweredHoldTheirSlotsAndAreNamed) {
   EXPECT_EQ(store.pin(3, true), Found::kReady);
   store.unpin(3);
   EXPECT_TRUE(store.is_consistent());
+}
+
+TEST_F(ExpertStoreTest, AWaitForAReadCanBeLeft) {
+  ExpertStore& store = make(2, 1);
+  ASSERT_EQ(store.fetch(3, true), Found::kReading);
+  int asked = 0;
+  const Poll leave = [&] {
+    if (++asked % 2 == 0) throw CancelledError();
+  };
+  const std::vector<ExpertKey> keys = {3};
+  EXPECT_THROW(store.ready_of(keys, true, leave), CancelledError);
+  store.unpin(3);
+  EXPECT_THROW(store.resize(3, 1, leave), CancelledError);
+  reader_.complete(0);
+  EXPECT_EQ(store.pin(3, true), Found::kReady);
+  store.unpin(3);
+  EXPECT_TRUE(store.is_consistent());
+}
+
+TEST_F(ExpertStoreTest, GoesWithoutTheReadsThatItBegan) {
+  make(2, 1);
+  ASSERT_EQ(store_->fetch(3, true), Found::kReading);
+  ASSERT_EQ(store_->prefetch(4), Found::kReading);
+  store_.reset();
+  EXPECT_EQ(reader_.cancelled.size(), 2u);
+  reader_.complete(0);  // into slots that the request owns; there is no store to tell
+  reader_.complete(1, ReadStatus::kCancelled);
 }
 
 TEST_F(ExpertStoreTest, ResizeKeepsTheMostValuable) {

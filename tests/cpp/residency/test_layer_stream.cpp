@@ -157,6 +157,22 @@ TEST_P(LayerStreamTest, ReadsThatAreNeverAnsweredHoldTheirBuffersAndAreNamed) {
   EXPECT_TRUE(step_at_last());
 }
 
+TEST_P(LayerStreamTest, AWaitCanBeLeftAndTheStreamGoesWithoutIt) {
+  if (GetParam() == storage::ReaderKind::kUring)
+    GTEST_SKIP() << "io_uring takes a read of a pipe back";
+  stalls_.emplace(storage::Fault::kStallForever, 0, path_.string(), 1000);
+  LayerStream& stream = make(2);
+  int asked = 0;
+  const Poll leave = [&] {
+    if (++asked % 3 == 0) throw CancelledError();
+  };
+  EXPECT_THROW(stream.enter(1, leave), CancelledError);  // the read of the layer
+  EXPECT_THROW(stream.enter(1, leave), CancelledError);  // a buffer, or that
+  stream_.reset();                                       // the reads are not over
+  EXPECT_GT(reader_->stats().in_flight, 0u);
+  stalls_->hang_up();
+}
+
 TEST_P(LayerStreamTest, WhatTheCheckRefusesIsReadAgain) {
   int refusals = 1;
   make(2, [&](const StreamedLayer& layer) {
