@@ -128,11 +128,10 @@ class _Generation:
 
         Who interrupts the wait does not want it at the next call either.
         """
-        self._cancelled = self._closed = True
-        if self._given_up or self._worker is threading.current_thread():
-            return
         try:
-            self._worker.join()
+            self._cancelled = self._closed = True
+            if not self._given_up and self._worker is not threading.current_thread():
+                self._worker.join()
         except BaseException:
             self._given_up = True
             raise
