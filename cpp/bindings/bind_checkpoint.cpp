@@ -31,13 +31,6 @@ using checkpoint::ModelConfig;
 using checkpoint::TensorInfo;
 using std::filesystem::path;
 
-/// A path as Python's os.fsdecode spells it: its bytes need not be UTF-8.
-nb::str path_text(const path& file) {
-  const std::string& bytes = file.native();
-  return nb::steal<nb::str>(
-      PyUnicode_DecodeFSDefaultAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size())));
-}
-
 /// A tensor with the file that it lies in; independent of the catalogue.
 struct PyTensorInfo {
   TensorInfo info;
@@ -172,7 +165,7 @@ nb::dict verify(const path& folder, int threads, bool write,
   nb::list problems;
   for (const engine::TensorProblem& problem : report.problems) {
     nb::dict dict;
-    dict["file"] = path_text(problem.file);
+    dict["file"] = file_text(problem.file);
     dict["tensor"] = problem.tensor;
     dict["offset"] = problem.offset;
     dict["problem"] = problem.problem;
@@ -201,7 +194,7 @@ void bind_checkpoint(nb::module_& m) {
           "As safetensors spells it: 'BF16', 'F8_E4M3', ...")
       .def_prop_ro("shape", &PyTensorInfo::shape, nb::sig("def shape(self) -> tuple[int, ...]"))
       .def_prop_ro(
-          "file", [](const PyTensorInfo& tensor) { return path_text(tensor.file); },
+          "file", [](const PyTensorInfo& tensor) { return file_text(tensor.file.native()); },
           "Absolute path.")
       .def_prop_ro(
           "offset", [](const PyTensorInfo& tensor) { return tensor.info.offset; },

@@ -1,6 +1,5 @@
 // Turns the library's exceptions into those of dsfp4.errors, facts included.
 #include <exception>
-#include <string>
 #include <utility>
 
 #include <nanobind/stl/string.h>
@@ -13,17 +12,11 @@ namespace {
 
 namespace nb = nanobind;
 
-// Messages and files may hold names that are not UTF-8; Python spells those as os.fsdecode does.
-nb::str text(const std::string& bytes) {
-  return nb::steal<nb::str>(
-      PyUnicode_DecodeFSDefaultAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size())));
-}
-
 // Raises <name>(message, **facts), a class of the module `errors`.
 template <typename... Facts>
 void raise(nb::handle errors, const char* name, const Error& error, Facts&&... facts) {
   const nb::object type = errors.attr(name);
-  const nb::object instance = type(text(error.what()), std::forward<Facts>(facts)...);
+  const nb::object instance = type(file_text(error.what()), std::forward<Facts>(facts)...);
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 
@@ -31,13 +24,13 @@ void raise_as_python(const std::exception_ptr& exception, nb::handle errors) {
   try {
     std::rethrow_exception(exception);
   } catch (const CheckpointError& e) {
-    raise(errors, "CheckpointError", e, nb::arg("file") = text(e.file()),
-          nb::arg("tensor") = text(e.tensor()), nb::arg("offset") = e.offset());
+    raise(errors, "CheckpointError", e, nb::arg("file") = file_text(e.file()),
+          nb::arg("tensor") = file_text(e.tensor()), nb::arg("offset") = e.offset());
   } catch (const UnsupportedError& e) {
     raise(errors, "UnsupportedError", e);
   } catch (const IoError& e) {
-    raise(errors, "IoError", e, nb::arg("file") = text(e.file()), nb::arg("offset") = e.offset(),
-          nb::arg("errno") = e.error_number());
+    raise(errors, "IoError", e, nb::arg("file") = file_text(e.file()),
+          nb::arg("offset") = e.offset(), nb::arg("errno") = e.error_number());
   } catch (const ParameterError& e) {
     raise(errors, "ParameterError", e, nb::arg("parameter") = e.parameter());
   } catch (const ContextLengthError& e) {

@@ -1,9 +1,18 @@
 // One function a domain, each adding its part to the module.
 #pragma once
 
+#include <string>
+
 #include <nanobind/nanobind.h>
 
 namespace dsfp4::bindings {
+
+/// Names of files, and text that holds some, as Python's os.fsdecode spells them: they need not be
+/// UTF-8.
+inline nanobind::str file_text(const std::string& bytes) {
+  return nanobind::steal<nanobind::str>(
+      PyUnicode_DecodeFSDefaultAndSize(bytes.data(), static_cast<Py_ssize_t>(bytes.size())));
+}
 
 void bind_errors(nanobind::module_& m);
 void bind_exit(nanobind::module_& m);

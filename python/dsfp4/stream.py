@@ -3,11 +3,14 @@
 import atexit
 import threading
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import NoReturn, Protocol
 
 from dsfp4.errors import Dsfp4Error
 from dsfp4.text import Piece, Text
+
+# Seconds. A Ctrl-C that comes just before a wait begins does not end it; it is seen after this.
+_LONGEST_WAIT = 0.2
 
 
 class Put(Protocol):
@@ -128,18 +131,24 @@ class _Generation:
 
         Who interrupts the wait does not want it at the next call either.
         """
-        self._cancelled = self._closed = True
-        if self._given_up or self._worker is threading.current_thread():
-            return
         try:
-            self._worker.join()
+            self._cancelled = self._closed = True
+            if not self._given_up and self._worker is not threading.current_thread():
+                while self._worker.is_alive():
+                    self._worker.join(_LONGEST_WAIT)
         except BaseException:
             self._given_up = True
             raise
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the pieces as they are made, until close(); raises the worker's error."""
-        while not self._closed and (item := self._items.get()) is not None:
+        while not self._closed:
+            try:
+                item = self._items.get(timeout=_LONGEST_WAIT)
+            except Empty:
+                continue
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item
