@@ -286,7 +286,7 @@ BAD_MESSAGES = [
     ([{"role": "user"}], "messages[0].content"),
     ([message(content="\ud800")], "messages[0].content"),
     ([message(name={1: 2})], "a key of messages[0].name"),
-    ([message(extra=[object()])], "messages[0].extra[0]"),
+    ([message(extra=[object])], "messages[0].extra[0]"),  # its repr holds no address
 ]
 
 

@@ -32,7 +32,8 @@ HOSTILE: list[Any] = [
     *(np.int64(-1), np.uint64(2**64 - 1), np.float32("nan"), np.bool_(True), np.array([1, 2])),
     *(Decimal(1), object(), lambda: 1),
 ]
-IDS = [f"{type(value).__name__}-{str(value)[:24]}" for value in HOSTILE]
+# Without addresses, so that every process that runs the tests knows them by the same names.
+IDS = [f"{type(value).__name__}-{str(value)[:24].partition(' at 0x')[0]}" for value in HOSTILE]
 hostile = pytest.mark.parametrize("value", HOSTILE, ids=IDS)
 
 
