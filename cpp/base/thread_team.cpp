@@ -26,12 +26,12 @@ ThreadTeam::ThreadTeam(Cores cores, std::string_view mark)
 ThreadTeam::~ThreadTeam() {
   if (!has_its_threads()) {
     // Handles of threads that were never here: they can be neither joined nor detached.
-    static_cast<void>(new std::vector<std::thread>(std::move(threads_)));
+    static_cast<void>(threads_.release());  // NOLINT(bugprone-unused-return-value): left behind
     return;
   }
   order_.store((order_.load() / kCountStep + 1) * kCountStep + kStop);
   order_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  for (std::thread& thread : *threads_) thread.join();
 }
 
 bool ThreadTeam::has_its_threads() const noexcept { return getpid() == process_; }
@@ -41,10 +41,10 @@ bool ThreadTeam::inside_body() noexcept { return running_a_piece; }
 void ThreadTeam::grow(int workers) {
   const Turn turn(*this);
   if (workers > 0 && !mark_) settle_cores();
-  threads_.reserve(static_cast<std::size_t>(workers));
+  threads_->reserve(static_cast<std::size_t>(workers));
   const std::uint64_t seen = order_.load();
   for (int i = this->workers(); i < workers; ++i) {
-    threads_.emplace_back([this, i, seen] { worker_loop(i, seen); });
+    threads_->emplace_back([this, i, seen] { worker_loop(i, seen); });
     worker_count_ = i + 1;
   }
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -80,8 +81,9 @@ class ThreadTeam {
   std::mutex error_mutex_;
   std::exception_ptr error_;  // guarded by error_mutex_
 
-  std::vector<std::thread> threads_;  // changed by the caller whose turn it is
-  std::atomic<int> worker_count_{0};  // threads_.size()
+  // Changed by the caller whose turn it is.
+  std::unique_ptr<std::vector<std::thread>> threads_ = std::make_unique<std::vector<std::thread>>();
+  std::atomic<int> worker_count_{0};  // threads_->size()
   std::atomic<bool> spins_{false};
   Cores cores_;
   std::string mark_name_;
