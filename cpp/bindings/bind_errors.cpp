@@ -47,7 +47,7 @@ void raise_as_python(const std::exception_ptr& exception, nb::handle errors) {
     raise(errors, "MemoryLimitError", e, nb::arg("needed") = e.needed(),
           nb::arg("available") = e.available());
   } catch (const CancelledError& e) {
-    raise("CancelledError", e);
+    raise(errors, "CancelledError", e);
   } catch (const CudaError& e) {
     raise(errors, "CudaError", e, nb::arg("code") = e.code(), nb::arg("call") = e.call(),
           nb::arg("source") = e.source(), nb::arg("line") = e.line());

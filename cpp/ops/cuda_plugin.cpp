@@ -44,11 +44,20 @@ bool is_there(const std::filesystem::path& path) {
   return std::filesystem::exists(path, ignored);
 }
 
+// As a plain name dlopen would search for it.
+std::filesystem::path absolute(const char* named) {
+  std::error_code error;
+  std::filesystem::path path = std::filesystem::absolute(named, error);
+  if (!error) return path;
+  throw CudaError("DSFP4_CUDA_PLUGIN is '" + std::string(named) +
+                  "', and the working folder that this begins at is gone (" + error.message() +
+                  "); give an absolute path");
+}
+
 const cuda::Plugin& load_plugin() {
   const char* named = std::getenv("DSFP4_CUDA_PLUGIN");
-  const std::filesystem::path path = named != nullptr && *named != '\0'
-                                         ? std::filesystem::absolute(named)  // or dlopen searches
-                                         : plugin_beside(own_file());
+  const std::filesystem::path path =
+      named != nullptr && *named != '\0' ? absolute(named) : plugin_beside(own_file());
   if (!is_there(path)) {
     throw CudaError("device 'cuda' needs " + path.string() +
                     ", which is not there: this build of dsfp4 has no CUDA backend; use device "
@@ -109,8 +118,9 @@ std::string cuda_refusal(const cuda::DeviceInfo& info, int index) {
   return {};
 }
 
-cuda::DeviceInfo cuda_device(int index) {
-  const cuda::Plugin& plugin = cuda_plugin();
+cuda::DeviceInfo cuda_device(int index) { return cuda_device(cuda_plugin(), index); }
+
+cuda::DeviceInfo cuda_device(const cuda::Plugin& plugin, int index) {
   cuda::DeviceInfo info;
   if (!plugin.probe(index, &info)) {
     const cuda::Failure& failure = *plugin.failure();
