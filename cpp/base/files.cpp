@@ -1,21 +1,55 @@
 #include "base/files.h"
 
+#include <atomic>
 #include <cerrno>
 #include <fcntl.h>
+#include <string>
+#include <sys/file.h>
+#include <system_error>
 #include <unistd.h>
-#include <utility>
 
 #include "dsfp4/error.h"
 
 namespace dsfp4 {
 namespace {
 
-// A descriptor that is closed, and a file that is deleted unless it was renamed.
+constexpr std::string_view kTemporary = ".part";
+
+// Locked as long as its writer lives, so that one without a lock is a leftover; a file system
+// without locks keeps its leftovers.
+bool lock(int descriptor) noexcept { return ::flock(descriptor, LOCK_EX | LOCK_NB) == 0; }
+
+bool has_links(int descriptor) noexcept {
+  struct stat status {};
+  return ::fstat(descriptor, &status) == 0 && status.st_nlink > 0;
+}
+
+// Deletes what writers of `path` that were killed have left.
+void remove_leftovers(const std::filesystem::path& path) {
+  const std::string begin = path.filename().string() + ".";
+  std::error_code error;
+  std::filesystem::directory_iterator entry(
+      path.has_parent_path() ? path.parent_path() : std::filesystem::path("."), error);
+  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    if (!name.starts_with(begin) || !name.ends_with(kTemporary)) continue;
+    const int descriptor = ::open(entry->path().c_str(), O_WRONLY | O_CLOEXEC | O_NONBLOCK);
+    if (descriptor < 0) continue;
+    if (lock(descriptor)) ::unlink(entry->path().c_str());
+    ::close(descriptor);
+  }
+}
+
+// A file beside `path` of a name that nobody else has. It is deleted unless it was renamed.
 class Temporary {
  public:
-  explicit Temporary(std::string path)
-      : path_(std::move(path)),
-        descriptor_(::open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+  explicit Temporary(const std::string& path) {
+    static std::atomic<std::uint64_t> next = 0;
+    do {
+      path_ = path + "." + std::to_string(::getpid()) + "-" + std::to_string(next++);
+      path_ += kTemporary;
+      descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    } while ((descriptor_ < 0 && errno == EEXIST) || (descriptor_ >= 0 && !take()));
     if (descriptor_ < 0) throw IoError(path_, -1, errno, "cannot be made");
   }
   ~Temporary() {
@@ -43,8 +77,17 @@ class Temporary {
   }
 
  private:
+  // False if somebody took the new file for a leftover before it was locked.
+  bool take() noexcept {
+    if (lock(descriptor_) || errno != EWOULDBLOCK) {
+      if (has_links(descriptor_)) return true;
+    }
+    ::close(descriptor_);
+    return false;
+  }
+
   std::string path_;
-  int descriptor_;
+  int descriptor_ = -1;
   bool renamed_ = false;
 };
 
@@ -72,8 +115,8 @@ std::string read_whole_file(const std::filesystem::path& path) {
 }
 
 void replace_file(const std::filesystem::path& path, std::string_view bytes) {
-  // One name a process: two that write at once do not write into each other's file.
-  Temporary temporary(path.string() + "." + std::to_string(::getpid()) + ".part");
+  remove_leftovers(path);
+  Temporary temporary(path.string());
   temporary.write(bytes);
   temporary.rename_to(path.string());
 }

@@ -26,7 +26,8 @@ struct FileIdentity {
 std::string read_whole_file(const std::filesystem::path& path);
 
 /// Makes `path` hold `bytes`, durably and in one step: whoever reads it, also after a crash, finds
-/// the old file or the new one. Throws IoError.
+/// the old file or the new one. Several may do so at once, the last one's stays. Deletes what a
+/// writer that was killed has left beside it. Throws IoError.
 void replace_file(const std::filesystem::path& path, std::string_view bytes);
 
 }  // namespace dsfp4

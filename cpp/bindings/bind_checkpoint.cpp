@@ -14,12 +14,14 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include "base/poll.h"
 #include "bindings/bindings.h"
 #include "bindings/gil.h"
 #include "checkpoint/catalogue.h"
 #include "checkpoint/config.h"
 #include "checkpoint/layout.h"
 #include "checkpoint/summary.h"
+#include "dsfp4/error.h"
 #include "engine/verify.h"
 
 namespace dsfp4::bindings {
@@ -148,6 +150,12 @@ nb::dict describe(const path& folder) {
   return dict;
 }
 
+Poll leave_when_asked() {
+  return [go_on = keep_going()] {
+    if (!go_on()) throw CancelledError();
+  };
+}
+
 nb::dict verify(const path& folder, int threads, bool write,
                 const std::optional<nb::callable>& progress) {
   std::function<void(std::uint64_t, std::uint64_t)> on_bytes;
@@ -160,7 +168,7 @@ nb::dict verify(const path& folder, int threads, bool write,
   engine::VerifyReport report;
   {
     const ReleasedGil released;
-    report = engine::verify(folder, threads, write, on_bytes);
+    report = engine::verify(folder, threads, write, on_bytes, leave_when_asked());
   }
   nb::list problems;
   for (const engine::TensorProblem& problem : report.problems) {

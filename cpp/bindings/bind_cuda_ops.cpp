@@ -13,6 +13,7 @@
 #include "bindings/expert_tasks.h"
 #include "format/block.h"
 #include "ops/cuda_backend.h"
+#include "ops/cuda_plugin.h"
 
 namespace dsfp4::bindings {
 namespace {
@@ -95,7 +96,7 @@ struct CudaWeight {
 class CudaOps {
  public:
   explicit CudaOps(int index)
-      : index_(index), backend_(std::make_shared<ops::CudaBackend>(index, 0)) {}
+      : index_(index), backend_(std::make_shared<ops::CudaBackend>(ops::cuda_plugin(), index, 0)) {}
 
   std::uintptr_t stream() const { return reinterpret_cast<std::uintptr_t>(backend_->stream()); }
 

@@ -34,7 +34,7 @@ class Bench {
   Bench(int index, std::string only)
       : only_(std::move(only)),
         plugin_(ops::cuda_plugin()),
-        backend_(index, 0),
+        backend_(plugin_, index, 0),
         pool_(kPool, "the benchmark's weights", backend_.memory()),
         scales_(3 * kScaleBytes, "the benchmark's scales", backend_.memory()),
         arena_(std::size_t{2000} << 20, "the benchmark's activations", backend_.memory()) {

@@ -366,10 +366,10 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
     }
     const Stopwatch watch(result.decode_seconds);
     decode(sequence, prompt, options, on_token, logits, result);
-    tiers_.remember();
   } catch (const CancelledError&) {
     result.finish_reason = FinishReason::kCancelled;
   }
+  tiers_.remember();  // the turn is over, and the clocks have stopped
   return result;
 }
 

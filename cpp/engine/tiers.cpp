@@ -11,7 +11,6 @@
 #include "base/log.h"
 #include "dsfp4/error.h"
 #include "memory/limits.h"
-#include "residency/warm_start.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -189,20 +188,25 @@ void Tiers::make_store(ops::Backend& backend, const model::ModelSpec& spec, Trac
 
 void Tiers::warm_start(const std::string& folder) {
   if (folder.empty()) return;
-  warm_start_ = residency::warm_start_path(folder, fingerprint_);
-  const auto state = residency::load_warm_start(warm_start_, fingerprint_, policy_);
+  warm_start_ = std::make_unique<residency::WarmStart>(folder, fingerprint_, policy_);
+  const auto state = warm_start_->load();
   if (state && store_->restore_policy(*state)) store_->warm_up();
 }
 
-Tiers::~Tiers() { remember(); }
+Tiers::~Tiers() { save_warm_start(true); }
 
-void Tiers::remember() noexcept {
-  if (warm_start_.empty()) return;
+void Tiers::remember() noexcept { save_warm_start(false); }
+
+void Tiers::save_warm_start(bool last) noexcept {
+  if (warm_start_ == nullptr) return;
   try {
-    residency::save_warm_start(warm_start_, fingerprint_, policy_, store_->policy_state());
+    if (last) {
+      warm_start_->save_last(store_->policy_state());
+    } else {
+      warm_start_->save(store_->policy_state(), residency::WarmStart::Clock::now());
+    }
   } catch (const std::exception& error) {  // a convenience: not worth an answer that is ready
     log(LogLevel::kWarning, std::string("the use of experts is not remembered: ") + error.what());
-    warm_start_.clear();
   }
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -19,6 +18,7 @@
 #include "residency/plan.h"
 #include "residency/resident_experts.h"
 #include "residency/tiered_experts.h"
+#include "residency/warm_start.h"
 
 namespace dsfp4::engine {
 
@@ -67,6 +67,8 @@ class Tiers {
   /// Throws ParameterError if the experts were loaded whole, MemoryLimitError if there is no room,
   /// and what `poll` throws while reads in flight are waited for; then nothing has changed.
   void place(const MemoryStrategy& strategy, const Poll& poll);
+  /// Saves the use of experts for the next start, now and then. At any time, from any thread: it
+  /// may wait for the disk, so better not in somebody's turn.
   void remember() noexcept;
   /// At any time, from any thread.
   ModelStats stats() const;
@@ -74,11 +76,12 @@ class Tiers {
  private:
   void make_store(ops::Backend& backend, const model::ModelSpec& spec, Trace* trace);
   void warm_start(const std::string& folder);
+  void save_warm_start(bool last) noexcept;
 
   LoadedWeights& loaded_;
   mutable std::mutex plan_mutex_;  // for stats(), while place() changes it
   residency::RamPlan plan_;
-  std::filesystem::path warm_start_;
+  std::unique_ptr<residency::WarmStart> warm_start_;  // null: nothing is remembered
   std::uint64_t fingerprint_;
   std::uint64_t slot_bytes_ = 0;
   std::size_t experts_per_token_ = 0;

@@ -8,6 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "base/poll.h"
+#include "storage/reader.h"
+
 namespace dsfp4::engine {
 
 struct TensorProblem {
@@ -26,12 +29,15 @@ struct VerifyReport {
   std::vector<TensorProblem> problems;  // in the order of the files
 };
 
-/// Takes a few MiB for each of `threads` >= 1, however large the checkpoint. With `write`, and no
-/// problem found, the sidecar is written. `progress` (may be empty) gets bytes done and bytes in
-/// all; its calls never overlap. Throws CheckpointError for malformed headers and sidecars, and
-/// IoError; and, before anything is read, what loading would throw for the configuration, a tensor
-/// that is missing, or one that is not understood.
+/// Takes 8 MiB for each of `threads` >= 1, however large the checkpoint, and the process's threads
+/// for some milliseconds at a time. With `write`, and no problem found, the sidecar is written.
+/// `progress` (may be empty) gets bytes done and bytes in all, on the calling thread; `poll` is
+/// asked between pieces of work and while this waits for reads. Throws CheckpointError for
+/// malformed headers and sidecars, IoError, what `progress` and `poll` throw and, before anything is
+/// read, what loading would throw for the configuration, a tensor that is missing or one that is not
+/// understood. `reading`: how the files are read.
 VerifyReport verify(const std::filesystem::path& folder, int threads, bool write,
-                    const std::function<void(std::uint64_t, std::uint64_t)>& progress);
+                    const std::function<void(std::uint64_t, std::uint64_t)>& progress,
+                    const Poll& poll = {}, const storage::ReaderOptions& reading = {});
 
 }  // namespace dsfp4::engine

@@ -4,10 +4,9 @@
 #include <cstdlib>
 #include <filesystem>
 #include <limits>
+#include <span>
 #include <string>
 #include <string_view>
-#include <system_error>
-#include <unistd.h>
 
 #include "base/files.h"
 
@@ -34,47 +33,38 @@ std::uint64_t number_in(const std::filesystem::path& file, std::string_view key)
   return kUnknown;
 }
 
-// Lowers `memory` to what one control group leaves. Page cache counts as used there, but is given
-// up before anything swaps.
-void apply_group(const std::filesystem::path& group, const char* limit_file, const char* usage_file,
-                 const char* cache_key, MachineMemory& memory) {
-  const std::uint64_t limit = number_in(group / limit_file, "");
-  const std::uint64_t used = number_in(group / usage_file, "");
-  if (limit >= memory.total || used == kUnknown) return;  // version 1 writes 'none' as 2^63
-  const std::uint64_t cache = number_in(group / "memory.stat", cache_key);
-  const std::uint64_t kept = cache == kUnknown ? used : used - std::min(used, cache);
-  memory.total = limit;
+// The files in which a version of control groups says what a group may have and has.
+struct GroupFiles {
+  std::span<const char* const> limits;  // the least counts
+  const char* usage;
+  std::span<const char* const> cache;  // in memory.stat, of the group and those below it
+};
+
+// Above memory.high the system does not refuse, but slows the group down until it gives memory
+// back.
+constexpr const char* kLimits2[] = {"memory.max", "memory.high"};
+constexpr const char* kCache2[] = {"inactive_file", "active_file"};
+constexpr GroupFiles kVersion2{kLimits2, "memory.current", kCache2};
+constexpr const char* kLimits1[] = {"memory.limit_in_bytes"};
+constexpr const char* kCache1[] = {"total_inactive_file", "total_active_file"};
+constexpr GroupFiles kVersion1{kLimits1, "memory.usage_in_bytes", kCache1};
+
+// Lowers `memory` to what one control group leaves to all that are in it. Page cache counts as used
+// there, but is given up before anything swaps; the kernel's MemAvailable counts it so, too.
+void apply_group(const std::filesystem::path& group, const GroupFiles& files,
+                 MachineMemory& memory) {
+  std::uint64_t limit = kUnknown;
+  for (const char* file : files.limits) limit = std::min(limit, number_in(group / file, ""));
+  if (limit == kUnknown) return;
+  memory.total = std::min(memory.total, limit);
+  const std::uint64_t used = number_in(group / files.usage, "");
+  if (used == kUnknown) return;
+  std::uint64_t kept = used;
+  for (const char* key : files.cache) {
+    const std::uint64_t cache = number_in(group / "memory.stat", key);
+    if (cache != kUnknown) kept -= std::min(kept, cache);
+  }
   memory.available = std::min(memory.available, limit > kept ? limit - kept : 0);
-}
-
-// This process's path in the hierarchy whose line in /proc/self/cgroup begins with `start`, or in
-// which `controller` is; empty if there is none.
-std::string group_path(const std::string& controller) {
-  const std::string text = read_whole_file("/proc/self/cgroup");
-  for (std::size_t at = 0, end = 0; at < text.size(); at = end + 1) {
-    end = std::min(text.find('\n', at), text.size());
-    const std::string line = text.substr(at, end - at);
-    const std::size_t first = line.find(':');
-    const std::size_t second = line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string names = "," + line.substr(first + 1, second - first - 1) + ",";
-    if (controller.empty() ? names == ",," : names.find("," + controller + ",") != names.npos) {
-      return line.substr(second + 1);
-    }
-  }
-  return "";
-}
-
-// A group may see itself as the root, and groups above it limit it too.
-void apply_groups(const std::filesystem::path& root, const std::string& own, const char* limit_file,
-                  const char* usage_file, const char* cache_key, MachineMemory& memory) {
-  std::filesystem::path group = root / std::filesystem::path(own).relative_path();
-  for (;;) {
-    apply_group(group, limit_file, usage_file, cache_key, memory);
-    if (group == root || group.string().size() <= root.string().size()) break;
-    group = group.parent_path();
-  }
-  apply_group(root, limit_file, usage_file, cache_key, memory);
 }
 
 std::uint64_t kibibytes(std::uint64_t number) {
@@ -83,16 +73,17 @@ std::uint64_t kibibytes(std::uint64_t number) {
 
 }  // namespace
 
-MachineMemory machine_memory() {
+MachineMemory machine_memory() { return machine_memory_of({}); }
+
+MachineMemory machine_memory_of(const SystemRoots& roots) {
   MachineMemory memory;
-  memory.total = kibibytes(number_in("/proc/meminfo", "MemTotal:"));
-  memory.available = kibibytes(number_in("/proc/meminfo", "MemAvailable:"));
-  const std::uint64_t resident = kibibytes(number_in("/proc/self/status", "VmRSS:"));
+  memory.total = kibibytes(number_in(roots.proc / "meminfo", "MemTotal:"));
+  memory.available = kibibytes(number_in(roots.proc / "meminfo", "MemAvailable:"));
+  const std::uint64_t resident = kibibytes(number_in(roots.proc / "self/status", "VmRSS:"));
   memory.process = resident == kUnknown ? 0 : resident;
-  apply_groups("/sys/fs/cgroup", group_path(""), "memory.max", "memory.current", "inactive_file",
-               memory);
-  apply_groups("/sys/fs/cgroup/memory", group_path("memory"), "memory.limit_in_bytes",
-               "memory.usage_in_bytes", "total_inactive_file", memory);
+  // Groups above limit this one too, and what its siblings have taken of theirs is gone.
+  for (const auto& group : control_groups(roots, "")) apply_group(group, kVersion2, memory);
+  for (const auto& group : control_groups(roots, "memory")) apply_group(group, kVersion1, memory);
   return memory;
 }
 

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/cgroups.h"
+
 namespace dsfp4::memory {
 
 /// In bytes.
@@ -14,8 +16,12 @@ struct MachineMemory {
 };
 
 /// Reads /proc and the limits of the control groups (versions 1 and 2) that this process is in, its
-/// own and those above. `available` and `total` are the largest number where neither can be read.
+/// own and those above, of which the tightest counts. `available` and `total` are the largest
+/// number where neither can be read.
 MachineMemory machine_memory();
+
+/// The same of a system that describes itself elsewhere.
+MachineMemory machine_memory_of(const SystemRoots& roots);
 
 /// Bytes that the system can still give without swapping; see MachineMemory::available.
 std::size_t available_memory();

@@ -40,6 +40,10 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
   backend_.upload(angles.data(), cos_sin.data, angles.size() * sizeof(float));
   const bool recorded = batch.phase == Phase::kDecode && batch.forced_experts == nullptr &&
                         batch.chosen_experts == nullptr && batch.router_logits == nullptr;
+  struct DropUnlessEnded {
+    ops::Backend& backend;
+    ~DropUnlessEnded() { backend.drop_recorded(); }
+  } const recording{backend_};
   if (recorded && backend_.begin_recorded(batch.ids, sequences)) return x;
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   experts_.begin_step(rows);

@@ -185,6 +185,8 @@ class Backend {
     return false;
   }
   virtual void end_recorded() {}
+  /// Gives up a recording that an error has broken off; nothing if none is going on.
+  virtual void drop_recorded() noexcept {}
 
   /// out[t] = row ids[t] of `table` (F32 or BF16).
   virtual void embed(const format::WeightView& table, std::span<const std::int32_t> ids,

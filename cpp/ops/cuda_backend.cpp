@@ -86,15 +86,21 @@ void CudaBackend::Buffer::release(CudaMemory& source) noexcept {
   bytes_ = 0;
 }
 
-CudaBackend::CudaBackend(int index, std::uint64_t memory_limit) : plugin_(cuda_plugin()) {
-  const cuda::DeviceInfo before = cuda_device(index);
-  check(plugin_.open(index, cuda_kernels_are_portable(), &device_));
+OpenDevice::OpenDevice(const cuda::Plugin& plugin, int index, bool portable) : plugin_(plugin) {
+  cuda_check(plugin, plugin.open(index, portable, &device_));
+}
+
+CudaBackend::CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t memory_limit)
+    : CudaBackend(plugin, index, memory_limit, cuda_device(plugin, index).free_bytes) {}
+
+CudaBackend::CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t memory_limit,
+                         std::uint64_t free_before)
+    : plugin_(plugin), device_(plugin, index, cuda_kernels_are_portable()) {
   std::uint64_t free = 0;
   std::uint64_t total = 0;
   check(plugin_.memory(device_, &free, &total));
-  const std::uint64_t context = context_bytes(index, before.free_bytes, free);
+  const std::uint64_t context = context_bytes(index, free_before, free);
   if (memory_limit != 0 && context + kDriverReserve > memory_limit) {
-    plugin_.close(device_);
     throw MemoryLimitError("the CUDA context and its reserve", context + kDriverReserve,
                            memory_limit, "", "VRAM");
   }
@@ -104,13 +110,12 @@ CudaBackend::CudaBackend(int index, std::uint64_t memory_limit) : plugin_(cuda_p
 CudaBackend::~CudaBackend() {
   plugin_.synchronize(device_);
   for (auto& [key, recording] : recordings_) forget(recording);
-  for (Buffer* buffer : {&workspace_, &ids_, &forced_, &rows_, &blocks_}) {
+  for (Buffer* buffer : {&workspace_, &ids_, &forced_, &up_, &rows_, &blocks_}) {
     buffer->release(*device_memory_);
   }
   for (const auto& [key, table] : expert_tables_) {
     device_memory_->release(table, expert_counts_[key] * sizeof(ExpertView));
   }
-  plugin_.close(device_);
 }
 
 void CudaBackend::upload(const void* from, void* to, std::size_t bytes) {
@@ -131,11 +136,6 @@ void CudaBackend::forget(Recording& recording) noexcept {
 
 bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
                                  std::span<const SequenceRows> batch) {
-  if (capturing_) {  // an error ended the last step
-    void* graph = nullptr;
-    if (plugin_.end_capture(device_, &graph)) plugin_.free_graph(device_, graph);
-    capturing_ = false;
-  }
   std::byte* on_gpu = ids_.reserve(*device_memory_, std::max(ids.size_bytes(), kSmallBuffer));
   upload(ids.data(), on_gpu, ids.size_bytes());
   const cuda::KvRows kv = rows_of(batch);
@@ -152,6 +152,13 @@ bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
   check(plugin_.begin_capture(device_));
   capturing_ = true;
   return false;
+}
+
+void CudaBackend::drop_recorded() noexcept {
+  if (!capturing_) return;
+  capturing_ = false;
+  void* graph = nullptr;
+  if (plugin_.end_capture(device_, &graph)) plugin_.free_graph(device_, graph);
 }
 
 void CudaBackend::end_recorded() {
@@ -330,16 +337,13 @@ void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k,
     for (const std::int32_t pair : task.pairs) {
       const ConstMatrix token{x.row(pair / top_k), 1, x.cols, x.stride};
       const ExpertView& expert = *task.expert;
-      std::byte* up_space = nullptr;
-      const std::size_t bytes = static_cast<std::size_t>(hidden.cols) * sizeof(float);
-      up_space = device_memory_->take(bytes, "an expert's up projection");
+      std::byte* up_space =
+          up_.reserve(*device_memory_, static_cast<std::size_t>(hidden.cols) * sizeof(float));
       const Matrix up{reinterpret_cast<float*>(up_space), 1, hidden.cols, hidden.cols};
       linear(expert.gate_proj, token, hidden.slice(pair, 1), Inputs::kBf16);
       linear(expert.up_proj, token, up, Inputs::kBf16);
       silu_mul(hidden.slice(pair, 1), up);
       linear(expert.down_proj, hidden.slice(pair, 1), out.slice(pair, 1), Inputs::kBf16);
-      check(plugin_.synchronize(device_));
-      device_memory_->release(up_space, bytes);
     }
   }
 }
@@ -412,7 +416,7 @@ bool CudaBackend::takes_shared(std::span<const ExpertView> experts, const Expert
 }
 
 std::unique_ptr<Backend> make_cuda_backend(int index, std::uint64_t memory_limit) {
-  return std::make_unique<CudaBackend>(index, memory_limit);
+  return std::make_unique<CudaBackend>(cuda_plugin(), index, memory_limit);
 }
 
 }  // namespace dsfp4::ops

@@ -42,9 +42,27 @@ class CudaMemory final : public memory::MemorySource {
   std::atomic<std::uint64_t> used_;
 };
 
+/// An open device of the plugin.
+class OpenDevice {
+ public:
+  /// Throws CudaError.
+  OpenDevice(const cuda::Plugin& plugin, int index, bool portable);
+  ~OpenDevice() { plugin_.close(device_); }
+  OpenDevice(const OpenDevice&) = delete;
+  OpenDevice& operator=(const OpenDevice&) = delete;
+  // NOLINTNEXTLINE(google-explicit-constructor): it stands for the device in the plugin's calls
+  operator cuda::Device*() const noexcept { return device_; }
+
+ private:
+  const cuda::Plugin& plugin_;
+  cuda::Device* device_ = nullptr;
+};
+
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(int index, std::uint64_t memory_limit);
+  /// Throws CudaError, and MemoryLimitError where `memory_limit` (bytes, 0 for none) does not hold
+  /// the context.
+  CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t memory_limit);
   ~CudaBackend() override;
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
@@ -65,6 +83,7 @@ class CudaBackend final : public Backend {
   bool begin_recorded(std::span<const std::int32_t> ids,
                       std::span<const SequenceRows> batch) override;
   void end_recorded() override;
+  void drop_recorded() noexcept override;
 
   void embed(const format::WeightView& table, std::span<const std::int32_t> ids,
              Matrix out) override;
@@ -121,17 +140,20 @@ class CudaBackend final : public Backend {
     std::size_t bytes_ = 0;
   };
 
+  CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t memory_limit,
+              std::uint64_t free_before);
   void check(bool ok) const { cuda_check(plugin_, ok); }
   std::byte* workspace(std::size_t bytes) { return workspace_.reserve(*device_memory_, bytes); }
   /// The rows of `batch` with their blocks on the device; copied there unless they are already.
   cuda::KvRows rows_of(std::span<const SequenceRows> batch);
 
   const cuda::Plugin& plugin_;
-  cuda::Device* device_ = nullptr;
+  OpenDevice device_;
   std::unique_ptr<CudaMemory> device_memory_;
   Buffer workspace_{"the CUDA workspace"};
   Buffer ids_{"the token ids"};
   Buffer forced_{"the forced experts"};
+  Buffer up_{"an expert's up projection"};  // of experts()
   Buffer rows_{"the rows of a step"};
   Buffer blocks_{"the table of cache blocks"};
   std::vector<cuda::RowPlace> host_rows_;   // what rows_ holds

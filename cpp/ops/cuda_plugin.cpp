@@ -114,8 +114,9 @@ std::string cuda_refusal(const cuda::DeviceInfo& info, int index) {
   return {};
 }
 
-cuda::DeviceInfo cuda_device(int index) {
-  const cuda::Plugin& plugin = cuda_plugin();
+cuda::DeviceInfo cuda_device(int index) { return cuda_device(cuda_plugin(), index); }
+
+cuda::DeviceInfo cuda_device(const cuda::Plugin& plugin, int index) {
   cuda::DeviceInfo info;
   if (!plugin.probe(index, &info)) {
     const cuda::Failure& failure = *plugin.failure();

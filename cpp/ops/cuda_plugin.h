@@ -17,6 +17,7 @@ const cuda::Plugin& cuda_plugin();
 /// What device `index` is. Throws CudaError with one clear sentence if there is no driver, no GPU,
 /// no GPU of this index, one too old (compute capability under 8.0), or too old a driver.
 cuda::DeviceInfo cuda_device(int index);
+cuda::DeviceInfo cuda_device(const cuda::Plugin& plugin, int index);
 
 /// Whether the environment's DSFP4_CUDA_KERNELS is "portable": only kernels that every GPU can run.
 /// Throws ParameterError if it is something else; empty is as if it were not there.

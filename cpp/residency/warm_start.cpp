@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #include "base/files.h"
 #include "dsfp4/error.h"
@@ -108,6 +109,38 @@ std::optional<std::vector<float>> load_warm_start(const std::filesystem::path& p
   std::vector<float> state(count);
   std::memcpy(state.data(), rest.data(), rest.size());
   return state;
+}
+
+WarmStart::WarmStart(const std::filesystem::path& folder, std::uint64_t fingerprint,
+                     std::string policy)
+    : path_(warm_start_path(folder, fingerprint)),
+      fingerprint_(fingerprint),
+      policy_(std::move(policy)) {}
+
+std::optional<std::vector<float>> WarmStart::load() {
+  const std::lock_guard lock(mutex_);
+  saved_ = load_warm_start(path_, fingerprint_, policy_);
+  return saved_;
+}
+
+void WarmStart::save(std::vector<float> state, Clock::time_point now) {
+  const std::lock_guard lock(mutex_);
+  if (saved_at_ && now - *saved_at_ < kPeriod) return;
+  if (write(std::move(state))) saved_at_ = now;
+}
+
+void WarmStart::save_last(std::vector<float> state) {
+  const std::lock_guard lock(mutex_);
+  write(std::move(state));
+}
+
+bool WarmStart::write(std::vector<float> state) {
+  if (failed_ || saved_ == state) return false;
+  failed_ = true;
+  save_warm_start(path_, fingerprint_, policy_, state);
+  failed_ = false;
+  saved_ = std::move(state);
+  return true;
 }
 
 }  // namespace dsfp4::residency

@@ -7,7 +7,7 @@
 #include <random>
 #include <string>
 #include <sys/resource.h>
-#include <thread>
+#include <system_error>
 #include <utility>
 
 #include "dsfp4/error.h"
@@ -29,7 +29,10 @@ class Blocks {
  public:
   Blocks(const std::vector<std::filesystem::path>& files, std::uint64_t block) : block_(block) {
     for (const auto& file : files) {
-      count_ += std::filesystem::file_size(file) / block;
+      std::error_code error;
+      const std::uintmax_t bytes = std::filesystem::file_size(file, error);
+      if (error) throw IoError(file.string(), -1, error.value(), "its size cannot be read");
+      count_ += bytes / block;
       ends_.push_back(count_);
     }
     if (count_ < 64) {
@@ -50,7 +53,7 @@ class Blocks {
   std::vector<std::uint64_t> ends_;
 };
 
-// Destinations that come back when their reads are done.
+// Destinations that come back when their reads are done. They own themselves while one has stalled.
 class Buffers {
  public:
   Buffers(std::size_t count, std::uint64_t bytes) : memory_((count * bytes) + kBlockBytes) {
@@ -86,7 +89,8 @@ RawRate measure_raw_rate(const std::vector<std::filesystem::path>& files,
   const std::uint64_t block = options.piece_bytes;
   const Blocks blocks(files, block);
   // Somewhat more than are with the system, so that it always has as many as it may.
-  Buffers buffers(static_cast<std::size_t>(options.depth) * 3 / 2 + 4, block);
+  const auto buffers =
+      std::make_shared<Buffers>(static_cast<std::size_t>(options.depth) * 3 / 2 + 4, block);
   std::mt19937_64 random(seed);
   std::mutex mutex;
   ReadResult failure;                               // guarded by mutex
@@ -95,15 +99,16 @@ RawRate measure_raw_rate(const std::vector<std::filesystem::path>& files,
   rate.reader = reader->name();
 
   const auto submit = [&] {
-    std::byte* buffer = buffers.take();
+    std::byte* buffer = buffers->take();
     ReadRequest request;
+    request.owner = buffers;
     request.extents = {blocks.extent(random() % blocks.count(), buffer)};
     request.on_complete = [&, buffer](const ReadResult& result) {
       if (result.status == ReadStatus::kFailed) {
         const std::lock_guard lock(mutex);
         failure = result;
       }
-      buffers.give_back(buffer);
+      buffers->give_back(buffer);
     };
     return reader->submit(std::move(request));
   };
@@ -134,13 +139,12 @@ DemandLatency measure_demand_beside_speculation(const std::vector<std::filesyste
   if (experts < 1 || rounds < 1) throw ParameterError("rounds", "and experts must be at least 1");
   const Blocks blocks(files, expert_bytes);
   const auto count = static_cast<std::size_t>(experts);
-  Buffers demanded(count, expert_bytes);
-  Buffers guessed(count, expert_bytes);
+  const auto buffers = std::make_shared<Buffers>(2 * count, expert_bytes);
   std::vector<std::byte*> places;
   std::vector<std::byte*> guesses;
   for (std::size_t i = 0; i < count; ++i) {
-    places.push_back(demanded.take());
-    guesses.push_back(guessed.take());
+    places.push_back(buffers->take());
+    guesses.push_back(buffers->take());
   }
   std::mt19937_64 random(seed);
   const auto reader = make_reader(files, options);
@@ -150,6 +154,7 @@ DemandLatency measure_demand_beside_speculation(const std::vector<std::filesyste
       request.extents.push_back(blocks.extent(random() % blocks.count(), place));
     }
     request.priority = priority;
+    request.owner = buffers;
     return reader->submit(std::move(request));
   };
   const auto demand = [&] {
@@ -163,9 +168,11 @@ DemandLatency measure_demand_beside_speculation(const std::vector<std::filesyste
   for (int round = 0; round < rounds; ++round) {
     latency.idle_seconds.push_back(demand());
     const ReadTicket guess = submit(guesses, Priority::kSpeculative);
-    while (guess.bytes_done() < expert_bytes / 4) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    bool over = false;  // it may fail before it has read so much
+    while (!over && guess.bytes_done() < expert_bytes / 4) {
+      over = reader->wait_for(guess, std::chrono::milliseconds(1));
     }
+    if (over) reader->wait(guess).throw_if_failed();
     latency.beside_seconds.push_back(demand());
     reader->wait(guess).throw_if_failed();
   }

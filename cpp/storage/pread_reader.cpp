@@ -1,6 +1,5 @@
 // Reads with pread(2) from a team of threads, each with one job at a time.
 #include <string>
-#include <system_error>
 
 #include "dsfp4/error.h"
 #include "storage/engines.h"
@@ -26,11 +25,9 @@ class PreadReader final : public QueuedReader {
     threads_.reserve(queue_->capacity());
     while (threads_.size() < queue_->capacity()) {
       try {
-        threads_.emplace_back([shared = queue_] { serve(*shared); });
-      } catch (const std::system_error& error) {
-        if (threads_.empty()) {
-          throw MemoryLimitError("the threads that read", 0, 0);
-        }
+        threads_.push_back(queue_->start_thread([shared = queue_] { serve(*shared); }));
+      } catch (const Error&) {
+        if (threads_.empty()) throw;
         if (queue_->options().log) {
           queue_->options().log("the system gave " + std::to_string(threads_.size()) + " of " +
                                 std::to_string(queue_->capacity()) +

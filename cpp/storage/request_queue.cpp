@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "dsfp4/error.h"
@@ -45,7 +46,17 @@ RequestQueue::RequestQueue(const std::vector<std::filesystem::path>& paths,
   free_jobs_.reserve(jobs_.size());
   retries_.reserve(jobs_.size());
   for (std::size_t i = jobs_.size(); i > 0; --i) free_jobs_.push_back(i - 1);
-  watcher_ = std::thread([this] { watch(); });
+  watcher_ = start_thread([this] { watch(); });
+}
+
+std::thread RequestQueue::start_thread(std::function<void()> body) {
+  try {
+    return system_.start(std::move(body));
+  } catch (const std::system_error& error) {
+    throw Error(std::string("the system starts no thread for reading (") + error.code().message() +
+                "): end other programs, or raise the limit of processes (ulimit -u, or pids.max of "
+                "the container)");
+  }
 }
 
 RequestQueue::~RequestQueue() { shut_down(); }

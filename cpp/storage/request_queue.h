@@ -76,6 +76,9 @@ class RequestQueue {
   RequestQueue(const RequestQueue&) = delete;
   RequestQueue& operator=(const RequestQueue&) = delete;
 
+  /// A thread for reading. Throws Error where the system starts no more.
+  std::thread start_thread(std::function<void()> body);
+
   const ReaderOptions& options() const noexcept { return options_; }
   System& system() noexcept { return system_; }
   const FileSet& files() const noexcept { return files_; }

@@ -3,7 +3,9 @@
 #include <cerrno>
 #include <chrono>
 #include <exception>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "storage/request_queue.h"
 
@@ -102,14 +104,11 @@ void RequestQueue::warn_of_stalls(Lock& lock) noexcept {
       if (oldest == nullptr || started < oldest->started.load()) oldest = &job;
     }
     Lane& lane = lanes_[i];
-    if ((oldest != nullptr) == lane.stalled.has_value()) continue;
-    if (oldest != nullptr) {
+    if (oldest == nullptr) {
+      if (const auto file = std::exchange(lane.stalled, std::nullopt)) say_recovered(lock, *file);
+    } else if (!lane.stalled) {
       lane.stalled = oldest->piece.file;
       say_stalled(lock, *oldest, lane.in_flight - 1);
-    } else {
-      const std::uint32_t file = *lane.stalled;
-      lane.stalled.reset();
-      say_recovered(lock, file);
     }
   }
 }

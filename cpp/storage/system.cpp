@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <fcntl.h>
 #include <unistd.h>
+#include <utility>
 
 namespace dsfp4::storage {
 
@@ -25,6 +26,8 @@ ssize_t System::pread(const ReadCall& call) {
       ::pread(call.descriptor, call.buffer, call.bytes, static_cast<off_t>(call.offset));
   return got >= 0 ? got : -errno;
 }
+
+std::thread System::start(std::function<void()> body) { return std::thread(std::move(body)); }
 
 System& System::real() {
   static System system;

@@ -4,10 +4,12 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <thread>
 
 namespace dsfp4::storage {
 
@@ -37,6 +39,8 @@ class System {
   /// Called after each read that was made, with its result (bytes or -errno); returns the result to
   /// go on with, which may be less.
   virtual int after_read(const ReadCall&, int result) { return result; }
+  /// Throws std::system_error where the system starts no more threads.
+  virtual std::thread start(std::function<void()> body);
   virtual Clock::time_point now() { return Clock::now(); }
   /// How often reads in flight are looked at for stalls.
   virtual std::chrono::milliseconds watch_period() { return std::chrono::milliseconds(500); }

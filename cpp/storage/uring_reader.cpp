@@ -139,7 +139,7 @@ class UringReader final : public QueuedReader {
     queue_->on_wake([wakeup] { wakeup->notify(); });
     auto start = std::make_shared<Start>();
     threads_.reserve(1);
-    threads_.emplace_back([queue = queue_, wakeup, start] {
+    threads_.push_back(queue_->start_thread([queue = queue_, wakeup, start] {
       std::unique_ptr<UringLoop> loop;
       try {
         loop = std::make_unique<UringLoop>(*queue, *wakeup);
@@ -149,7 +149,7 @@ class UringReader final : public QueuedReader {
       }
       start->succeed(loop->buffers_registered());
       loop->run();
-    });
+    }));
     say_registered(start->wait());  // if it throws, the base class joins the thread
   }
   const char* name() const noexcept override { return "io_uring"; }

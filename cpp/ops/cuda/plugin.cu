@@ -86,6 +86,7 @@ bool open(int index, [[maybe_unused]] bool portable, Device** device) {
   cudaError_t code = cudaStreamCreateWithFlags(&opened->stream, cudaStreamNonBlocking);
   if (code == cudaSuccess) code = cudaHostAlloc(&opened->ring, kRingBytes, cudaHostAllocDefault);
   if (code != cudaSuccess) {
+    if (opened->stream != nullptr) cudaStreamDestroy(opened->stream);
     delete opened;
     return fail(code, "cudaStreamCreateWithFlags / cudaHostAlloc", __FILE__, __LINE__);
   }

@@ -10,7 +10,6 @@
 
 #include "dsfp4/error.h"
 #include "memory/arena.h"
-#include "memory/limits.h"
 #include "memory/slot_pool.h"
 
 namespace dsfp4::memory {
@@ -144,21 +143,6 @@ TEST(MemorySource, LargeMemoryIsAlignedForHugePages) {
     memory[0] = memory[bytes - 1] = std::byte{1};
     host_memory().release(memory, bytes);
   }
-}
-
-TEST(Limits, TheMachineIsPlausible) {
-  const MachineMemory machine = machine_memory();
-  EXPECT_GT(machine.total, std::uint64_t{1} << 28);
-  EXPECT_LE(machine.available, machine.total);
-  EXPECT_GT(machine.process, std::uint64_t{1} << 20);
-  EXPECT_LT(machine.process, machine.total);
-}
-
-TEST(Limits, TheDefaultLeavesRoom) {
-  constexpr std::uint64_t kGb = 1'000'000'000;
-  EXPECT_EQ(default_ram_limit({100 * kGb, 80 * kGb, kGb}), 79 * kGb);  // at most 2 GB
-  EXPECT_EQ(default_ram_limit({10 * kGb, 4 * kGb, kGb}), 45 * kGb / 10);
-  EXPECT_EQ(default_ram_limit({10 * kGb, 0, 0}), 0u);
 }
 
 }  // namespace

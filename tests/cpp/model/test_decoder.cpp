@@ -1,10 +1,13 @@
 #include <gtest/gtest.h>
 
 #include "checkpoint/config.h"
+#include "dsfp4/error.h"
 #include "engine/engine.h"
 #include "model/decoder.h"
 #include "model/spec.h"
 #include "ops/backend.h"
+#include "ops/cuda_backend.h"
+#include "ops/fake_cuda.h"
 #include "residency/resident_experts.h"
 
 namespace dsfp4::model {
@@ -47,6 +50,36 @@ TEST(Decoder, APromptOf4096TokensOfR1IsOneChunk) {
       decoder.scratch_bytes(engine::kLongestPrefillChunk, ops::Phase::kPrefill);
   EXPECT_LE(bytes, engine::kActivationBytes);
   EXPECT_GT(bytes, engine::kActivationBytes / 4);  // it is counted
+}
+
+// A stream that is still recorded refuses whatever comes next, until it is closed.
+TEST(Decoder, ARecordingEndsWithTheStepThatFailed) {
+  using ops::testing::FakeCuda;
+  checkpoint::ModelConfig config = r1();
+  config.hidden_size = 8;
+  ops::CudaBackend backend(FakeCuda::plugin(), FakeCuda::kIndex, 0);
+  FakeCuda& fake = FakeCuda::state();
+  fake.embeds = false;
+  residency::ResidentExperts experts(backend, config.hidden_size, config.moe_intermediate_size, {});
+  ModelWeights weights;
+  weights.embed_tokens.rows = 1;
+  const Decoder decoder(make_spec(config), weights, backend, experts, nullptr,
+                        ops::KvFormat::kBf16);
+  memory::Arena arena(std::size_t{1} << 20, "the test", backend.memory());
+  const std::int32_t id = 0;
+  std::byte* const block = nullptr;
+  ops::SequenceRows rows;
+  rows.rows = 1;
+  rows.kv.blocks = {&block, 1};
+  Batch batch;
+  batch.phase = ops::Phase::kDecode;
+  batch.ids = {&id, 1};
+  batch.sequences = {&rows, 1};
+  for (int step = 0; step < 3; ++step) {  // the first one is not recorded yet
+    EXPECT_THROW(decoder.forward(batch, arena), CudaError);
+    EXPECT_EQ(fake.recorded, step);
+    EXPECT_EQ(fake.recordings, 0);
+  }
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ class LayerStreamTest : public storage::ReaderTest {
 
   // Enters the layer and says whether its weights are there.
   bool is_right(std::int64_t layer) {
-    const LayerStream::Use use(stream_.get(), layer);
+    const LayerStream::Use use(stream_.get(), layer, {});
     const auto i = static_cast<std::size_t>(std::ranges::find(kLayers, layer) - kLayers);
     return storage::ReaderFiles::same(views_[i].data, kLayerBytes, kFirstByte + i * kLayerBytes, 1);
   }
@@ -61,7 +61,7 @@ class LayerStreamTest : public storage::ReaderTest {
     bool right = true;
     for (std::int64_t layer = 0; layer < 10; ++layer) {
       if (std::ranges::find(kLayers, layer) == std::end(kLayers)) {
-        const LayerStream::Use use(stream_.get(), layer);  // not a streamed one
+        const LayerStream::Use use(stream_.get(), layer, {});  // not a streamed one
       } else {
         right = is_right(layer) && right;
       }
@@ -94,7 +94,7 @@ TEST_P(LayerStreamTest, ABrokenStepIsFollowedByAWholeOne) {
   EXPECT_TRUE(step());
   EXPECT_THROW(
       {
-        const LayerStream::Use use(&stream, 1);
+        const LayerStream::Use use(&stream, 1, {});
         throw Error("within the layer");
       },
       Error);

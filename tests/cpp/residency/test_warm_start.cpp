@@ -1,3 +1,4 @@
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -11,21 +12,21 @@
 namespace dsfp4::residency {
 namespace {
 
-class WarmStart : public testing::Test {
+class WarmStartFile : public testing::Test {
  protected:
-  WarmStart()
+  WarmStartFile()
       : folder_(
             std::filesystem::path(testing::TempDir()) /
             (std::string("warm-") + testing::UnitTest::GetInstance()->current_test_info()->name())),
         path_(warm_start_path(folder_ / "deep" / "er", 42)) {}
-  ~WarmStart() override { std::filesystem::remove_all(folder_); }
+  ~WarmStartFile() override { std::filesystem::remove_all(folder_); }
 
   std::filesystem::path folder_;
   std::filesystem::path path_;
   const std::vector<float> state_{0.0f, 1.5f, 3.0f};
 };
 
-TEST_F(WarmStart, ComesBack) {
+TEST_F(WarmStartFile, ComesBack) {
   EXPECT_FALSE(load_warm_start(path_, 42, "lfu"));
   save_warm_start(path_, 42, "lfu", state_);
   EXPECT_EQ(load_warm_start(path_, 42, "lfu"), state_);
@@ -39,7 +40,7 @@ TEST_F(WarmStart, ComesBack) {
   EXPECT_EQ(files, 1u);
 }
 
-TEST_F(WarmStart, ADamagedFileIsIgnored) {
+TEST_F(WarmStartFile, ADamagedFileIsIgnored) {
   save_warm_start(path_, 42, "lfu", state_);
   std::string bytes;
   {
@@ -61,7 +62,42 @@ TEST_F(WarmStart, ADamagedFileIsIgnored) {
   }
 }
 
-TEST_F(WarmStart, AFolderThatCannotBeMadeIsAnError) {
+// Deleting the file shows what was written anew.
+TEST_F(WarmStartFile, IsWrittenWhenThereIsSomethingNewAndNotTooOften) {
+  using Clock = WarmStart::Clock;
+  WarmStart file(path_.parent_path(), 42, "lfu");
+  const auto written = [&] { return std::filesystem::remove(path_); };
+  const Clock::time_point start{};
+  std::vector<float> state = state_;
+  EXPECT_FALSE(file.load());
+  file.save(state, start);
+  EXPECT_EQ(load_warm_start(path_, 42, "lfu"), state);
+  EXPECT_TRUE(written());
+  file.save(state, start + std::chrono::hours(1));
+  EXPECT_FALSE(written());
+  state[0] = 7.0f;
+  file.save(state, start + WarmStart::kPeriod - std::chrono::seconds(1));
+  EXPECT_FALSE(written());
+  file.save(state, start + WarmStart::kPeriod);
+  EXPECT_EQ(file.load(), state);
+  EXPECT_TRUE(written());
+  file.save_last(state);
+  EXPECT_FALSE(written());
+  state[0] = 8.0f;
+  file.save_last(state);
+  EXPECT_TRUE(written());
+}
+
+TEST_F(WarmStartFile, AFileThatCannotBeWrittenIsTriedOnce) {
+  std::filesystem::create_directories(folder_);
+  std::ofstream(folder_ / "deep") << "a file";
+  WarmStart file(path_.parent_path(), 42, "lfu");
+  EXPECT_THROW(file.save(state_, {}), IoError);
+  EXPECT_NO_THROW(file.save(state_, WarmStart::Clock::time_point(std::chrono::hours(1))));
+  EXPECT_NO_THROW(file.save_last(state_));
+}
+
+TEST_F(WarmStartFile, AFolderThatCannotBeMadeIsAnError) {
   std::filesystem::create_directories(folder_);
   std::ofstream(folder_ / "deep") << "a file";
   EXPECT_THROW(save_warm_start(path_, 42, "lfu", state_), IoError);

@@ -60,9 +60,9 @@ class FaultSystem : public System {
   }
   std::chrono::milliseconds watch_period() override {
     const std::int64_t ahead = clock_offset_ms.load() - shown_ms_.load();
-    shown_ms_ += std::clamp<std::int64_t>(ahead, 0, 5'000);
+    shown_ms_ += std::clamp<std::int64_t>(ahead, 0, 8'000);
     ++looks_;
-    return std::chrono::milliseconds(2);
+    return std::chrono::milliseconds(1);
   }
   /// As if the process had been stopped for so long.
   void stopped(std::chrono::milliseconds span) {

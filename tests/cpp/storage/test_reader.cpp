@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -235,6 +236,49 @@ TEST_P(ReaderBasics, PollIsCalledAlsoWhereNothingIsToWaitFor) {
   int polls = 0;
   reader->read(extents, nullptr, {}, [&] { ++polls; });
   EXPECT_GE(polls, 1);
+}
+
+// Starts so many threads and no more.
+class FewThreads final : public FaultSystem {
+ public:
+  explicit FewThreads(int threads) : left_(threads) {}
+  std::thread start(std::function<void()> body) override {
+    if (left_-- <= 0) {
+      throw std::system_error(EAGAIN, std::generic_category());
+    }
+    return System::start(std::move(body));
+  }
+
+ private:
+  int left_;
+};
+
+TEST_P(ReaderBasics, ASystemThatStartsNoThreadsIsAnErrorThatSaysWhatToDo) {
+  const auto before = ReaderFiles::open_descriptors();
+  const auto path = files_.write("a", 20'000, 1);
+  for (const int threads : {0, 1}) {  // not even the watcher, and nobody who reads
+    FewThreads system(threads);
+    ReaderOptions few = options();
+    few.system = &system;
+    try {
+      make_reader({path}, few);
+      FAIL() << threads;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find("ulimit -u"), std::string::npos) << error.what();
+    }
+  }
+  EXPECT_EQ(ReaderFiles::open_descriptors(), before);
+  FewThreads system(3);
+  ReaderOptions few = options();
+  few.system = &system;
+  const auto reader = make_reader({path}, few);
+  std::vector<std::byte> buffer(20'000);
+  const std::vector<Extent> extents = {{0, 0, buffer.size(), buffer.data()}};
+  reader->read(extents, nullptr);
+  EXPECT_TRUE(files_.same(buffer.data(), buffer.size(), 0, 1));
+  if (GetParam() == ReaderKind::kPread) {
+    EXPECT_NE(log().find("gave 2 of 8 threads"), std::string::npos) << log();
+  }
 }
 
 TEST_P(ReaderBasics, BadArguments) {
