@@ -148,7 +148,8 @@ void bind_bench(nb::module_& m) {
           nb::arg("rows"), nb::arg("copies"), nb::arg("runs"), unlocked)
       .def("profile", &profile, nb::arg("position"), nb::arg("rows"), nb::arg("decode"),
            nb::arg("slots"), nb::arg("expert"), nb::arg("runs"));
-  m.def("available_cores", &available_cores, "Threads by default: physical cores in the affinity mask, or the CPU quota.");
+  m.def("available_cores", &available_cores,
+        "Threads by default: physical cores in the affinity mask, or the CPU quota.");
 }
 
 }  // namespace dsfp4::bindings

@@ -134,7 +134,11 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
 
 ops::Backend::Largest Engine::largest_step(std::int64_t rows) const {
   const model::ModelSpec model = model::make_spec(config_);
-  ops::Backend::Largest largest{model.mla, rows, max_context_, 0, model.router.top_k, {}};
+  ops::Backend::Largest largest;
+  largest.mla = model.mla;
+  largest.rows = rows;
+  largest.context = max_context_;
+  largest.top_k = model.router.top_k;
   largest.vocab = model.vocab_size;
   largest.width = std::max({model.hidden_size, model.intermediate_size, model.q_lora_rank,
                             model.shared_intermediate_size, model.moe_intermediate_size,

@@ -33,9 +33,9 @@ struct VerifyReport {
 /// for some milliseconds at a time. With `write`, and no problem found, the sidecar is written.
 /// `progress` (may be empty) gets bytes done and bytes in all, on the calling thread; `poll` is
 /// asked between pieces of work and while this waits for reads. Throws CheckpointError for
-/// malformed headers and sidecars, IoError, what `progress` and `poll` throw and, before anything is
-/// read, what loading would throw for the configuration, a tensor that is missing or one that is not
-/// understood. `reading`: how the files are read.
+/// malformed headers and sidecars, IoError, what `progress` and `poll` throw and, before anything
+/// is read, what loading would throw for the configuration, a tensor that is missing or one that is
+/// not understood. `reading`: how the files are read.
 VerifyReport verify(const std::filesystem::path& folder, int threads, bool write,
                     const std::function<void(std::uint64_t, std::uint64_t)>& progress,
                     const Poll& poll = {}, const storage::ReaderOptions& reading = {});

@@ -1,14 +1,15 @@
 #include "ops/cuda_plugin.h"
 
+#include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <cstdlib>
 #include <dlfcn.h>
-#include <fstream>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <system_error>
 
+#include "base/files.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::ops {
@@ -21,18 +22,17 @@ constexpr int kOldestMajor = 8;  // Ampere
 // or one that was relative to a folder that the process has left.
 std::filesystem::path own_file() {
   const auto here = reinterpret_cast<std::uintptr_t>(&cuda_plugin);
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);) {
-    std::istringstream fields(line);
+  const std::string maps = read_whole_file("/proc/self/maps");
+  for (std::string_view rest = maps; !rest.empty();) {
+    const std::string_view line = rest.substr(0, rest.find('\n'));
+    rest.remove_prefix(std::min(line.size() + 1, rest.size()));
     std::uintptr_t first = 0;
     std::uintptr_t end = 0;
-    char dash = 0;
-    fields >> std::hex >> first >> dash >> end;
-    if (!fields || here < first || here >= end) continue;
-    std::string name;
-    for (int skipped = 0; skipped < 4; ++skipped) fields >> name;  // rights, offset, device, inode
-    std::getline(fields >> std::ws, name);                         // may hold spaces
-    return name;
+    const char* last = line.data() + line.size();
+    const char* dash = std::from_chars(line.data(), last, first, 16).ptr;
+    if (dash == last || std::from_chars(dash + 1, last, end, 16).ec != std::errc()) continue;
+    const std::size_t name = line.find('/');
+    if (first <= here && here < end && name != line.npos) return line.substr(name);
   }
   throw CudaError(
       "device 'cuda' needs /proc/self/maps, to find its library beside this one; use "

@@ -90,7 +90,8 @@ TEST(Cores, KnowsAMaskThatLeavesProcessorsOut) {
   EXPECT_FALSE(find_cores(system.roots()).all) << "nobody says what is online";
   std::string mine;
   for (const int core : find_cores(system.roots()).physical) {  // without /sys all are cores
-    mine += (mine.empty() ? "" : ",") + std::to_string(core);
+    if (!mine.empty()) mine += ',';
+    mine += std::to_string(core);
   }
   system.write("sys/devices/system/cpu/online", mine + "\n");
   EXPECT_TRUE(find_cores(system.roots()).all);

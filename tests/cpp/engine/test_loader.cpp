@@ -79,7 +79,7 @@ TEST(LoaderScales, OfBlocks) {
 // One of them spoils a whole layer, or the choice of experts, and no logit need show it.
 TEST(LoaderValues, OfNormsAndRouters) {
   const std::string layer = "model.layers.1.";
-  for (const std::string name :
+  for (const std::string& name :
        {layer + "input_layernorm.weight", layer + "post_attention_layernorm.weight",
         layer + "self_attn.q_a_layernorm.weight", layer + "self_attn.kv_a_layernorm.weight",
         std::string("model.norm.weight"), layer + "mlp.gate.weight"}) {

@@ -1,5 +1,3 @@
-#include "engine/turns.h"
-
 #include <atomic>
 #include <optional>
 #include <string>
@@ -9,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "engine/turns.h"
 
 namespace dsfp4::engine {
 namespace {

@@ -303,7 +303,9 @@ TEST_P(ReaderFaults, AStalledReadIsLeftByWhatPollThrows) {
                std::runtime_error);
   EXPECT_FALSE(watched.expired());
   reader.reset();
-  if (GetParam() == ReaderKind::kPread) EXPECT_FALSE(watched.expired());  // io_uring takes it back
+  if (GetParam() == ReaderKind::kPread) {  // io_uring takes it back
+    EXPECT_FALSE(watched.expired());
+  }
   system.hang_up();
   while (!watched.expired()) std::this_thread::yield();
 }
