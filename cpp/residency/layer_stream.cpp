@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "base/log.h"
@@ -10,6 +11,8 @@
 
 namespace dsfp4::residency {
 namespace {
+
+constexpr std::chrono::milliseconds kLookAgain{1};
 
 std::size_t largest_slot(const std::vector<StreamedLayer>& layers) {
   std::size_t bytes = 0;
@@ -103,15 +106,25 @@ void LayerStream::enter(std::int64_t layer, const Poll& poll) {
   stats_.bytes += found->files.bytes();
 }
 
-// Waits for the end of a read that was dropped while the system still had it.
+// Waits until one of the reads that were dropped while the system had them lets go of its buffer.
 void LayerStream::wait_for_buffer(std::int64_t layer, const Poll& poll) {
-  const Reading& dropped = stalled_.front();
-  const storage::ReadResult end = reader_.wait(dropped.ticket, poll);
-  if (dropped.ticket.quiet() || end.status != storage::ReadStatus::kFailed) return;
-  throw IoError(end.file, end.offset, ETIMEDOUT,
-                "layer " + std::to_string(layer) +
-                    " has no buffer: the disk does not answer this read, nor those into the "
-                    "other buffers");
+  for (;;) {
+    ask(poll);
+    bool hopeless = true;
+    for (const Reading& dropped : stalled_) {
+      if (dropped.ticket.quiet()) return;
+      if (dropped.ticket.status() != storage::ReadStatus::kFailed) hopeless = false;
+    }
+    const storage::ReadTicket& one = stalled_.front().ticket;
+    if (hopeless) {
+      const storage::ReadResult end = reader_.wait(one);
+      throw IoError(end.file, end.offset, ETIMEDOUT,
+                    "layer " + std::to_string(layer) +
+                        " has no buffer: the disk does not answer this read, nor those into the "
+                        "other buffers");
+    }
+    if (reader_.wait_for(one, kLookAgain)) std::this_thread::sleep_for(kLookAgain);
+  }
 }
 
 void LayerStream::wait_for(const Reading& reading, const Poll& poll) {

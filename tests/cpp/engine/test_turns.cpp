@@ -1,3 +1,4 @@
+#include <array>
 #include <atomic>
 #include <optional>
 #include <string>
@@ -16,17 +17,17 @@ TEST(Turns, ComeInTheOrderOfAsking) {
   Turns turns;
   std::vector<int> order;  // changed by whose turn it is
   std::optional<Turns::Turn> first(std::in_place, turns, Poll());
+  std::array<std::atomic<bool>, 4> waits{};
   std::vector<std::jthread> threads;
-  for (int i = 0; i < 4; ++i) {
-    std::atomic<bool> waits = false;
+  for (std::size_t i = 0; i < waits.size(); ++i) {
     threads.emplace_back([&turns, &order, &waits, i] {
-      const Turns::Turn turn(turns, [&waits] {
-        waits = true;
-        waits.notify_one();
+      const Turns::Turn turn(turns, [&waits, i] {
+        waits.at(i) = true;
+        waits.at(i).notify_one();
       });
-      order.push_back(i);
+      order.push_back(static_cast<int>(i));
     });
-    waits.wait(false);
+    waits.at(i).wait(false);
   }
   first.reset();
   threads.clear();

@@ -162,9 +162,10 @@ TEST_P(LayerStreamTest, AWaitCanBeLeftAndTheStreamGoesWithoutIt) {
     GTEST_SKIP() << "io_uring takes a read of a pipe back";
   stalls_.emplace(storage::Fault::kStallThenGoesOn, 0, path_.string(), 1);
   LayerStream& stream = make(2);
+  while (!stalls_->injected()) std::this_thread::yield();
   EXPECT_THROW(stream.enter(1, [] { throw CancelledError(); }), CancelledError);
-  EXPECT_TRUE(is_right(1));  // in the other buffer
-  stream_.reset();           // the first read is not over
+  EXPECT_TRUE(is_right(1));  // in whichever buffer is not held
+  stream_.reset();           // and one read is not over
   EXPECT_GT(reader_->stats().in_flight, 0u);
   stalls_->hang_up();
 }
