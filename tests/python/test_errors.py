@@ -23,6 +23,7 @@ from dsfp4.stream import TextStream
 from dsfp4.text import Piece, Text
 
 FACTS: dict[str, dict[str, Any]] = {
+    "CancelledError": {},
     "CheckpointError": {"file": "a", "tensor": "b", "offset": 7},
     "ContextLengthError": {"requested": 9, "limit": 8},
     "CudaError": {"code": 2, "call": "cudaMalloc", "source": "plugin.cu", "line": 3},
