@@ -167,7 +167,7 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
   const std::size_t values_per_token = layers * top_k + router_layers * width;
   const std::uint64_t bytes = sizeof(float) * (rows * vocab + tokens.size() * values_per_token);
   {
-    const nb::gil_scoped_release released;
+    const ReleasedGil released;
     engine::check_result(bytes, ram_limit, resident_before + model.stats().reserved_bytes,
                          memory::machine_memory());
   }
