@@ -16,8 +16,6 @@
 namespace dsfp4::bindings {
 namespace {
 
-namespace nb = nanobind;
-
 std::int64_t replay(const std::string& name, const ConstArray<std::int32_t>& used,
                     const ConstArray<float>& scores, std::int64_t capacity, std::int64_t first) {
   if (used.ndim() != 3 || scores.ndim() != 3 || used.shape(0) != scores.shape(0) ||

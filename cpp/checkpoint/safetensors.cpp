@@ -274,7 +274,7 @@ void check_coverage(const InputFile& file, const HeaderHandler& header, std::uin
   for (const Extent& extent : extents) {
     const std::uint32_t i = extent.tensor;
     const TensorInfo& tensor = tensors[i];
-    if (tensor.offset < covered) {
+    if (previous != nullptr && tensor.offset < covered) {
       throw CheckpointError(file.name(), tensor.name, header.key_at(i),
                             "its data overlaps that of '" + previous->name + "'");
     }
