@@ -310,11 +310,15 @@ TIERED = """
 """
 
 
+def with_a_tiered_model(code: str) -> str:
+    return textwrap.dedent(TIERED) + textwrap.dedent(code)
+
+
 def test_ctrl_c_leaves_a_generation(folder: Path, stall: Stall) -> None:
-    code = TIERED + """
+    code = """
     model.generate([5], max_tokens=4)
     """
-    process = run_python(code, folder, **stall.environment)
+    process = run_python(with_a_tiered_model(code), folder, **stall.environment)
     stall.wait_for_it()
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in output(process)
@@ -322,7 +326,7 @@ def test_ctrl_c_leaves_a_generation(folder: Path, stall: Stall) -> None:
 
 
 def test_a_model_goes_while_a_read_stalls(folder: Path, stall: Stall) -> None:
-    code = TIERED + """
+    code = """
     def interrupt():
         while not mark.exists():
             time.sleep(0.001)
@@ -335,11 +339,11 @@ def test_a_model_goes_while_a_read_stalls(folder: Path, stall: Stall) -> None:
     del model
     print("gone", stall.exists())
     """
-    assert "gone True" in output(run_python(code, folder, **stall.environment))
+    assert "gone True" in output(run_python(with_a_tiered_model(code), folder, **stall.environment))
 
 
 def test_other_threads_run_while_a_model_goes(folder: Path, stall: Stall) -> None:
-    code = TIERED + """
+    code = """
     def end_it():
         while not mark.exists():
             time.sleep(0.001)
@@ -349,4 +353,4 @@ def test_other_threads_run_while_a_model_goes(folder: Path, stall: Stall) -> Non
     print("gone")
     """
     environment = {**stall.environment, "STALL_CLOSE": "1"}
-    assert "gone" in output(run_python(code, folder, **environment))
+    assert "gone" in output(run_python(with_a_tiered_model(code), folder, **environment))
