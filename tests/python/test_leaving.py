@@ -266,7 +266,8 @@ class Stall:
     def __init__(self, shim: Path, folder: Path) -> None:
         self.flag = folder / "stall"
         self.mark = folder / "stalled"
-        preload = f"{shim}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
+        # A sanitizer's runtime must come first; its pread() goes on to this one.
+        preload = f"{os.environ.get('LD_PRELOAD', '')} {shim}".strip()
         self.environment = {
             "LD_PRELOAD": preload,
             "STALL_WHILE": str(self.flag),
