@@ -176,14 +176,19 @@ class Backend {
   /// The ops that follow belong to a step of this phase: a backend may have a code path for each.
   virtual void begin_step(Phase phase) { static_cast<void>(phase); }
 
+  /// kNone: the ops run as they come. kBegun: those that follow are recorded, and nothing waits or
+  /// leaves before end_recorded(). kReplayed: an earlier recording has been queued, and the caller
+  /// leaves the ops out.
+  enum class StepRecording : std::uint8_t { kNone, kBegun, kReplayed };
   /// A step whose ops depend on the host through `ids` and `batch` alone may be recorded: between
   /// this and end_recorded() come the same ops, on the same memory, for every step of the same
-  /// `rows`. True: an earlier recording has been queued, and the caller leaves the ops out.
-  virtual bool begin_recorded(std::span<const std::int32_t> ids,
-                              std::span<const SequenceRows> batch) {
+  /// `rows`.
+  virtual StepRecording begin_recorded(std::span<const std::int32_t> ids,
+                                       std::span<const SequenceRows> batch) {
     static_cast<void>(ids), static_cast<void>(batch);
-    return false;
+    return StepRecording::kNone;
   }
+  /// Runs what was recorded.
   virtual void end_recorded() {}
 
   /// out[t] = row ids[t] of `table` (F32 or BF16).

@@ -129,8 +129,8 @@ void CudaBackend::forget(Recording& recording) noexcept {
   recording.graph = nullptr;
 }
 
-bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
-                                 std::span<const SequenceRows> batch) {
+Backend::StepRecording CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
+                                                   std::span<const SequenceRows> batch) {
   if (capturing_) {  // an error ended the last step
     void* graph = nullptr;
     if (plugin_.end_capture(device_, &graph)) plugin_.free_graph(device_, graph);
@@ -146,12 +146,12 @@ bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
   }
   if (recording_->graph != nullptr) {
     check(plugin_.launch_graph(device_, recording_->graph));
-    return true;
+    return StepRecording::kReplayed;
   }
-  if (recording_->steps++ == 0) return false;
+  if (recording_->steps++ == 0) return StepRecording::kNone;
   check(plugin_.begin_capture(device_));
   capturing_ = true;
-  return false;
+  return StepRecording::kBegun;
 }
 
 void CudaBackend::end_recorded() {

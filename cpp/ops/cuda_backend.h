@@ -62,8 +62,8 @@ class CudaBackend final : public Backend {
   void download(const void* from, void* to, std::size_t bytes) override;
 
   void begin_step(Phase phase) override { phase_ = phase; }
-  bool begin_recorded(std::span<const std::int32_t> ids,
-                      std::span<const SequenceRows> batch) override;
+  StepRecording begin_recorded(std::span<const std::int32_t> ids,
+                               std::span<const SequenceRows> batch) override;
   void end_recorded() override;
 
   void embed(const format::WeightView& table, std::span<const std::int32_t> ids,

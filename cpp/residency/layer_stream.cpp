@@ -6,10 +6,14 @@
 #include <utility>
 
 #include "base/log.h"
+#include "base/poll.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::residency {
 namespace {
+
+/// Calls for other layers that a layer outlasts once it has come: more than steps that take turns.
+constexpr int kKeptFor = 16;
 
 std::size_t largest_slot(const std::vector<StreamedLayer>& layers) {
   std::size_t bytes = 0;
@@ -45,7 +49,7 @@ void LayerStream::read_ahead() {
     return true;
   });
   while (buffers_->free_count() > 0 && ring_.size() < layers_.size()) {
-    Reading reading{next_, buffers_->acquire(), {}};
+    Reading reading{next_, buffers_->acquire(), 0, {}};
     const StreamedLayer& layer = layers_[next_];
     try {
       storage::ReadRequest request;
@@ -81,16 +85,22 @@ void LayerStream::drop_first() noexcept {
   }
 }
 
-void LayerStream::enter(std::int64_t layer, const Poll& poll) {
+bool LayerStream::enter(std::int64_t layer) {
   const auto found = std::ranges::find(layers_, layer, &StreamedLayer::layer);
-  if (found == layers_.end()) return;
+  if (found == layers_.end()) return true;
   const auto index = static_cast<std::size_t>(found - layers_.begin());
   // After a step that was broken off, another layer comes next than was expected.
-  while (!ring_.empty() && ring_.front().index != index) drop_first();
+  while (!ring_.empty() && ring_.front().index != index) {
+    if (stays(ring_.front())) return false;
+    drop_first();
+  }
   if (ring_.empty()) next_ = index;
-  for (read_ahead(); ring_.empty(); read_ahead()) wait_for_buffer(layer, poll);
+  for (read_ahead(); ring_.empty(); read_ahead()) {
+    if (!wait_for_buffer(layer)) return false;
+  }
   try {
-    wait_for(ring_.front(), poll);
+    ring_.front().kept_for = kKeptFor;
+    if (!wait_for(ring_.front())) return false;
     for (const StreamedLayer::Matrix& matrix : found->matrices) {
       matrix.place.point(*matrix.view, buffers_->data(ring_.front().buffer));
     }
@@ -101,33 +111,46 @@ void LayerStream::enter(std::int64_t layer, const Poll& poll) {
   }
   entered_ = true;
   stats_.bytes += found->files.bytes();
+  return true;
+}
+
+// Whether another step's layer is still to be left alone; if it is being read, after a wait.
+bool LayerStream::stays(Reading& other) {
+  if (other.kept_for == 0) return false;
+  if (reader_.wait_for(other.ticket, kPollPeriod)) --other.kept_for;
+  return true;
 }
 
 // Waits for the end of a read that was dropped while the system still had it.
-void LayerStream::wait_for_buffer(std::int64_t layer, const Poll& poll) {
+bool LayerStream::wait_for_buffer(std::int64_t layer) {
   const Reading& dropped = stalled_.front();
-  const storage::ReadResult end = reader_.wait(dropped.ticket, poll);
-  if (dropped.ticket.quiet() || end.status != storage::ReadStatus::kFailed) return;
+  if (!reader_.wait_for(dropped.ticket, kPollPeriod)) return false;
+  const storage::ReadResult end = reader_.wait(dropped.ticket);
+  if (dropped.ticket.quiet() || end.status != storage::ReadStatus::kFailed) return true;
   throw IoError(end.file, end.offset, ETIMEDOUT,
                 "layer " + std::to_string(layer) +
                     " has no buffer: the disk does not answer this read, nor those into the "
                     "other buffers");
 }
 
-void LayerStream::wait_for(const Reading& reading, const Poll& poll) {
+bool LayerStream::wait_for(const Reading& reading) {
   const auto start = Trace::Clock::now();
   reader_.promote(reading.ticket);
-  const storage::ReadResult result = reader_.wait(reading.ticket, poll);
+  const bool over = reader_.wait_for(reading.ticket, kPollPeriod);
   const auto end = Trace::Clock::now();
   stats_.wait_seconds += std::chrono::duration<double>(end - start).count();
   const std::string name = "layer " + std::to_string(layers_[reading.index].layer);
   if (trace_ != nullptr) trace_->span(Trace::Track::kWaits, name, start, end);
-  if (result.status == storage::ReadStatus::kDone) return;
+  if (!over) return false;
+  const storage::ReadResult result = reader_.wait(reading.ticket);
+  if (result.status == storage::ReadStatus::kDone) return true;
   throw IoError(result.file, result.offset, result.error_number, name + ": " + result.problem);
 }
 
 void LayerStream::leave(std::int64_t layer) noexcept {
-  if (!entered_ || layers_[ring_.front().index].layer != layer) return;
+  if (ring_.empty() || layers_[ring_.front().index].layer != layer) return;
+  ring_.front().kept_for = 0;
+  if (!entered_) return;
   entered_ = false;
   drop_first();
   try {

@@ -1,5 +1,3 @@
-#include "engine/turns.h"
-
 #include <atomic>
 #include <optional>
 #include <string>
@@ -9,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "engine/turns.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -16,7 +15,7 @@ namespace {
 TEST(Turns, ComeInTheOrderOfAsking) {
   Turns turns;
   std::vector<int> order;  // changed by whose turn it is
-  std::optional<Turns::Turn> first(std::in_place, turns, Poll());
+  std::optional<Turns::Turn> first(std::in_place, turns, KeepGoing());
   std::vector<std::jthread> threads;
   for (int i = 0; i < 4; ++i) {
     std::atomic<bool> waits = false;
@@ -24,6 +23,7 @@ TEST(Turns, ComeInTheOrderOfAsking) {
       const Turns::Turn turn(turns, [&waits] {
         waits = true;
         waits.notify_one();
+        return true;
       });
       order.push_back(i);
     });
@@ -35,35 +35,39 @@ TEST(Turns, ComeInTheOrderOfAsking) {
 }
 
 TEST(Turns, AWaiterMayLeaveAndTheOthersMoveUp) {
-  Turns turns;
-  std::optional<Turns::Turn> first(std::in_place, turns, Poll());
-  std::atomic<bool> leave = false;
-  std::atomic<bool> left = false;
-  std::atomic<bool> waits = false;
-  std::atomic<bool> had_turn = false;
-  std::jthread leaver([&] {
-    try {
-      const Turns::Turn turn(turns, [&] {
-        waits = true;
-        waits.notify_one();
-        if (leave) throw CancelledError();
-      });
-    } catch (const CancelledError&) {
-      left = true;
-    }
-  });
-  waits.wait(false);
-  std::jthread next([&] {
-    const Turns::Turn turn(turns, {});
-    had_turn = true;
-  });
-  leave = true;
-  leaver.join();
-  EXPECT_TRUE(left);
-  EXPECT_FALSE(had_turn);
-  first.reset();
-  next.join();
-  EXPECT_TRUE(had_turn);
+  for (const bool throws : {false, true}) {
+    Turns turns;
+    std::optional<Turns::Turn> first(std::in_place, turns, KeepGoing());
+    std::atomic<bool> leave = false;
+    std::atomic<bool> left = false;
+    std::atomic<bool> waits = false;
+    std::atomic<bool> had_turn = false;
+    std::jthread leaver([&] {
+      try {
+        const Turns::Turn turn(turns, [&] {
+          waits = true;
+          waits.notify_one();
+          if (leave && throws) throw Error("of the callback");
+          return !leave;
+        });
+        left = !turn.came();
+      } catch (const Error&) {
+        left = throws;
+      }
+    });
+    waits.wait(false);
+    std::jthread next([&] {
+      const Turns::Turn turn(turns, {});
+      had_turn = turn.came();
+    });
+    leave = true;
+    leaver.join();
+    EXPECT_TRUE(left);
+    EXPECT_FALSE(had_turn);
+    first.reset();
+    next.join();
+    EXPECT_TRUE(had_turn);
+  }
 }
 
 TEST(Turns, WhoHasOneIsRefusedAnotherAtOnce) {
