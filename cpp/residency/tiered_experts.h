@@ -6,7 +6,8 @@
 // expert too, then what arrives, in whatever order; the results are summed in slot order at the
 // end. So neither the cache nor the disk can change a token's bits.
 //
-// Work that is left for another step's keeps its pins, but never all slots, so the other can go on.
+// Work that is left for another step's keeps its pins, but never all of two or more slots,
+// so the other can go on.
 #pragma once
 
 #include <optional>
