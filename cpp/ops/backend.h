@@ -176,9 +176,9 @@ class Backend {
   /// The ops that follow belong to a step of this phase: a backend may have a code path for each.
   virtual void begin_step(Phase phase) { static_cast<void>(phase); }
 
-  /// kNone: the ops run as they come. kBegun: those that follow are recorded, and nothing waits or
-  /// leaves before end_recorded(). kReplayed: an earlier recording has been queued, and the caller
-  /// leaves the ops out.
+  /// kNone: the ops run as they come, and end_recorded() is not called. kBegun: those up to
+  /// end_recorded() are one whole, and nothing waits or leaves between them. kReplayed: an earlier
+  /// recording has been queued, and the caller leaves the ops out.
   enum class StepRecording : std::uint8_t { kNone, kBegun, kReplayed };
   /// A step whose ops depend on the host through `ids` and `batch` alone may be recorded: between
   /// this and end_recorded() come the same ops, on the same memory, for every step of the same
@@ -188,7 +188,7 @@ class Backend {
     static_cast<void>(ids), static_cast<void>(batch);
     return StepRecording::kNone;
   }
-  /// Runs what was recorded.
+  /// The ops since begin_recorded() run, if they have not yet.
   virtual void end_recorded() {}
 
   /// out[t] = row ids[t] of `table` (F32 or BF16).

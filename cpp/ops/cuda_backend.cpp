@@ -148,7 +148,8 @@ Backend::StepRecording CudaBackend::begin_recorded(std::span<const std::int32_t>
     check(plugin_.launch_graph(device_, recording_->graph));
     return StepRecording::kReplayed;
   }
-  if (recording_->steps++ == 0) return StepRecording::kNone;
+  // The first runs as it is, to its end, so that the next finds all memory taken.
+  if (recording_->steps++ == 0) return StepRecording::kBegun;
   check(plugin_.begin_capture(device_));
   capturing_ = true;
   return StepRecording::kBegun;

@@ -9,6 +9,7 @@
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "model/pass.h"
+#include "model/recording_backend.h"
 #include "model/spec.h"
 #include "residency/expert_store.h"
 #include "residency/layer_stream.h"
@@ -28,10 +29,17 @@ constexpr std::int64_t kMostRows = 24;
 // A model of which nothing but norms and routers is in memory: dense layers and experts are read.
 class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
  protected:
-  PassTest() {
+  PassTest() { make(ops::make_cpu_backend(1)); }
+
+  void make(std::unique_ptr<ops::Backend> backend) {
     dsfp4::testing::make_tiny_checkpoint(GetParam(), kModelLayers).write(folder_.path());
     const checkpoint::ModelConfig config = checkpoint::read_config(folder_.path());
-    backend_ = ops::make_cpu_backend(1);
+    cache_.reset();
+    decoder_.reset();
+    stream_.reset();
+    experts_.reset();
+    store_.reset();
+    backend_ = std::move(backend);
     engine::LoadWeightsOptions options;
     options.plan = [](const engine::WeightSizes&) {
       return engine::InFiles{true, std::vector<bool>(kModelLayers, true)};
@@ -64,7 +72,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
   // A step of its own sequence, with an arena of its own.
   class Run {
    public:
-    Run(PassTest& test, Ids ids, Phase phase)
+    Run(PassTest& test, Ids ids, Phase phase, std::int32_t* chosen = nullptr)
         : sequence_(*test.cache_),
           ids_(std::move(ids)),
           part_(sequence_.next_rows(0, std::ssize(ids_))),
@@ -75,6 +83,8 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
       batch.phase = phase;
       batch.ids = ids_;
       batch.sequences = {&part_, 1};
+      batch.chosen_experts = chosen;
+      batch.expert_layer_stride = std::ssize(ids_) * test.decoder_->spec().router.top_k;
       pass_.emplace(*test.decoder_, batch, arena_);
     }
     Pass& pass() { return *pass_; }
@@ -170,6 +180,38 @@ TEST_P(PassTest, OneIsLeftInTheMidstOfTurns) {
     EXPECT_EQ(b.leave(), 0u);
     EXPECT_TRUE(store_->is_consistent());
   }
+}
+
+TEST_P(PassTest, AStepThatIsRecordedIsOnePiece) {
+  auto made = std::make_unique<RecordingBackend>();
+  RecordingBackend& backend = *made;
+  make(std::move(made));
+  backend.answer = ops::Backend::StepRecording::kNone;
+  const Values right = alone({7}, Phase::kDecode);
+  EXPECT_EQ(backend.begun, 1);
+  EXPECT_EQ(backend.ended, 0);
+
+  backend.answer = ops::Backend::StepRecording::kBegun;
+  Run recorded(*this, {7}, Phase::kDecode);
+  recorded.pass().advance();
+  EXPECT_TRUE(recorded.pass().done());
+  EXPECT_EQ(backend.ended, 1);
+  EXPECT_EQ(recorded.finish(), right);
+
+  backend.answer = ops::Backend::StepRecording::kReplayed;
+  Run replayed(*this, {7}, Phase::kDecode);
+  replayed.pass().advance();
+  EXPECT_TRUE(replayed.pass().done());
+  EXPECT_EQ(backend.ended, 1);
+  EXPECT_EQ(backend.embedded, 2);  // by the two before
+
+  // Prompts are not recorded, nor steps in which the host has a part.
+  backend.begun = 0;
+  alone(prompt(), Phase::kPrefill);
+  std::vector<std::int32_t> chosen(100, -1);
+  EXPECT_EQ(Run(*this, {7}, Phase::kDecode, chosen.data()).finish(), right);
+  EXPECT_GE(chosen[0], 0);
+  EXPECT_EQ(backend.begun, 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, PassTest, ::testing::ValuesIn(dsfp4::testing::kTinyKinds));
