@@ -11,6 +11,7 @@
 #include "engine/kv_cache.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
+#include "model/pass.h"
 #include "ops/cuda_backend.h"
 #include "ops/cuda_plugin.h"
 #include "ops/scratch.h"
@@ -188,7 +189,9 @@ class Bench {
       batch.phase = ops::Phase::kDecode;
       batch.ids = {&id, 1};
       batch.sequences = {&row, 1};
-      decoder.head(decoder.forward(batch, arena_), logits);
+      model::Pass pass(decoder, batch, arena_);
+      while (!pass.done()) pass.advance();
+      decoder.head(pass.hidden(), logits);
       backend_.download(logits.data, on_host.data(), on_host.size() * sizeof(float));
       times.push_back(
           std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());

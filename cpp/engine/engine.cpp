@@ -72,11 +72,10 @@ Poll polling(const KeepGoing& keep_going) {
 }
 
 // Asks on_prefill as well, with the tokens of the prompt that are done.
-Poll prefill_poll(const GenerateOptions& options, std::int64_t done, std::int64_t total) {
-  if (!options.keep_going && !options.on_prefill) return {};
+KeepGoing prefill_going(const GenerateOptions& options, std::int64_t done, std::int64_t total) {
   return [&options, done, total] {
-    ask(polling(options.keep_going));
-    if (options.on_prefill && !options.on_prefill(done, total)) throw CancelledError();
+    if (options.keep_going && !options.keep_going()) return false;
+    return !options.on_prefill || options.on_prefill(done, total);
   };
 }
 
@@ -227,14 +226,15 @@ InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& ma
 }
 
 void Engine::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going) {
-  const Turns::Turn turn(turns_, polling(keep_going));
+  const Turns::Turn turn(turns_, keep_going);
+  if (!turn.came()) throw CancelledError();
   tiers_.configure(config);
 }
 
 void Engine::set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going) {
-  const Poll poll = polling(keep_going);
-  const Turns::Turn turn(turns_, poll);
-  tiers_.place(strategy, poll);
+  const Turns::Turn turn(turns_, keep_going);
+  if (!turn.came()) throw CancelledError();
+  tiers_.place(strategy, polling(keep_going));
 }
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {
@@ -251,19 +251,25 @@ void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter)
 }
 
 template <typename Use>
-void Engine::step(Sequence& sequence, model::Batch batch, const Use& use) {
+bool Engine::step(Sequence& sequence, model::Batch batch, const KeepGoing& keep_going,
+                  const Use& use) {
   const auto rows = static_cast<std::int64_t>(batch.ids.size());
   const ops::SequenceRows part = sequence.next_rows(0, rows);
   batch.sequences = {&part, 1};
-  const ops::ScratchScope scope(scratch_);
   const auto start = Trace::Clock::now();
-  use(decoder_.forward(batch, scratch_));
+  model::Pass pass(decoder_, batch, scratch_);
+  while (!pass.done()) {
+    if (keep_going && !keep_going()) return false;
+    pass.advance();
+  }
+  use(pass.hidden());
   sequence.advance(rows);
-  if (trace_ == nullptr) return;
+  if (trace_ == nullptr) return true;
   const char* phase = batch.phase == model::Phase::kPrefill ? "prefill " : "decode ";
   trace_->span(Trace::Track::kSteps,
                phase + std::to_string(rows) + " at " + std::to_string(part.position), start,
                Trace::Clock::now());
+  return true;
 }
 
 void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
@@ -293,8 +299,8 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
     throw ParameterError("router_logits", "must be [moe_layers, tokens, experts]");
   }
 
-  const Poll poll = polling(options.keep_going);
-  const Turns::Turn turn(turns_, poll);
+  const Turns::Turn turn(turns_, options.keep_going);
+  if (!turn.came()) throw CancelledError();
   Sequence sequence(cache_);
   const std::int64_t chunk = options.decode ? 1 : prefill_chunk_;
   for (std::int64_t at = 0; at < count; at += chunk) {
@@ -314,8 +320,7 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.router_logits = options.router_logits.data() + at * spec().router.experts;
       batch.logits_layer_stride = logits_stride;
     }
-    batch.poll = poll;
-    step(sequence, batch, [&](ops::ConstMatrix hidden) {
+    const bool ran = step(sequence, batch, options.keep_going, [&](ops::ConstMatrix hidden) {
       if (!options.on_logits) head(hidden, logits.data() + at * spec().vocab_size);
       for (std::int64_t row = 0; options.on_logits && row < rows; row += kLogitRows) {
         const std::int64_t some = std::min(kLogitRows, rows - row);
@@ -323,30 +328,30 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
         options.on_logits(at + row, {window.data(), static_cast<std::size_t>(some) * vocab});
       }
     });
+    if (!ran) throw CancelledError();
   }
 }
 
-std::optional<std::int32_t> Engine::last_logits(Sequence& sequence, model::Phase phase,
-                                                std::span<const std::int32_t> ids, const Poll& poll,
-                                                std::span<float> logits,
-                                                const std::optional<ops::SampleSpec>& draw) {
+bool Engine::last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
+                         const KeepGoing& keep_going, std::span<float> logits,
+                         const std::optional<ops::SampleSpec>& draw,
+                         std::optional<std::int32_t>& sampled) {
   model::Batch batch;
   batch.phase = phase;
   batch.ids = ids;
-  batch.poll = poll;
-  std::optional<std::int32_t> token;
-  step(sequence, batch, [&](ops::Matrix hidden) {
+  sampled.reset();
+  const bool ran = step(sequence, batch, keep_going, [&](ops::Matrix hidden) {
     const ops::Matrix last = hidden.slice(hidden.rows - 1, 1);
     if (draw) {
       const ops::ScratchScope scope(logits_);
       const ops::Matrix there = ops::scratch_matrix(logits_, 1, spec().vocab_size);
       decoder_.head(last, there);
-      token = backend_->sample(there, *draw);
+      sampled = backend_->sample(there, *draw);
     }
-    if (!token) head(last, logits.data());
+    if (!sampled) head(last, logits.data());
   });
-  if (token && *token < 0) throw Error("no token can be chosen: every logit is NaN");
-  return token;
+  if (sampled && *sampled < 0) throw Error("no token can be chosen: every logit is NaN");
+  return ran;
 }
 
 GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
@@ -359,35 +364,37 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
   GenerationResult result;
   result.prompt_tokens = prompt_tokens;
   result.finish_reason = FinishReason::kCancelled;
-  try {
-    const Poll poll = prefill_poll(options, 0, prompt_tokens);
-    const Turns::Turn turn(turns_, poll);
+  {
+    const Turns::Turn turn(turns_, prefill_going(options, 0, prompt_tokens));
+    if (!turn.came()) return result;
     Sequence sequence(cache_);
     std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
     {
       const Stopwatch watch(result.prefill_seconds);
-      prefill(sequence, prompt, options, logits);
+      if (!prefill(sequence, prompt, options, logits)) return result;
     }
     const Stopwatch watch(result.decode_seconds);
     decode(sequence, prompt, options, on_token, logits, result);
-  } catch (const CancelledError&) {
-    result.finish_reason = FinishReason::kCancelled;
   }
   tiers_.remember();  // the turn is over, and the clocks have stopped
   return result;
 }
 
-void Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
+bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                      const GenerateOptions& options, std::span<float> logits) {
   const auto total = static_cast<std::int64_t>(prompt.size());
+  std::optional<std::int32_t> sampled;  // never, without a draw
   for (std::int64_t at = 0; at < total;) {
     const std::int64_t rows = std::min(prefill_chunk_, total - at);
-    last_logits(sequence, model::Phase::kPrefill,
-                prompt.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows)),
-                prefill_poll(options, at, total), logits);
+    const auto ids = prompt.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows));
+    if (!last_logits(sequence, model::Phase::kPrefill, ids, prefill_going(options, at, total),
+                     logits, {}, sampled)) {
+      return false;
+    }
     at += rows;
-    ask(prefill_poll(options, at, total));
+    if (!prefill_going(options, at, total)()) return false;
   }
+  return true;
 }
 
 void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
@@ -418,8 +425,11 @@ void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
     }
     const std::optional<ops::SampleSpec> draw =
         backend_->host_visible() ? std::nullopt : sampler.draw();
-    sampled = last_logits(sequence, model::Phase::kDecode, {&token, 1}, polling(options.keep_going),
-                          logits, draw);
+    if (!last_logits(sequence, model::Phase::kDecode, {&token, 1}, options.keep_going, logits, draw,
+                     sampled)) {
+      result.finish_reason = FinishReason::kCancelled;
+      return;
+    }
   }
 }
 

@@ -16,6 +16,7 @@
 #include "engine/turns.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
+#include "model/pass.h"
 #include "ops/backend.h"
 #include "residency/plan.h"
 
@@ -57,24 +58,23 @@ class Engine {
                const WeightSizes& sizes);
   /// A step of `rows` tokens, with the whole context; without `experts`.
   ops::Backend::Largest largest_step(std::int64_t rows) const;
-  /// Runs `ids` as the sequence's next tokens. Calls `use` with the normed hidden states
-  /// [ids.size(), hidden], valid during the call.
+  /// Runs the batch's ids as the sequence's next tokens, and `use` with the pass that is done.
+  /// False: `keep_going`, asked before each piece of it, said no, and `use` was not called.
   template <typename Use>
-  void step(Sequence& sequence, model::Batch batch, const Use& use);
-  /// Runs the prompt. Throws CancelledError.
-  void prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
+  bool step(Sequence& sequence, model::Batch batch, const KeepGoing& keep_going, const Use& use);
+  /// Runs the prompt. False: it was cancelled.
+  bool prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                const GenerateOptions& options, std::span<float> logits);
-  /// Samples and decodes until something ends it; fills the tokens and the finish reason. Throws
-  /// CancelledError.
+  /// Samples and decodes until something ends it; fills the tokens and the finish reason.
   void decode(Sequence& sequence, std::span<const std::int32_t> prompt,
               const GenerateOptions& options, const TokenCallback& on_token,
               std::span<float> logits, GenerationResult& result);
   /// Logits of the last of `ids`, which become the sequence's next tokens; or, given a draw and a
-  /// backend that samples, the token that follows, without logits.
-  std::optional<std::int32_t> last_logits(Sequence& sequence, model::Phase phase,
-                                          std::span<const std::int32_t> ids, const Poll& poll,
-                                          std::span<float> logits,
-                                          const std::optional<ops::SampleSpec>& draw = {});
+  /// backend that samples, `sampled`, the token that follows, without logits. False as step().
+  bool last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
+                   const KeepGoing& keep_going, std::span<float> logits,
+                   const std::optional<ops::SampleSpec>& draw,
+                   std::optional<std::int32_t>& sampled);
   /// logits (on the host) = head(hidden).
   void head(ops::ConstMatrix hidden, float* logits);
   void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <thread>
 
-#include "base/poll.h"
+#include "dsfp4/model.h"
 
 namespace dsfp4::engine {
 
@@ -16,18 +16,24 @@ class Turns {
   /// A turn, for as long as it lives.
   class Turn {
    public:
-    /// Waits; what `poll` throws meanwhile leaves the queue. Throws Error at once where this thread
-    /// has the turn already: a callback of a call cannot call the same model.
-    Turn(Turns& turns, const Poll& poll);
+    /// Waits, and asks `keep_going` meanwhile. Throws Error at once where this thread has the turn
+    /// already: a callback of a call cannot call the same model.
+    Turn(Turns& turns, const KeepGoing& keep_going);
     ~Turn();
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
 
+    /// False: `keep_going` said no before the turn came.
+    bool came() const noexcept { return came_; }
+
    private:
     Turns& turns_;
+    bool came_ = false;
   };
 
  private:
+  void leave(std::uint64_t ticket);
+
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::uint64_t> waiting_;  // tickets, the next first

@@ -1,94 +1,13 @@
 #include "model/decoder.h"
 
 #include <algorithm>
-#include <vector>
 
-#include "model/rope.h"
 #include "ops/mlp.h"
 
 namespace dsfp4::model {
-namespace {
 
-using ops::Matrix;
-using ops::scratch_matrix;
-using ops::ScratchScope;
-
-std::vector<std::int64_t> positions_of(std::span<const ops::SequenceRows> sequences) {
-  std::vector<std::int64_t> positions;
-  for (const ops::SequenceRows& sequence : sequences) {
-    for (std::int64_t r = 0; r < sequence.rows; ++r) positions.push_back(sequence.position + r);
-  }
-  return positions;
-}
-
-}  // namespace
-
-Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
-  const auto rows = static_cast<std::int64_t>(batch.ids.size());
-  const Matrix x = scratch_matrix(arena, rows, spec_.hidden_size);  // the residual stream
-  const ScratchScope scope(arena);
-  const Matrix normed = scratch_matrix(arena, rows, spec_.hidden_size);
-  const Matrix block = scratch_matrix(arena, rows, spec_.hidden_size);
-  const Matrix cos_sin = scratch_matrix(arena, rows, spec_.mla.qk_rope_head_dim);
-  std::vector<float> angles(static_cast<std::size_t>(rows * cos_sin.cols));
-  fill_cos_sin(spec_.rope, positions_of(batch.sequences),
-               {angles.data(), rows, cos_sin.cols, cos_sin.cols});
-
-  std::vector<ops::SequenceRows> sequences(batch.sequences.begin(), batch.sequences.end());
-  const Step step{batch.phase, sequences, cos_sin};
-  backend_.begin_step(batch.phase);
-  backend_.upload(angles.data(), cos_sin.data, angles.size() * sizeof(float));
-  const bool recorded = batch.phase == Phase::kDecode && batch.forced_experts == nullptr &&
-                        batch.chosen_experts == nullptr && batch.router_logits == nullptr;
-  struct DropUnlessEnded {
-    ops::Backend& backend;
-    ~DropUnlessEnded() { backend.drop_recorded(); }
-  } const recording{backend_};
-  if (recorded && backend_.begin_recorded(batch.ids, sequences)) return x;
-  backend_.embed(weights_.embed_tokens, batch.ids, x);
-  experts_.begin_step(rows);
-  const Poll poll = recorded ? Poll() : batch.poll;  // a recording ends where it began
-  for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
-    ask(poll);
-    const residency::LayerStream::Use use(streamed_, layer, poll);
-    const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
-    for (ops::SequenceRows& sequence : sequences) {
-      sequence.kv.layer_offset = static_cast<std::size_t>(layer) * kv_layer_bytes();
-      sequence.kv.scale = weights.self_attn.k_scale;
-    }
-    backend_.rms_norm(x, weights.input_layernorm, spec_.rms_norm_eps, normed);
-    mla_attention(spec_, weights.self_attn, step, backend_, arena, normed, block);
-    backend_.add(block, x);
-
-    backend_.rms_norm(x, weights.post_attention_layernorm, spec_.rms_norm_eps, normed);
-    if (spec_.is_moe(layer)) {
-      moe(spec_, layer, weights, expert_choice(batch, layer), backend_, experts_, poll, arena,
-          normed, block);
-    } else {
-      ops::mlp(weights.mlp, backend_, arena, normed, block);
-    }
-    backend_.add(block, x);
-  }
-  backend_.rms_norm(x, weights_.norm, spec_.rms_norm_eps, x);
-  if (recorded) backend_.end_recorded();
-  return x;
-}
-
-void Decoder::head(ops::ConstMatrix hidden, Matrix logits) const {
+void Decoder::head(ops::ConstMatrix hidden, ops::Matrix logits) const {
   backend_.linear(weights_.lm_head, hidden, logits);
-}
-
-ExpertChoice Decoder::expert_choice(const Batch& batch, std::int64_t layer) const {
-  const std::int64_t offset = (layer - spec_.dense_layers) * batch.expert_layer_stride;
-  const std::size_t count = batch.ids.size() * static_cast<std::size_t>(spec_.router.top_k);
-  ExpertChoice choice;
-  if (batch.forced_experts != nullptr) choice.forced = {batch.forced_experts + offset, count};
-  if (batch.chosen_experts != nullptr) choice.chosen = {batch.chosen_experts + offset, count};
-  if (batch.router_logits != nullptr) {
-    choice.logits = {batch.router_logits + (layer - spec_.dense_layers) * batch.logits_layer_stride,
-                     batch.ids.size() * static_cast<std::size_t>(spec_.router.experts)};
-  }
-  return choice;
 }
 
 std::size_t Decoder::scratch_bytes(std::int64_t rows, Phase phase) const {

@@ -1,11 +1,9 @@
-// The decoder: embedding, the stack of layers, the final norm and the head.
+// The decoder: embedding, the stack of layers, the final norm and the head. A Pass goes through it.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
-#include "base/poll.h"
-#include "memory/arena.h"
 #include "model/layers.h"
 #include "model/spec.h"
 #include "model/weights.h"
@@ -27,9 +25,6 @@ struct Batch {
   /// Receives the routers' logits; layer l's rows begin l * logits_layer_stride in. May be null.
   float* router_logits = nullptr;
   std::int64_t logits_layer_stride = 0;
-  /// Asked before each layer, between groups of experts and in waits for the SSD; what it throws
-  /// leaves forward(). Not asked within a step that the backend records.
-  Poll poll;
 };
 
 class Decoder {
@@ -48,19 +43,16 @@ class Decoder {
 
   const ModelSpec& spec() const noexcept { return spec_; }
 
-  /// Runs all layers; returns the normed hidden states [rows, hidden], which lie in `arena` from
-  /// where it stood at the call. The tokens' latents are in the KV cache afterwards.
-  ops::Matrix forward(const Batch& batch, memory::Arena& arena) const;
   /// logits [rows, vocab] = head(hidden).
   void head(ops::ConstMatrix hidden, ops::Matrix logits) const;
 
-  /// Arena bytes that forward() needs for `rows` rows in that phase.
+  /// Arena bytes that a Pass of `rows` rows needs in that phase.
   std::size_t scratch_bytes(std::int64_t rows, Phase phase) const;
   /// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
   std::size_t kv_layer_bytes() const;
 
  private:
-  ExpertChoice expert_choice(const Batch& batch, std::int64_t layer) const;
+  friend class Pass;  // a step through it
 
   ModelSpec spec_;
   const ModelWeights& weights_;

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
-#include "base/poll.h"
 #include "memory/arena.h"
 #include "model/spec.h"
 #include "model/weights.h"
@@ -37,10 +37,13 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
                    ops::Backend& backend, memory::Arena& arena, ops::ConstMatrix x,
                    ops::Matrix out);
 /// Mixture of experts (DeepSeek-V3, section 2.1.2): out = shared + routed experts of model layer
-/// `layer`.
-void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
-         const ExpertChoice& choice, ops::Backend& backend, residency::ExpertRunner& experts,
-         const Poll& poll, memory::Arena& arena, ops::ConstMatrix x, ops::Matrix out);
+/// `layer`, once the work is over. Scratch is the caller's to give back then, and x must stay.
+std::unique_ptr<residency::ExpertWork> start_moe(const ModelSpec& spec, std::int64_t layer,
+                                                 const LayerWeights& weights,
+                                                 const ExpertChoice& choice, ops::Backend& backend,
+                                                 residency::ExpertRunner& experts,
+                                                 residency::ReadAhead& ahead, memory::Arena& arena,
+                                                 ops::ConstMatrix x, ops::Matrix out);
 
 /// Scratch bytes that one layer takes from the arena for a step of `rows` rows.
 std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);

@@ -4,12 +4,13 @@ namespace dsfp4::model {
 using ops::ConstMatrix;
 using ops::Matrix;
 using ops::scratch_matrix;
-using ops::ScratchScope;
 
-void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
-         const ExpertChoice& choice, ops::Backend& backend, residency::ExpertRunner& experts,
-         const Poll& poll, memory::Arena& arena, ConstMatrix x, Matrix out) {
-  const ScratchScope scope(arena);
+std::unique_ptr<residency::ExpertWork> start_moe(const ModelSpec& spec, std::int64_t layer,
+                                                 const LayerWeights& weights,
+                                                 const ExpertChoice& choice, ops::Backend& backend,
+                                                 residency::ExpertRunner& experts,
+                                                 residency::ReadAhead& ahead, memory::Arena& arena,
+                                                 ConstMatrix x, Matrix out) {
   const std::int64_t top_k = spec.router.top_k;
   const auto pairs = static_cast<std::size_t>(x.rows * top_k);
   const auto ints = [&] { return std::span(arena.take_array<std::int32_t>(pairs), pairs); };
@@ -27,8 +28,9 @@ void moe(const ModelSpec& spec, std::int64_t layer, const LayerWeights& weights,
   }
 
   const bool has_shared = spec.shared_intermediate_size > 0;
-  experts.run(layer, x, routing, top_k, arena, out, has_shared ? &weights.shared_experts : nullptr,
-              poll);
+  return experts.start(
+      {layer, x, routing, top_k, out, has_shared ? &weights.shared_experts : nullptr}, arena,
+      ahead);
 }
 
 std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,

@@ -176,14 +176,19 @@ class Backend {
   /// The ops that follow belong to a step of this phase: a backend may have a code path for each.
   virtual void begin_step(Phase phase) { static_cast<void>(phase); }
 
+  /// kNone: the ops run as they come, and end_recorded() is not called. kBegun: those up to
+  /// end_recorded() are one whole, and nothing waits or leaves between them. kReplayed: an earlier
+  /// recording has been queued, and the caller leaves the ops out.
+  enum class StepRecording : std::uint8_t { kNone, kBegun, kReplayed };
   /// A step whose ops depend on the host through `ids` and `batch` alone may be recorded: between
   /// this and end_recorded() come the same ops, on the same memory, for every step of the same
-  /// `rows`. True: an earlier recording has been queued, and the caller leaves the ops out.
-  virtual bool begin_recorded(std::span<const std::int32_t> ids,
-                              std::span<const SequenceRows> batch) {
+  /// `rows`.
+  virtual StepRecording begin_recorded(std::span<const std::int32_t> ids,
+                                       std::span<const SequenceRows> batch) {
     static_cast<void>(ids), static_cast<void>(batch);
-    return false;
+    return StepRecording::kNone;
   }
+  /// The ops since begin_recorded() run, if they have not yet.
   virtual void end_recorded() {}
   /// Gives up a recording that an error has broken off; nothing if none is going on.
   virtual void drop_recorded() noexcept {}

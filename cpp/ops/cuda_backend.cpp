@@ -134,8 +134,8 @@ void CudaBackend::forget(Recording& recording) noexcept {
   recording.graph = nullptr;
 }
 
-bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
-                                 std::span<const SequenceRows> batch) {
+Backend::StepRecording CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
+                                                   std::span<const SequenceRows> batch) {
   std::byte* on_gpu = ids_.reserve(*device_memory_, std::max(ids.size_bytes(), kSmallBuffer));
   upload(ids.data(), on_gpu, ids.size_bytes());
   const cuda::KvRows kv = rows_of(batch);
@@ -146,12 +146,13 @@ bool CudaBackend::begin_recorded(std::span<const std::int32_t> ids,
   }
   if (recording_->graph != nullptr) {
     check(plugin_.launch_graph(device_, recording_->graph));
-    return true;
+    return StepRecording::kReplayed;
   }
-  if (recording_->steps++ == 0) return false;
+  // The first runs as it is, to its end, so that the next finds all memory taken.
+  if (recording_->steps++ == 0) return StepRecording::kBegun;
   check(plugin_.begin_capture(device_));
   capturing_ = true;
-  return false;
+  return StepRecording::kBegun;
 }
 
 void CudaBackend::drop_recorded() noexcept {

@@ -80,8 +80,8 @@ class CudaBackend final : public Backend {
   void download(const void* from, void* to, std::size_t bytes) override;
 
   void begin_step(Phase phase) override { phase_ = phase; }
-  bool begin_recorded(std::span<const std::int32_t> ids,
-                      std::span<const SequenceRows> batch) override;
+  StepRecording begin_recorded(std::span<const std::int32_t> ids,
+                               std::span<const SequenceRows> batch) override;
   void end_recorded() override;
   void drop_recorded() noexcept override;
 

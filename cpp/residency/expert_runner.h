@@ -1,32 +1,61 @@
-// Runs the chosen experts of a MoE layer, wherever they are.
+// Runs the chosen experts of a MoE layer, wherever they are, a bounded group at a time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
-#include "base/poll.h"
 #include "memory/arena.h"
 #include "ops/backend.h"
+#include "residency/read_ahead.h"
 
 namespace dsfp4::residency {
 
-/// Called once for each MoE layer of a step, from the thread that runs the step.
+/// One MoE layer of one step: y[t] = shared(x[t]) + sum over slots k, ascending, of
+/// routing.weights[t, k] * expert(routing.used[t, k])(x[t]).
+struct ExpertLayer {
+  std::int64_t layer = 0;  // the model's number
+  ops::ConstMatrix x;      // [tokens, hidden_size]
+  ops::Routing routing;    // [tokens, top_k]
+  std::int64_t top_k = 0;
+  ops::Matrix y;                            // [tokens, hidden_size]
+  const ops::ExpertView* shared = nullptr;  // null: the model has none; read in start() only
+};
+
+/// A layer's experts under way. It may be left at any time: destruction gives back pins and
+/// scratch.
+class ExpertWork {
+ public:
+  virtual ~ExpertWork() = default;
+  ExpertWork(const ExpertWork&) = delete;
+  ExpertWork& operator=(const ExpertWork&) = delete;
+
+  /// Computes one group of experts, or waits for one to arrive, for kPollPeriod at most. False:
+  /// y is complete. Throws IoError and CheckpointError of experts that cannot be had; the work is
+  /// to be destroyed then.
+  virtual bool advance() = 0;
+
+ protected:
+  ExpertWork() = default;
+};
+
+/// Serves one thread at a time, and any number of steps that take turns.
 class ExpertRunner {
  public:
   virtual ~ExpertRunner() = default;
 
   /// A step of `rows` tokens begins: time to read what its first MoE layer is sure to need.
-  virtual void begin_step(std::int64_t rows) { static_cast<void>(rows); }
+  virtual void begin_step(std::int64_t rows, ReadAhead& ahead) {
+    static_cast<void>(rows), static_cast<void>(ahead);
+  }
 
-  /// y[t] = shared(x[t]) + sum over slots k, ascending, of routing.weights[t, k] *
-  /// expert(routing.used[t, k])(x[t]) with the experts of model layer `layer`; `shared` may be
-  /// null. x and y are [tokens, hidden_size]; `routing` is [tokens, top_k]; scratch comes from
-  /// `arena` and is given back. `poll` is asked between groups of experts and in waits.
-  virtual void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
-                   std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
-                   const ops::ExpertView* shared, const Poll& poll) = 0;
+  /// Submits the reads of what is missing and computes the shared expert. x, routing, y, `arena`
+  /// and `ahead`, which is the step's, must outlive the work; nothing else may take from `arena`
+  /// meanwhile.
+  virtual std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
+                                            ReadAhead& ahead) = 0;
 
-  /// Arena bytes that run() takes for `tokens` tokens; the shared expert's width may be 0.
+  /// Arena bytes that work takes for `tokens` tokens; the shared expert's width may be 0.
   virtual std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
                                     std::int64_t shared_intermediate_size) const = 0;
 };

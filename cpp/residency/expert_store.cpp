@@ -121,15 +121,15 @@ void ExpertStore::unpin(ExpertKey key) {
   }
 }
 
-std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, bool wait,
-                                             const Poll& poll) {
+std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned,
+                                             std::chrono::milliseconds wait) {
   Lock lock(mutex_);
   const auto slot_of = [&](ExpertKey key) -> const Slot& {
     return slots_[static_cast<std::size_t>(slot_of_[key])];
   };
   const auto has_come = [&](ExpertKey key) { return slot_of(key).state != State::kReading; };
-  if (wait) {
-    wait_polling(lock, arrival_, poll, [&] { return std::ranges::any_of(pinned, has_come); });
+  if (wait.count() > 0) {
+    arrival_.wait_for(lock, wait, [&] { return std::ranges::any_of(pinned, has_come); });
   }
   std::vector<ExpertKey> ready;
   for (const ExpertKey key : pinned) {
@@ -140,12 +140,17 @@ std::vector<ExpertKey> ExpertStore::ready_of(std::span<const ExpertKey> pinned, 
   return ready;
 }
 
-void ExpertStore::wait_for_room() {
+bool ExpertStore::wait_for_room() {
   Lock lock(mutex_);
   throw_if_stalled("no room for another expert");
+  const auto comes_back = [](const Slot& slot) {
+    return slot.state == State::kReading || slot.state == State::kFailed;
+  };
+  if (std::ranges::none_of(slots_, comes_back)) return false;
   const int unread = unread_;
   // All may have ended by now; then the slots are there once the reader has let go of them.
   arrival_.wait_for(lock, kLookAgain, [&] { return unread_ < unread; });
+  return true;
 }
 
 void ExpertStore::throw_failure(ExpertKey key, const Slot& slot) const {

@@ -83,16 +83,17 @@ class ExpertStore {
   /// by and takes only slots that hold nothing cached.
   Found fetch(ExpertKey key, bool keep);
   void unpin(ExpertKey key);
-  /// Those of `pinned` that are ready; with `wait`, at least one. Throws the error of one whose
-  /// read failed, and what `poll` throws during the wait.
-  std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned, bool wait,
-                                  const Poll& poll = {});
+  /// Those of `pinned` that are ready, after waiting for the first of them for at most `wait`.
+  /// Throws the error of one whose read failed.
+  std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned,
+                                  std::chrono::milliseconds wait = {});
   /// Lets Options::check look at those of `pinned`, all ready, that it has not seen since they were
   /// read. If it throws, they are absent once nobody has them pinned.
   void check(std::span<const ExpertKey> pinned);
-  /// Waits until a read that nobody has pinned has ended: for who found no room and has nothing
-  /// pinned. Throws IoError if all that could make room are reads that the disk does not answer.
-  void wait_for_room();
+  /// Call after kNoRoom with nothing pinned: waits a moment for a read to end. False: none is under
+  /// way, and the room is others' pins and cached experts. Throws IoError if all that could make
+  /// room are reads that the disk does not answer.
+  bool wait_for_room();
   /// Of a pinned expert that is ready.
   ops::ExpertView view(ExpertKey key) const;
 

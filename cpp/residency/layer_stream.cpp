@@ -7,11 +7,14 @@
 #include <utility>
 
 #include "base/log.h"
+#include "base/poll.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::residency {
 namespace {
 
+/// Calls for other layers that a layer outlasts once it has come: more than steps that take turns.
+constexpr int kKeptFor = 16;
 constexpr std::chrono::milliseconds kLookAgain{1};
 
 std::size_t largest_slot(const std::vector<StreamedLayer>& layers) {
@@ -48,7 +51,7 @@ void LayerStream::read_ahead() {
     return true;
   });
   while (buffers_->free_count() > 0 && ring_.size() < layers_.size()) {
-    Reading reading{next_, buffers_->acquire(), {}};
+    Reading reading{next_, buffers_->acquire(), 0, {}};
     const StreamedLayer& layer = layers_[next_];
     try {
       storage::ReadRequest request;
@@ -84,16 +87,22 @@ void LayerStream::drop_first() noexcept {
   }
 }
 
-void LayerStream::enter(std::int64_t layer, const Poll& poll) {
+bool LayerStream::enter(std::int64_t layer) {
   const auto found = std::ranges::find(layers_, layer, &StreamedLayer::layer);
-  if (found == layers_.end()) return;
+  if (found == layers_.end()) return true;
   const auto index = static_cast<std::size_t>(found - layers_.begin());
   // After a step that was broken off, another layer comes next than was expected.
-  while (!ring_.empty() && ring_.front().index != index) drop_first();
+  while (!ring_.empty() && ring_.front().index != index) {
+    if (stays(ring_.front())) return false;
+    drop_first();
+  }
   if (ring_.empty()) next_ = index;
-  for (read_ahead(); ring_.empty(); read_ahead()) wait_for_buffer(layer, poll);
+  for (read_ahead(); ring_.empty(); read_ahead()) {
+    if (!wait_for_buffer(layer)) return false;
+  }
   try {
-    wait_for(ring_.front(), poll);
+    ring_.front().kept_for = kKeptFor;
+    if (!wait_for(ring_.front())) return false;
     for (const StreamedLayer::Matrix& matrix : found->matrices) {
       matrix.place.point(*matrix.view, buffers_->data(ring_.front().buffer));
     }
@@ -104,43 +113,54 @@ void LayerStream::enter(std::int64_t layer, const Poll& poll) {
   }
   entered_ = true;
   stats_.bytes += found->files.bytes();
+  return true;
 }
 
-// Waits until one of the reads that were dropped while the system had them lets go of its buffer.
-void LayerStream::wait_for_buffer(std::int64_t layer, const Poll& poll) {
-  for (;;) {
-    ask(poll);
-    bool hopeless = true;
-    for (const Reading& dropped : stalled_) {
-      if (dropped.ticket.quiet()) return;
-      if (dropped.ticket.status() != storage::ReadStatus::kFailed) hopeless = false;
-    }
-    const storage::ReadTicket& one = stalled_.front().ticket;
-    if (hopeless) {
-      const storage::ReadResult end = reader_.wait(one);
-      throw IoError(end.file, end.offset, ETIMEDOUT,
-                    "layer " + std::to_string(layer) +
-                        " has no buffer: the disk does not answer this read, nor those into the "
-                        "other buffers");
-    }
-    if (reader_.wait_for(one, kLookAgain)) std::this_thread::sleep_for(kLookAgain);
+// Whether another step's layer is still to be left alone; if it is being read, after a wait.
+bool LayerStream::stays(Reading& other) {
+  if (other.kept_for == 0) return false;
+  if (reader_.wait_for(other.ticket, kPollPeriod)) --other.kept_for;
+  return true;
+}
+
+// Waits until one of the reads that were dropped while the system had them lets go of its buffer,
+// for kLookAgain at most.
+bool LayerStream::wait_for_buffer(std::int64_t layer) {
+  bool hopeless = true;
+  for (const Reading& dropped : stalled_) {
+    if (dropped.ticket.quiet()) return true;
+    if (dropped.ticket.status() != storage::ReadStatus::kFailed) hopeless = false;
   }
+  const storage::ReadTicket& one = stalled_.front().ticket;
+  if (!hopeless) {
+    if (reader_.wait_for(one, kLookAgain)) std::this_thread::sleep_for(kLookAgain);
+    return false;
+  }
+  const storage::ReadResult end = reader_.wait(one);
+  throw IoError(end.file, end.offset, ETIMEDOUT,
+                "layer " + std::to_string(layer) +
+                    " has no buffer: the disk does not answer this read, nor those into the "
+                    "other buffers");
 }
 
-void LayerStream::wait_for(const Reading& reading, const Poll& poll) {
+bool LayerStream::wait_for(const Reading& reading) {
   const auto start = Trace::Clock::now();
   reader_.promote(reading.ticket);
-  const storage::ReadResult result = reader_.wait(reading.ticket, poll);
+  const bool over = reader_.wait_for(reading.ticket, kPollPeriod);
   const auto end = Trace::Clock::now();
   stats_.wait_seconds += std::chrono::duration<double>(end - start).count();
   const std::string name = "layer " + std::to_string(layers_[reading.index].layer);
   if (trace_ != nullptr) trace_->span(Trace::Track::kWaits, name, start, end);
-  if (result.status == storage::ReadStatus::kDone) return;
+  if (!over) return false;
+  const storage::ReadResult result = reader_.wait(reading.ticket);
+  if (result.status == storage::ReadStatus::kDone) return true;
   throw IoError(result.file, result.offset, result.error_number, name + ": " + result.problem);
 }
 
 void LayerStream::leave(std::int64_t layer) noexcept {
-  if (!entered_ || layers_[ring_.front().index].layer != layer) return;
+  if (ring_.empty() || layers_[ring_.front().index].layer != layer) return;
+  ring_.front().kept_for = 0;
+  if (!entered_) return;
   entered_ = false;
   drop_first();
   try {

@@ -15,7 +15,6 @@
 #include <vector>
 
 #include "base/counter.h"
-#include "base/poll.h"
 #include "base/trace.h"
 #include "format/weight.h"
 #include "memory/slot_pool.h"
@@ -57,25 +56,26 @@ class LayerStream {
   LayerStream(const LayerStream&) = delete;
   LayerStream& operator=(const LayerStream&) = delete;
 
-  /// Waits until the layer's weights are there; nothing for a layer that is not streamed. Throws
-  /// IoError that names the layer, what Check throws and what `poll` throws during the wait; the
-  /// layer may be entered again then.
-  void enter(std::int64_t layer, const Poll& poll = {});
-  /// The weights are no longer needed in this step.
+  /// Waits for the layer's weights, for at most kPollPeriod: false, they are not there yet, ask
+  /// again. True at once for a layer that is not streamed. Throws IoError that names the layer, and
+  /// what Check throws; the layer may be entered again then.
+  /// A layer that is waited for is not given up for another one until it has come, and is then left
+  /// for the next few calls to whoever waits, so that steps that take turns all get on.
+  bool enter(std::int64_t layer);
+  /// The weights are no longer needed in this step, or no longer waited for.
   void leave(std::int64_t layer) noexcept;
 
-  /// Enters a layer for as long as it lives. `stream` may be null.
+  /// A layer that is waited for and then entered, until this is destroyed. `stream` may be null.
   class Use {
    public:
-    Use(LayerStream* stream, std::int64_t layer, const Poll& poll = {})
-        : stream_(stream), layer_(layer) {
-      if (stream_ != nullptr) stream_->enter(layer_, poll);
-    }
+    Use(LayerStream* stream, std::int64_t layer) : stream_(stream), layer_(layer) {}
     ~Use() {
       if (stream_ != nullptr) stream_->leave(layer_);
     }
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
+
+    bool enter() { return stream_ == nullptr || stream_->enter(layer_); }
 
    private:
     LayerStream* stream_;
@@ -89,12 +89,14 @@ class LayerStream {
   struct Reading {
     std::size_t index = 0;  // into layers_
     int buffer = -1;
+    int kept_for = 0;  // so many calls for other layers, as somebody waits for it
     storage::ReadTicket ticket;
   };
 
   void read_ahead();
-  void wait_for(const Reading& reading, const Poll& poll);
-  void wait_for_buffer(std::int64_t layer, const Poll& poll);
+  bool stays(Reading& other);
+  bool wait_for(const Reading& reading);
+  bool wait_for_buffer(std::int64_t layer);
   /// Cancels the first one's read. Its buffer is free at once or, with the system still, later.
   void drop_first() noexcept;
 

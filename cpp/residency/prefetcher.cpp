@@ -1,6 +1,7 @@
 #include "residency/prefetcher.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "ops/scratch.h"
 
@@ -12,17 +13,17 @@ constexpr std::int64_t kPairsPerExpert = 8;
 
 }  // namespace
 
-void Prefetcher::expect(std::int64_t rows, std::int64_t top_k) {
-  named_.clear();
+void Prefetcher::expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step) {
+  step.named.clear();
   if (rows * top_k < kPairsPerExpert * router_.experts) return;
-  named_ = store_.most_valued(0);
-  std::ranges::reverse(named_);
-  submit();
+  step.named = store_.most_valued(0);
+  std::ranges::reverse(step.named);
+  submit(step);
 }
 
 void Prefetcher::predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
-                         std::int64_t ahead, memory::Arena& arena) {
-  named_.clear();
+                         std::int64_t ahead, memory::Arena& arena, ReadAhead& step) {
+  step.named.clear();
   const auto layers = static_cast<std::int64_t>(routers_.size());
   const auto pairs = static_cast<std::size_t>(x.rows * top_k);
   // One row of many that wants an expert is not enough to read it.
@@ -44,39 +45,40 @@ void Prefetcher::predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_
     std::ranges::stable_sort(experts, [&](std::int32_t a, std::int32_t b) {
       return wanted[static_cast<std::size_t>(a)] > wanted[static_cast<std::size_t>(b)];
     });
-    name(next, experts);
-    if (next == moe_layer + 1) predicted_[static_cast<std::size_t>(next)] = std::move(experts);
+    name(next, experts, step);
+    if (next == moe_layer + 1) step.predicted = std::move(experts);
   }
-  submit();
+  submit(step);
 }
 
-void Prefetcher::name(std::int64_t moe_layer, std::span<const std::int32_t> experts) {
+void Prefetcher::name(std::int64_t moe_layer, std::span<const std::int32_t> experts,
+                      ReadAhead& step) const {
   std::vector<ExpertKey> keys(experts.size());
   std::ranges::transform(experts, keys.rbegin(), [&](std::int32_t e) {
     return static_cast<ExpertKey>(moe_layer * router_.experts + e);
   });
-  named_.insert(named_.begin(), keys.begin(), keys.end());
+  step.named.insert(step.named.begin(), keys.begin(), keys.end());
 }
 
-void Prefetcher::submit() {
-  while (!named_.empty() && store_.prefetch(named_.back()) != ExpertStore::Found::kNoRoom) {
-    named_.pop_back();
+void Prefetcher::submit(ReadAhead& step) {
+  while (!step.named.empty() && store_.prefetch(step.named.back()) != ExpertStore::Found::kNoRoom) {
+    step.named.pop_back();
   }
 }
 
-void Prefetcher::chosen(std::int64_t moe_layer, std::span<const ChosenExpert> chosen) {
+void Prefetcher::chosen(std::int64_t moe_layer, std::span<const ChosenExpert> chosen,
+                        ReadAhead& step) {
   const auto first = static_cast<ExpertKey>(moe_layer * router_.experts);
-  std::erase_if(named_, [&](ExpertKey key) {
+  std::erase_if(step.named, [&](ExpertKey key) {
     return key >= first && key < first + static_cast<ExpertKey>(router_.experts);
   });
-  std::vector<std::int32_t>& predicted = predicted_[static_cast<std::size_t>(moe_layer)];
+  const std::vector<std::int32_t> predicted = std::exchange(step.predicted, {});
   if (predicted.empty()) return;
   stats_.predicted += predicted.size();
   stats_.chosen += chosen.size();
   for (const ChosenExpert& expert : chosen) {
     if (std::ranges::find(predicted, expert.expert) != predicted.end()) ++stats_.predicted_used;
   }
-  predicted.clear();
 }
 
 std::size_t Prefetcher::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {

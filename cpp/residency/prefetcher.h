@@ -15,6 +15,7 @@
 #include "ops/backend.h"
 #include "residency/expert_store.h"
 #include "residency/expert_tasks.h"
+#include "residency/read_ahead.h"
 
 namespace dsfp4::residency {
 
@@ -35,37 +36,31 @@ class Prefetcher {
   /// `routers`: one for each MoE layer. All must outlive this.
   Prefetcher(ops::Backend& backend, ExpertStore& store, const ops::RouterSpec& router,
              std::span<const RouterView> routers)
-      : backend_(backend),
-        store_(store),
-        router_(router),
-        routers_(routers),
-        predicted_(routers.size()) {}
+      : backend_(backend), store_(store), router_(router), routers_(routers) {}
 
   /// `rows` tokens are on their way to the first MoE layer: names its experts, the most valued
   /// first, if they are so many that next to all of them are needed.
-  void expect(std::int64_t rows, std::int64_t top_k);
+  void expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step);
   /// Names what the next `ahead` layers will probably choose, from this one's input x. What was
   /// named before and not begun is forgotten.
   void predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k, std::int64_t ahead,
-               memory::Arena& arena);
+               memory::Arena& arena, ReadAhead& step);
   /// Submits reads of what was named, as many as there are slots for.
-  void submit();
+  void submit(ReadAhead& step);
   /// The layer's choice is known: forgets what was named for it, and counts.
-  void chosen(std::int64_t moe_layer, std::span<const ChosenExpert> chosen);
+  void chosen(std::int64_t moe_layer, std::span<const ChosenExpert> chosen, ReadAhead& step);
 
   const PrefetchStats& stats() const noexcept { return stats_; }
   std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const;
 
  private:
-  void name(std::int64_t moe_layer, std::span<const std::int32_t> experts);
+  void name(std::int64_t moe_layer, std::span<const std::int32_t> experts, ReadAhead& step) const;
 
   ops::Backend& backend_;
   ExpertStore& store_;
   const ops::RouterSpec& router_;
   std::span<const RouterView> routers_;
   PrefetchStats stats_;
-  std::vector<std::vector<std::int32_t>> predicted_;  // by MoE layer; of the last step
-  std::vector<ExpertKey> named_;                      // not begun yet, the first last
 };
 
 }  // namespace dsfp4::residency

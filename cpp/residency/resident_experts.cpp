@@ -10,41 +10,60 @@
 namespace dsfp4::residency {
 namespace {
 
-/// Experts that are computed together where somebody may want to leave.
-constexpr std::size_t kPolledGroup = 32;
+/// Experts that are computed together: a group's end costs a little, and all those of a prompt can
+/// take seconds.
+constexpr std::size_t kGroup = 32;
 
 }  // namespace
 
-void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
-                          std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
-                          const ops::ExpertView* shared, const Poll& poll) {
-  const ops::ScratchScope scope(arena);
-  const std::int64_t pairs = x.rows * top_k;
-  const auto count = static_cast<std::size_t>(pairs);
-  const std::span<const ops::ExpertView> experts = experts_of_(layer);
-  const bool in_a_slot =
-      shared != nullptr && backend_.takes_shared(experts, *shared, x.rows, top_k);
-  if (!in_a_slot) shared_into(shared, backend_, arena, x, y);
-  const std::int64_t rows = in_a_slot ? pairs + x.rows : pairs;
-  const ops::Matrix hidden = ops::scratch_matrix(arena, rows, moe_intermediate_size_);
-  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
-  if (backend_.routed_experts(experts, routing, top_k, x, hidden, routed, y,
-                              in_a_slot ? shared : nullptr)) {
-    return;
+class ResidentExperts::Work final : public ExpertWork {
+ public:
+  Work(ResidentExperts& runner, const ExpertLayer& layer, memory::Arena& arena)
+      : backend_(runner.backend_), layer_(layer), scope_(arena) {
+    const std::int64_t tokens = layer.x.rows;
+    const std::int64_t pairs = tokens * layer.top_k;
+    const std::span<const ops::ExpertView> experts = runner.experts_of_(layer.layer);
+    const ops::ExpertView* shared = layer.shared;
+    const bool in_a_slot =
+        shared != nullptr && backend_.takes_shared(experts, *shared, tokens, layer.top_k);
+    if (!in_a_slot) shared_into(shared, backend_, arena, layer.x, layer.y);
+    hidden_ = ops::scratch_matrix(arena, in_a_slot ? pairs + tokens : pairs,
+                                  runner.moe_intermediate_size_);
+    routed_ = ops::scratch_matrix(arena, pairs, runner.hidden_size_);
+    over_ = backend_.routed_experts(experts, layer.routing, layer.top_k, layer.x, hidden_, routed_,
+                                    layer.y, in_a_slot ? shared : nullptr);
+    if (over_) return;
+    const auto count = static_cast<std::size_t>(pairs);
+    const std::span order(arena.take_array<std::int32_t>(count), count);
+    for (const ChosenExpert& chosen : group_by_expert(layer.routing.used, order)) {
+      tasks_.push_back({&experts[static_cast<std::size_t>(chosen.expert)], chosen.pairs});
+    }
   }
-  std::vector<ops::ExpertTask> tasks;
-  for (const ChosenExpert& chosen :
-       group_by_expert(routing.used, std::span(arena.take_array<std::int32_t>(count), count))) {
-    tasks.push_back({&experts[static_cast<std::size_t>(chosen.expert)], chosen.pairs});
+
+  bool advance() override {
+    if (over_) return false;
+    const auto group = std::span(tasks_).subspan(done_, std::min(kGroup, tasks_.size() - done_));
+    backend_.experts(group, layer_.top_k, layer_.x, hidden_, routed_);
+    done_ += group.size();
+    if (done_ < tasks_.size()) return true;
+    backend_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
+    over_ = true;
+    return false;
   }
-  // A group's end costs a little, and a layer of a prompt can take seconds.
-  for (std::span<const ops::ExpertTask> left = tasks; !left.empty();) {
-    const std::size_t group = std::min(left.size(), poll ? kPolledGroup : left.size());
-    backend_.experts(left.first(group), top_k, x, hidden, routed);
-    left = left.subspan(group);
-    ask(poll);
-  }
-  backend_.combine(routed, routing.weights, top_k, y);
+
+ private:
+  ops::Backend& backend_;
+  const ExpertLayer layer_;
+  const ops::ScratchScope scope_;
+  ops::Matrix hidden_, routed_;
+  bool over_ = false;
+  std::vector<ops::ExpertTask> tasks_;
+  std::size_t done_ = 0;  // of the tasks
+};
+
+std::unique_ptr<ExpertWork> ResidentExperts::start(const ExpertLayer& layer, memory::Arena& arena,
+                                                   ReadAhead& /*ahead*/) {
+  return std::make_unique<Work>(*this, layer, arena);
 }
 
 std::size_t ResidentExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k,

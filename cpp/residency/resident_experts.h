@@ -21,13 +21,14 @@ class ResidentExperts final : public ExpertRunner {
         moe_intermediate_size_(moe_intermediate_size),
         experts_of_(std::move(experts_of)) {}
 
-  void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
-           memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared,
-           const Poll& poll) override;
+  std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
+                                    ReadAhead& ahead) override;
   std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
                             std::int64_t shared_intermediate_size) const override;
 
  private:
+  class Work;
+
   ops::Backend& backend_;
   std::int64_t hidden_size_;
   std::int64_t moe_intermediate_size_;

@@ -7,44 +7,90 @@
 #include <numeric>
 #include <utility>
 
+#include "base/poll.h"
 #include "ops/mlp.h"
 #include "ops/scratch.h"
 
 namespace dsfp4::residency {
 namespace {
 
-/// Experts of a prompt that are computed together; between groups the caller may look up.
+/// Experts of a prompt that are computed together.
 constexpr std::size_t kPromptGroup = 4;
 
 }  // namespace
 
-// One run(): its experts, which of them are pinned, and what is computed already.
-class TieredExperts::Layer {
+// One layer's experts: which of them are pinned, and what is computed already.
+class TieredExperts::Work final : public ExpertWork {
  public:
-  Layer(TieredExperts& runner, std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
-        std::vector<ChosenExpert> chosen)
+  Work(TieredExperts& runner, const ExpertLayer& layer, memory::Arena& arena, ReadAhead& ahead)
       : runner_(runner),
         store_(runner.store_),
-        layer_(moe_layer + runner.first_layer_),
-        first_key_(static_cast<ExpertKey>(moe_layer * runner.router_.experts)),
-        x_(x),
-        top_k_(top_k),
-        chosen_(std::move(chosen)),
-        streams_(x.rows > kDecodeRows) {}
-  ~Layer() {
+        layer_(layer),
+        moe_layer_(layer.layer - runner.first_layer_),
+        arena_(arena),
+        scope_(arena),
+        ahead_(ahead),
+        streams_(layer.x.rows > kDecodeRows) {
+    const std::size_t count = layer.routing.used.size();
+    chosen_ = group_by_expert(layer.routing.used, {arena.take_array<std::int32_t>(count), count});
+  }
+  // On a device, the slots and the scratch go to the last event that reads them.
+  ~Work() override {
     for (const auto* list : {&ready_, &reading_}) {
       for (const std::size_t i : *list) store_.unpin(key(i));
     }
   }
-  Layer(const Layer&) = delete;
-  Layer& operator=(const Layer&) = delete;
 
-  const std::vector<ChosenExpert>& chosen() const { return chosen_; }
+  // Everything but the experts' own arithmetic, reads first.
+  void begin() {
+    const ops::ConstMatrix x = layer_.x;
+    const std::int64_t pairs = x.rows * layer_.top_k;
+    runner_.stats_.total_pairs += layer_.routing.used.size();
+    runner_.prefetcher_.chosen(moe_layer_, chosen_, ahead_);
+    find();
+    std::vector<std::int32_t> left_out;
+    if (runner_.options_.expert_threshold > 0.0f) left_out = leave_out();
+    leave_a_slot();
+    fetch();
+    store_.drop_speculation(moe_layer_);
+    runner_.note_use(moe_layer_, layer_.routing, x.rows, layer_.top_k);
+    runner_.prefetcher_.predict(moe_layer_, x, layer_.top_k, runner_.layers_ahead(x.rows), arena_,
+                                ahead_);
+    shared_into(layer_.shared, runner_.backend_, arena_, x, layer_.y);
 
-  // Pins what is there; what is not is left in missing().
+    hidden_ = ops::scratch_matrix(arena_, pairs, runner_.moe_intermediate_size_);
+    routed_ = ops::scratch_matrix(arena_, pairs, runner_.hidden_size_);
+    for (const std::int32_t pair : left_out) std::fill_n(routed_.row(pair), routed_.cols, 0.0f);
+  }
+
+  bool advance() override {
+    if (over_) return false;
+    if (!ready_.empty()) {
+      compute_group();
+      collect({});
+      fetch();
+    } else if (!reading_.empty()) {
+      collect(kPollPeriod);
+    } else {
+      make_room();
+    }
+    if (!ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
+    store_.trim();
+    runner_.backend_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
+    over_ = true;
+    return false;
+  }
+
+ private:
+  ExpertKey key(std::size_t i) const {
+    return static_cast<ExpertKey>(moe_layer_ * runner_.router_.experts + chosen_[i].expert);
+  }
+  bool keep() const { return !streams_ || store_.cache_room() > 0; }
+  std::size_t most_pins() const { return std::max<std::size_t>(2, store_.options().slots) - 1; }
+
+  // Pins what is there; what is not is left in missing_.
   void find() {
     for (std::size_t i = 0; i < chosen_.size(); ++i) {
-      if (chosen_[i].pairs.empty()) continue;
       switch (store_.pin(key(i), keep())) {
         case ExpertStore::Found::kReady:
           ready_.push_back(i);
@@ -57,48 +103,41 @@ class TieredExperts::Layer {
       }
     }
   }
-  std::vector<std::size_t>& missing() { return missing_; }
-  ChosenExpert& expert(std::size_t i) { return chosen_[i]; }
+
+  // If every slot is pinned, one is enough to let another step go on.
+  void leave_a_slot() {
+    while (ready_.size() + reading_.size() > most_pins()) {
+      std::vector<std::size_t>& list = reading_.empty() ? ready_ : reading_;
+      store_.unpin(key(list.back()));
+      missing_.push_back(list.back());
+      list.pop_back();
+    }
+  }
+
+  std::vector<std::int32_t> leave_out();
 
   // Submits reads of missing experts, as many as there are slots for.
   void fetch() {
     std::size_t done = 0;
-    while (done < missing_.size() &&
+    while (done < missing_.size() && ready_.size() + reading_.size() < most_pins() &&
            store_.fetch(key(missing_[done]), keep()) != ExpertStore::Found::kNoRoom) {
       reading_.push_back(missing_[done++]);  // ready or not: collect() finds out
     }
     missing_.erase(missing_.begin(), missing_.begin() + static_cast<std::ptrdiff_t>(done));
-    if (missing_.empty()) runner_.prefetcher_.submit();
+    if (missing_.empty()) runner_.prefetcher_.submit(ahead_);
   }
 
-  void compute_all(ops::Matrix hidden, ops::Matrix routed, const Poll& poll) {
-    for (;;) {
-      while (!ready_.empty()) {
-        ask(poll);
-        compute_group(hidden, routed);
-        collect(false, {});
-        fetch();
-      }
-      if (reading_.empty()) {
-        if (missing_.empty()) return;
-        fetch();
-        if (reading_.empty()) {  // cancelled speculation still holds the slots
-          store_.wait_for_room();
-          ask(poll);
-          continue;
-        }
-      }
-      collect(true, poll);
-    }
+  // Nothing is pinned: cancelled speculation still holds the slots, or another step does.
+  void make_room() {
+    fetch();
+    if (!reading_.empty() || store_.wait_for_room()) return;
+    // What is left is cached. One of these goes, as there is no other way on.
+    if (store_.fetch(key(missing_.front()), true) == ExpertStore::Found::kNoRoom) return;
+    reading_.push_back(missing_.front());
+    missing_.erase(missing_.begin());
   }
 
- private:
-  ExpertKey key(std::size_t i) const {
-    return first_key_ + static_cast<ExpertKey>(chosen_[i].expert);
-  }
-  bool keep() const { return !streams_ || store_.cache_room() > 0; }
-
-  void compute_group(ops::Matrix hidden, ops::Matrix routed) {
+  void compute_group() {
     const std::size_t count = streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
     std::vector<ExpertKey> keys;
     std::vector<ops::ExpertView> views;
@@ -112,20 +151,20 @@ class TieredExperts::Layer {
     }
     const auto start = Trace::Clock::now();
     store_.check(keys);
-    runner_.backend_.experts(tasks, top_k_, x_, hidden, routed);
+    runner_.backend_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_);
     runner_.stats_.compute_seconds += span(Trace::Track::kCompute, count, start);
     for (std::size_t n = 0; n < count; ++n) store_.unpin(key(ready_[n]));
     ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
   }
 
-  // Moves what has arrived to the ready ones; waits for something if `wait`.
-  void collect(bool wait, const Poll& poll) {
+  // Moves what has arrived to the ready ones, after waiting for the first for at most `wait`.
+  void collect(std::chrono::milliseconds wait) {
     if (reading_.empty()) return;
     std::vector<ExpertKey> keys(reading_.size());
     std::ranges::transform(reading_, keys.begin(), [&](std::size_t i) { return key(i); });
     const auto start = Trace::Clock::now();
-    const std::vector<ExpertKey> arrived = store_.ready_of(keys, wait, poll);
-    if (wait) {
+    const std::vector<ExpertKey> arrived = store_.ready_of(keys, wait);
+    if (wait.count() > 0) {
       runner_.stats_.wait_seconds += span(Trace::Track::kWaits, arrived.size(), start);
     }
     std::erase_if(reading_, [&](std::size_t i) {
@@ -140,8 +179,8 @@ class TieredExperts::Layer {
     const auto end = Trace::Clock::now();
     if (runner_.trace_ != nullptr) {
       char name[64];
-      std::snprintf(name, sizeof(name), "layer %lld experts %zu", static_cast<long long>(layer_),
-                    experts);
+      std::snprintf(name, sizeof(name), "layer %lld experts %zu",
+                    static_cast<long long>(layer_.layer), experts);
       runner_.trace_->span(track, name, start, end);
     }
     return std::chrono::duration<double>(end - start).count();
@@ -149,12 +188,15 @@ class TieredExperts::Layer {
 
   TieredExperts& runner_;
   ExpertStore& store_;
-  std::int64_t layer_;  // the model's number
-  ExpertKey first_key_;
-  ops::ConstMatrix x_;
-  std::int64_t top_k_;
-  std::vector<ChosenExpert> chosen_;
+  const ExpertLayer layer_;
+  std::int64_t moe_layer_;
+  memory::Arena& arena_;
+  const ops::ScratchScope scope_;
+  ReadAhead& ahead_;
   bool streams_;
+  bool over_ = false;
+  ops::Matrix hidden_, routed_;
+  std::vector<ChosenExpert> chosen_;
   // Indices into chosen_; the first two are pinned.
   std::vector<std::size_t> ready_, reading_, missing_;
 };
@@ -173,51 +215,29 @@ TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::Rou
       trace_(trace),
       prefetcher_(backend, store, router_, routers_) {}
 
-void TieredExperts::begin_step(std::int64_t rows) {
-  if (layers_ahead(rows) > 0) prefetcher_.expect(rows, router_.top_k);
+void TieredExperts::begin_step(std::int64_t rows, ReadAhead& ahead) {
+  if (layers_ahead(rows) > 0) prefetcher_.expect(rows, router_.top_k, ahead);
 }
 
 std::int64_t TieredExperts::layers_ahead(std::int64_t rows) const {
   return options_.prefetch_layers.value_or(rows > kDecodeRows || store_.cache_room() > 0 ? 1 : 0);
 }
 
-void TieredExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
-                        std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
-                        const ops::ExpertView* shared, const Poll& poll) {
-  const ops::ScratchScope scope(arena);
-  const std::int64_t moe_layer = layer - first_layer_;
-  const std::int64_t pairs = x.rows * top_k;
-  const auto count = static_cast<std::size_t>(pairs);
-  const std::span<std::int32_t> order(arena.take_array<std::int32_t>(count), count);
-
-  Layer work(*this, moe_layer, x, top_k, group_by_expert(routing.used, order));
-  stats_.total_pairs += count;
-  prefetcher_.chosen(moe_layer, work.chosen());
-  work.find();
-  std::vector<std::int32_t> left_out;
-  if (options_.expert_threshold > 0.0f) left_out = leave_out(work, routing, top_k);
-  work.fetch();
-  store_.drop_speculation(moe_layer);
-  note_use(moe_layer, routing, x.rows, top_k);
-  prefetcher_.predict(moe_layer, x, top_k, layers_ahead(x.rows), arena);
-  shared_into(shared, backend_, arena, x, y);
-
-  const ops::Matrix hidden = ops::scratch_matrix(arena, pairs, moe_intermediate_size_);
-  const ops::Matrix routed = ops::scratch_matrix(arena, pairs, hidden_size_);
-  for (const std::int32_t pair : left_out) std::fill_n(routed.row(pair), routed.cols, 0.0f);
-  work.compute_all(hidden, routed, poll);
-  store_.trim();
-  backend_.combine(routed, routing.weights, top_k, y);
+std::unique_ptr<ExpertWork> TieredExperts::start(const ExpertLayer& layer, memory::Arena& arena,
+                                                 ReadAhead& ahead) {
+  auto work = std::make_unique<Work>(*this, layer, arena, ahead);
+  work->begin();
+  return work;
 }
 
-std::vector<std::int32_t> TieredExperts::leave_out(Layer& work, const ops::Routing& routing,
-                                                   std::int64_t top_k) {
-  const auto slots = static_cast<std::size_t>(top_k);
+// Takes light pairs out of the missing experts and of the weights; returns them.
+std::vector<std::int32_t> TieredExperts::Work::leave_out() {
+  const ops::Routing& routing = layer_.routing;
+  const auto slots = static_cast<std::size_t>(layer_.top_k);
+  const float threshold = runner_.options_.expert_threshold;
   std::vector<bool> missing(routing.used.size(), false);
-  for (const std::size_t i : work.missing()) {
-    for (const std::int32_t pair : work.expert(i).pairs) {
-      missing[static_cast<std::size_t>(pair)] = true;
-    }
+  for (const std::size_t i : missing_) {
+    for (const std::int32_t pair : chosen_[i].pairs) missing[static_cast<std::size_t>(pair)] = true;
   }
   // Which pairs go is decided token by token, then the experts that nobody is left for.
   std::vector<std::int32_t> left_out;  // ascending
@@ -228,20 +248,20 @@ std::vector<std::int32_t> TieredExperts::leave_out(Layer& work, const ops::Routi
     float kept = sum;
     for (std::size_t k = 0; k < slots; ++k) {
       // The heaviest stays, so that there is something to give the weight to.
-      if (k == best || !missing[first + k] || weights[k] >= options_.expert_threshold * sum) {
+      if (k == best || !missing[first + k] || weights[k] >= threshold * sum) {
         continue;
       }
       left_out.push_back(static_cast<std::int32_t>(first + k));
       kept -= weights[k];
       weights[k] = 0.0f;
-      ++stats_.skipped_pairs;
+      ++runner_.stats_.skipped_pairs;
     }
     if (kept < sum) {
       for (float& weight : weights) weight *= sum / kept;
     }
   }
-  std::erase_if(work.missing(), [&](std::size_t i) {
-    ChosenExpert& expert = work.expert(i);
+  std::erase_if(missing_, [&](std::size_t i) {
+    ChosenExpert& expert = chosen_[i];
     const auto end = std::remove_if(expert.pairs.begin(), expert.pairs.end(), [&](std::int32_t p) {
       return std::ranges::binary_search(left_out, p);
     });

@@ -5,6 +5,9 @@
 // what the next layers will probably need, then everything that is in RAM is computed, the shared
 // expert too, then what arrives, in whatever order; the results are summed in slot order at the
 // end. So neither the cache nor the disk can change a token's bits.
+//
+// Work that is left for another step's keeps its pins, but never all of two or more slots,
+// so the other can go on.
 #pragma once
 
 #include <optional>
@@ -47,10 +50,9 @@ class TieredExperts final : public ExpertRunner {
                 std::vector<RouterView> routers, std::int64_t first_layer, std::int64_t hidden_size,
                 std::int64_t moe_intermediate_size, Trace* trace = nullptr);
 
-  void begin_step(std::int64_t rows) override;
-  void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
-           memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared,
-           const Poll& poll) override;
+  void begin_step(std::int64_t rows, ReadAhead& ahead) override;
+  std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
+                                    ReadAhead& ahead) override;
   std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
                             std::int64_t shared_intermediate_size) const override;
 
@@ -61,11 +63,9 @@ class TieredExperts final : public ExpertRunner {
   const PrefetchStats& prefetch_stats() const noexcept { return prefetcher_.stats(); }
 
  private:
-  class Layer;  // one run()
+  class Work;
 
   std::int64_t layers_ahead(std::int64_t rows) const;
-  /// Takes light pairs out of `work` and of the weights; returns them.
-  std::vector<std::int32_t> leave_out(Layer& work, const ops::Routing& routing, std::int64_t top_k);
   void note_use(std::int64_t moe_layer, const ops::Routing& routing, std::int64_t tokens,
                 std::int64_t top_k);
 

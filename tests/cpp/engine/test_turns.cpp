@@ -16,7 +16,7 @@ namespace {
 TEST(Turns, ComeInTheOrderOfAsking) {
   Turns turns;
   std::vector<int> order;  // changed by whose turn it is
-  std::optional<Turns::Turn> first(std::in_place, turns, Poll());
+  std::optional<Turns::Turn> first(std::in_place, turns, KeepGoing());
   std::array<std::atomic<bool>, 4> waits{};
   std::vector<std::jthread> threads;
   for (std::size_t i = 0; i < waits.size(); ++i) {
@@ -24,6 +24,7 @@ TEST(Turns, ComeInTheOrderOfAsking) {
       const Turns::Turn turn(turns, [&waits, i] {
         waits.at(i) = true;
         waits.at(i).notify_one();
+        return true;
       });
       order.push_back(static_cast<int>(i));
     });
@@ -35,35 +36,39 @@ TEST(Turns, ComeInTheOrderOfAsking) {
 }
 
 TEST(Turns, AWaiterMayLeaveAndTheOthersMoveUp) {
-  Turns turns;
-  std::optional<Turns::Turn> first(std::in_place, turns, Poll());
-  std::atomic<bool> leave = false;
-  std::atomic<bool> left = false;
-  std::atomic<bool> waits = false;
-  std::atomic<bool> had_turn = false;
-  std::jthread leaver([&] {
-    try {
-      const Turns::Turn turn(turns, [&] {
-        waits = true;
-        waits.notify_one();
-        if (leave) throw CancelledError();
-      });
-    } catch (const CancelledError&) {
-      left = true;
-    }
-  });
-  waits.wait(false);
-  std::jthread next([&] {
-    const Turns::Turn turn(turns, {});
-    had_turn = true;
-  });
-  leave = true;
-  leaver.join();
-  EXPECT_TRUE(left);
-  EXPECT_FALSE(had_turn);
-  first.reset();
-  next.join();
-  EXPECT_TRUE(had_turn);
+  for (const bool throws : {false, true}) {
+    Turns turns;
+    std::optional<Turns::Turn> first(std::in_place, turns, KeepGoing());
+    std::atomic<bool> leave = false;
+    std::atomic<bool> left = false;
+    std::atomic<bool> waits = false;
+    std::atomic<bool> had_turn = false;
+    std::jthread leaver([&] {
+      try {
+        const Turns::Turn turn(turns, [&] {
+          waits = true;
+          waits.notify_one();
+          if (leave && throws) throw Error("of the callback");
+          return !leave;
+        });
+        left = !turn.came();
+      } catch (const Error&) {
+        left = throws;
+      }
+    });
+    waits.wait(false);
+    std::jthread next([&] {
+      const Turns::Turn turn(turns, {});
+      had_turn = turn.came();
+    });
+    leave = true;
+    leaver.join();
+    EXPECT_TRUE(left);
+    EXPECT_FALSE(had_turn);
+    first.reset();
+    next.join();
+    EXPECT_TRUE(had_turn);
+  }
 }
 
 TEST(Turns, WhoHasOneIsRefusedAnotherAtOnce) {

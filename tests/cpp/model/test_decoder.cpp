@@ -4,6 +4,7 @@
 #include "dsfp4/error.h"
 #include "engine/engine.h"
 #include "model/decoder.h"
+#include "model/pass.h"
 #include "model/spec.h"
 #include "ops/backend.h"
 #include "ops/cuda_backend.h"
@@ -76,7 +77,8 @@ TEST(Decoder, ARecordingEndsWithTheStepThatFailed) {
   batch.ids = {&id, 1};
   batch.sequences = {&rows, 1};
   for (int step = 0; step < 3; ++step) {  // the first one is not recorded yet
-    EXPECT_THROW(decoder.forward(batch, arena), CudaError);
+    Pass pass(decoder, batch, arena);
+    EXPECT_THROW(pass.advance(), CudaError);
     EXPECT_EQ(fake.recorded, step);
     EXPECT_EQ(fake.recordings, 0);
   }

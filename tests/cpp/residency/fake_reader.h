@@ -36,8 +36,9 @@ class FakeReader final : public storage::Reader {
   const char* name() const noexcept override { return "fake"; }
   std::uint64_t staging_bytes() const noexcept override { return 0; }
 
-  /// Completes read number `i`: fills its destinations with its first file offset's low byte. With
-  /// ETIMEDOUT it fails, but stays with the system until let_go().
+  /// Completes read number `i`: fills its destinations from `contents` or, where that is empty,
+  /// with each byte's file offset, the low byte of it. With ETIMEDOUT it fails, but stays with the
+  /// system until let_go().
   void complete(std::size_t i, storage::ReadStatus status = storage::ReadStatus::kDone,
                 int error_number = EIO) {
     Read& read = reads.at(i);
@@ -53,7 +54,8 @@ class FakeReader final : public storage::Reader {
     if (status == storage::ReadStatus::kDone) {
       for (const storage::Extent& extent : read.request.extents) {
         for (std::uint64_t b = 0; b < extent.bytes; ++b) {
-          extent.destination[b] = static_cast<std::byte>(extent.offset + b);
+          const std::uint64_t at = extent.offset + b;
+          extent.destination[b] = contents.empty() ? static_cast<std::byte>(at) : contents.at(at);
         }
       }
     }
@@ -78,6 +80,7 @@ class FakeReader final : public storage::Reader {
     return count;
   }
 
+  std::vector<std::byte> contents;  // of the file
   std::vector<Read> reads;
   std::vector<std::shared_ptr<storage::RequestState>> cancelled;
 

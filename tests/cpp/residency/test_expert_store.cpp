@@ -80,7 +80,7 @@ TEST_F(ExpertStoreTest, ChecksWhatWasReadOnceAndForgetsWhatIsWrong) {
   };
   bring_both();
   EXPECT_THROW(store.check(both), CheckpointError);
-  EXPECT_THROW(store.ready_of(both, false), CheckpointError);  // whoever else waits for them
+  EXPECT_THROW(store.ready_of(both), CheckpointError);  // whoever else waits for them
   for (const ExpertKey key : both) store.unpin(key);
   EXPECT_TRUE(store.is_consistent());
   EXPECT_EQ(store.pin(5, true), Found::kAbsent);
@@ -103,9 +103,9 @@ TEST_F(ExpertStoreTest, ReadsOnceHoweverManyAsk) {
   EXPECT_EQ(store.pin(5, true), Found::kReading);
   EXPECT_EQ(store.pin(5, true), Found::kReading);
   EXPECT_EQ(reader_.reads.size(), 1u);
-  EXPECT_TRUE(store.ready_of(std::vector<ExpertKey>{5}, false).empty());
+  EXPECT_TRUE(store.ready_of(std::vector<ExpertKey>{5}).empty());
   reader_.complete(0);
-  EXPECT_EQ(store.ready_of(std::vector<ExpertKey>{5}, true), std::vector<ExpertKey>{5});
+  EXPECT_EQ(store.ready_of(std::vector<ExpertKey>{5}, kPollPeriod), std::vector<ExpertKey>{5});
   EXPECT_EQ(store.view(5).gate_proj.data[0], static_cast<std::byte>(105));
   for (int i = 0; i < 3; ++i) store.unpin(5);
   EXPECT_EQ(store.pin(5, true), Found::kReady);
@@ -229,7 +229,7 @@ TEST_F(ExpertStoreTest, ACancelledSpeculationIsReadAgainWhenAskedFor) {
   EXPECT_EQ(store.pin(8, true), Found::kAbsent);
   EXPECT_EQ(store.fetch(8, true), Found::kReading);
   reader_.complete(1);
-  EXPECT_EQ(store.ready_of(std::vector<ExpertKey>{8}, true).size(), 1u);
+  EXPECT_EQ(store.ready_of(std::vector<ExpertKey>{8}, kPollPeriod).size(), 1u);
   reader_.complete_cancelled();
   store.unpin(8);
   // The cancelled one's slot comes back: all three can be had.
@@ -257,7 +257,7 @@ TEST_F(ExpertStoreTest, AFailedReadNamesLayerAndExpertAndMayBeTriedAgain) {
   EXPECT_EQ(store.pin(10, true), Found::kReading);
   reader_.complete(0, ReadStatus::kFailed);
   try {
-    store.ready_of(std::vector<ExpertKey>{10}, true);
+    store.ready_of(std::vector<ExpertKey>{10}, kPollPeriod);
     FAIL();
   } catch (const IoError& error) {
     EXPECT_NE(std::string(error.what()).find("expert 2 of layer 4"), std::string::npos);
@@ -278,7 +278,7 @@ TEST_F(ExpertStoreTest, ReadsThatAreNeverAnsweredHoldTheirSlotsAndAreNamed) {
   bring(3, true);
   for (const ExpertKey key : {10u, 11u}) EXPECT_EQ(store.fetch(key, true), Found::kReading);
   for (const std::size_t read : {1u, 2u}) reader_.complete(read, ReadStatus::kFailed, ETIMEDOUT);
-  EXPECT_THROW(store.ready_of(std::vector<ExpertKey>{10, 11}, true), IoError);
+  EXPECT_THROW(store.ready_of(std::vector<ExpertKey>{10, 11}, kPollPeriod), IoError);
   for (const ExpertKey key : {10u, 11u}) store.unpin(key);
 
   const auto names_it = [](const auto& call) {
@@ -319,7 +319,7 @@ TEST_F(ExpertStoreTest, AWaitForAReadCanBeLeft) {
     if (++asked % 2 == 0) throw CancelledError();
   };
   const std::vector<ExpertKey> keys = {3};
-  EXPECT_THROW(store.ready_of(keys, true, leave), CancelledError);
+  EXPECT_TRUE(store.ready_of(keys, kPollPeriod).empty());
   store.unpin(3);
   EXPECT_THROW(store.resize(3, 1, leave), CancelledError);
   reader_.complete(0);

@@ -1,6 +1,7 @@
 // Several threads at one store, over a real file and both readers.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -20,6 +21,7 @@ namespace {
 constexpr std::int64_t kLayers = 3;
 constexpr std::int64_t kExperts = 16;
 constexpr std::uint64_t kBytes = 9000;  // neither a block's multiple nor aligned
+constexpr std::chrono::seconds kPatience{60};
 const ops::ExpertView kView;
 
 char content(std::uint64_t offset) { return static_cast<char>(offset * 2654435761U >> 13); }
@@ -78,7 +80,8 @@ TEST_P(ExpertStoreThreads, EveryoneGetsWhatTheyAskFor) {
       // Another thread may fetch it in between: then the slot is its own, and ours waits with it.
       if (found == ExpertStore::Found::kAbsent) found = store.fetch(key, random() % 4 != 0);
       if (found == ExpertStore::Found::kNoRoom) continue;
-      if (store.ready_of(std::span(&key, 1), true).size() != 1 || !is_right(store, key)) ++wrong;
+      if (store.ready_of(std::span(&key, 1), kPatience).size() != 1 || !is_right(store, key))
+        ++wrong;
       store.note_use(layer, std::span(&expert, 1), scores);
       store.unpin(key);
       store.trim();

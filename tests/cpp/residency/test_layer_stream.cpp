@@ -53,7 +53,9 @@ class LayerStreamTest : public storage::ReaderTest {
 
   // Enters the layer and says whether its weights are there.
   bool is_right(std::int64_t layer) {
-    const LayerStream::Use use(stream_.get(), layer, {});
+    LayerStream::Use use(stream_.get(), layer);
+    while (!use.enter()) {
+    }
     const auto i = static_cast<std::size_t>(std::ranges::find(kLayers, layer) - kLayers);
     return storage::ReaderFiles::same(views_[i].data, kLayerBytes, kFirstByte + i * kLayerBytes, 1);
   }
@@ -61,7 +63,8 @@ class LayerStreamTest : public storage::ReaderTest {
     bool right = true;
     for (std::int64_t layer = 0; layer < 10; ++layer) {
       if (std::ranges::find(kLayers, layer) == std::end(kLayers)) {
-        const LayerStream::Use use(stream_.get(), layer, {});  // not a streamed one
+        LayerStream::Use use(stream_.get(), layer);  // not a streamed one
+        EXPECT_TRUE(use.enter());
       } else {
         right = is_right(layer) && right;
       }
@@ -94,7 +97,9 @@ TEST_P(LayerStreamTest, ABrokenStepIsFollowedByAWholeOne) {
   EXPECT_TRUE(step());
   EXPECT_THROW(
       {
-        const LayerStream::Use use(&stream, 1, {});
+        LayerStream::Use use(&stream, 1);
+        while (!use.enter()) {
+        }
         throw Error("within the layer");
       },
       Error);
@@ -158,16 +163,57 @@ TEST_P(LayerStreamTest, ReadsThatAreNeverAnsweredHoldTheirBuffersAndAreNamed) {
 }
 
 TEST_P(LayerStreamTest, AWaitCanBeLeftAndTheStreamGoesWithoutIt) {
-  if (GetParam() == storage::ReaderKind::kUring)
-    GTEST_SKIP() << "io_uring takes a read of a pipe back";
-  stalls_.emplace(storage::Fault::kStallThenGoesOn, 0, path_.string(), 1);
+  if (GetParam() == storage::ReaderKind::kUring) GTEST_SKIP() << "its reads cannot be held up";
+  std::atomic<bool> held = true;
+  system_.before = [&](storage::ReadCall&) -> std::optional<int> {
+    held.wait(true);
+    return std::nullopt;
+  };
   LayerStream& stream = make(2);
-  while (!stalls_->injected()) std::this_thread::yield();
-  EXPECT_THROW(stream.enter(1, [] { throw CancelledError(); }), CancelledError);
-  EXPECT_TRUE(is_right(1));  // in whichever buffer is not held
-  stream_.reset();           // and one read is not over
+  for (int i = 0; i < 2; ++i) {
+    LayerStream::Use use(&stream, 1);
+    EXPECT_FALSE(use.enter());
+    EXPECT_FALSE(use.enter());
+  }
+  stream_.reset();  // the reads are not over
   EXPECT_GT(reader_->stats().in_flight, 0u);
-  stalls_->hang_up();
+  held = false;
+  held.notify_all();
+  reader_.reset();
+}
+
+// As steps that take turns do: neither takes the other's layer away, nor needs it to go on.
+TEST_P(LayerStreamTest, ALayerThatIsWaitedForIsNotGivenUpForAnother) {
+  if (GetParam() == storage::ReaderKind::kUring) GTEST_SKIP() << "its reads cannot be held up";
+  std::atomic<bool> held = true;
+  std::atomic<int> reads_of_the_first = 0;
+  system_.before = [&](storage::ReadCall& call) -> std::optional<int> {
+    if (call.offset <= kFirstByte && kFirstByte < call.offset + call.bytes) ++reads_of_the_first;
+    held.wait(true);
+    return std::nullopt;
+  };
+  LayerStream& stream = make(2);
+  {
+    LayerStream::Use first(&stream, 1);
+    LayerStream::Use second(&stream, 4);
+    EXPECT_FALSE(first.enter());
+    EXPECT_FALSE(second.enter());
+    held = false;
+    held.notify_all();
+    while (!first.enter()) {
+    }
+    EXPECT_EQ(reads_of_the_first, 1);
+  }
+  held = true;
+  {
+    LayerStream::Use waiting(&stream, 8);
+    EXPECT_FALSE(waiting.enter());
+    held = false;
+    held.notify_all();
+    EXPECT_TRUE(step());
+  }
+  stream_.reset();
+  reader_.reset();
 }
 
 TEST_P(LayerStreamTest, WhatTheCheckRefusesIsReadAgain) {

@@ -1,0 +1,372 @@
+#include <algorithm>
+#include <array>
+#include <map>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "dsfp4/error.h"
+#include "residency/resident_experts.h"
+#include "residency/tiered_experts.h"
+#include "residency/tiny_experts.h"
+
+namespace dsfp4::residency {
+namespace {
+
+using ops::testing::OwnedMatrix;
+using storage::Priority;
+using Keys = std::vector<ExpertKey>;
+
+// One layer of one step: its input, its choice, and what comes out.
+struct Step {
+  Step(std::int64_t model_layer, std::vector<std::int32_t> choice, std::int64_t hidden,
+       std::int64_t experts, std::int64_t top_k, std::uint32_t seed = 5)
+      : layer(model_layer),
+        used(std::move(choice)),
+        weights(used.size()),
+        k(top_k),
+        x(std::ssize(used) / top_k, hidden, seed),
+        y(std::ssize(used) / top_k, hidden),
+        logits(std::ssize(used) / top_k, experts, seed + 1) {
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      weights[i] = 0.9f / static_cast<float>(1 + i % static_cast<std::size_t>(k));
+    }
+  }
+  ExpertLayer view() {
+    return {layer, x.view(), {used, used, weights, logits.view()}, k, y.view()};
+  }
+
+  std::int64_t layer;
+  std::vector<std::int32_t> used;
+  std::vector<float> weights;
+  std::int64_t k;
+  OwnedMatrix x, y, logits;
+};
+
+class TieredExpertsTest : public TinyExpertsTest {
+ protected:
+  TieredExperts& make(std::size_t slots, std::size_t cache_slots, const TieredOptions& options) {
+    make_store(slots, cache_slots);
+    runner_.emplace(*backend_, *store_, router_, routers_, kFirstLayer, kHidden, kIntermediate);
+    runner_->configure(options);
+    return *runner_;
+  }
+  static Step step(std::vector<std::int32_t> choice, std::uint32_t seed = 5) {
+    return {kFirstLayer, std::move(choice), kHidden, kExperts, kTopK, seed};
+  }
+  // A prompt, whose experts pass by the cache once that is full; the same experts for each row.
+  static Step prompt(const std::vector<std::int32_t>& choice, std::uint32_t seed = 5) {
+    std::vector<std::int32_t> used;
+    while (std::ssize(used) <= kDecodeRows * kTopK) {
+      used.insert(used.end(), choice.begin(), choice.end());
+    }
+    return step(std::move(used), seed);
+  }
+  std::unique_ptr<ExpertWork> start(Step& step) {
+    return runner_->start(step.view(), arena_, ahead_);
+  }
+  // To the end; open reads complete in the order that `next` picks from.
+  template <typename Next>
+  void finish(ExpertWork& work, const Next& next) {
+    for (int i = 0; i < 1000; ++i) {
+      if (const std::vector<std::size_t> open = open_reads(); !open.empty()) {
+        reader_.complete(open[next(open.size())]);
+      }
+      if (!work.advance()) return;
+    }
+    FAIL() << "it never ends";
+  }
+  void finish(ExpertWork& work) {
+    finish(work, [](std::size_t) { return std::size_t{0}; });
+  }
+  std::vector<std::size_t> open_reads() const {
+    std::vector<std::size_t> open;
+    for (std::size_t i = 0; i < reader_.reads.size(); ++i) {
+      if (!reader_.reads[i].over) open.push_back(i);
+    }
+    return open;
+  }
+  // With every expert in memory.
+  std::vector<float> right(Step step) {
+    ResidentExperts resident(*backend_, kHidden, kIntermediate, [&](std::int64_t layer) {
+      const auto first = static_cast<std::size_t>((layer - kFirstLayer) * kExperts);
+      return std::span<const ops::ExpertView>(views_).subspan(first, kExperts);
+    });
+    ReadAhead none;
+    const auto work = resident.start(step.view(), arena_, none);
+    while (work->advance()) {
+    }
+    return step.y.values;
+  }
+  void expect_nothing_held() {
+    EXPECT_TRUE(store_->is_consistent());
+    EXPECT_EQ(arena_.used(), 0u);
+  }
+
+  std::optional<TieredExperts> runner_;
+  ReadAhead ahead_;
+};
+
+constexpr TieredOptions kNoPrefetch{0, 0.0f};
+
+TEST_F(TieredExpertsTest, MissesAreReadFirstThenPredictionsThenWhatIsThereIsComputed) {
+  make(12, 6, {1, 0.0f});
+  for (const ExpertKey key : {3u, 6u}) bring(key);
+  const std::size_t before = reader_.reads.size();
+  Step layer = step({3, 5, 1, 6});
+  Keys computed;
+  on_compute_ = [&](std::span<const ExpertKey> keys) {
+    computed.assign(keys.begin(), keys.end());
+    EXPECT_GE(reader_.reads.size(), before + 3);
+  };
+  const auto work = start(layer);
+  EXPECT_TRUE(computed.empty());
+  EXPECT_EQ(submitted(Priority::kDemand, before), (Keys{1, 5}));
+  const Keys ahead = submitted(Priority::kSpeculative, before);
+  ASSERT_GE(ahead.size(), 2u);
+  const auto in_next_layer = [](ExpertKey key) {
+    return key >= static_cast<ExpertKey>(kExperts) && key < static_cast<ExpertKey>(2 * kExperts);
+  };
+  EXPECT_TRUE(std::ranges::all_of(ahead, in_next_layer));
+  EXPECT_EQ(key_of(reader_.reads[before]), 1u);  // in front of every prediction
+  EXPECT_EQ(key_of(reader_.reads[before + 1]), 5u);
+  EXPECT_TRUE(work->advance());
+  EXPECT_EQ(computed, (Keys{3, 6}));
+  finish(*work);
+  EXPECT_EQ(layer.y.values, right(layer));
+}
+
+TEST_F(TieredExpertsTest, ArrivalInAnyOrderAndFewSlotsGiveTheSameBits) {
+  std::mt19937 random(3);
+  for (int round = 0; round < 60; ++round) {
+    std::vector<std::int32_t> used(static_cast<std::size_t>(round % 2 == 0 ? 3 : 20) * kTopK);
+    for (std::size_t i = 0; i < used.size(); i += 2) {
+      used[i] = static_cast<std::int32_t>(random() % kExperts);
+      used[i + 1] = static_cast<std::int32_t>((used[i] + 1 + random() % (kExperts - 1)) % kExperts);
+    }
+    const std::size_t slots = 1 + random() % 6;
+    make(slots, random() % slots, {round % 3, 0.0f});
+    for (int again = 0; again < 2; ++again) {
+      Step layer = step(used, 5 + random() % 100);
+      const auto work = start(layer);
+      finish(*work, [&](std::size_t open) { return random() % open; });
+      EXPECT_EQ(layer.y.values, right(layer)) << round;
+    }
+    expect_nothing_held();
+    runner_.reset();
+    store_.reset();
+    for (const std::size_t i : open_reads()) reader_.complete(i);
+  }
+}
+
+TEST_F(TieredExpertsTest, NothingThatArrivesIsNoEnd) {
+  make(4, 2, kNoPrefetch);
+  Step layer = step({1, 2});
+  const auto work = start(layer);
+  EXPECT_TRUE(work->advance());  // back after a moment, so that the caller may leave
+  EXPECT_TRUE(work->advance());
+  EXPECT_EQ(runner_->stats().used_bytes, 0u);
+  finish(*work);
+  EXPECT_FALSE(work->advance());
+  EXPECT_EQ(layer.y.values, right(layer));
+}
+
+TEST_F(TieredExpertsTest, APromptIsComputedAFewExpertsAtATime) {
+  make(12, 9, kNoPrefetch);
+  for (ExpertKey key = 0; key < kExperts; ++key) bring(key);
+  std::vector<std::size_t> groups;
+  on_compute_ = [&](std::span<const ExpertKey> keys) { groups.push_back(keys.size()); };
+  Step layer = prompt({0, 1, 2, 3, 4, 5, 6, 7});
+  const auto work = start(layer);
+  EXPECT_TRUE(groups.empty());
+  EXPECT_TRUE(work->advance());
+  EXPECT_EQ(groups, std::vector<std::size_t>{4});
+  EXPECT_FALSE(work->advance());
+  EXPECT_EQ(groups, (std::vector<std::size_t>{4, 4}));
+  EXPECT_EQ(layer.y.values, right(layer));
+}
+
+TEST_F(TieredExpertsTest, ALightExpertThatIsMissingIsLeftOut) {
+  make(6, 4, {0, 0.4f});
+  Step layer = step({2, 5});  // weights 0.9 and 0.45, a third
+  {
+    const auto work = start(layer);
+    EXPECT_EQ(submitted(Priority::kDemand), Keys{2});
+    EXPECT_FLOAT_EQ(layer.weights[0], 1.35f);  // renormalised to the original sum
+    EXPECT_EQ(layer.weights[1], 0.0f);
+    finish(*work);
+    EXPECT_EQ(layer.y.values, right(layer));
+  }
+  EXPECT_EQ(runner_->stats().skipped_pairs, 1u);
+
+  bring(5);
+  Step both = step({2, 5});  // both are there
+  finish(*start(both));
+  EXPECT_EQ(both.weights[1], 0.45f);
+  EXPECT_EQ(both.y.values, right(both));
+
+  runner_->configure({0, 1.0f});  // the heaviest stays all the same
+  Step other = step({6, 7});
+  const auto work = start(other);
+  finish(*work);
+  EXPECT_EQ(other.y.values, right(other));
+  EXPECT_EQ(runner_->stats().skipped_pairs, 2u);
+  EXPECT_EQ(runner_->stats().total_pairs, 6u);
+}
+
+TEST_F(TieredExpertsTest, AFailedReadNamesTheExpertAndLeavesNothingBehind) {
+  make(4, 2, kNoPrefetch);
+  Step layer = step({1, 2});
+  {
+    const auto work = start(layer);
+    reader_.complete(1, storage::ReadStatus::kFailed);
+    try {
+      while (work->advance()) {
+      }
+      FAIL();
+    } catch (const IoError& error) {
+      EXPECT_NE(std::string(error.what()).find("expert 2 of layer 2"), std::string::npos);
+    }
+  }
+  expect_nothing_held();
+  const auto work = start(layer);
+  finish(*work);
+  EXPECT_EQ(layer.y.values, right(layer));
+}
+
+TEST_F(TieredExpertsTest, WhatACheckRefusesIsReadAgain) {
+  make(4, 2, kNoPrefetch);
+  Step layer = step({1, 2});
+  on_compute_ = [](std::span<const ExpertKey>) {
+    throw CheckpointError("file", "tensor", 7, "is not what it was");
+  };
+  EXPECT_THROW(finish(*start(layer)), CheckpointError);
+  on_compute_ = {};
+  expect_nothing_held();
+  const std::size_t before = reader_.reads.size();
+  const auto work = start(layer);
+  finish(*work);
+  EXPECT_EQ(layer.y.values, right(layer));
+  EXPECT_FALSE(submitted(Priority::kDemand, before).empty());
+}
+
+TEST_F(TieredExpertsTest, MayBeLeftAtAnyPoint) {
+  make(4, 2, {1, 0.0f});
+  bool ended = false;
+  for (int pieces = 0; !ended; ++pieces) {
+    ASSERT_LT(pieces, 100);
+    {
+      Step layer = prompt({0, 1, 2, 3, 4, 5});
+      const auto work = start(layer);
+      for (int i = 0; i < pieces && !ended; ++i) {
+        if (const auto open = open_reads(); !open.empty()) reader_.complete(open.back());
+        ended = !work->advance();
+      }
+    }
+    expect_nothing_held();
+    Step layer = step({3, 6});
+    const auto work = start(layer);
+    finish(*work);
+    EXPECT_EQ(layer.y.values, right(layer)) << pieces;
+  }
+}
+
+TEST_F(TieredExpertsTest, WorkThatIsLeftForAnothersLetsThatGoOn) {
+  for (const bool decode : {false, true}) {
+    for (const std::size_t cached : {0u, 1u, 2u}) {
+      make(3, cached, kNoPrefetch);
+      for (ExpertKey key = 0; key < cached; ++key) bring(key);
+      const std::vector<std::int32_t> firsts = {0, 1, 2, 3};
+      Step first = decode ? step(firsts) : prompt(firsts);
+      Step second = decode ? step({4, 5, 6, 1}, 9) : prompt({4, 5, 6, 1}, 9);
+      memory::Arena other_arena(1 << 20, "the scratch");
+      ReadAhead other_ahead;
+      const auto left = start(first);
+      for (const std::size_t i : open_reads()) reader_.complete(i);
+      const auto work = runner_->start(second.view(), other_arena, other_ahead);
+      finish(*work);
+      EXPECT_EQ(second.y.values, right(second)) << decode << cached;
+      finish(*left);
+      EXPECT_EQ(first.y.values, right(first)) << decode << cached;
+      runner_.reset();
+      store_.reset();
+    }
+  }
+}
+
+TEST_F(TieredExpertsTest, EvenWhereThePassersBySlotIsPinnedAndTheRestIsCached) {
+  make(3, 2, kNoPrefetch);
+  for (const ExpertKey key : {0u, 1u}) bring(key);
+  Step first = prompt({2, 3});
+  Step second = prompt({4, 5}, 9);
+  memory::Arena other_arena(1 << 20, "the scratch");
+  ReadAhead other_ahead;
+  const auto left = start(first);  // 2, into the only slot that holds nothing cached
+  for (const std::size_t i : open_reads()) reader_.complete(i);
+  const auto work = runner_->start(second.view(), other_arena, other_ahead);
+  finish(*work);
+  EXPECT_EQ(second.y.values, right(second));
+  finish(*left);
+  EXPECT_EQ(first.y.values, right(first));
+}
+
+// Reads ahead of one layer by a prompt, or while the cache has room, if nothing else was asked for.
+TEST_F(TieredExpertsTest, HowFarAheadItReads) {
+  const auto layers_ahead = [&](std::optional<std::int64_t> wish, bool many, bool warm) {
+    make(14, warm ? 2 : 4, {wish, 0.0f});
+    for (ExpertKey key = 0; warm && key < 2; ++key) bring(key);
+    const std::size_t before = reader_.reads.size();
+    Step layer = many ? prompt({0, 1}) : step({0, 1});
+    finish(*start(layer));
+    std::array<int, kLayers> reads{};
+    for (const ExpertKey key : submitted(Priority::kSpeculative, before)) ++reads[key / kExperts];
+    runner_.reset();
+    store_.reset();
+    for (const std::size_t i : open_reads()) reader_.complete(i);
+    EXPECT_FALSE(reads[1] == 0 && reads[2] > 0);
+    return (reads[1] > 0 ? 1 : 0) + (reads[2] > 0 ? 1 : 0);
+  };
+  EXPECT_EQ(layers_ahead({}, false, true), 0);
+  EXPECT_EQ(layers_ahead({}, false, false), 1);
+  EXPECT_EQ(layers_ahead({}, true, true), 1);
+  EXPECT_EQ(layers_ahead({}, true, false), 1);
+  for (const bool many : {false, true}) {
+    for (const std::int64_t wish : {0, 1, 2}) EXPECT_EQ(layers_ahead(wish, many, true), wish);
+  }
+}
+
+TEST_F(TieredExpertsTest, PredictionsEndWhenTheirLayerIsReached) {
+  make(12, 2, {1, 0.0f});
+  Step first = step({0, 1});
+  finish(*start(first), [](std::size_t) { return std::size_t{0}; });
+  const Keys predicted = submitted(Priority::kSpeculative);
+  ASSERT_FALSE(predicted.empty());
+  const auto key = static_cast<std::int32_t>(predicted.front() - kExperts);
+  std::vector<std::int32_t> others;
+  for (std::int32_t e = 0; e < kExperts && others.size() < kTopK; ++e) {
+    if (e != key) others.push_back(e);
+  }
+  Step second{kFirstLayer + 1, others, kHidden, kExperts, kTopK};
+  const auto open = open_reads().size();
+  const auto work = start(second);
+  EXPECT_EQ(runner_->prefetch_stats().predicted, predicted.size());
+  EXPECT_GE(reader_.cancelled.size() + 2, open);
+  reader_.complete_cancelled();
+  finish(*work);
+  EXPECT_EQ(second.y.values, right(second));
+  for (const ExpertKey named : ahead_.named) EXPECT_GE(named, 2u * kExperts);
+}
+
+TEST_F(TieredExpertsTest, AStepBeginsWithWhatAPromptIsSureToNeed) {
+  make(12, 8, {});
+  runner_->begin_step(1, ahead_);
+  EXPECT_TRUE(reader_.reads.empty());
+  runner_->begin_step(8 * kExperts, ahead_);
+  EXPECT_EQ(submitted(Priority::kSpeculative).size(), static_cast<std::size_t>(kExperts));
+}
+
+}  // namespace
+}  // namespace dsfp4::residency
