@@ -4,6 +4,7 @@
 #include <chrono>
 #include <pthread.h>
 #include <thread>
+#include <unistd.h>
 
 #include "bindings/bindings.h"
 #include "dsfp4/error.h"
@@ -18,10 +19,21 @@ constexpr std::chrono::seconds kExitLimit{10};
 
 std::atomic<int> calls{0};
 std::atomic<bool> ending{false};
+std::atomic<unsigned long> ending_thread{0};
+thread_local int depth = 0;                 // calls of this thread, one in a callback of another
 std::atomic<unsigned long> main_thread{0};  // as threading.main_thread().ident
+
+// A daemon's thread outside of any other call of it.
+bool may_sleep() noexcept { return depth == 0 && PyThread_get_thread_ident() != ending_thread; }
+
+[[noreturn]] void sleep_for_good() noexcept {
+  PyEval_SaveThread();
+  for (;;) ::pause();
+}
 
 // Runs in the thread that ends the interpreter, with the GIL, after those that are not daemons.
 void wait_for_calls() {
+  ending_thread = PyThread_get_thread_ident();
   ending = true;
   const nb::gil_scoped_release released;  // those that leave need it
   const auto limit = std::chrono::steady_clock::now() + kExitLimit;
@@ -42,9 +54,18 @@ bool begin_call() noexcept {
 void end_call() noexcept { --calls; }
 
 CountedCall::CountedCall() {
-  if (!begin_call()) throw Error("the interpreter is ending: no call can begin any more");
+  if (!begin_call()) {
+    if (may_sleep()) sleep_for_good();
+    throw Error("the interpreter is ending: no call can begin any more");
+  }
+  ++depth;
 }
-CountedCall::~CountedCall() { end_call(); }
+
+CountedCall::~CountedCall() {
+  --depth;
+  end_call();
+  if (ending && may_sleep()) sleep_for_good();
+}
 
 KeepGoing keep_going() {
   using Clock = std::chrono::steady_clock;

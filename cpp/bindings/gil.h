@@ -1,9 +1,10 @@
 // The GIL around the library's work, and the end of the interpreter.
 //
-// A thread that asks for the GIL while the interpreter goes is ended inside the call, in the middle
-// of C++ frames, which aborts the process. So calls are counted: at exit, before the interpreter
-// goes, a handler asks those of other threads to leave and waits until they have. After that a call
-// is refused, and threads of the library no longer call Python.
+// A thread that asks for the GIL while the interpreter goes is ended on the spot, also in the
+// middle of C++ frames, which aborts the process. So calls are counted: at exit, before the
+// interpreter goes, a handler asks those of other threads to leave and waits until they have. Such
+// threads, and those that begin a call later, then sleep until the process ends: even to raise an
+// error would run Python. Threads of the library no longer call it.
 #pragma once
 
 #include <exception>
@@ -16,7 +17,8 @@ namespace dsfp4::bindings {
 
 namespace nb = nanobind;
 
-/// A call that is counted while it lives. Throws Error once the interpreter is ending.
+/// A call that is counted while it lives, made and destroyed with the GIL. Once the interpreter is
+/// ending it throws Error in the thread that ends it, and in a callback of a call that still runs.
 class CountedCall {
  public:
   CountedCall();
