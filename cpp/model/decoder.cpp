@@ -43,13 +43,14 @@ Matrix Decoder::forward(const Batch& batch, memory::Arena& arena) const {
   if (recorded && backend_.begin_recorded(batch.ids, sequences)) return x;
   backend_.embed(weights_.embed_tokens, batch.ids, x);
   experts_.begin_step(rows);
+  const std::size_t layer_bytes = kv_layer_bytes(spec_, kv_format_);
   const Poll poll = recorded ? Poll() : batch.poll;  // a recording ends where it began
   for (std::int64_t layer = 0; layer < spec_.layers; ++layer) {
     ask(poll);
     const residency::LayerStream::Use use(streamed_, layer, poll);
     const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(layer)];
     for (ops::SequenceRows& sequence : sequences) {
-      sequence.kv.layer_offset = static_cast<std::size_t>(layer) * kv_layer_bytes();
+      sequence.kv.layer_offset = static_cast<std::size_t>(layer) * layer_bytes;
       sequence.kv.scale = weights.self_attn.k_scale;
     }
     backend_.rms_norm(x, weights.input_layernorm, spec_.rms_norm_eps, normed);
@@ -87,17 +88,17 @@ ExpertChoice Decoder::expert_choice(const Batch& batch, std::int64_t layer) cons
   return choice;
 }
 
-std::size_t Decoder::scratch_bytes(std::int64_t rows, Phase phase) const {
-  const std::size_t stream = 3 * ops::scratch_bytes(rows * spec_.hidden_size) +
-                             ops::scratch_bytes(rows * spec_.mla.qk_rope_head_dim);
-  return stream + std::max({mla_scratch_bytes(spec_, rows, phase),
-                            ops::mlp_scratch_bytes(spec_.intermediate_size, rows),
-                            spec_.moe_layers() > 0 ? moe_scratch_bytes(spec_, experts_, rows) : 0});
+std::size_t scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase) {
+  const std::size_t stream = 3 * ops::scratch_bytes(rows * spec.hidden_size) +
+                             ops::scratch_bytes(rows * spec.mla.qk_rope_head_dim);
+  return stream + std::max({mla_scratch_bytes(spec, rows, phase),
+                            ops::mlp_scratch_bytes(spec.intermediate_size, rows),
+                            spec.moe_layers() > 0 ? moe_scratch_bytes(spec, rows) : 0});
 }
 
-std::size_t Decoder::kv_layer_bytes() const {
-  return static_cast<std::size_t>(ops::kKvBlockTokens * spec_.mla.cache_width()) *
-         ops::kv_value_bytes(kv_format_);
+std::size_t kv_layer_bytes(const ModelSpec& spec, ops::KvFormat format) {
+  return static_cast<std::size_t>(ops::kKvBlockTokens * spec.mla.cache_width()) *
+         ops::kv_value_bytes(format);
 }
 
 }  // namespace dsfp4::model

@@ -32,6 +32,11 @@ struct Batch {
   Poll poll;
 };
 
+/// Arena bytes that Decoder::forward() takes for `rows` rows in that phase.
+std::size_t scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
+/// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
+std::size_t kv_layer_bytes(const ModelSpec& spec, ops::KvFormat format);
+
 class Decoder {
  public:
   /// The weights, the backend, the experts and `streamed` (null where all layers' dense weights are
@@ -53,11 +58,6 @@ class Decoder {
   ops::Matrix forward(const Batch& batch, memory::Arena& arena) const;
   /// logits [rows, vocab] = head(hidden).
   void head(ops::ConstMatrix hidden, ops::Matrix logits) const;
-
-  /// Arena bytes that forward() needs for `rows` rows in that phase.
-  std::size_t scratch_bytes(std::int64_t rows, Phase phase) const;
-  /// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
-  std::size_t kv_layer_bytes() const;
 
  private:
   ExpertChoice expert_choice(const Batch& batch, std::int64_t layer) const;

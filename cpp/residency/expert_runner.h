@@ -10,6 +10,15 @@
 
 namespace dsfp4::residency {
 
+/// The sizes of a MoE layer.
+struct MoeShape {
+  std::int64_t hidden_size = 0;
+  std::int64_t moe_intermediate_size = 0;
+  std::int64_t shared_intermediate_size = 0;  // 0: no shared experts
+  std::int64_t experts = 0;
+  std::int64_t top_k = 0;
+};
+
 /// Called once for each MoE layer of a step, from the thread that runs the step.
 class ExpertRunner {
  public:
@@ -25,10 +34,6 @@ class ExpertRunner {
   virtual void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing,
                    std::int64_t top_k, memory::Arena& arena, ops::Matrix y,
                    const ops::ExpertView* shared, const Poll& poll) = 0;
-
-  /// Arena bytes that run() takes for `tokens` tokens; the shared expert's width may be 0.
-  virtual std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                                    std::int64_t shared_intermediate_size) const = 0;
 };
 
 }  // namespace dsfp4::residency

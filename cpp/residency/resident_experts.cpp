@@ -47,13 +47,12 @@ void ResidentExperts::run(std::int64_t layer, ops::ConstMatrix x, const ops::Rou
   backend_.combine(routed, routing.weights, top_k, y);
 }
 
-std::size_t ResidentExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                                           std::int64_t shared_intermediate_size) const {
-  const std::int64_t pairs = tokens * top_k;
-  return std::max(ops::mlp_scratch_bytes(shared_intermediate_size, tokens),
+std::size_t ResidentExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
+  const std::int64_t pairs = tokens * shape.top_k;
+  return std::max(ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
                   ops::scratch_bytes(pairs) +
-                      ops::scratch_bytes((pairs + tokens) * moe_intermediate_size_) +
-                      ops::scratch_bytes(pairs * hidden_size_));
+                      ops::scratch_bytes((pairs + tokens) * shape.moe_intermediate_size) +
+                      ops::scratch_bytes(pairs * shape.hidden_size));
 }
 
 }  // namespace dsfp4::residency

@@ -51,8 +51,8 @@ class TieredExperts final : public ExpertRunner {
   void run(std::int64_t layer, ops::ConstMatrix x, const ops::Routing& routing, std::int64_t top_k,
            memory::Arena& arena, ops::Matrix y, const ops::ExpertView* shared,
            const Poll& poll) override;
-  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                            std::int64_t shared_intermediate_size) const override;
+  /// Arena bytes that run() takes for `tokens` tokens.
+  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
 
   /// Between steps only; the statistics may be read at any time.
   void configure(const TieredOptions& options) { options_ = options; }
