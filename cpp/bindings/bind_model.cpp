@@ -21,8 +21,7 @@
 #include "dsfp4/error.h"
 #include "dsfp4/model.h"
 #include "engine/bench_cuda.h"
-#include "engine/ram_limit.h"
-#include "memory/limits.h"
+#include "engine/planned.h"
 #include "ops/cuda_plugin.h"
 
 namespace dsfp4::bindings {
@@ -153,7 +152,7 @@ Handle load(const std::string& path, const std::string& device, int threads,
 nb::tuple forward(const Handle& handle, const Ids& ids,
                   const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
                   bool return_router_logits, const std::optional<nb::callable>& on_logits,
-                  std::uint64_t ram_limit, std::uint64_t resident_before) {
+                  std::uint64_t ram_limit) {
   Model& model = *handle;
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
@@ -168,8 +167,8 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
   const std::uint64_t bytes = sizeof(float) * (rows * vocab + tokens.size() * values_per_token);
   {
     const ReleasedGil released;
-    engine::check_result(bytes, ram_limit, resident_before + model.stats().reserved_bytes,
-                         memory::machine_memory());
+    engine::check_result(bytes, ram_limit,
+                         memory::ram_account().committed(memory::machine_memory()));
   }
   std::vector<float> logits(rows * vocab);
   std::vector<std::int32_t> chosen(layers * tokens.size() * top_k);
@@ -301,9 +300,6 @@ TokenPairs top_of(const TokenLogprobs& logprobs) {
 void bind_model(nb::module_& m) {
   m.def("cuda_problem", &cuda_problem,
         "Why device 'cuda' cannot be used here, in one sentence; None if it can.");
-  m.def(
-      "resident_bytes", [] { return memory::machine_memory().process; },
-      "Bytes of RAM that this process has now.");
   m.def("bench_cuda", &bench_cuda, nb::arg("only") = "",
         "Times the CUDA kernels: dicts of name, seconds, bytes, flops, floor.");
   nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
@@ -376,8 +372,7 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("device", get<&Model::device>)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
            nb::arg("decode") = false, nb::arg("return_router_logits") = false,
-           nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0,
-           nb::arg("resident_before") = 0)
+           nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

@@ -171,10 +171,10 @@ class Bench {
           weights.layers[static_cast<std::size_t>(layer)].experts);
     });
     const model::Decoder decoder(spec, weights, backend_, experts, nullptr, ops::KvFormat::kBf16);
-    KvCache cache(context + 1, layers, decoder.kv_layer_bytes(), ops::KvFormat::kBf16,
-                  backend_.memory());
+    const std::size_t layer_bytes = model::kv_layer_bytes(spec, ops::KvFormat::kBf16);
+    KvCache cache(context + 1, layers, layer_bytes, ops::KvFormat::kBf16, backend_.memory());
     Sequence sequence(cache);
-    fill_cache(sequence.next_rows(0, context), static_cast<int>(layers), decoder.kv_layer_bytes());
+    fill_cache(sequence.next_rows(0, context), static_cast<int>(layers), layer_bytes);
     sequence.advance(context);
     bytes += static_cast<double>(context * layers * kMla.cache_width() * 2);
     const Matrix logits = ops::scratch_matrix(arena_, 1, spec.vocab_size);

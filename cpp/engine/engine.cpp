@@ -8,9 +8,8 @@
 #include "base/cores.h"
 #include "base/log.h"
 #include "dsfp4/error.h"
-#include "engine/ram_limit.h"
 #include "engine/sampler.h"
-#include "memory/limits.h"
+#include "memory/source.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -58,12 +57,6 @@ std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
   return wanted == 0 ? model_limit : wanted;
 }
 
-// For chunks of a prompt, and for decoding, one token at a time.
-std::size_t scratch_bytes(const model::Decoder& decoder, std::int64_t chunk) {
-  return std::max(decoder.scratch_bytes(chunk, model::Phase::kPrefill),
-                  decoder.scratch_bytes(1, model::Phase::kDecode));
-}
-
 Poll polling(const KeepGoing& keep_going) {
   if (!keep_going) return {};
   return [&keep_going] {
@@ -103,49 +96,25 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
       trace_(options.trace_file.empty() ? nullptr : std::make_unique<Trace>(options.trace_file)),
       backend_(make_backend(options)),
       kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
+      spec_(model::make_spec(config_)),
       loaded_(load_weights(
           folder, config_, *backend_,
           {.reader = machine.reading,
            .threads = thread_count(options.threads),
            .progress = options.progress,
            .poll = polling(options.keep_going),
-           .plan =
-               [&](const WeightSizes& sizes) { return plan(options, machine.memory(), sizes); }})),
-      tiers_(*backend_, model::make_spec(config_), loaded_, plan_, reserved_,
-             ram_ceiling(options, machine.memory()), options, trace_.get()),
-      decoder_(model::make_spec(config_), loaded_.weights, *backend_, tiers_.runner(),
-               tiers_.layers(), kv_format_),
-      scratch_(scratch_bytes(decoder_, prefill_chunk_), "the activations", backend_->memory()),
-      logits_(
-          backend_->host_visible()
-              ? 0
-              : static_cast<std::size_t>(kLogitRows * decoder_.spec().vocab_size) * sizeof(float),
-          "the logits", backend_->memory()),
-      cache_(max_context_, decoder_.spec().layers, decoder_.kv_layer_bytes(), kv_format_,
+           .plan = [&](const WeightSizes& sizes) { return plan(options, machine, sizes); }})),
+      tiers_(*backend_, spec_, loaded_, *planned_, options, trace_.get()),
+      decoder_(spec_, loaded_.weights, *backend_, tiers_.runner(), tiers_.layers(), kv_format_),
+      scratch_(scratch_bytes(spec_, prefill_chunk_), "the activations", backend_->memory()),
+      logits_(logit_bytes(spec_, *backend_), "the logits", backend_->memory()),
+      cache_(max_context_, spec_.layers, model::kv_layer_bytes(spec_, kv_format_), kv_format_,
              backend_->memory()) {
   for (const model::LayerWeights& layer : loaded_.weights.layers) {
     backend_->prepare_experts(layer.experts);
   }
-  ops::Backend::Largest largest = largest_step(prefill_chunk_);
-  if (spec().moe_layers() > 0) largest.experts = loaded_.weights.layers.back().experts;
-  backend_->reserve(largest);
-}
-
-ops::Backend::Largest Engine::largest_step(std::int64_t rows) const {
-  const model::ModelSpec model = model::make_spec(config_);
-  ops::Backend::Largest largest;
-  largest.mla = model.mla;
-  largest.rows = rows;
-  largest.context = max_context_;
-  largest.top_k = model.router.top_k;
-  largest.vocab = model.vocab_size;
-  largest.width = std::max({model.hidden_size, model.intermediate_size, model.q_lora_rank,
-                            model.shared_intermediate_size, model.moe_intermediate_size,
-                            model.mla.heads * model.mla.v_head_dim, model.mla.kv_lora_rank});
-  largest.hidden_size = model.hidden_size;
-  if (model.moe_layers() > 0) largest.moe_intermediate_size = model.moe_intermediate_size;
-  largest.widest = widest_;
-  return largest;
+  backend_->reserve(largest_step(running(), loaded_.sizes, prefill_chunk_));
+  planned_->loaded();
 }
 
 void Engine::head(ops::ConstMatrix hidden, float* logits) {
@@ -164,65 +133,19 @@ void Engine::head(ops::ConstMatrix hidden, float* logits) {
   }
 }
 
-InFiles Engine::plan(const LoadOptions& options, const memory::MachineMemory& machine,
-                     const WeightSizes& sizes) {
-  const model::ModelWeights none;  // sizes do not depend on them
-  residency::ResidentExperts experts(*backend_, config_.hidden_size, config_.moe_intermediate_size,
-                                     {});
-  const model::Decoder decoder(model::make_spec(config_), none, *backend_, experts, nullptr,
-                               kv_format_);
-  prefill_chunk_ = std::min(kPrefillChunk, max_context_);
-  widest_ = sizes.widest;
-  const auto step_bytes = [&](std::int64_t chunk) {
-    return scratch_bytes(decoder, chunk) + backend_->working_bytes(largest_step(chunk));
-  };
-  if (!backend_->host_visible()) {  // its own memory source knows its limit
-    check_ram(options.ram_limit, {.staging = sizes.staging + kLoadBuffer}, machine);
-    return {};
-  }
-  const std::uint64_t kv_cache =
-      KvCache::total_bytes(max_context_, decoder.spec().layers, decoder.kv_layer_bytes());
-  const auto try_plan = [&] {
-    const std::uint64_t others = kv_cache + sizes.staging + step_bytes(prefill_chunk_);
-    plan_ = plan_tiers(config_, options, sizes, others, machine);
-    reserved_ = plan_.total_bytes - plan_.expert_bytes - machine.process - memory::kUncountedBytes;
-  };
-  try_plan();
-  if (plan_.tiered) {
-    // Longer chunks read less, so they come before a larger cache, up to a point.
-    const std::size_t slots = plan_.cache_slots;
-    const std::size_t streamed = plan_.streamed_layers();
-    const std::int64_t least = prefill_chunk_;
-    const auto accept = [&](std::int64_t chunk) {
-      const std::size_t bytes = step_bytes(chunk);
-      if (chunk <= least || bytes > kActivationBytes) return false;
-      prefill_chunk_ = chunk;
-      try {
-        try_plan();
-      } catch (const MemoryLimitError&) {
-        return false;
-      }
-      const std::size_t most = slots / (bytes > kSmallActivationBytes ? 8 : 2);
-      return plan_.cache_slots + most >= slots && plan_.streamed_layers() <= streamed;
-    };
-    std::int64_t chunk = kLongestPrefillChunk;
-    while (chunk > least && !accept(std::min(chunk, max_context_))) chunk /= 2;
-    if (chunk <= least) {
-      prefill_chunk_ = least;
-      try_plan();
-    }
-  }
-  RamNeeds needs;  // for its warnings
-  needs.weights = reserved_ + plan_.expert_bytes;
-  check_ram(options.ram_limit, needs, machine);
-  if (const char* why = memory::why_no_huge_pages(); *why != '\0') log(LogLevel::kInfo, why);
-  if (const std::size_t streamed = plan_.streamed_layers(); streamed > 0) {
-    log(LogLevel::kWarning, "RAM does not hold the dense weights of " + std::to_string(streamed) +
-                                " of " + std::to_string(plan_.streamed.size()) +
-                                " layers: they are read again for each token, which is slower; a "
-                                "larger ram_limit or a shorter max_context holds more");
-  }
-  return {plan_.tiered, plan_.streamed};
+residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,
+                             const WeightSizes& sizes) {
+  const bool in_ram = backend_->host_visible();
+  std::optional<std::uint64_t> vram;
+  if (!in_ram) vram = backend_->memory().available();
+  planned_ = std::make_unique<Planned>(model_bytes(running(), sizes), options, max_context_,
+                                       machine, vram);
+  residency::Plan plan = planned_->plan();
+  prefill_chunk_ = plan.chunk;
+  for (const std::string& warning : plan.warnings) log(LogLevel::kWarning, warning);
+  const char* why = in_ram ? memory::why_no_huge_pages() : "";
+  if (*why != '\0') log(LogLevel::kInfo, why);
+  return plan;
 }
 
 void Engine::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going) {

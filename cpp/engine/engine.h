@@ -12,24 +12,16 @@
 #include "dsfp4/model.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
+#include "engine/model_bytes.h"
+#include "engine/planned.h"
 #include "engine/tiers.h"
 #include "engine/turns.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "model/pass.h"
 #include "ops/backend.h"
-#include "residency/plan.h"
 
 namespace dsfp4::engine {
-
-/// Tokens of a prompt that pass the layers together, where all weights are in memory.
-inline constexpr std::int64_t kPrefillChunk = 256;
-/// Where experts are read from the SSD, once for each chunk, chunks are as long as this much memory
-/// for activations allows, and at most kLongestPrefillChunk. Beyond the smaller of the two amounts
-/// they take an eighth of what the experts' cache would have at most, below it a half.
-inline constexpr std::size_t kActivationBytes = std::size_t{2} << 30;
-inline constexpr std::size_t kSmallActivationBytes = std::size_t{1} << 30;
-inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 
 class Engine {
  public:
@@ -39,7 +31,7 @@ class Engine {
   Engine(const std::filesystem::path& folder, const LoadOptions& options, const Machine& machine);
 
   const checkpoint::ModelConfig& config() const noexcept { return config_; }
-  const model::ModelSpec& spec() const noexcept { return decoder_.spec(); }
+  const model::ModelSpec& spec() const noexcept { return spec_; }
   std::int64_t max_context() const noexcept { return max_context_; }
   std::uint64_t weight_bytes() const noexcept { return loaded_.weight_bytes; }
 
@@ -52,12 +44,10 @@ class Engine {
   ModelStats stats() const { return tiers_.stats(); }
 
  private:
-  /// Decides where the weights go, within the limit of RAM: plan_, reserved_ and prefill_chunk_.
-  /// Returns what stays in the files.
-  InFiles plan(const LoadOptions& options, const memory::MachineMemory& machine,
-               const WeightSizes& sizes);
-  /// A step of `rows` tokens, with the whole context; without `experts`.
-  ops::Backend::Largest largest_step(std::int64_t rows) const;
+  /// Decides where the weights go, reserves the memory and logs what is to be said about it.
+  residency::Plan plan(const LoadOptions& options, const Machine& machine,
+                       const WeightSizes& sizes);
+  Running running() const { return {spec_, *backend_, kv_format_, max_context_}; }
   /// Runs the batch's ids as the sequence's next tokens, and `use` with the pass that is done.
   /// False: `keep_going`, asked before each piece of it, said no, and `use` was not called.
   template <typename Use>
@@ -84,10 +74,9 @@ class Engine {
   std::unique_ptr<Trace> trace_;  // null: none was asked for
   std::unique_ptr<ops::Backend> backend_;
   ops::KvFormat kv_format_;
-  residency::RamPlan plan_;
-  std::uint64_t reserved_ = 0;  // bytes of all but the experts
-  ops::WidestWeights widest_;
-  std::int64_t prefill_chunk_ = kPrefillChunk;
+  model::ModelSpec spec_;
+  std::unique_ptr<Planned> planned_;  // once the headers have been read
+  std::int64_t prefill_chunk_ = 0;
   LoadedWeights loaded_;
   Tiers tiers_;
   model::Decoder decoder_;

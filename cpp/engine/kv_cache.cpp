@@ -1,7 +1,5 @@
 #include "engine/kv_cache.h"
 
-#include <limits>
-
 #include "base/checked.h"
 #include "dsfp4/error.h"
 
@@ -9,7 +7,7 @@ namespace dsfp4::engine {
 
 KvCache::KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_bytes,
                  ops::KvFormat format, memory::MemorySource& source)
-    : block_bytes_(memory::Arena::padded(static_cast<std::size_t>(layers) * layer_bytes)),
+    : block_bytes_(block_bytes(layers, layer_bytes)),
       format_(format),
       arena_(static_cast<std::size_t>(ceil_div(tokens, ops::kKvBlockTokens)) * block_bytes_,
              "the KV cache", source) {
@@ -18,11 +16,8 @@ KvCache::KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_byt
   for (std::size_t i = 0; i < blocks; ++i) free_.push_back(arena_.take(block_bytes_));
 }
 
-std::uint64_t KvCache::total_bytes(std::int64_t tokens, std::int64_t layers,
-                                   std::size_t layer_bytes) {
-  const std::size_t block = memory::Arena::padded(static_cast<std::size_t>(layers) * layer_bytes);
-  const auto blocks = static_cast<std::size_t>(ceil_div(tokens, ops::kKvBlockTokens));
-  return checked_mul(blocks, block).value_or(std::numeric_limits<std::size_t>::max());
+std::size_t KvCache::block_bytes(std::int64_t layers, std::size_t layer_bytes) {
+  return memory::Arena::padded(static_cast<std::size_t>(layers) * layer_bytes);
 }
 
 std::byte* KvCache::take() {

@@ -15,9 +15,8 @@ class KvCache {
   KvCache(std::int64_t tokens, std::int64_t layers, std::size_t layer_bytes, ops::KvFormat format,
           memory::MemorySource& source = memory::host_memory());
 
-  /// Bytes that such a cache takes; the largest number if they cannot be counted.
-  static std::uint64_t total_bytes(std::int64_t tokens, std::int64_t layers,
-                                   std::size_t layer_bytes);
+  /// Bytes of a block, for ops::kKvBlockTokens tokens.
+  static std::size_t block_bytes(std::int64_t layers, std::size_t layer_bytes);
 
   ops::KvFormat format() const noexcept { return format_; }
   std::size_t free_blocks() const noexcept { return free_.size(); }

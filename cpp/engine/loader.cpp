@@ -22,21 +22,29 @@ using checkpoint::TensorInfo;
 using checkpoint::WeightSource;
 using memory::Arena;
 
+// Weights that pass through the host are read and uploaded in so many bytes at a time, or more for
+// a larger matrix.
+constexpr std::size_t kBufferedBytes = 256u << 20;
+
 // Goes over a layout twice with the same code: first to count bytes, then, with an arena, to place
 // everything and note what is to be read where.
 class Placement {
  public:
-  Placement(const Catalogue& catalogue, ops::Backend& backend, InFiles in_files)
-      : catalogue_(catalogue), backend_(backend), in_files_(std::move(in_files)) {}
+  Placement(const Catalogue& catalogue, ops::Backend& backend, const residency::Plan& plan)
+      : catalogue_(catalogue), backend_(backend), plan_(plan) {}
 
-  bool experts_in_files() const noexcept { return in_files_.experts; }
+  bool experts_in_files() const noexcept { return plan_.tiered; }
   bool layer_in_files(std::size_t layer) const {
-    return layer < in_files_.layers.size() && in_files_.layers[layer];
+    return layer < plan_.streamed.size() && plan_.streamed[layer];
   }
 
   void use_arena(Arena& arena) { arena_ = &arena; }
   std::size_t arena_bytes() const noexcept { return arena_bytes_; }
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
+  /// Of a buffer through which all of it can be read; some whole tensors at a time.
+  std::size_t load_buffer() const noexcept {
+    return std::min(read_bytes_, std::max(largest_, kBufferedBytes)) + kBufferedBytes;
+  }
   /// What is read into the backend's memory, and what into the host's (for finish()).
   const std::vector<storage::Extent>& extents() const noexcept { return extents_; }
   const std::vector<ReadTensor>& tensors() const noexcept { return tensors_; }  // as extents()
@@ -127,6 +135,8 @@ class Placement {
 
   const std::byte* bytes_of(const TensorInfo& tensor) {
     arena_bytes_ += Arena::padded(tensor.bytes);
+    read_bytes_ += tensor.bytes;
+    largest_ = std::max<std::size_t>(largest_, tensor.bytes);
     if (arena_ == nullptr) return nullptr;
     std::byte* destination = arena_->take(tensor.bytes);
     extents_.push_back({tensor.file, tensor.offset, tensor.bytes, destination});
@@ -157,9 +167,11 @@ class Placement {
 
   const Catalogue& catalogue_;
   ops::Backend& backend_;
-  InFiles in_files_;
+  const residency::Plan& plan_;
   Arena* arena_ = nullptr;
   std::size_t arena_bytes_ = 0;
+  std::size_t read_bytes_ = 0;
+  std::size_t largest_ = 0;  // of the tensors
   std::uint64_t weight_bytes_ = 0;
   std::vector<storage::Extent> extents_;
   std::vector<storage::Extent> staged_;
@@ -252,14 +264,7 @@ std::uint64_t bytes_of(const std::vector<storage::Extent>& extents) {
 template <typename Read>
 void read_through_host(const Placement& placement, ops::Backend& backend, WeightCheck& check,
                        const Read& read) {
-  constexpr std::size_t kBuffer = 256u << 20;
-  std::size_t largest = kBuffer;
-  for (const storage::Extent& extent : placement.extents()) {
-    largest = std::max<std::size_t>(largest, extent.bytes);
-  }
-  const auto buffer = std::make_shared<Arena>(
-      std::min<std::size_t>(bytes_of(placement.extents()) + kBuffer, largest + kBuffer),
-      "the weights on their way");
+  const auto buffer = std::make_shared<Arena>(placement.load_buffer(), "the weights on their way");
   const auto& extents = placement.extents();
   for (std::size_t first = 0; first < extents.size();) {
     std::vector<storage::Extent> here;
@@ -268,7 +273,9 @@ void read_through_host(const Placement& placement, ops::Backend& backend, Weight
     buffer->release(0);
     for (; next < extents.size(); ++next) {
       const storage::Extent& extent = extents[next];
-      if (next > first && buffer->used() + Arena::padded(extent.bytes) > kBuffer) break;
+      if (next > first && buffer->used() + Arena::padded(extent.bytes) > kBufferedBytes) {
+        break;
+      }
       std::byte* to = buffer->take(extent.bytes);
       here.push_back({extent.file, extent.offset, extent.bytes, to});
       tensors.push_back(placement.tensors()[next]);
@@ -335,15 +342,19 @@ ops::WidestWeights widest_of(const checkpoint::ModelLayout& layout) {
 WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& layout,
                      ops::Backend& backend) {
   model::ModelWeights weights;
-  Placement all(catalogue, backend, {});
+  const residency::Plan everything;
+  Placement all(catalogue, backend, everything);
   place_model(all, layout, weights);
   model::ModelWeights dense_weights;
-  const InFiles experts{.experts = true, .layers = {}};
-  Placement dense(catalogue, backend, experts);
+  residency::Plan no_experts;
+  no_experts.tiered = true;
+  Placement dense(catalogue, backend, no_experts);
   place_model(dense, layout, dense_weights);
 
   WeightSizes sizes;
   sizes.widest = widest_of(layout);
+  if (!dense_weights.layers.empty()) sizes.layer_experts = dense_weights.layers.back().experts;
+  sizes.load_buffer = all.load_buffer();
   sizes.dense_bytes = dense.arena_bytes();
   sizes.expert_bytes = all.arena_bytes() - dense.arena_bytes();
   for (std::size_t i = 0; i < layout.layers.size(); ++i) {
@@ -354,7 +365,7 @@ WeightSizes sizes_of(const Catalogue& catalogue, const checkpoint::ModelLayout& 
       ++sizes.experts;
     }
     const std::vector<Matrix> matrices = dense_matrices(layer, dense_weights.layers[i]);
-    Placement alone(catalogue, backend, {});
+    Placement alone(catalogue, backend, everything);
     place_all(alone, matrices, false);
     sizes.layer_bytes.push_back(alone.arena_bytes());
     sizes.layer_slot_bytes =
@@ -376,7 +387,6 @@ void describe_files(const checkpoint::ModelLayout& layout, const Placement& plac
       loaded.images.push_back(residency::expert_image(layer.experts[e], weights.experts[e]));
     }
   }
-  loaded.experts = loaded.images.size();
 }
 
 }  // namespace
@@ -393,13 +403,13 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
 
   WeightSizes sizes = sizes_of(catalogue, layout, backend);
   sizes.staging = reader->staging_bytes();
-  const InFiles in_files = options.plan ? options.plan(sizes) : InFiles();
+  const residency::Plan plan = options.plan ? options.plan(sizes) : residency::Plan();
 
   model::ModelWeights weights;
-  Placement counted(catalogue, backend, in_files);
+  Placement counted(catalogue, backend, plan);
   place_model(counted, layout, weights);
   auto arena = std::make_shared<Arena>(counted.arena_bytes(), "the weights", backend.memory());
-  Placement placement(catalogue, backend, in_files);
+  Placement placement(catalogue, backend, plan);
   placement.use_arena(*arena);
   place_model(placement, layout, weights);
 
@@ -427,8 +437,15 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   }
   check->check(placement.staged_tensors());
   placement.finish();
-  LoadedWeights loaded{
-      std::move(arena), std::move(weights), counted.weight_bytes(), {}, {}, {}, nullptr, nullptr};
+  LoadedWeights loaded{std::move(arena),
+                       std::move(weights),
+                       counted.weight_bytes(),
+                       std::move(sizes),
+                       {},
+                       {},
+                       {},
+                       nullptr,
+                       nullptr};
   describe_files(layout, placement, loaded);
   if (loaded.images.empty() && loaded.streamed.empty()) return loaded;
   loaded.fingerprint = fingerprint(catalogue);

@@ -16,29 +16,10 @@
 #include "ops/backend.h"
 #include "residency/file_image.h"
 #include "residency/layer_stream.h"
+#include "residency/plan.h"
 #include "storage/reader.h"
 
 namespace dsfp4::engine {
-
-struct LoadedWeights {
-  std::shared_ptr<memory::Arena> arena;  // what `weights` points into
-  model::ModelWeights weights;
-  std::uint64_t weight_bytes;  // stored bytes of the matrices, experts too
-  // Of a model of which a part stays in the files: how that is read and checked later. Else empty.
-  std::vector<residency::ExpertImage> images;      // for the ExpertStore
-  std::vector<residency::StreamedLayer> streamed;  // for the LayerStream
-  checkpoint::ModelLayout layout;
-  std::unique_ptr<WeightCheck> check;
-  std::unique_ptr<storage::Reader> reader;
-  std::size_t experts = 0;        // in all layers
-  std::uint64_t fingerprint = 0;  // of the tensors' names, places and sizes
-};
-
-/// What of a model is not loaded, but read when it is needed.
-struct InFiles {
-  bool experts = false;      // all routed ones
-  std::vector<bool> layers;  // whose attention, MLP and shared experts; empty: none
-};
 
 /// What there is to load, from the headers alone; bytes.
 struct WeightSizes {
@@ -49,12 +30,25 @@ struct WeightSizes {
   /// Of dense_bytes, what goes where a layer is streamed, and the size of a buffer for one.
   std::vector<std::uint64_t> layer_bytes;
   std::size_t layer_slot_bytes = 0;
-  std::uint64_t staging = 0;  // of the reader
+  std::uint64_t staging = 0;      // of the reader
+  std::uint64_t load_buffer = 0;  // RAM that all pass through to memory that the host cannot touch
   ops::WidestWeights widest;
+  std::vector<ops::ExpertView> layer_experts;  // of the last layer, without data
 };
 
-/// RAM through which weights pass to memory that the host cannot touch; more for a larger matrix.
-inline constexpr std::size_t kLoadBuffer = std::size_t{512} << 20;
+struct LoadedWeights {
+  std::shared_ptr<memory::Arena> arena;  // what `weights` points into
+  model::ModelWeights weights;
+  std::uint64_t weight_bytes;  // stored bytes of the matrices, experts too
+  WeightSizes sizes;
+  // Of a model of which a part stays in the files: how that is read and checked later. Else empty.
+  std::vector<residency::ExpertImage> images;      // for the ExpertStore
+  std::vector<residency::StreamedLayer> streamed;  // for the LayerStream
+  checkpoint::ModelLayout layout;
+  std::unique_ptr<WeightCheck> check;
+  std::unique_ptr<storage::Reader> reader;
+  std::uint64_t fingerprint = 0;  // of the tensors' names, places and sizes
+};
 
 struct LoadWeightsOptions {
   storage::ReaderOptions reader;
@@ -64,9 +58,9 @@ struct LoadWeightsOptions {
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
   /// Asked while weights are read and checked; what it throws ends the load.
   Poll poll;
-  /// Called before anything is taken; says what stays in the files: the views of that then have
-  /// formats and scales but no data. An exception thrown by it ends the load.
-  std::function<InFiles(const WeightSizes& sizes)> plan;
+  /// Called before anything is taken. The views of what stays in the files have formats and scales
+  /// but no data. An exception thrown by it ends the load. None: everything is loaded.
+  std::function<residency::Plan(const WeightSizes& sizes)> plan;
 };
 
 /// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and

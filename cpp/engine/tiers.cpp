@@ -1,8 +1,6 @@
 #include "engine/tiers.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -10,34 +8,9 @@
 
 #include "base/log.h"
 #include "dsfp4/error.h"
-#include "memory/limits.h"
 
 namespace dsfp4::engine {
 namespace {
-
-constexpr double kGigabyte = 1e9;
-constexpr double kMostGigabytes = 1e6;
-constexpr std::int64_t kMostPrefetchLayers = 16;
-
-void check_gigabytes(const std::optional<double>& value, const char* name) {
-  if (!value || (*value >= 0.0 && *value <= kMostGigabytes)) return;  // NaN fails both
-  throw ParameterError(name, "must be 0 to 1000000 GB, not " + std::to_string(*value));
-}
-
-std::optional<std::uint64_t> bytes_of(const std::optional<double>& gigabytes) {
-  if (!gigabytes) return std::nullopt;
-  return static_cast<std::uint64_t>(std::llround(*gigabytes * kGigabyte));
-}
-
-residency::RamWishes wishes_of(const MemoryStrategy& strategy) {
-  return {bytes_of(strategy.cpu_cache_size), bytes_of(strategy.prefetch_size)};
-}
-
-// The layer that is computed, and those that are read ahead of it.
-std::size_t layer_buffers(const MemoryConfig& config) {
-  return static_cast<std::size_t>(1 +
-                                  std::max<std::int64_t>(1, config.prefetch_layers.value_or(1)));
-}
 
 // Which bytes of which tensors a matrix is, for WeightCheck.
 void add_tensors(const checkpoint::WeightSource& source, const format::WeightView& view,
@@ -57,47 +30,6 @@ void count_reads(const storage::ReaderStats& reader, ModelStats& stats) {
 
 }  // namespace
 
-void check_memory_config(const MemoryConfig& config) {
-  const std::int64_t ahead = config.prefetch_layers.value_or(0);
-  if (ahead < 0 || ahead > kMostPrefetchLayers) {
-    throw ParameterError("prefetch_layers", "must be 0 (off) to " +
-                                                std::to_string(kMostPrefetchLayers) + ", not " +
-                                                std::to_string(ahead));
-  }
-  if (!(config.expert_threshold >= 0.0 && config.expert_threshold <= 1.0)) {
-    throw ParameterError("expert_threshold",
-                         "must be 0 (exact) to 1, not " + std::to_string(config.expert_threshold));
-  }
-}
-
-void check_memory_strategy(const MemoryStrategy& strategy) {
-  check_gigabytes(strategy.cpu_cache_size, "cpu_cache_size");
-  check_gigabytes(strategy.prefetch_size, "prefetch_size");
-}
-
-residency::RamPlan plan_tiers(const checkpoint::ModelConfig& config, const LoadOptions& options,
-                              const WeightSizes& sizes, std::uint64_t others,
-                              const memory::MachineMemory& machine) {
-  check_memory_config(options.memory);
-  check_memory_strategy(options.strategy);
-  residency::RamNeeds needs;
-  needs.others = sizes.dense_bytes + others + machine.process + memory::kUncountedBytes;
-  needs.expert_bytes = sizes.expert_bytes;
-  needs.slot_bytes = sizes.slot_bytes;
-  needs.experts = sizes.experts;
-  needs.experts_per_token = static_cast<std::uint64_t>(config.num_experts_per_tok);
-  needs.layer_bytes = sizes.layer_bytes;
-  needs.layer_buffer_bytes = layer_buffers(options.memory) * sizes.layer_slot_bytes;
-  return residency::plan_ram(needs, wishes_of(options.strategy), ram_ceiling(options, machine));
-}
-
-std::uint64_t ram_ceiling(const LoadOptions& options, const memory::MachineMemory& machine) {
-  const std::uint64_t limit =
-      options.ram_limit > 0 ? options.ram_limit : memory::default_ram_limit(machine);
-  if (machine.available >= limit) return limit;  // also where it is not known
-  return std::min(limit, machine.process + machine.available);
-}
-
 storage::ReaderOptions reader_options(const LoadOptions& options) {
   storage::ReaderOptions reading;
   if (options.reader == "io_uring") {
@@ -113,18 +45,15 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
 }
 
 Tiers::Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
-             const residency::RamPlan& plan, std::uint64_t reserved, std::uint64_t ceiling,
-             const LoadOptions& options, Trace* trace)
+             Planned& planned, const LoadOptions& options, Trace* trace)
     : loaded_(loaded),
-      plan_(plan),
+      planned_(planned),
       fingerprint_(loaded.fingerprint),
-      experts_per_token_(static_cast<std::size_t>(spec.router.top_k)),
-      policy_(options.cache_policy),
-      ceiling_(ceiling),
-      reserved_(reserved) {
+      policy_(options.cache_policy) {
+  const residency::Plan plan = planned_.plan();
   if (!loaded.streamed.empty()) {
     stream_ = std::make_unique<residency::LayerStream>(
-        std::move(loaded.streamed), layer_buffers(options.memory), *loaded.reader,
+        std::move(loaded.streamed), plan.layer_buffers, *loaded.reader,
         [check = loaded.check.get()](const residency::StreamedLayer& layer) {
           std::vector<ReadTensor> tensors;
           for (const auto& matrix : layer.matrices) {
@@ -135,7 +64,7 @@ Tiers::Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights&
         trace);
   }
   if (plan.tiered) {
-    make_store(backend, spec, trace);
+    make_store(backend, spec, plan, trace);
     configure(options.memory);
     warm_start(options.warm_start_folder);
     return;
@@ -147,13 +76,14 @@ Tiers::Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights&
       });
 }
 
-void Tiers::make_store(ops::Backend& backend, const model::ModelSpec& spec, Trace* trace) {
+void Tiers::make_store(ops::Backend& backend, const model::ModelSpec& spec,
+                       const residency::Plan& plan, Trace* trace) {
   residency::ExpertStore::Options store;
   store.layers = spec.moe_layers();
   store.first_layer = spec.dense_layers;
   store.experts = spec.router.experts;
-  store.slots = plan_.slots;
-  store.cache_slots = plan_.cache_slots;
+  store.slots = plan.slots;
+  store.cache_slots = plan.cache_slots;
   store.trace = trace;
   store.check = [this, first = spec.dense_layers, experts = spec.router.experts](
                     std::span<const residency::ExpertKey> keys,
@@ -225,26 +155,17 @@ void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
                          "the whole model was loaded into memory; give cpu_cache_size when the "
                          "model is loaded, then it can be changed");
   }
-  residency::RamNeeds needs;
-  needs.others = plan_.total_bytes - plan_.expert_bytes;
-  needs.slot_bytes = slot_bytes_;
-  needs.experts = loaded_.experts;
-  needs.expert_bytes = std::numeric_limits<std::uint64_t>::max() / 2;  // stays in the files
-  needs.experts_per_token = experts_per_token_;
-  const residency::RamPlan plan = residency::plan_ram(needs, wishes_of(strategy), ceiling_);
-  store_->resize(plan.slots, plan.cache_slots, poll);
-  const std::lock_guard lock(plan_mutex_);
-  plan_ = plan;
+  planned_.change(strategy, [&](const residency::Plan& next) {
+    store_->resize(next.slots, next.cache_slots, poll);
+  });
 }
 
 ModelStats Tiers::stats() const {
   ModelStats stats;
-  {
-    const std::lock_guard lock(plan_mutex_);
-    stats.reserved_bytes = reserved_ + plan_.expert_bytes;
-    stats.cache_slots = plan_.cache_slots;
-    stats.slots = plan_.slots;
-  }
+  const residency::Plan plan = planned_.plan();
+  stats.reserved_bytes = plan.ram_bytes + plan.vram_bytes;
+  stats.cache_slots = plan.cache_slots;
+  stats.slots = plan.slots;
   stats.tiered = tiered();
   if (stream_ != nullptr) {
     stats.streamed_layers = stream_->layers();

@@ -27,6 +27,11 @@ struct Batch {
   std::int64_t logits_layer_stride = 0;
 };
 
+/// Arena bytes that a Pass of `rows` rows takes in that phase.
+std::size_t scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
+/// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
+std::size_t kv_layer_bytes(const ModelSpec& spec, ops::KvFormat format);
+
 class Decoder {
  public:
   /// The weights, the backend, the experts and `streamed` (null where all layers' dense weights are
@@ -45,11 +50,6 @@ class Decoder {
 
   /// logits [rows, vocab] = head(hidden).
   void head(ops::ConstMatrix hidden, ops::Matrix logits) const;
-
-  /// Arena bytes that a Pass of `rows` rows needs in that phase.
-  std::size_t scratch_bytes(std::int64_t rows, Phase phase) const;
-  /// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
-  std::size_t kv_layer_bytes() const;
 
  private:
   friend class Pass;  // a step through it

@@ -45,9 +45,9 @@ std::unique_ptr<residency::ExpertWork> start_moe(const ModelSpec& spec, std::int
                                                  residency::ReadAhead& ahead, memory::Arena& arena,
                                                  ops::ConstMatrix x, ops::Matrix out);
 
-/// Scratch bytes that one layer takes from the arena for a step of `rows` rows.
+/// Scratch bytes that one layer takes from the arena for a step of `rows` rows, wherever its
+/// experts are.
 std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
-std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,
-                              std::int64_t rows);
+std::size_t moe_scratch_bytes(const ModelSpec& spec, std::int64_t rows);
 
 }  // namespace dsfp4::model

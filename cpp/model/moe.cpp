@@ -1,4 +1,8 @@
+#include <algorithm>
+
 #include "model/layers.h"
+#include "residency/resident_experts.h"
+#include "residency/tiered_experts.h"
 
 namespace dsfp4::model {
 using ops::ConstMatrix;
@@ -33,11 +37,13 @@ std::unique_ptr<residency::ExpertWork> start_moe(const ModelSpec& spec, std::int
       ahead);
 }
 
-std::size_t moe_scratch_bytes(const ModelSpec& spec, const residency::ExpertRunner& experts,
-                              std::int64_t rows) {
-  const std::int64_t top_k = spec.router.top_k;
-  return ops::scratch_bytes(rows * spec.router.experts) + 3 * ops::scratch_bytes(rows * top_k) +
-         experts.scratch_bytes(rows, top_k, spec.shared_intermediate_size);
+std::size_t moe_scratch_bytes(const ModelSpec& spec, std::int64_t rows) {
+  const residency::MoeShape shape{spec.hidden_size, spec.moe_intermediate_size,
+                                  spec.shared_intermediate_size, spec.router.experts,
+                                  spec.router.top_k};
+  return ops::scratch_bytes(rows * shape.experts) + 3 * ops::scratch_bytes(rows * shape.top_k) +
+         std::max(residency::ResidentExperts::scratch_bytes(shape, rows),
+                  residency::TieredExperts::scratch_bytes(shape, rows));
 }
 
 }  // namespace dsfp4::model

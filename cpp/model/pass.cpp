@@ -99,8 +99,9 @@ void Pass::run_layer() {
   const ModelSpec& spec = decoder_.spec_;
   ops::Backend& backend = decoder_.backend_;
   const LayerWeights& weights = decoder_.weights_.layers[static_cast<std::size_t>(layer_)];
+  const std::size_t layer_bytes = kv_layer_bytes(spec, decoder_.kv_format_);
   for (ops::SequenceRows& sequence : sequences_) {
-    sequence.kv.layer_offset = static_cast<std::size_t>(layer_) * decoder_.kv_layer_bytes();
+    sequence.kv.layer_offset = static_cast<std::size_t>(layer_) * layer_bytes;
     sequence.kv.scale = weights.self_attn.k_scale;
   }
   backend.rms_norm(x_, weights.input_layernorm, spec.rms_norm_eps, normed_);

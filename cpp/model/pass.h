@@ -22,7 +22,7 @@ namespace dsfp4::model {
 class Pass {
  public:
   /// Nothing runs yet. The decoder and all that `batch` points to must outlive the pass. `arena` is
-  /// the pass's own while it lives: Decoder::scratch_bytes() from where it stands.
+  /// the pass's own while it lives: scratch_bytes() from where it stands.
   Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena);
   Pass(const Pass&) = delete;
   Pass& operator=(const Pass&) = delete;

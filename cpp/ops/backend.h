@@ -299,13 +299,14 @@ class Backend {
     std::int64_t width = 0;    // columns of the widest weight
     std::int64_t vocab = 0;
     std::int64_t top_k = 0;
-    std::span<const ExpertView> experts = {};  // of any layer; may be empty
+    std::span<const ExpertView> experts = {};  // of any layer, perhaps without data; may be empty
+    std::int64_t moe_layers = 0;
     std::int64_t hidden_size = 0;
     std::int64_t moe_intermediate_size = 0;  // 0: no experts
     WidestWeights widest;
   };
-  /// Host memory that ops take beside their operands, in steps no larger than `largest`; reserve()
-  /// takes it.
+  /// Bytes of memory() that ops take beside their operands, in steps no larger than `largest`;
+  /// reserve() and prepare_experts() take them.
   virtual std::uint64_t working_bytes(const Largest& largest) const {
     static_cast<void>(largest);
     return 0;

@@ -33,6 +33,13 @@ std::uint64_t context_bytes(int index, std::uint64_t free_before, std::uint64_t 
   return known.emplace(index, measured).first->second;
 }
 
+CudaAccount& account_of(int index) {
+  static std::mutex guard;
+  static std::map<int, CudaAccount> accounts;
+  const std::lock_guard lock(guard);
+  return accounts[index];
+}
+
 }  // namespace
 
 void cuda_check(const cuda::Plugin& plugin, bool ok) {
@@ -45,25 +52,32 @@ void cuda_check(const cuda::Plugin& plugin, bool ok) {
 // --------------------------------------------------------------------------------------
 
 std::size_t CudaMemory::available() const noexcept {
+  const std::lock_guard lock(account_.mutex);
+  return available_locked();
+}
+
+std::size_t CudaMemory::available_locked() const noexcept {
   std::uint64_t free = 0;
   std::uint64_t total = 0;
   if (!plugin_.memory(device_, &free, &total)) return 0;
   if (limit_ == 0) return free > kDriverReserve ? free - kDriverReserve : 0;
-  const std::uint64_t taken = used_ + kDriverReserve;
+  const std::uint64_t taken = context_bytes_ + account_.used + kDriverReserve;
   return std::min(free, limit_ > taken ? limit_ - taken : 0);
 }
 
 std::byte* CudaMemory::allocate(std::size_t bytes) noexcept {
-  if (bytes > available()) return nullptr;
+  const std::lock_guard lock(account_.mutex);
+  if (bytes > available_locked()) return nullptr;
   std::byte* memory = nullptr;
   if (!plugin_.allocate(device_, bytes, &memory)) return nullptr;
-  used_ += bytes;
+  account_.used += bytes;
   return memory;
 }
 
 void CudaMemory::release(std::byte* memory, std::size_t bytes) noexcept {
   plugin_.free(device_, memory);
-  used_ -= bytes;
+  const std::lock_guard lock(account_.mutex);
+  account_.used -= bytes;
 }
 
 std::byte* CudaMemory::take(std::size_t bytes, const char* purpose) {
@@ -104,7 +118,8 @@ CudaBackend::CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t me
     throw MemoryLimitError("the CUDA context and its reserve", context + kDriverReserve,
                            memory_limit, "", "VRAM");
   }
-  device_memory_ = std::make_unique<CudaMemory>(plugin_, device_, memory_limit, context);
+  device_memory_ =
+      std::make_unique<CudaMemory>(plugin_, device_, account_of(index), memory_limit, context);
 }
 
 CudaBackend::~CudaBackend() {
@@ -361,7 +376,7 @@ std::optional<std::int32_t> CudaBackend::sample(ConstMatrix logits, const Sample
   return id;
 }
 
-void CudaBackend::reserve(const Largest& largest) {
+CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
   const auto rows = static_cast<std::size_t>(largest.rows);
   const auto longest = static_cast<std::int64_t>(
       std::bit_ceil(static_cast<std::uint64_t>(std::max(largest.context, kKvBlockTokens))));
@@ -378,11 +393,25 @@ void CudaBackend::reserve(const Largest& largest) {
   }
   bytes =
       std::max(bytes, plugin_.sample_workspace(device_, std::max<std::int64_t>(largest.vocab, 1)));
-  workspace(bytes);
-  ids_.reserve(*device_memory_, std::max(rows * sizeof(std::int32_t), kSmallBuffer));
-  rows_.reserve(*device_memory_, std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer));
   const auto blocks = static_cast<std::size_t>(largest.context / kKvBlockTokens + 1);
-  blocks_.reserve(*device_memory_, std::max(blocks * sizeof(std::byte*), kSmallBuffer));
+  return {bytes, std::max(rows * sizeof(std::int32_t), kSmallBuffer),
+          std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer),
+          std::max(blocks * sizeof(std::byte*), kSmallBuffer)};
+}
+
+std::uint64_t CudaBackend::working_bytes(const Largest& largest) const {
+  const StepMemory memory = step_memory(largest);
+  const std::uint64_t tables =
+      static_cast<std::uint64_t>(largest.moe_layers) * largest.experts.size_bytes();
+  return memory.workspace + memory.ids + memory.rows + memory.blocks + tables;
+}
+
+void CudaBackend::reserve(const Largest& largest) {
+  const StepMemory memory = step_memory(largest);
+  workspace(memory.workspace);
+  ids_.reserve(*device_memory_, memory.ids);
+  rows_.reserve(*device_memory_, memory.rows);
+  blocks_.reserve(*device_memory_, memory.blocks);
 }
 
 void CudaBackend::prepare_experts(std::span<const ExpertView> experts) {

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -17,14 +17,24 @@ namespace dsfp4::ops {
 /// Throws what the last failure of the plugin's table was, if `ok` is false.
 void cuda_check(const cuda::Plugin& plugin, bool ok);
 
+/// A device's memory that all models of the process have taken, in bytes.
+struct CudaAccount {
+  std::mutex mutex;
+  std::uint64_t used = 0;
+};
+
 /// Device memory within a limit. The limit holds for what the whole process takes on the device:
-/// the context, and everything that came through here.
+/// the context, and everything that came through here, for this model or another one.
 class CudaMemory final : public memory::MemorySource {
  public:
   /// `context_bytes` are gone already.
-  CudaMemory(const cuda::Plugin& plugin, cuda::Device* device, std::uint64_t limit,
-             std::uint64_t context_bytes)
-      : plugin_(plugin), device_(device), limit_(limit), used_(context_bytes) {}
+  CudaMemory(const cuda::Plugin& plugin, cuda::Device* device, CudaAccount& account,
+             std::uint64_t limit, std::uint64_t context_bytes)
+      : plugin_(plugin),
+        device_(device),
+        account_(account),
+        limit_(limit),
+        context_bytes_(context_bytes) {}
 
   std::byte* allocate(std::size_t bytes) noexcept override;
   void release(std::byte* memory, std::size_t bytes) noexcept override;
@@ -36,10 +46,13 @@ class CudaMemory final : public memory::MemorySource {
   std::byte* take(std::size_t bytes, const char* purpose);
 
  private:
+  std::size_t available_locked() const noexcept;
+
   const cuda::Plugin& plugin_;
   cuda::Device* device_;
+  CudaAccount& account_;
   std::uint64_t limit_;
-  std::atomic<std::uint64_t> used_;
+  std::uint64_t context_bytes_;
 };
 
 /// An open device of the plugin.
@@ -122,6 +135,7 @@ class CudaBackend final : public Backend {
   bool takes_shared(std::span<const ExpertView> experts, const ExpertView& shared,
                     std::int64_t tokens, std::int64_t top_k) const override;
   void prepare_experts(std::span<const ExpertView> experts) override;
+  std::uint64_t working_bytes(const Largest& largest) const override;
   void reserve(const Largest& largest) override;
   std::optional<std::int32_t> sample(ConstMatrix logits, const SampleSpec& spec) override;
 
@@ -144,6 +158,11 @@ class CudaBackend final : public Backend {
               std::uint64_t free_before);
   void check(bool ok) const { cuda_check(plugin_, ok); }
   std::byte* workspace(std::size_t bytes) { return workspace_.reserve(*device_memory_, bytes); }
+  /// Of the largest step, in bytes.
+  struct StepMemory {
+    std::size_t workspace, ids, rows, blocks;
+  };
+  StepMemory step_memory(const Largest& largest) const;
   /// The rows of `batch` with their blocks on the device; copied there unless they are already.
   cuda::KvRows rows_of(std::span<const SequenceRows> batch);
 

@@ -39,6 +39,15 @@ class ExpertWork {
   ExpertWork() = default;
 };
 
+/// The sizes of a MoE layer.
+struct MoeShape {
+  std::int64_t hidden_size = 0;
+  std::int64_t moe_intermediate_size = 0;
+  std::int64_t shared_intermediate_size = 0;  // 0: no shared experts
+  std::int64_t experts = 0;
+  std::int64_t top_k = 0;
+};
+
 /// Serves one thread at a time, and any number of steps that take turns.
 class ExpertRunner {
  public:
@@ -54,10 +63,6 @@ class ExpertRunner {
   /// meanwhile.
   virtual std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                             ReadAhead& ahead) = 0;
-
-  /// Arena bytes that work takes for `tokens` tokens; the shared expert's width may be 0.
-  virtual std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                                    std::int64_t shared_intermediate_size) const = 0;
 };
 
 }  // namespace dsfp4::residency

@@ -81,8 +81,8 @@ void Prefetcher::chosen(std::int64_t moe_layer, std::span<const ChosenExpert> ch
   }
 }
 
-std::size_t Prefetcher::scratch_bytes(std::int64_t tokens, std::int64_t top_k) const {
-  return 3 * ops::scratch_bytes(tokens * top_k) + ops::scratch_bytes(tokens * router_.experts);
+std::size_t Prefetcher::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
+  return 3 * ops::scratch_bytes(tokens * shape.top_k) + ops::scratch_bytes(tokens * shape.experts);
 }
 
 }  // namespace dsfp4::residency

@@ -13,6 +13,7 @@
 #include "base/counter.h"
 #include "memory/arena.h"
 #include "ops/backend.h"
+#include "residency/expert_runner.h"
 #include "residency/expert_store.h"
 #include "residency/expert_tasks.h"
 #include "residency/read_ahead.h"
@@ -51,7 +52,8 @@ class Prefetcher {
   void chosen(std::int64_t moe_layer, std::span<const ChosenExpert> chosen, ReadAhead& step);
 
   const PrefetchStats& stats() const noexcept { return stats_; }
-  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k) const;
+  /// Arena bytes that predict() takes for `tokens` tokens.
+  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
 
  private:
   void name(std::int64_t moe_layer, std::span<const std::int32_t> experts, ReadAhead& step) const;

@@ -66,13 +66,12 @@ std::unique_ptr<ExpertWork> ResidentExperts::start(const ExpertLayer& layer, mem
   return std::make_unique<Work>(*this, layer, arena);
 }
 
-std::size_t ResidentExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                                           std::int64_t shared_intermediate_size) const {
-  const std::int64_t pairs = tokens * top_k;
-  return std::max(ops::mlp_scratch_bytes(shared_intermediate_size, tokens),
+std::size_t ResidentExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
+  const std::int64_t pairs = tokens * shape.top_k;
+  return std::max(ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
                   ops::scratch_bytes(pairs) +
-                      ops::scratch_bytes((pairs + tokens) * moe_intermediate_size_) +
-                      ops::scratch_bytes(pairs * hidden_size_));
+                      ops::scratch_bytes((pairs + tokens) * shape.moe_intermediate_size) +
+                      ops::scratch_bytes(pairs * shape.hidden_size));
 }
 
 }  // namespace dsfp4::residency

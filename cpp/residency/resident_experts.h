@@ -23,8 +23,8 @@ class ResidentExperts final : public ExpertRunner {
 
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
-  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                            std::int64_t shared_intermediate_size) const override;
+  /// Arena bytes that work takes for `tokens` tokens.
+  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
 
  private:
   class Work;

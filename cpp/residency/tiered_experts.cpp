@@ -286,14 +286,13 @@ void TieredExperts::note_use(std::int64_t moe_layer, const ops::Routing& routing
   }
 }
 
-std::size_t TieredExperts::scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                                         std::int64_t shared_intermediate_size) const {
-  const std::int64_t pairs = tokens * top_k;
+std::size_t TieredExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
+  const std::int64_t pairs = tokens * shape.top_k;
   return ops::scratch_bytes(pairs) +
-         std::max({prefetcher_.scratch_bytes(tokens, top_k),
-                   ops::mlp_scratch_bytes(shared_intermediate_size, tokens),
-                   ops::scratch_bytes(pairs * moe_intermediate_size_) +
-                       ops::scratch_bytes(pairs * hidden_size_)});
+         std::max({Prefetcher::scratch_bytes(shape, tokens),
+                   ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
+                   ops::scratch_bytes(pairs * shape.moe_intermediate_size) +
+                       ops::scratch_bytes(pairs * shape.hidden_size)});
 }
 
 }  // namespace dsfp4::residency

@@ -53,8 +53,8 @@ class TieredExperts final : public ExpertRunner {
   void begin_step(std::int64_t rows, ReadAhead& ahead) override;
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
-  std::size_t scratch_bytes(std::int64_t tokens, std::int64_t top_k,
-                            std::int64_t shared_intermediate_size) const override;
+  /// Arena bytes that work takes for `tokens` tokens.
+  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
 
   /// Between steps only; the statistics may be read at any time.
   void configure(const TieredOptions& options) { options_ = options; }

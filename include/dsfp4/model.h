@@ -112,10 +112,11 @@ struct LoadOptions {
   /// "auto", "io_uring" or "pread", and whether reads pass by the page cache.
   std::string reader = "auto";
   bool direct_reads = true;
-  /// Most RAM of the process in bytes: weights, KV cache, buffers and what the process has already.
-  /// 0: what the machine, or the control group, can spare. A limit below what is needed is refused
-  /// with MemoryLimitError, which gives the number; so is one that makes the machine swap. Experts
-  /// that do not fit stay on the SSD, and so do the dense weights of as many layers as must.
+  /// Most RAM of the process in bytes: weights, KV cache, buffers and what the process has already
+  /// or has promised to its other models. 0: what the machine, or the control group, can spare. A
+  /// limit below what is needed is refused with MemoryLimitError, which gives the number; so is one
+  /// that makes the machine swap. Experts that do not fit stay on the SSD, and so do the dense
+  /// weights of as many layers as must.
   std::uint64_t ram_limit = 0;
   /// Called while weights are read, in bytes. An exception thrown by it ends the load.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;

@@ -54,8 +54,8 @@ class Model:
     `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included; None is what is free;
-    `ram_limit` is the most RAM of this process in GB, Python included; None leaves the machine, or
-    the control group, room to breathe;
+    `ram_limit` is the most RAM of this process in GB, Python and its other models included; None
+    leaves the machine, or the control group, room to breathe;
     `progress` is called with bytes.
 
     A model whose experts do not fit into RAM is run from its files, and so are the dense weights of
@@ -118,7 +118,6 @@ class Model:
             "progress": progress,
         }
         chosen = resolve_device(check_text("device", device))
-        self._resident_before = _core.resident_bytes()
         try:
             self._core = _core.Model(folder, device=chosen, **options)
         except MemoryLimitError as error:
@@ -270,7 +269,6 @@ class Model:
             forced,
             decode,
             ram_limit=self._ram_limit,
-            resident_before=self._resident_before,
             **wanted,
         )
         logits, chosen, routers = map(as_output, results)

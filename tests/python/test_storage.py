@@ -22,6 +22,25 @@ def test_a_ram_limit_below_the_floor_is_refused_with_the_number():
     assert model.generate([0, 1, 2], max_tokens=2).tokens
 
 
+def test_models_of_one_process_share_its_limit(demo_model):
+    def load(limit=None):
+        return dsfp4.Model(demo_model, ram_limit=limit, threads=1, warm_start=False)
+
+    def least():
+        with pytest.raises(MemoryLimitError) as caught:
+            load(1e-3)
+        return caught.value.needed / 1e9
+
+    first = load()
+    reserved = first.stats()["reserved_bytes"] / 1e9  # most of which was never written
+    beside_it = least()
+    del first
+    alone = least()
+    # The process itself may have grown or shrunk a little.
+    assert beside_it - alone == pytest.approx(reserved + 0.128, abs=0.03)
+    assert load(alone + 0.03).generate([1], max_tokens=1).tokens
+
+
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 1e12, "8", True])
 def test_a_ram_limit_that_is_none_names_the_parameter(value):
     with pytest.raises(ParameterError) as caught:

@@ -1,4 +1,4 @@
-// Every read of a load fails once, in every way; and the limit of RAM.
+// Every read of a load fails once, in every way.
 #include <cstring>
 #include <string>
 #include <vector>
@@ -9,7 +9,6 @@
 #include "checkpoint/tiny_checkpoint.h"
 #include "dsfp4/error.h"
 #include "engine/loader.h"
-#include "engine/ram_limit.h"
 #include "storage/faults.h"
 
 namespace dsfp4::engine {
@@ -85,62 +84,6 @@ TEST_P(LoadFaults, TheRightWeightsOrATypedErrorAndTheNextLoadIsWhole) {
 INSTANTIATE_TEST_SUITE_P(Kinds, LoadFaults,
                          ::testing::Values(ReaderKind::kUring, ReaderKind::kPread),
                          storage::kind_name);
-
-constexpr std::uint64_t kGb = 1'000'000'000;
-
-TEST(RamLimit, TheFloorIsEverythingAndOneByteBelowIsRefusedWithTheNumber) {
-  const memory::MachineMemory machine{64 * kGb, 40 * kGb, kGb};
-  RamNeeds needs;
-  needs.weights = 20 * kGb;
-  needs.kv_cache = 2 * kGb;
-  needs.scratch = kGb / 2;
-  needs.staging = kGb / 10;
-  const std::uint64_t floor = ram_floor(needs, machine);
-  EXPECT_EQ(floor, kGb + 22'600'000'000 + memory::kUncountedBytes);
-  check_ram(floor, needs, machine);
-  check_ram(0, needs, machine);
-  try {
-    check_ram(floor - 1, needs, machine);
-    FAIL();
-  } catch (const MemoryLimitError& error) {
-    EXPECT_EQ(error.needed(), floor);
-    EXPECT_EQ(error.available(), floor - 1);
-    EXPECT_NE(std::string(error.what()).find("raise ram_limit"), std::string::npos);
-  }
-}
-
-TEST(RamLimit, ALimitThatWouldMakeTheMachineSwapIsRefused) {
-  const memory::MachineMemory machine{32 * kGb, 10 * kGb, kGb};
-  RamNeeds needs;
-  needs.weights = 12 * kGb;
-  EXPECT_THROW(check_ram(0, needs, machine), MemoryLimitError);
-  EXPECT_THROW(check_ram(30 * kGb, needs, machine), MemoryLimitError);
-  needs.weights = 9 * kGb;
-  check_ram(30 * kGb, needs, machine);  // fits; the limit itself is only warned about
-}
-
-TEST(RamLimit, ResultsThatDoNotFitAreRefusedWithTheNumbers) {
-  const memory::MachineMemory machine{32 * kGb, 10 * kGb, 4 * kGb};
-  check_result(10 * kGb, 0, kGb, machine);
-  check_result(2 * kGb, 6 * kGb, kGb, machine);
-  // Here the process is beyond the limit already.
-  check_result(memory::kUncountedBytes, kGb, kGb, machine);
-  EXPECT_THROW(check_result(10 * kGb + 1, 0, kGb, machine), MemoryLimitError);
-  EXPECT_THROW(check_result(10 * kGb + 1, 30 * kGb, kGb, machine), MemoryLimitError);
-  EXPECT_THROW(check_result(memory::kUncountedBytes + 1, kGb, kGb, machine), MemoryLimitError);
-  // Of 9 GB that are reserved, 5 are not touched yet.
-  check_result(5 * kGb, 0, 9 * kGb, machine);
-  EXPECT_THROW(check_result(5 * kGb + 1, 0, 9 * kGb, machine), MemoryLimitError);
-  EXPECT_THROW(check_result(kGb + 1, 10 * kGb, 9 * kGb, machine), MemoryLimitError);
-  try {
-    check_result(2 * kGb + 1, 6 * kGb, kGb, machine);
-    FAIL();
-  } catch (const MemoryLimitError& error) {
-    EXPECT_EQ(error.needed(), 2 * kGb + 1);
-    EXPECT_EQ(error.available(), 2 * kGb);
-    EXPECT_NE(std::string(error.what()).find("forward_windows"), std::string::npos);
-  }
-}
 
 }  // namespace
 }  // namespace dsfp4::engine

@@ -6,13 +6,17 @@
 
 #include "checkpoint/config.h"
 #include "checkpoint/tiny_checkpoint.h"
+#include "dsfp4/error.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "model/pass.h"
 #include "model/recording_backend.h"
 #include "model/spec.h"
+#include "ops/cuda_backend.h"
+#include "ops/fake_cuda.h"
 #include "residency/expert_store.h"
 #include "residency/layer_stream.h"
+#include "residency/resident_experts.h"
 #include "residency/tiered_experts.h"
 
 namespace dsfp4::model {
@@ -42,7 +46,10 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
     backend_ = std::move(backend);
     engine::LoadWeightsOptions options;
     options.plan = [](const engine::WeightSizes&) {
-      return engine::InFiles{true, std::vector<bool>(kModelLayers, true)};
+      residency::Plan plan;
+      plan.tiered = true;
+      plan.streamed.assign(kModelLayers, true);
+      return plan;
     };
     loaded_.emplace(engine::load_weights(folder_.path(), config, *backend_, options));
     const ModelSpec spec = make_spec(config);
@@ -66,7 +73,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
         std::make_unique<residency::LayerStream>(std::move(loaded_->streamed), 2, *loaded_->reader,
                                                  residency::LayerStream::Check(), nullptr);
     decoder_.emplace(spec, loaded_->weights, *backend_, *experts_, stream_.get(), kFormat);
-    cache_.emplace(1000, spec.layers, decoder_->kv_layer_bytes(), kFormat);
+    cache_.emplace(1000, spec.layers, kv_layer_bytes(decoder_->spec(), ops::KvFormat::kBf16), kFormat);
   }
 
   // A step of its own sequence, with an arena of its own.
@@ -76,8 +83,8 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
         : sequence_(*test.cache_),
           ids_(std::move(ids)),
           part_(sequence_.next_rows(0, std::ssize(ids_))),
-          arena_(test.decoder_->scratch_bytes(kMostRows, Phase::kPrefill) +
-                     test.decoder_->scratch_bytes(kMostRows, Phase::kDecode),
+          arena_(test.scratch_bytes(decoder_->spec(), kMostRows, Phase::kPrefill) +
+                     test.scratch_bytes(decoder_->spec(), kMostRows, Phase::kDecode),
                  "the scratch") {
       Batch batch;
       batch.phase = phase;
@@ -215,6 +222,38 @@ TEST_P(PassTest, AStepThatIsRecordedIsOnePiece) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, PassTest, ::testing::ValuesIn(dsfp4::testing::kTinyKinds));
+
+// A stream that is still recorded refuses whatever comes next, until it is closed.
+TEST(Pass, ARecordingEndsWithTheStepThatFailed) {
+  using ops::testing::FakeCuda;
+  ModelSpec spec;
+  spec.layers = 1;
+  spec.hidden_size = 8;
+  spec.mla.qk_rope_head_dim = 4;
+  ops::CudaBackend backend(FakeCuda::plugin(), FakeCuda::kIndex, 0);
+  FakeCuda& fake = FakeCuda::state();
+  fake.embeds = false;
+  residency::ResidentExperts experts(backend, spec.hidden_size, 8, {});
+  ModelWeights weights;
+  weights.embed_tokens.rows = 1;
+  const Decoder decoder(spec, weights, backend, experts, nullptr, ops::KvFormat::kBf16);
+  memory::Arena arena(std::size_t{1} << 20, "the test", backend.memory());
+  const std::int32_t id = 0;
+  std::byte* const block = nullptr;
+  ops::SequenceRows rows;
+  rows.rows = 1;
+  rows.kv.blocks = {&block, 1};
+  Batch batch;
+  batch.phase = ops::Phase::kDecode;
+  batch.ids = {&id, 1};
+  batch.sequences = {&rows, 1};
+  for (int step = 0; step < 3; ++step) {  // the first one is not recorded yet
+    Pass pass(decoder, batch, arena);
+    EXPECT_THROW(pass.advance(), CudaError);
+    EXPECT_EQ(fake.recorded, step);
+    EXPECT_EQ(fake.recordings, 0);
+  }
+}
 
 }  // namespace
 }  // namespace dsfp4::model

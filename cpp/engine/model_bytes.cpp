@@ -1,0 +1,67 @@
+#include "engine/model_bytes.h"
+
+#include <algorithm>
+
+#include "dsfp4/model.h"
+#include "engine/kv_cache.h"
+#include "model/decoder.h"
+
+namespace dsfp4::engine {
+
+ops::Backend::Largest largest_step(const Running& running, const WeightSizes& sizes,
+                                   std::int64_t rows) {
+  const model::ModelSpec& spec = running.spec;
+  ops::Backend::Largest largest;
+  largest.mla = spec.mla;
+  largest.rows = rows;
+  largest.context = running.max_context;
+  largest.width = std::max({spec.hidden_size, spec.intermediate_size, spec.q_lora_rank,
+                            spec.shared_intermediate_size, spec.moe_intermediate_size,
+                            spec.mla.heads * spec.mla.v_head_dim, spec.mla.kv_lora_rank});
+  largest.vocab = spec.vocab_size;
+  largest.top_k = spec.router.top_k;
+  largest.hidden_size = spec.hidden_size;
+  largest.moe_layers = spec.moe_layers();
+  if (spec.moe_layers() > 0) {
+    largest.experts = sizes.layer_experts;
+    largest.moe_intermediate_size = spec.moe_intermediate_size;
+  }
+  largest.widest = sizes.widest;
+  return largest;
+}
+
+std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows) {
+  return std::max(model::scratch_bytes(spec, rows, model::Phase::kPrefill),
+                  model::scratch_bytes(spec, 1, model::Phase::kDecode));
+}
+
+std::size_t logit_bytes(const model::ModelSpec& spec, const ops::Backend& backend) {
+  if (backend.host_visible()) return 0;
+  return static_cast<std::size_t>(kLogitRows * spec.vocab_size) * sizeof(float);
+}
+
+residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes) {
+  const model::ModelSpec& spec = running.spec;
+  residency::ModelBytes bytes;
+  bytes.dense = sizes.dense_bytes;
+  bytes.layers = sizes.layer_bytes;
+  bytes.layer_buffer = sizes.layer_slot_bytes;
+  bytes.experts = sizes.experts;
+  bytes.expert_bytes = sizes.expert_bytes;
+  bytes.expert_slot = sizes.slot_bytes;
+  bytes.experts_per_token = static_cast<std::uint64_t>(spec.router.top_k);
+  bytes.kv_block =
+      KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
+  bytes.reader = sizes.staging;
+  if (!running.backend.host_visible()) bytes.load_buffer = sizes.load_buffer;
+  for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
+    const std::int64_t chunk = std::min(rows, running.max_context);
+    if (!bytes.steps.empty() && chunk == bytes.steps.back().rows) break;
+    bytes.steps.push_back(
+        {chunk, scratch_bytes(spec, chunk) + logit_bytes(spec, running.backend) +
+                    running.backend.working_bytes(largest_step(running, sizes, chunk))});
+  }
+  return bytes;
+}
+
+}  // namespace dsfp4::engine

@@ -1,0 +1,37 @@
+// What a model takes, in the terms of the plan: from its headers, its shape and the backend's
+// numbers, before anything is loaded.
+#pragma once
+
+#include <cstdint>
+
+#include "engine/loader.h"
+#include "model/spec.h"
+#include "ops/backend.h"
+#include "residency/plan.h"
+
+namespace dsfp4::engine {
+
+/// Tokens of a prompt that pass the layers together, where all weights are in memory.
+inline constexpr std::int64_t kPrefillChunk = 256;
+/// And at most, where experts are read from the SSD, once for each chunk.
+inline constexpr std::int64_t kLongestPrefillChunk = 4096;
+
+/// How a model is run.
+struct Running {
+  const model::ModelSpec& spec;
+  const ops::Backend& backend;
+  ops::KvFormat kv_format;
+  std::int64_t max_context;  // tokens
+};
+
+/// The largest step with `rows` rows of a prompt; `sizes` must outlive it.
+ops::Backend::Largest largest_step(const Running& running, const WeightSizes& sizes,
+                                   std::int64_t rows);
+/// Arena bytes of a step with `rows` rows of a prompt, and of a decode step.
+std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows);
+/// Of an arena for logits on their way to the host; 0 where they need none.
+std::size_t logit_bytes(const model::ModelSpec& spec, const ops::Backend& backend);
+
+residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes);
+
+}  // namespace dsfp4::engine

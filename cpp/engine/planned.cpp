@@ -1,0 +1,120 @@
+#include "engine/planned.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "dsfp4/error.h"
+
+namespace dsfp4::engine {
+namespace {
+
+constexpr double kGigabyte = 1e9;
+constexpr double kMostGigabytes = 1e6;
+constexpr std::int64_t kMostPrefetchLayers = 16;
+
+void check_gigabytes(const std::optional<double>& value, const char* name) {
+  if (!value || (*value >= 0.0 && *value <= kMostGigabytes)) return;  // NaN fails both
+  throw ParameterError(name, "must be 0 to 1000000 GB, not " + std::to_string(*value));
+}
+
+std::optional<std::uint64_t> bytes_of(const std::optional<double>& gigabytes) {
+  if (!gigabytes) return std::nullopt;
+  return static_cast<std::uint64_t>(std::llround(*gigabytes * kGigabyte));
+}
+
+// What a model may take of RAM beyond what was there before it.
+std::uint64_t with_uncounted(std::uint64_t bytes) { return bytes + memory::kUncountedBytes; }
+
+}  // namespace
+
+void check_memory_config(const MemoryConfig& config) {
+  const std::int64_t ahead = config.prefetch_layers.value_or(0);
+  if (ahead < 0 || ahead > kMostPrefetchLayers) {
+    throw ParameterError("prefetch_layers", "must be 0 (off) to " +
+                                                std::to_string(kMostPrefetchLayers) + ", not " +
+                                                std::to_string(ahead));
+  }
+  if (!(config.expert_threshold >= 0.0 && config.expert_threshold <= 1.0)) {
+    throw ParameterError("expert_threshold",
+                         "must be 0 (exact) to 1, not " + std::to_string(config.expert_threshold));
+  }
+}
+
+void check_memory_strategy(const MemoryStrategy& strategy) {
+  check_gigabytes(strategy.cpu_cache_size, "cpu_cache_size");
+  check_gigabytes(strategy.prefetch_size, "prefetch_size");
+}
+
+Planned::Planned(residency::ModelBytes model, const LoadOptions& options, std::int64_t max_context,
+                 const Machine& machine, std::optional<std::uint64_t> vram)
+    : model_(std::move(model)) {
+  check_memory_config(options.memory);
+  check_memory_strategy(options.strategy);
+  const residency::Wishes wishes{
+      .max_context = max_context,
+      .prefetch_layers = std::max<std::int64_t>(1, options.memory.prefetch_layers.value_or(1)),
+      .cpu_cache_size = bytes_of(options.strategy.cpu_cache_size),
+      .prefetch_size = bytes_of(options.strategy.prefetch_size)};
+  lease_ = machine.account->reserve(
+      machine.memory(), [&](const memory::MachineMemory& committed, std::uint64_t leased) {
+        budgets_ = {options.ram_limit, committed, vram};
+        outside_ = committed.process - leased;
+        plan_ = residency::make_plan(model_, budgets_, wishes);
+        return with_uncounted(plan_.ram_bytes + plan_.load_bytes);
+      });
+}
+
+residency::Plan Planned::plan() const {
+  const std::lock_guard lock(mutex_);
+  return plan_;
+}
+
+void Planned::lease(std::uint64_t bytes) {
+  lease_.resize([&](std::uint64_t) { return bytes; });
+}
+
+void Planned::loaded() { lease(with_uncounted(plan_.ram_bytes)); }
+
+void Planned::change(const MemoryStrategy& strategy,
+                     const std::function<void(const residency::Plan& next)>& apply) {
+  check_memory_strategy(strategy);
+  const residency::Wishes wishes{.cpu_cache_size = bytes_of(strategy.cpu_cache_size),
+                                 .prefetch_size = bytes_of(strategy.prefetch_size)};
+  residency::Plan next;
+  const std::uint64_t before = lease_.bytes();
+  lease_.resize([&](std::uint64_t others) {
+    residency::Budgets budgets = budgets_;
+    memory::MachineMemory& machine = budgets.machine;
+    const std::uint64_t both = residency::most_ram(machine);
+    machine.process = outside_ + others;
+    machine.available = both - std::min(both, machine.process);
+    next = residency::with_slots(plan_, model_, budgets, wishes);
+    return std::max(before, with_uncounted(next.ram_bytes));
+  });
+  try {
+    apply(next);
+  } catch (...) {
+    lease(before);
+    throw;
+  }
+  lease(with_uncounted(next.ram_bytes));
+  const std::lock_guard lock(mutex_);
+  plan_ = std::move(next);
+}
+
+void check_result(std::uint64_t bytes, std::uint64_t ram_limit,
+                  const memory::MachineMemory& machine) {
+  std::uint64_t room = machine.available;
+  if (ram_limit > 0) room = std::min(room, ram_limit - std::min(ram_limit, machine.process));
+  room = std::max(room, memory::kUncountedBytes);
+  if (bytes <= room) return;
+  throw MemoryLimitError("the results of forward() for all tokens", bytes, room,
+                         "run fewer tokens at a time (dsfp4 eval: a smaller --window), or take the "
+                         "logits with forward_windows()");
+}
+
+}  // namespace dsfp4::engine

@@ -1,0 +1,84 @@
+#include <gtest/gtest.h>
+
+#include "checkpoint/config.h"
+#include "engine/model_bytes.h"
+#include "model/decoder.h"
+#include "model/spec.h"
+#include "ops/backend.h"
+#include "residency/plan.h"
+
+namespace dsfp4::engine {
+namespace {
+
+checkpoint::ModelConfig r1() {
+  checkpoint::ModelConfig config;
+  config.model_type = "deepseek_v3";
+  config.vocab_size = 129280;
+  config.hidden_size = 7168;
+  config.num_hidden_layers = 61;
+  config.first_k_dense_replace = 3;
+  config.num_attention_heads = 128;
+  config.q_lora_rank = 1536;
+  config.kv_lora_rank = 512;
+  config.qk_nope_head_dim = 128;
+  config.qk_rope_head_dim = 64;
+  config.v_head_dim = 128;
+  config.intermediate_size = 18432;
+  config.moe_intermediate_size = 2048;
+  config.n_routed_experts = 256;
+  config.n_shared_experts = 1;
+  config.num_experts_per_tok = 8;
+  config.n_group = 8;
+  config.topk_group = 4;
+  config.scoring_func = checkpoint::Scoring::kSigmoid;
+  config.topk_method = checkpoint::TopkMethod::kNoauxTc;
+  return config;
+}
+
+residency::ModelBytes bytes_with(std::int64_t max_context) {
+  const model::ModelSpec spec = model::make_spec(r1());
+  const auto backend = ops::make_reference_backend(1);
+  return model_bytes({spec, *backend, ops::KvFormat::kBf16, max_context}, WeightSizes());
+}
+
+// A prompt that is cut into chunks reads most experts once for each of them.
+TEST(ModelBytes, APromptOf4096TokensOfR1IsOneChunk) {
+  const residency::ModelBytes bytes = bytes_with(163840);
+  ASSERT_EQ(bytes.steps.size(), 5u);
+  EXPECT_EQ(bytes.steps.front().rows, 256);
+  EXPECT_EQ(bytes.steps.back().rows, 4096);
+  EXPECT_LE(bytes.steps.back().bytes, residency::kActivationBytes);
+  EXPECT_GT(bytes.steps.back().bytes, residency::kActivationBytes / 4);  // it is counted
+  EXPECT_EQ(bytes.kv_block, 61u * 64 * 576 * 2);
+}
+
+TEST(ModelBytes, NoChunkIsLongerThanTheContext) {
+  const auto rows = [](std::int64_t max_context) {
+    std::vector<std::int64_t> all;
+    for (const auto& step : bytes_with(max_context).steps) all.push_back(step.rows);
+    return all;
+  };
+  EXPECT_EQ(rows(100), (std::vector<std::int64_t>{100}));
+  EXPECT_EQ(rows(256), (std::vector<std::int64_t>{256}));
+  EXPECT_EQ(rows(1000), (std::vector<std::int64_t>{256, 512, 1000}));
+}
+
+// Predicting the next layer's experts takes more than computing such small ones does.
+TEST(ModelBytes, ScratchIsEnoughWhereverTheExpertsAre) {
+  checkpoint::ModelConfig config = r1();
+  config.hidden_size = 8;
+  config.moe_intermediate_size = 4;
+  config.intermediate_size = 4;
+  config.num_experts_per_tok = 1;
+  config.num_attention_heads = 1;
+  config.q_lora_rank = 4;
+  config.kv_lora_rank = 4;
+  config.qk_nope_head_dim = 2;
+  config.qk_rope_head_dim = 2;
+  config.v_head_dim = 2;
+  const std::size_t logits = 64 * 256 * sizeof(float);  // of a router, for 64 tokens
+  EXPECT_GE(model::scratch_bytes(model::make_spec(config), 64, model::Phase::kPrefill), 2 * logits);
+}
+
+}  // namespace
+}  // namespace dsfp4::engine
