@@ -113,7 +113,8 @@ struct Plugin {
   /// Waits until both queues are empty.
   bool (*synchronize)(Device*);
   /// An event passes when all that its queue held as it was recorded has run; one never recorded
-  /// has passed. `wait` holds up the queue, not the caller.
+  /// has passed. `wait` holds up the queue, not the caller. Another thread may call these and
+  /// upload_pinned() while ops are queued.
   bool (*make_event)(Device*, void** event);
   bool (*free_event)(Device*, void* event);
   bool (*record)(Device*, Queue queue, void* event);

@@ -281,6 +281,7 @@ TEST_F(CudaTasks, TakeNoMemoryOnceItIsReserved) {
       by_slot[static_cast<std::size_t>(p % 8)].push_back(static_cast<std::int32_t>(p));
     }
     std::vector<ExpertTask> tasks;
+    tasks.reserve(layer.size());
     for (std::size_t e = 0; e < layer.size(); ++e) tasks.push_back({&layer[e], by_slot[e]});
     wait_for_uploads();  // they are in the queue of another backend
     for (int i = 0; i < 3; ++i) limited.experts(tasks, 8, x, hidden, out);

@@ -54,6 +54,7 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
   void SetUp() override {
     Cuda::SetUp();
     if (backend_ == nullptr) return;
+    plugin_ = &cuda_plugin();
     device_ = static_cast<CudaBackend&>(*backend_).device();
     for (std::uint32_t i = 0; i < 2; ++i) {
       experts_.push_back({random_weight(format_, kIntermediate, kHidden, 10 * i + 1),
@@ -63,7 +64,7 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
     for (const auto& m : {experts_[0].gate, experts_[0].up, experts_[0].down}) {
       slot_bytes_ += memory::Arena::padded(m.data.size()) + memory::Arena::padded(m.scales.size());
     }
-    cuda_check(plugin_, plugin_.allocate_pinned(device_, pinned_bytes(), &pinned_));
+    cuda_check(*plugin_, plugin_->allocate_pinned(device_, pinned_bytes(), &pinned_));
     for (std::size_t i = 0; i < 2; ++i) {
       std::byte* to = pinned_ + i * slot_bytes_;
       const ExpertView placed = view_in(to, experts_[i]);
@@ -85,8 +86,8 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
 
   void TearDown() override {
     if (pinned_ == nullptr) return;
-    cuda_check(plugin_, plugin_.synchronize(device_));
-    cuda_check(plugin_, plugin_.free_pinned(device_, pinned_, pinned_bytes()));
+    cuda_check(*plugin_, plugin_->synchronize(device_));
+    cuda_check(*plugin_, plugin_->free_pinned(device_, pinned_, pinned_bytes()));
   }
 
   struct Encoded {
@@ -119,7 +120,7 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
     backend_->upload(all_ones.data(), slot_, slot_bytes_);
   }
   void upload(const void* from, std::byte* to, std::size_t bytes) {
-    cuda_check(plugin_, plugin_.upload_pinned(device_, Queue::kUpload, from, to, bytes));
+    cuda_check(*plugin_, plugin_->upload_pinned(device_, Queue::kUpload, from, to, bytes));
   }
   std::size_t pinned_bytes() const { return 2 * slot_bytes_ + kBallast; }
 
@@ -129,7 +130,7 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
     poison();
     run(slot_, 0, out);  // so that all kernels are loaded
     EXPECT_TRUE(is_wrong(on_host(out)));
-    Event filled(plugin_, device_);
+    Event filled(*plugin_, device_);
     for (int i = 0; i < kBallastCopies; ++i) {
       upload(pinned_ + 2 * slot_bytes_, ballast_, kBallast);
     }
@@ -158,7 +159,7 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
 
   const WeightFormat format_ = GetParam().format;
   const std::int64_t tokens_ = GetParam().tokens;
-  const cuda::Plugin& plugin_ = cuda_plugin();
+  const cuda::Plugin* plugin_ = nullptr;
   cuda::Device* device_ = nullptr;
   std::vector<Encoded> experts_;
   std::size_t slot_bytes_ = 0;
@@ -193,9 +194,10 @@ TEST_P(CudaSlots, ARefilledSlotIsReadAnew) {
   }
   poison();
   std::vector<Matrix> outs;
+  outs.reserve(kRounds);
   for (std::size_t i = 0; i < kRounds; ++i) outs.push_back(new_out());
-  Event filled(plugin_, device_);
-  Event read(plugin_, device_);
+  Event filled(*plugin_, device_);
+  Event read(*plugin_, device_);
   read.record(Queue::kCompute);  // the poison is there
   for (std::size_t i = 0; i < kRounds; ++i) {
     read.hold_up(Queue::kUpload);
