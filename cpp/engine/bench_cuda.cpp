@@ -63,9 +63,9 @@ class Bench {
   }
 
   void moe(WeightFormat format, std::int64_t tokens, std::int64_t experts) {
-    const std::string name = "experts " + std::string(format::weight_format_name(format)) + ", " +
-                             std::to_string(experts) + " experts, " + std::to_string(tokens) +
-                             " tokens";
+    const std::string of = std::string(format::weight_format_name(format)) + ", " +
+                           std::to_string(experts) + " experts, " + std::to_string(tokens) +
+                           " tokens";
     const ops::ScratchScope scope(arena_);
     const auto views = make_experts(format, experts);
     const std::int64_t pairs = tokens * kTopK;
@@ -80,7 +80,7 @@ class Bench {
     std::vector<ops::Routing> routings;
     // One token: other experts from call to call. Several: their experts are more than the cache.
     const int rotate = tokens == 1 ? static_cast<int>(experts / pairs) : 1;
-    std::vector<bool> chosen(static_cast<std::size_t>(experts));
+    std::vector<std::vector<std::int32_t>> chosen_by(static_cast<std::size_t>(experts));
     for (int i = 0; i < rotate; ++i) {
       auto* used = arena_.take_array<std::int32_t>(count);
       std::vector<std::int32_t> choice(count);
@@ -95,20 +95,31 @@ class Bench {
         }
         for (std::size_t k = 0; k < static_cast<std::size_t>(kTopK); ++k) {
           choice[t * kTopK + k] = order[k];
-          if (i == 0) chosen[static_cast<std::size_t>(order[k])] = true;
+          if (i == 0) {
+            chosen_by[static_cast<std::size_t>(order[k])].push_back(
+                static_cast<std::int32_t>(t * kTopK + k));
+          }
         }
       }
       backend_.upload(choice.data(), used, count * sizeof(std::int32_t));
       routings.push_back({{used, count}, {used, count}, {weights, count}});
     }
-    const auto active = static_cast<double>(std::count(chosen.begin(), chosen.end(), true));
-    const double bytes = active * 3.0 *
+    std::vector<ops::ExpertTask> tasks;
+    for (std::size_t e = 0; e < chosen_by.size(); ++e) {
+      if (!chosen_by[e].empty()) tasks.push_back({&views[e], chosen_by[e]});
+    }
+    const double bytes = static_cast<double>(tasks.size()) * 3.0 *
                          static_cast<double>(format::data_bytes(format, kExpert, kHidden) +
                                              format::scale_bytes(format, kExpert, kHidden));
-    time(name, rotate, bytes, 6.0 * static_cast<double>(pairs * kHidden * kExpert), [&](int i) {
+    const double flops = 6.0 * static_cast<double>(pairs * kHidden * kExpert);
+    time("experts " + of, rotate, bytes, flops, [&](int i) {
       backend_.routed_experts(views, routings[static_cast<std::size_t>(i)], kTopK, x, hidden,
                               routed, y, nullptr);
     });
+    const std::string name = "expert tasks " + of;
+    if (!wanted(name)) return;
+    add(name, seconds_queued([&] { backend_.experts(tasks, kTopK, x, hidden, routed); }), bytes,
+        flops);
   }
 
   void attention(ops::KvFormat format, std::int64_t context, std::int64_t sequences, bool decode) {
@@ -377,9 +388,27 @@ class Bench {
     }
     void* graph = nullptr;
     check(plugin_.end_capture(device, &graph));
+    const double seconds = median_seconds([&] { check(plugin_.launch_graph(device, graph)); });
+    check(plugin_.free_graph(device, graph));
+    return seconds / (rotate * repeat);
+  }
+
+  // The same of a call that cannot be recorded.
+  double seconds_queued(const std::function<void()>& call) {
+    constexpr int kCalls = 8;
+    const double seconds = median_seconds([&] {
+      for (int i = 0; i < kCalls; ++i) call();
+    });
+    return seconds / kCalls;
+  }
+
+  double median_seconds(const std::function<void()>& queue) {
+    const auto check = [&](bool ok) { ops::cuda_check(plugin_, ok); };
+    ops::cuda::Device* device = backend_.device();
     const auto run = [&] {
+      float milliseconds = 0.0f;
       check(plugin_.mark(device, 0));
-      check(plugin_.launch_graph(device, graph));
+      queue();
       check(plugin_.mark(device, 1));
       check(plugin_.elapsed(device, 0, 1, &milliseconds));
       return milliseconds;
@@ -388,15 +417,17 @@ class Bench {
     for (float warm = 0.0f; warm < 100.0f;) warm += run();
     std::vector<float> times(9);
     for (float& time : times) time = run();
-    check(plugin_.free_graph(device, graph));
     std::nth_element(times.begin(), times.begin() + 4, times.end());
-    return times[4] * 1e-3 / (rotate * repeat);
+    return times[4] * 1e-3;
   }
 
   void time(const std::string& name, int rotate, double bytes, double flops,
             const std::function<void(int)>& call) {
     if (!wanted(name)) return;
-    const double seconds = seconds_of(rotate, call);
+    add(name, seconds_of(rotate, call), bytes, flops);
+  }
+
+  void add(const std::string& name, double seconds, double bytes, double flops) {
     results.push_back(
         {name, seconds, bytes, flops, std::max(bytes / read_rate_, flops / flop_rate_)});
   }

@@ -125,7 +125,7 @@ CudaBackend::CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t me
 CudaBackend::~CudaBackend() {
   plugin_.synchronize(device_);
   for (auto& [key, recording] : recordings_) forget(recording);
-  for (Buffer* buffer : {&workspace_, &ids_, &forced_, &up_, &rows_, &blocks_}) {
+  for (Buffer* buffer : {&workspace_, &ids_, &forced_, &rows_, &blocks_}) {
     buffer->release(*device_memory_);
   }
   for (const auto& [key, table] : expert_tables_) {
@@ -134,7 +134,7 @@ CudaBackend::~CudaBackend() {
 }
 
 void CudaBackend::upload(const void* from, void* to, std::size_t bytes) {
-  check(plugin_.upload(device_, from, to, bytes, false));
+  check(plugin_.upload(device_, from, to, bytes));
 }
 
 void CudaBackend::download(const void* from, void* to, std::size_t bytes) {
@@ -349,19 +349,12 @@ void CudaBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<co
 
 void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
                           Matrix hidden, Matrix out) {
-  for (const ExpertTask& task : tasks) {
-    for (const std::int32_t pair : task.pairs) {
-      const ConstMatrix token{x.row(pair / top_k), 1, x.cols, x.stride};
-      const ExpertView& expert = *task.expert;
-      std::byte* up_space =
-          up_.reserve(*device_memory_, static_cast<std::size_t>(hidden.cols) * sizeof(float));
-      const Matrix up{reinterpret_cast<float*>(up_space), 1, hidden.cols, hidden.cols};
-      linear(expert.gate_proj, token, hidden.slice(pair, 1), Inputs::kBf16);
-      linear(expert.up_proj, token, up, Inputs::kBf16);
-      silu_mul(hidden.slice(pair, 1), up);
-      linear(expert.down_proj, hidden.slice(pair, 1), out.slice(pair, 1), Inputs::kBf16);
-    }
-  }
+  if (tasks.empty()) return;
+  if (capturing_) throw CudaError("experts() cannot be recorded: a recording would keep its tasks");
+  const auto count = static_cast<std::int64_t>(tasks.size());
+  std::byte* space = workspace(
+      plugin_.expert_tasks_workspace(device_, tasks.front().expert, count, x.rows, top_k));
+  check(plugin_.expert_tasks(device_, tasks.data(), count, top_k, x, hidden, out, space));
 }
 
 void CudaBackend::combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
@@ -386,10 +379,11 @@ CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
                    plugin_.prefill_workspace(device_, &largest.mla, largest.context, largest.rows));
   bytes = std::max(bytes, plugin_.latent_workspace(device_, &largest.mla, 1, longest));
   if (!largest.experts.empty()) {
-    bytes =
-        std::max(bytes, plugin_.experts_workspace(device_, largest.experts.data(),
-                                                  static_cast<std::int64_t>(largest.experts.size()),
-                                                  largest.rows, largest.top_k));
+    const auto experts = static_cast<std::int64_t>(largest.experts.size());
+    for (const auto workspace_of : {plugin_.experts_workspace, plugin_.expert_tasks_workspace}) {
+      bytes = std::max(bytes, workspace_of(device_, largest.experts.data(), experts, largest.rows,
+                                           largest.top_k));
+    }
   }
   bytes =
       std::max(bytes, plugin_.sample_workspace(device_, std::max<std::int64_t>(largest.vocab, 1)));

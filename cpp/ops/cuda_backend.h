@@ -124,7 +124,11 @@ class CudaBackend final : public Backend {
   /// `forced` is on the host; `bias` and `out` are on the device.
   void route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
              std::span<const std::int32_t> forced, Routing out) override;
-  /// As tasks, for tests: what the tasks leave out stays as it was in `out`.
+  /// `tasks` and their pairs are on the host, weights on the device, where they may change between
+  /// calls as abi.h says; rows of `out` that no task names stay. Takes no memory and waits for
+  /// nothing once reserve() was told of experts and of steps that large. Throws CudaError, with
+  /// nothing queued, where tasks do not fit `x`, `hidden` and `out`, and in a step that is
+  /// recorded.
   void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
                Matrix out) override;
   void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
@@ -172,7 +176,6 @@ class CudaBackend final : public Backend {
   Buffer workspace_{"the CUDA workspace"};
   Buffer ids_{"the token ids"};
   Buffer forced_{"the forced experts"};
-  Buffer up_{"an expert's up projection"};  // of experts()
   Buffer rows_{"the rows of a step"};
   Buffer blocks_{"the table of cache blocks"};
   std::vector<cuda::RowPlace> host_rows_;   // what rows_ holds

@@ -3,7 +3,17 @@
 //
 // Every function that returns bool gives false when it failed; failure() then says why. Matrices,
 // vectors and weights lie in device memory; what is said to be on the host does not. Work is
-// queued on the device's stream in call order; only the functions that say so wait.
+// queued on the compute queue in call order; only the functions that say so wait. Every call leaves
+// the calling thread's current device as it was.
+//
+// Bytes that change between steps (an expert's slot, a streamed layer). A copy is seen by an op if
+// it comes before the op's first kernel: earlier in the compute queue, or by wait() for an event
+// recorded after it. A kernel that begins early passes by the kernel right before it only, never by
+// a copy or by wait(). But linear(), linear_pair() and routed_experts() read weights before that
+// kernel has ended, and block scales then through the first-level cache, which may still hold what
+// lay there before: only expert_tasks() is safe with bytes that it has read and that were written
+// again, as it reads nothing of an expert before then.
+// A copy over bytes that queued ops still read must wait for an event recorded after these.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +24,7 @@
 namespace dsfp4::ops::cuda {
 
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 4;
+inline constexpr std::uint32_t kAbiVersion = 5;
 
 struct Device;  // the plugin's own
 
@@ -70,6 +80,12 @@ struct DeviceRouting {
   float* weights = nullptr;
 };
 
+/// Of the lists that one expert_tasks() copies to the device: about 8 bytes a pair, 192 a task.
+inline constexpr std::size_t kMostTaskBytes = std::size_t{2} << 20;
+
+/// Queues of a device: each runs its work in order, only events order one against the other.
+enum class Queue : std::int32_t { kCompute, kUpload };
+
 struct Plugin {
   std::uint32_t version;
   std::uint32_t bytes;  // of this struct
@@ -88,12 +104,22 @@ struct Plugin {
   /// Host memory for fast copies: mapped with huge pages, then registered.
   bool (*allocate_pinned)(Device*, std::size_t bytes, std::byte** memory);
   bool (*free_pinned)(Device*, std::byte* memory, std::size_t bytes);
-  /// Copies; `upload` may return before the copy has run if `pinned`, else the bytes may change at
-  /// once. `download` waits for it.
-  bool (*upload)(Device*, const void* host, void* to, std::size_t bytes, bool pinned);
+  /// Copies in the compute queue. The bytes of `upload` may change once it returns; `download`
+  /// waits for the copy.
+  bool (*upload)(Device*, const void* host, void* to, std::size_t bytes);
   bool (*download)(Device*, const void* from, void* host, std::size_t bytes);
+  /// Returns at once. `host` is of allocate_pinned(), and stays as it is until the copy has run.
+  bool (*upload_pinned)(Device*, Queue queue, const void* host, void* to, std::size_t bytes);
+  /// Waits until both queues are empty.
   bool (*synchronize)(Device*);
-  /// The stream that all work is queued on, a cudaStream_t.
+  /// An event passes when all that its queue held as it was recorded has run; one never recorded
+  /// has passed. `wait` holds up the queue, not the caller. Another thread may call these and
+  /// upload_pinned() while ops are queued.
+  bool (*make_event)(Device*, void** event);
+  bool (*free_event)(Device*, void* event);
+  bool (*record)(Device*, Queue queue, void* event);
+  bool (*wait)(Device*, Queue queue, void* event);
+  /// The stream of the compute queue, a cudaStream_t.
   void* (*stream)(Device*);
 
   bool (*embed)(Device*, const format::WeightView* table, const std::int32_t* ids, Matrix out);
@@ -136,10 +162,11 @@ struct Plugin {
                        ConstMatrix attended, Matrix out);
 
   /// y[t] += weighted sum of the chosen experts. `table` [experts] lies on the device (its pointers
-  /// may change between steps), `first` is a copy of its first entry on the host: all experts of a
-  /// layer have one shape and one set of formats. hidden: [pairs, moe_intermediate_size]; routed:
-  /// [pairs, hidden_size]. `shared`, if not null, is added first, to nothing; a host struct with
-  /// pointers of the device; hidden has a row more for each token then.
+  /// may change between steps, the bytes they point to may not), `first` is a copy of its first
+  /// entry on the host: all experts of a layer have one shape and one set of formats. hidden:
+  /// [pairs, moe_intermediate_size]; routed: [pairs, hidden_size]. `shared`, if not null, is added
+  /// first, to nothing; a host struct with pointers of the device; hidden has a row more for each
+  /// token then.
   std::size_t (*experts_workspace)(Device*, const ExpertView* first, std::int64_t experts,
                                    std::int64_t tokens, std::int64_t top_k);
   bool (*routed_experts)(Device*, const ExpertView* table, const ExpertView* first,
@@ -148,6 +175,21 @@ struct Plugin {
                          const ExpertView* shared, std::byte* workspace);
   bool (*takes_shared)(Device*, const ExpertView* first, const ExpertView* shared,
                        std::int64_t tokens, std::int64_t top_k);
+
+  /// For every pair p of every task: row p of `out` = down(silu(gate x) * up x), x = row p / top_k;
+  /// other rows of `out` stay. Tasks, their views and their pairs lie on the host and may change
+  /// once this returns; weights may change between calls as said at the top. A pair's result
+  /// depends on x.rows and which kernels take the call's experts, not on what else is in the call.
+  /// Pairs are distinct and below x.rows * top_k; all experts have the shape of hidden [x.rows *
+  /// top_k, moe_intermediate_size] and out [x.rows * top_k, hidden_size]; a call holds up to
+  /// kMostTaskBytes of tasks and pairs; else it fails and nothing is queued. Experts of several
+  /// formats, or one that the fast kernels cannot read (FP32, odd columns, data not on 16 bytes or
+  /// scales not on 8), send the whole call through plain kernels. Not between begin_capture() and
+  /// end_capture(). Workspace: for up to `tasks` tasks and all pairs of `tokens` tokens.
+  std::size_t (*expert_tasks_workspace)(Device*, const ExpertView* expert, std::int64_t tasks,
+                                        std::int64_t tokens, std::int64_t top_k);
+  bool (*expert_tasks)(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
+                       ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace);
 
   /// `id` is on the host; waits for it.
   std::size_t (*sample_workspace)(Device*, std::int64_t vocab);

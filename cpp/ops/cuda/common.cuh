@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -18,12 +19,22 @@ struct Device {
   int major = 0;       // of the compute capability
   bool wgmma = false;  // whether kernels that use it may run
   int multiprocessors = 0;
-  int shared_bytes = 0;  // that a block may have
-  cudaStream_t stream = nullptr;
-  std::byte* ring = nullptr;  // pinned: small uploads pass through it
+  int shared_bytes = 0;           // that a block may have
+  CUcontext context = nullptr;    // the device's primary one
+  cudaStream_t stream = nullptr;  // of Queue::kCompute
+  cudaStream_t uploads = nullptr;
+  std::byte* ring = nullptr;  // pinned, two halves: small uploads pass through it
   std::size_t ring_at = 0;
+  cudaEvent_t ring_left[2] = {};  // recorded as a half has been handed out
   cudaEvent_t marks[kMarks] = {};
 };
+
+constexpr std::size_t kRingHalf = kMostTaskBytes;
+
+/// Up to `bytes` of the ring, at least one, and all of them if `whole` (at most kRingHalf), for a
+/// copy that is queued before the next call; null if that failed. Waits only where copies of half a
+/// ring ago have not run.
+std::byte* ring_space(Device*, std::size_t& bytes, bool whole);
 
 /// Notes a failure; always false.
 bool fail(cudaError_t code, const char* call, const char* source, int line);
@@ -45,10 +56,10 @@ bool fail(cudaError_t code, const char* call, const char* source, int line);
 
 /// Launches a kernel that may begin while the one before it still runs, where the GPU can do that
 /// (from compute capability 9.0 on). Such a kernel calls wait_for_inputs() first of all, or after
-/// reading what no kernel writes, and then let_next_begin(). So what a kernel reads before it waits
-/// may come from the last kernel but one, if it is read past the first-level cache (__ldcg,
-/// cp.async.cg), where only the wait makes it visible. Clusters of `cluster` blocks along x,
-/// from 9.0 on.
+/// reading what no kernel writes (nor a copy, once it was read: see abi.h), and then
+/// let_next_begin(). So what a kernel reads before it waits may come from the last kernel but one,
+/// if it is read past the first-level cache (__ldcg, cp.async.cg), where only the wait makes it
+/// visible. Clusters of `cluster` blocks along x, from 9.0 on.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(Device* device, void (*kernel)(Parameters...), dim3 grid,
                             unsigned threads, std::size_t shared, int cluster,

@@ -2,19 +2,22 @@
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/decode.cuh"
 #include "ops/cuda/kernels.h"
+#include "ops/cuda/task_list.cuh"
 
 namespace dsfp4::ops::cuda {
 namespace {
 
 constexpr int kWarps = 4;
 
-// One warp a (pair, row): hidden = silu(gate x) * up x.
+// One warp a (pair, row): hidden = silu(gate x) * up x. `pairs`: those of the grid; null: all, in
+// order.
 __global__ void gate_up_plain_kernel(const ExpertView* table, const std::int32_t* used,
-                                     std::int64_t top_k, ConstMatrix x, Matrix hidden) {
+                                     const std::int32_t* pairs, std::int64_t top_k, ConstMatrix x,
+                                     Matrix hidden) {
   const std::int64_t row = blockIdx.x * std::int64_t{kWarps} + threadIdx.x / 32;
   if (row >= hidden.cols) return;
-  const std::int64_t pair = blockIdx.y;
-  const ExpertView& expert = table[used[pair]];
+  const std::int64_t pair = pairs == nullptr ? blockIdx.y : pairs[blockIdx.y];
+  const ExpertView& expert = table[used[blockIdx.y]];
   const float* token = x.data + pair / top_k * x.stride;
   float gate = 0.0f;
   float up = 0.0f;
@@ -28,12 +31,12 @@ __global__ void gate_up_plain_kernel(const ExpertView* table, const std::int32_t
   if (threadIdx.x % 32 == 0) hidden.data[pair * hidden.stride + row] = silu(gate) * up;
 }
 
-__global__ void down_plain_kernel(const ExpertView* table, const std::int32_t* used, Matrix hidden,
-                                  Matrix routed) {
+__global__ void down_plain_kernel(const ExpertView* table, const std::int32_t* used,
+                                  const std::int32_t* pairs, Matrix hidden, Matrix routed) {
   const std::int64_t row = blockIdx.x * std::int64_t{kWarps} + threadIdx.x / 32;
   if (row >= routed.cols) return;
-  const std::int64_t pair = blockIdx.y;
-  const WeightView& down = table[used[pair]].down_proj;
+  const std::int64_t pair = pairs == nullptr ? blockIdx.y : pairs[blockIdx.y];
+  const WeightView& down = table[used[blockIdx.y]].down_proj;
   const float* from = hidden.data + pair * hidden.stride;
   float sum = 0.0f;
   for (std::int64_t i = threadIdx.x % 32; i < hidden.cols; i += 32) {
@@ -43,11 +46,22 @@ __global__ void down_plain_kernel(const ExpertView* table, const std::int32_t* u
   if (threadIdx.x % 32 == 0) routed.data[pair * routed.stride + row] = sum;
 }
 
-// Up to here tokens seldom share an expert.
-constexpr std::int64_t kFew = 4;
+// `pairs` as the kernels take them, `count` of them.
+bool plain(Device* device, const ExpertView* table, const std::int32_t* used,
+           const std::int32_t* pairs, std::int64_t count, std::int64_t top_k, ConstMatrix x,
+           Matrix hidden, Matrix routed) {
+  const auto grid_rows = static_cast<unsigned>(count);
+  gate_up_plain_kernel<<<dim3(blocks_for(hidden.cols, kWarps), grid_rows), kWarps * 32, 0,
+                         device->stream>>>(table, used, pairs, top_k, x, hidden);
+  DSFP4_LAUNCHED("gate_up_plain_kernel");
+  down_plain_kernel<<<dim3(blocks_for(routed.cols, kWarps), grid_rows), kWarps * 32, 0,
+                      device->stream>>>(table, used, pairs, hidden, routed);
+  DSFP4_LAUNCHED("down_plain_kernel");
+  return true;
+}
 
 bool is_large(const ExpertView& first, std::int64_t experts, std::int64_t tokens) {
-  return tokens > kFew && experts_large_fit(first, experts);
+  return tokens > kFewTokens && experts_large_fit(first, experts);
 }
 
 }  // namespace
@@ -74,14 +88,13 @@ bool routed_experts(Device* device, const ExpertView* table, const ExpertView* f
   if (experts_small_fit(device, *first, x, hidden, top_k)) {
     return experts_small(device, table, *first, experts, routing, top_k, x, hidden, y, nullptr);
   }
-  const auto pairs = static_cast<unsigned>(x.rows * top_k);
-  gate_up_plain_kernel<<<dim3(blocks_for(hidden.cols, kWarps), pairs), kWarps * 32, 0,
-                         device->stream>>>(table, routing.used, top_k, x, hidden);
-  DSFP4_LAUNCHED("gate_up_plain_kernel");
-  down_plain_kernel<<<dim3(blocks_for(routed.cols, kWarps), pairs), kWarps * 32, 0,
-                      device->stream>>>(table, routing.used, hidden, routed);
-  DSFP4_LAUNCHED("down_plain_kernel");
-  return combine(device, routed, routing.weights, top_k, y);
+  return plain(device, table, routing.used, nullptr, x.rows * top_k, top_k, x, hidden, routed) &&
+         combine(device, routed, routing.weights, top_k, y);
+}
+
+bool tasks_plain(Device* device, const TaskList& list, std::int64_t top_k, ConstMatrix x,
+                 Matrix hidden, Matrix out) {
+  return plain(device, list.table, list.used, list.sorted, list.pairs, top_k, x, hidden, out);
 }
 
 bool takes_shared(Device* device, const ExpertView* first, const ExpertView* shared,
@@ -89,7 +102,7 @@ bool takes_shared(Device* device, const ExpertView* first, const ExpertView* sha
   const auto alike = [](const WeightView& a, const WeightView& b) {
     return a.format == b.format && a.rows == b.rows && a.cols == b.cols;
   };
-  if (tokens > kFew || !alike(first->gate_proj, shared->gate_proj) ||
+  if (tokens > kFewTokens || !alike(first->gate_proj, shared->gate_proj) ||
       !alike(first->up_proj, shared->up_proj) || !alike(first->down_proj, shared->down_proj)) {
     return false;
   }

@@ -1,9 +1,11 @@
 // The chosen experts of few tokens: two launches, gate + up + SiLU, then down with the weighted
-// sum. Floor: the bytes of the chosen experts, each read once for every token that chose it.
-// Experts are read through the device's table, so that their bytes may move between steps.
+// sum, or by pairs without it. Floor: the bytes of the chosen experts, each read once for every
+// token that chose it. Experts are read through the device's table, so that they may move between
+// steps.
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/one_token.cuh"
 #include "ops/cuda/small.cuh"
+#include "ops/cuda/task_list.cuh"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -18,12 +20,30 @@ constexpr int kMostDownWarps = 18;
 // The experts of a launch: `slots` pairs a token, of which the first top_k were chosen; then, if
 // there is one more, the shared expert, of weight 1.
 struct Chosen {
+  static constexpr bool kListed = false;
   const ExpertView* table;
   int experts;  // in the table
   const std::int32_t* used;
   const float* weights;
   int top_k, slots;
   ExpertView shared;
+
+  __device__ __forceinline__ int token(int pair) const { return pair / slots; }
+};
+
+// Pairs by themselves, each like a token of one slot: listed pair i is pair pairs[i] of the step,
+// and its expert table[used[i]]. These may be written again between steps, so nothing of them is
+// read before the kernel before has ended.
+struct Listed {
+  static constexpr bool kListed = true;
+  static constexpr int slots = 1;
+  const ExpertView* table;
+  int experts;
+  const std::int32_t* used;
+  const std::int32_t* pairs;
+  int top_k;
+
+  __device__ __forceinline__ int token(int pair) const { return pairs[pair] / top_k; }
 };
 
 // What a launch needs of one matrix of an expert.
@@ -48,6 +68,13 @@ __device__ __forceinline__ Source source_of(const Chosen& chosen, int pair,
   return {weight.data, weight.scales, Product::epilogue(weight.global_scale)};
 }
 
+template <typename Product>
+__device__ __forceinline__ Source source_of(const Listed& listed, int pair,
+                                            WeightView ExpertView::*matrix) {
+  const WeightView& weight = listed.table[listed.used[pair]].*matrix;
+  return {weight.data, weight.scales, Product::epilogue(weight.global_scale)};
+}
+
 // This block's part of all work: blocks that run together read what lies together.
 __device__ __forceinline__ Tiles share_of(int work) {
   return {static_cast<int>(blockIdx.x), work, static_cast<int>(gridDim.x)};
@@ -60,9 +87,9 @@ constexpr bool kDigits = requires { requires Product::kGroup == kTile; };
 // Work is (pair, row tile). Even warps do gate_proj, odd ones up_proj, each its share of the
 // columns. The last warp, which has no more of them than any other, adds the shares up. hidden
 // [pairs, rows].
-template <WeightFormat kFormat, typename Product, int kWarps>
+template <WeightFormat kFormat, typename Product, int kWarps, typename Pairs>
 __global__ void __launch_bounds__(kWarps * 32, 1)
-    gate_up_kernel(const __grid_constant__ Chosen chosen, ConstMatrix x, Matrix hidden) {
+    gate_up_kernel(const __grid_constant__ Pairs chosen, ConstMatrix x, Matrix hidden) {
   extern __shared__ uint4 shared[];
   __shared__ float parts[2][kWarps][kTile];
   __shared__ Source sources[2][kMostPairs];
@@ -100,7 +127,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         return Rows<kFormat>(source.data, source.scales, rows, cols, i % tiles * kTile);
       },
       [&](int i) {
-        const int token = i / tiles / chosen.slots;
+        const int token = chosen.token(i / tiles);
         if (token == staged_token) return;
         if (staged_token >= 0) __syncthreads();  // the last one is used
         Product::stage(x.data + token * x.stride, cols, staged, thread, kWarps * 32);
@@ -137,10 +164,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
 }
 
 // Work is (token, `together` row tiles), each of `slots` warps: its warp k does slot k. The slots
-// are summed in order, after the shared expert or what y is.
-template <WeightFormat kFormat, typename Product, int kWarps>
+// are summed in order, after the shared expert or what y is; a listed pair's row is written.
+template <WeightFormat kFormat, typename Product, int kWarps, typename Pairs>
 __global__ void __launch_bounds__(kWarps * 32, 1)
-    down_kernel(const __grid_constant__ Chosen chosen, int together, ConstMatrix hidden, Matrix y) {
+    down_kernel(const __grid_constant__ Pairs chosen, int together, ConstMatrix hidden, Matrix y) {
   extern __shared__ uint4 shared[];
   __shared__ float parts[2][kWarps][kTile];
   __shared__ Source sources[kMostPairs];
@@ -158,10 +185,13 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   auto* rings = reinterpret_cast<std::byte*>(shared);
   std::byte* staged = rings + slots * together * kRingBytes + slot * Product::token_bytes(pieces);
   const auto first_row = [&](int i) { return i % tiles * kTile * together; };
+  if constexpr (Pairs::kListed) begin_kernel();
   for (int i = thread; i < pairs; i += static_cast<int>(blockDim.x)) {
     sources[i] = source_of<Product>(chosen, i, &ExpertView::down_proj);
-    if (i % slots < chosen.top_k) {
-      sources[i].scale *= __ldcg(chosen.weights + i / slots * chosen.top_k + i % slots);
+    if constexpr (!Pairs::kListed) {
+      if (i % slots < chosen.top_k) {
+        sources[i].scale *= __ldcg(chosen.weights + i / slots * chosen.top_k + i % slots);
+      }
     }
   }
   __syncthreads();
@@ -181,7 +211,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
           // Beyond the ring, while the kernel before ends.
           const auto first = rows_of(i);
           for (int piece = kRing; piece < pieces; ++piece) first.prefetch(piece);
-          begin_kernel();
+          if constexpr (!Pairs::kListed) begin_kernel();
         } else {
           __syncthreads();  // the last one is used
         }
@@ -209,11 +239,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         __syncthreads();
         const int row = first_row(i) + thread;
         if (thread >= kTile * together || row >= rows) return;
-        float* to = y.data + token * y.stride + row;
-        const int first = thread / kTile * slots;
-        float sum = slots > chosen.top_k ? set[first + chosen.top_k][thread % kTile] : *to;
-        for (int k = 0; k < chosen.top_k; ++k) sum += set[first + k][thread % kTile];
-        *to = sum;
+        if constexpr (Pairs::kListed) {
+          y.data[std::int64_t{chosen.pairs[token]} * y.stride + row] =
+              set[thread / kTile][thread % kTile];
+        } else {
+          float* to = y.data + token * y.stride + row;
+          const int first = thread / kTile * slots;
+          float sum = slots > chosen.top_k ? set[first + chosen.top_k][thread % kTile] : *to;
+          for (int k = 0; k < chosen.top_k; ++k) sum += set[first + k][thread % kTile];
+          *to = sum;
+        }
       });
 }
 
@@ -228,6 +263,7 @@ std::size_t shared_bytes(std::int64_t warps, std::int64_t cols, std::int64_t tok
 struct Plan {
   int gate_up_warps = 0;  // 16 or 8; 0: not even that fits
   int together = 0;       // row tiles that a block of down_kernel does at a time: 2, 1 or 0
+  int listed = 0;         // the same, of listed pairs: 16, 8 or 0
 };
 
 template <WeightFormat kFormat>
@@ -240,26 +276,24 @@ Plan plan_for(Device* device, std::int64_t gate_cols, std::int64_t down_cols, st
   Plan plan;
   plan.gate_up_warps = fits(16, gate_cols, 1) ? 16 : fits(8, gate_cols, 1) ? 8 : 0;
   plan.together = fits(2 * slots, down_cols, slots) ? 2 : fits(slots, down_cols, slots) ? 1 : 0;
+  plan.listed = fits(16, down_cols, 1) ? 16 : fits(8, down_cols, 1) ? 8 : 0;
   return plan;
 }
 
-template <WeightFormat kFormat>
-bool fit(Device* device, const ExpertView& expert, std::int64_t slots) {
-  const Plan plan = plan_for<kFormat>(device, expert.gate_proj.cols, expert.down_proj.cols, slots);
-  return plan.gate_up_warps > 0 && plan.together > 0;
-}
-
-template <WeightFormat kFormat>
-bool launch(Device* device, const Chosen& chosen, ConstMatrix x, Matrix hidden, Matrix y) {
+// Two kernels over the pairs of hidden's rows.
+template <WeightFormat kFormat, typename Pairs>
+bool launch(Device* device, const Pairs& pairs, int gate_up_warps, int together, ConstMatrix x,
+            Matrix hidden, Matrix y) {
   using Product = typename OneToken<kFormat>::Product;
-  const int slots = chosen.slots;
-  const Plan plan = plan_for<kFormat>(device, x.cols, hidden.cols, slots);
-  const auto gate_up = plan.gate_up_warps == 16 ? gate_up_kernel<kFormat, Product, 16>
-                                                : gate_up_kernel<kFormat, Product, 8>;
-  const auto down = slots * plan.together <= 16 ? down_kernel<kFormat, Product, 16>
-                                                : down_kernel<kFormat, Product, kMostDownWarps>;
-  const std::size_t gate_up_shared = shared_bytes<kFormat>(plan.gate_up_warps, x.cols, 1);
-  const std::size_t down_shared = shared_bytes<kFormat>(slots * plan.together, hidden.cols, slots);
+  const int slots = pairs.slots;
+  const auto gate_up = gate_up_warps == 16 ? gate_up_kernel<kFormat, Product, 16, Pairs>
+                                           : gate_up_kernel<kFormat, Product, 8, Pairs>;
+  auto down = down_kernel<kFormat, Product, 16, Pairs>;
+  if constexpr (!Pairs::kListed) {
+    if (slots * together > 16) down = down_kernel<kFormat, Product, kMostDownWarps, Pairs>;
+  }
+  const std::size_t gate_up_shared = shared_bytes<kFormat>(gate_up_warps, x.cols, 1);
+  const std::size_t down_shared = shared_bytes<kFormat>(slots * together, hidden.cols, slots);
   DSFP4_TRY(cudaFuncSetAttribute(gate_up, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(gate_up_shared)));
   DSFP4_TRY(cudaFuncSetAttribute(down, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -267,41 +301,34 @@ bool launch(Device* device, const Chosen& chosen, ConstMatrix x, Matrix hidden, 
   const auto grid = [&](std::int64_t work) {
     return static_cast<unsigned>(std::min<std::int64_t>(work, device->multiprocessors));
   };
-  hidden.rows = x.rows * slots;
   DSFP4_TRY(ops::cuda::launch(
       device, gate_up, grid((hidden.cols + kTile - 1) / kTile * hidden.rows),
-      static_cast<unsigned>(plan.gate_up_warps * 32), gate_up_shared, chosen, x, hidden));
-  const int tiles = plan.together;
+      static_cast<unsigned>(gate_up_warps * 32), gate_up_shared, pairs, x, hidden));
   DSFP4_TRY(ops::cuda::launch(
-      device, down, grid((y.cols + kTile * tiles - 1) / (kTile * tiles) * y.rows),
-      static_cast<unsigned>(slots * tiles * 32), down_shared, chosen, tiles, hidden, y));
+      device, down, grid((y.cols + kTile * together - 1) / (kTile * together) * y.rows),
+      static_cast<unsigned>(slots * together * 32), down_shared, pairs, together, hidden, y));
   return true;
+}
+
+bool readable(const ExpertView& expert, ConstMatrix x, ConstMatrix hidden) {
+  const WeightFormat format = expert.gate_proj.format;
+  return format != WeightFormat::kF32 && expert.up_proj.format == format &&
+         expert.down_proj.format == format && has_fours(x) && has_fours(hidden) &&
+         has_pieces(expert.gate_proj) && has_pieces(expert.up_proj) && has_pieces(expert.down_proj);
 }
 
 }  // namespace
 
 bool experts_small_fit(Device* device, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden,
                        std::int64_t slots) {
-  const WeightFormat format = expert.gate_proj.format;
-  if (expert.up_proj.format != format || expert.down_proj.format != format ||
-      slots > kMostDownWarps || x.rows * slots > kMostPairs || !has_fours(x) ||
-      !has_fours(hidden) || !has_pieces(expert.gate_proj) || !has_pieces(expert.up_proj) ||
-      !has_pieces(expert.down_proj)) {
+  if (slots > kMostDownWarps || x.rows * slots > kMostPairs || !readable(expert, x, hidden)) {
     return false;
   }
-  switch (format) {
-    case WeightFormat::kBF16:
-      return fit<WeightFormat::kBF16>(device, expert, slots);
-    case WeightFormat::kFp8Block:
-      return fit<WeightFormat::kFp8Block>(device, expert, slots);
-    case WeightFormat::kNvfp4:
-      return fit<WeightFormat::kNvfp4>(device, expert, slots);
-    case WeightFormat::kMxfp4:
-      return fit<WeightFormat::kMxfp4>(device, expert, slots);
-    case WeightFormat::kF32:
-      break;
-  }
-  return false;
+  return for_format(expert.gate_proj.format, [&]<WeightFormat kFormat>() {
+    const Plan plan =
+        plan_for<kFormat>(device, expert.gate_proj.cols, expert.down_proj.cols, slots);
+    return plan.gate_up_warps > 0 && plan.together > 0;
+  });
 }
 
 bool experts_small(Device* device, const ExpertView* table, const ExpertView& first,
@@ -315,19 +342,36 @@ bool experts_small(Device* device, const ExpertView* table, const ExpertView& fi
                       slots,
                       shared == nullptr ? slots : slots + 1,
                       shared == nullptr ? first : *shared};
-  switch (first.gate_proj.format) {
-    case WeightFormat::kBF16:
-      return launch<WeightFormat::kBF16>(device, chosen, x, hidden, y);
-    case WeightFormat::kFp8Block:
-      return launch<WeightFormat::kFp8Block>(device, chosen, x, hidden, y);
-    case WeightFormat::kNvfp4:
-      return launch<WeightFormat::kNvfp4>(device, chosen, x, hidden, y);
-    case WeightFormat::kMxfp4:
-      return launch<WeightFormat::kMxfp4>(device, chosen, x, hidden, y);
-    case WeightFormat::kF32:
-      break;
-  }
-  return fail(cudaErrorInvalidValue, "experts_small of FP32 experts", __FILE__, __LINE__);
+  hidden.rows = x.rows * chosen.slots;
+  return for_format(first.gate_proj.format, [&]<WeightFormat kFormat>() {
+    const Plan plan = plan_for<kFormat>(device, x.cols, hidden.cols, chosen.slots);
+    return launch<kFormat>(device, chosen, plan.gate_up_warps, plan.together, x, hidden, y);
+  });
+}
+
+bool tasks_small_fit(Device* device, const ExpertView& expert, ConstMatrix x, ConstMatrix hidden) {
+  return readable(expert, x, hidden) &&
+         for_format(expert.gate_proj.format, [&]<WeightFormat kFormat>() {
+           const Plan plan =
+               plan_for<kFormat>(device, expert.gate_proj.cols, expert.down_proj.cols, 1);
+           return plan.gate_up_warps > 0 && plan.listed > 0;
+         });
+}
+
+bool tasks_small(Device* device, const TaskList& list, const ExpertView& first, std::int64_t top_k,
+                 ConstMatrix x, Matrix hidden, Matrix out) {
+  return for_format(first.gate_proj.format, [&]<WeightFormat kFormat>() {
+    const Plan plan = plan_for<kFormat>(device, x.cols, hidden.cols, 1);
+    for (std::int64_t at = 0; at < list.pairs; at += kMostPairs) {
+      hidden.rows = out.rows = std::min<std::int64_t>(list.pairs - at, kMostPairs);
+      const Listed listed{list.table, static_cast<int>(list.tasks), list.used + at,
+                          list.sorted + at, static_cast<int>(top_k)};
+      if (!launch<kFormat>(device, listed, plan.gate_up_warps, plan.listed, x, hidden, out)) {
+        return false;
+      }
+    }
+    return true;
+  });
 }
 
 }  // namespace dsfp4::ops::cuda

@@ -120,6 +120,12 @@ bool routed_experts(Device*, const ExpertView* table, const ExpertView* first, s
 bool takes_shared(Device*, const ExpertView* first, const ExpertView* shared, std::int64_t tokens,
                   std::int64_t top_k);
 
+// expert_tasks.cu
+std::size_t expert_tasks_workspace(Device*, const ExpertView* expert, std::int64_t tasks,
+                                   std::int64_t tokens, std::int64_t top_k);
+bool expert_tasks(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
+                  ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace);
+
 // sampler.cu
 std::size_t sample_workspace(Device*, std::int64_t vocab);
 bool sample(Device*, ConstMatrix logits, const SampleSpec* spec, std::byte* workspace,

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "ops/cuda/copies.cuh"
+#include "ops/cuda/task_list.cuh"
 #include "ops/cuda/words.cuh"
 
 namespace dsfp4::ops::cuda {
@@ -26,11 +27,6 @@ __host__ __device__ constexpr std::int64_t activation_place(std::int64_t k) {
   const int place = decoded_place<kFormat>(in % W::kLane);
   return k - in + place / 4 * 16 + place % 4 / 2 * 8 + in / W::kLane * 2 + place % 2;
 }
-
-/// A run of pairs that chose one expert: sorted[first, first + count).
-struct LargeTask {
-  std::int32_t expert, first, count;
-};
 
 /// What the rows of a block are.
 enum class Large {

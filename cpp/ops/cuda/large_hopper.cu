@@ -364,24 +364,6 @@ bool tasks_of(Device* device, const LargeArguments& arguments, int tile, std::in
   return launch_shape<kFormat, kWhat, kHopperTask, 2, 2>(device, arguments, tasks);
 }
 
-// Calls with the format as a constant.
-template <class Call>
-bool for_format(WeightFormat format, const Call& call) {
-  switch (format) {
-    case WeightFormat::kBF16:
-      return call.template operator()<WeightFormat::kBF16>();
-    case WeightFormat::kFp8Block:
-      return call.template operator()<WeightFormat::kFp8Block>();
-    case WeightFormat::kNvfp4:
-      return call.template operator()<WeightFormat::kNvfp4>();
-    case WeightFormat::kMxfp4:
-      return call.template operator()<WeightFormat::kMxfp4>();
-    case WeightFormat::kF32:
-      break;
-  }
-  return fail(cudaErrorInvalidValue, "large_hopper of FP32 weights", __FILE__, __LINE__);
-}
-
 }  // namespace
 
 bool dense_hopper(Device* device, const LargeArguments& arguments) {

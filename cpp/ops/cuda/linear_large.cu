@@ -9,7 +9,6 @@ namespace dsfp4::ops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLeastTile = 32;
 
 template <WeightFormat kFormat>
 __global__ void prepare_kernel(ConstMatrix x, __nv_bfloat16* out) {
@@ -17,6 +16,17 @@ __global__ void prepare_kernel(ConstMatrix x, __nv_bfloat16* out) {
   __nv_bfloat16* to = out + blockIdx.y * x.cols;
   const std::int64_t k = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
   if (k < x.cols) to[activation_place<kFormat>(k)] = __float2bfloat16_rn(from[k]);
+}
+
+// prepare_kernel() of the rows pairs[i] / per_row alone.
+template <WeightFormat kFormat>
+__global__ void prepare_listed_kernel(ConstMatrix x, const std::int32_t* pairs, int per_row,
+                                      __nv_bfloat16* out) {
+  const std::int64_t row = pairs[blockIdx.y] / per_row;
+  const std::int64_t k = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  if (k >= x.cols) return;
+  out[row * x.cols + activation_place<kFormat>(k)] =
+      __float2bfloat16_rn(x.data[row * x.stride + k]);
 }
 
 // One block. Counts the pairs of each expert, gives each expert a run of `sorted`, and cuts the
@@ -87,6 +97,16 @@ bool prepare(Device* device, ConstMatrix x, __nv_bfloat16* out) {
 }
 
 template <WeightFormat kFormat>
+bool prepare_listed(Device* device, ConstMatrix x, const TaskList& list, std::int64_t per_row,
+                    __nv_bfloat16* out) {
+  prepare_listed_kernel<kFormat>
+      <<<dim3(blocks_for(x.cols, kThreads), static_cast<unsigned>(list.pairs)), kThreads, 0,
+         device->stream>>>(x, list.sorted, static_cast<int>(per_row), out);
+  DSFP4_LAUNCHED("prepare_listed_kernel");
+  return true;
+}
+
+template <WeightFormat kFormat>
 bool dense_prepared(Device* device, const WeightView& weight, const __nv_bfloat16* prepared,
                     Matrix y, __nv_bfloat16* rounded) {
   LargeArguments arguments{};
@@ -152,41 +172,29 @@ struct Grouped {
   std::int32_t* task_count;
 };
 
-// Pairs of a task: most experts' fit in one.
-int task_tile(const Device* device, std::int64_t experts, std::int64_t pairs) {
-  if (!device->wgmma) return kLargeTokens;
-  const std::int64_t mean = pairs / std::min(experts, pairs);
-  return mean <= 20 ? 32 : mean <= 44 ? 64 : kHopperTask;
-}
-
-std::int64_t most_tasks(std::int64_t experts, std::int64_t pairs, int tile) {
-  return std::min(experts, pairs) + pairs / tile;
+Grouped carve_activations(Carver& carver, const ExpertView& expert, std::int64_t tokens,
+                          std::int64_t top_k) {
+  Grouped grouped{};
+  grouped.x = carver.take<__nv_bfloat16>(tokens * expert.gate_proj.cols);
+  grouped.hidden = carver.take<__nv_bfloat16>(tokens * top_k * expert.down_proj.cols);
+  return grouped;
 }
 
 Grouped carve(Carver& carver, const ExpertView& expert, std::int64_t experts, std::int64_t tokens,
               std::int64_t top_k) {
   const std::int64_t pairs = tokens * top_k;
-  Grouped grouped{};
-  grouped.x = carver.take<__nv_bfloat16>(tokens * expert.gate_proj.cols);
-  grouped.hidden = carver.take<__nv_bfloat16>(pairs * expert.down_proj.cols);
+  Grouped grouped = carve_activations(carver, expert, tokens, top_k);
   grouped.sorted = carver.take<std::int32_t>(pairs);
-  grouped.tasks = carver.take<LargeTask>(most_tasks(experts, pairs, kLeastTile));
+  grouped.tasks = carver.take<LargeTask>(most_runs(experts, pairs, kLeastTile));
   grouped.task_count = carver.take<std::int32_t>(1);
   return grouped;
 }
 
-template <WeightFormat kFormat>
-bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& first,
-                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
-                     Matrix hidden, Matrix routed, const Grouped& grouped) {
-  const std::int64_t pairs = x.rows * top_k;
-  const int tile = task_tile(device, experts, pairs);
-  const std::int64_t tasks = most_tasks(experts, pairs, tile);
-  group_kernel<<<1, 1024, static_cast<std::size_t>(2 * experts) * sizeof(std::int32_t),
-                 device->stream>>>(routing.used, static_cast<int>(pairs), static_cast<int>(experts),
-                                   tile, grouped.sorted, grouped.tasks, grouped.task_count);
-  DSFP4_LAUNCHED("group_kernel");
-  if (!prepare<kFormat>(device, x, grouped.x)) return false;
+// hidden, then routed, of grouped pairs, whose x is prepared; prepare_hidden() is for between.
+template <WeightFormat kFormat, class PrepareHidden>
+bool grouped_products(Device* device, const ExpertView* table, const ExpertView& first,
+                      std::int64_t top_k, Matrix hidden, Matrix routed, const Grouped& grouped,
+                      int tile, std::int64_t tasks, const PrepareHidden& prepare_hidden) {
   LargeArguments arguments{};
   arguments.table = table;
   arguments.tasks = grouped.tasks;
@@ -194,9 +202,9 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
   arguments.sorted = grouped.sorted;
   arguments.top_k = static_cast<int>(top_k);
   arguments.x = grouped.x;
-  arguments.x_stride = x.cols;
+  arguments.x_stride = first.gate_proj.cols;
   arguments.rows = first.gate_proj.rows;
-  arguments.cols = x.cols;
+  arguments.cols = first.gate_proj.cols;
   arguments.y = hidden;
   constexpr int kHiddenRows = LargeShape<kFormat, 4>::kRows / 2;
   if (device->wgmma) {
@@ -205,7 +213,7 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
                  device, arguments, (hidden.cols + kHiddenRows - 1) / kHiddenRows, tasks)) {
     return false;
   }
-  if (!prepare<kFormat>(device, hidden, grouped.hidden)) return false;
+  if (!prepare_hidden()) return false;
   arguments.x = grouped.hidden;
   arguments.x_stride = hidden.cols;
   arguments.rows = first.down_proj.rows;
@@ -215,6 +223,37 @@ bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& 
   return launch<kFormat, 4, Large::kDown>(
       device, arguments,
       (routed.cols + LargeShape<kFormat, 4>::kRows - 1) / LargeShape<kFormat, 4>::kRows, tasks);
+}
+
+template <WeightFormat kFormat>
+bool grouped_experts(Device* device, const ExpertView* table, const ExpertView& first,
+                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
+                     Matrix hidden, Matrix routed, const Grouped& grouped) {
+  const std::int64_t pairs = x.rows * top_k;
+  const int tile = large_tile(device, experts, pairs);
+  group_kernel<<<1, 1024, static_cast<std::size_t>(2 * experts) * sizeof(std::int32_t),
+                 device->stream>>>(routing.used, static_cast<int>(pairs), static_cast<int>(experts),
+                                   tile, grouped.sorted, grouped.tasks, grouped.task_count);
+  DSFP4_LAUNCHED("group_kernel");
+  return prepare<kFormat>(device, x, grouped.x) &&
+         grouped_products<kFormat>(device, table, first, top_k, hidden, routed, grouped, tile,
+                                   most_runs(experts, pairs, tile), [&] {
+                                     return prepare<kFormat>(device, hidden, grouped.hidden);
+                                   });
+}
+
+// Rows that the list names, where these are fewer than all.
+template <WeightFormat kFormat>
+bool listed_experts(Device* device, const TaskList& list, const ExpertView& first,
+                    std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
+                    const Grouped& grouped) {
+  const bool x_ready = list.pairs < x.rows
+                           ? prepare_listed<kFormat>(device, x, list, top_k, grouped.x)
+                           : prepare<kFormat>(device, x, grouped.x);
+  return x_ready &&
+         grouped_products<kFormat>(
+             device, list.table, first, top_k, hidden, routed, grouped, list.tile, list.most_runs,
+             [&] { return prepare_listed<kFormat>(device, hidden, list, 1, grouped.hidden); });
 }
 
 bool whole_chunks(const WeightView& weight) {
@@ -235,19 +274,9 @@ std::size_t linear_large_workspace(const WeightView& weight, std::int64_t tokens
 
 bool linear_large(Device* device, const WeightView& weight, ConstMatrix x, Matrix y,
                   std::byte* workspace) {
-  switch (weight.format) {
-    case WeightFormat::kBF16:
-      return dense<WeightFormat::kBF16>(device, weight, x, y, workspace);
-    case WeightFormat::kFp8Block:
-      return dense<WeightFormat::kFp8Block>(device, weight, x, y, workspace);
-    case WeightFormat::kNvfp4:
-      return dense<WeightFormat::kNvfp4>(device, weight, x, y, workspace);
-    case WeightFormat::kMxfp4:
-      return dense<WeightFormat::kMxfp4>(device, weight, x, y, workspace);
-    case WeightFormat::kF32:
-      break;
-  }
-  return fail(cudaErrorInvalidValue, "linear_large of FP32 weights", __FILE__, __LINE__);
+  return for_format(weight.format, [&]<WeightFormat kFormat>() {
+    return dense<kFormat>(device, weight, x, y, workspace);
+  });
 }
 
 bool experts_large_fit(const ExpertView& expert, std::int64_t experts) {
@@ -255,6 +284,16 @@ bool experts_large_fit(const ExpertView& expert, std::int64_t experts) {
   return expert.up_proj.format == format && expert.down_proj.format == format && experts <= 4096 &&
          whole_chunks(expert.gate_proj) && whole_chunks(expert.up_proj) &&
          whole_chunks(expert.down_proj);
+}
+
+int large_tile(const Device* device, std::int64_t tasks, std::int64_t pairs) {
+  if (!device->wgmma) return kLargeTokens;
+  const std::int64_t mean = pairs / std::min(tasks, pairs);  // most experts' fit in one
+  return mean <= 20 ? 32 : mean <= 44 ? 64 : kHopperTask;
+}
+
+std::int64_t most_runs(std::int64_t tasks, std::int64_t pairs, int tile) {
+  return std::min(tasks, pairs) + pairs / tile;
 }
 
 std::size_t experts_large_workspace(const ExpertView& expert, std::int64_t experts,
@@ -269,23 +308,29 @@ bool experts_large(Device* device, const ExpertView* table, const ExpertView& fi
                    Matrix hidden, Matrix routed, std::byte* workspace) {
   Carver carver(workspace);
   const Grouped grouped = carve(carver, first, experts, x.rows, top_k);
-  switch (first.gate_proj.format) {
-    case WeightFormat::kBF16:
-      return grouped_experts<WeightFormat::kBF16>(device, table, first, experts, routing, top_k, x,
-                                                  hidden, routed, grouped);
-    case WeightFormat::kFp8Block:
-      return grouped_experts<WeightFormat::kFp8Block>(device, table, first, experts, routing, top_k,
-                                                      x, hidden, routed, grouped);
-    case WeightFormat::kNvfp4:
-      return grouped_experts<WeightFormat::kNvfp4>(device, table, first, experts, routing, top_k, x,
-                                                   hidden, routed, grouped);
-    case WeightFormat::kMxfp4:
-      return grouped_experts<WeightFormat::kMxfp4>(device, table, first, experts, routing, top_k, x,
-                                                   hidden, routed, grouped);
-    case WeightFormat::kF32:
-      break;
-  }
-  return fail(cudaErrorInvalidValue, "experts_large of FP32 experts", __FILE__, __LINE__);
+  return for_format(first.gate_proj.format, [&]<WeightFormat kFormat>() {
+    return grouped_experts<kFormat>(device, table, first, experts, routing, top_k, x, hidden,
+                                    routed, grouped);
+  });
+}
+
+std::size_t tasks_large_workspace(const ExpertView& expert, std::int64_t tokens,
+                                  std::int64_t top_k) {
+  Carver carver(nullptr);
+  carve_activations(carver, expert, tokens, top_k);
+  return carver.used();
+}
+
+bool tasks_large(Device* device, const TaskList& list, const ExpertView& first, std::int64_t top_k,
+                 ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace) {
+  Carver carver(workspace);
+  Grouped grouped = carve_activations(carver, first, x.rows, top_k);
+  grouped.sorted = list.sorted;
+  grouped.tasks = list.runs;
+  grouped.task_count = list.run_count;
+  return for_format(first.gate_proj.format, [&]<WeightFormat kFormat>() {
+    return listed_experts<kFormat>(device, list, first, top_k, x, hidden, out, grouped);
+  });
 }
 
 bool gather_latents(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
@@ -316,19 +361,9 @@ bool gather_latents(Device* device, const MlaShape& shape, const WeightView& kv_
 bool linear_prepared(Device* device, const WeightView& weight, const __nv_bfloat16* prepared,
                      std::int64_t tokens, __nv_bfloat16* out) {
   const Matrix shape{nullptr, tokens, weight.rows, weight.rows};
-  switch (weight.format) {
-    case WeightFormat::kBF16:
-      return dense_prepared<WeightFormat::kBF16>(device, weight, prepared, shape, out);
-    case WeightFormat::kFp8Block:
-      return dense_prepared<WeightFormat::kFp8Block>(device, weight, prepared, shape, out);
-    case WeightFormat::kNvfp4:
-      return dense_prepared<WeightFormat::kNvfp4>(device, weight, prepared, shape, out);
-    case WeightFormat::kMxfp4:
-      return dense_prepared<WeightFormat::kMxfp4>(device, weight, prepared, shape, out);
-    case WeightFormat::kF32:
-      break;
-  }
-  return fail(cudaErrorInvalidValue, "linear_prepared of FP32 weights", __FILE__, __LINE__);
+  return for_format(weight.format, [&]<WeightFormat kFormat>() {
+    return dense_prepared<kFormat>(device, weight, prepared, shape, out);
+  });
 }
 
 }  // namespace dsfp4::ops::cuda

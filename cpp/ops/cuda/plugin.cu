@@ -4,12 +4,13 @@
 #include <sys/mman.h>
 
 #include "ops/cuda/common.cuh"
+#include "ops/cuda/current_device.cuh"
 #include "ops/cuda/kernels.h"
 
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr std::size_t kRingBytes = 4u << 20;
+constexpr std::size_t kRingBytes = 2 * kRingHalf;
 constexpr std::size_t kHugePage = 2u << 20;
 
 thread_local Failure last_failure;
@@ -71,7 +72,34 @@ bool probe(int index, DeviceInfo* info) {
   return true;
 }
 
+void close(Device* device) {
+  for (cudaEvent_t event : device->marks) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
+  for (cudaEvent_t event : device->ring_left) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
+  if (device->ring != nullptr) cudaFreeHost(device->ring);
+  for (cudaStream_t stream : {device->stream, device->uploads}) {
+    if (stream != nullptr) cudaStreamDestroy(stream);
+  }
+  delete device;
+}
+
+// Streams, ring and events of a device that is current.
+bool make_queues(Device* device) {
+  DSFP4_TRY(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
+  DSFP4_TRY(cudaStreamCreateWithFlags(&device->uploads, cudaStreamNonBlocking));
+  DSFP4_TRY(cudaHostAlloc(&device->ring, kRingBytes, cudaHostAllocDefault));
+  for (cudaEvent_t& event : device->ring_left) {
+    DSFP4_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  }
+  return true;
+}
+
 bool open(int index, [[maybe_unused]] bool portable, Device** device) {
+  const CallersDevice callers(nullptr);  // else the runtime stays in a context of the caller's
+  if (!callers.ok()) return false;
   DSFP4_TRY(cudaSetDevice(index));
   cudaDeviceProp properties{};
   DSFP4_TRY(cudaGetDeviceProperties(&properties, index));
@@ -83,29 +111,15 @@ bool open(int index, [[maybe_unused]] bool portable, Device** device) {
 #endif
   opened->multiprocessors = properties.multiProcessorCount;
   opened->shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
-  cudaError_t code = cudaStreamCreateWithFlags(&opened->stream, cudaStreamNonBlocking);
-  if (code == cudaSuccess) code = cudaHostAlloc(&opened->ring, kRingBytes, cudaHostAllocDefault);
-  if (code != cudaSuccess) {
-    if (opened->stream != nullptr) cudaStreamDestroy(opened->stream);
-    delete opened;
-    return fail(code, "cudaStreamCreateWithFlags / cudaHostAlloc", __FILE__, __LINE__);
+  if (!make_queues(opened) || !current_context(&opened->context)) {
+    close(opened);
+    return false;
   }
   *device = opened;
   return true;
 }
 
-void close(Device* device) {
-  cudaSetDevice(device->index);
-  for (cudaEvent_t event : device->marks) {
-    if (event != nullptr) cudaEventDestroy(event);
-  }
-  cudaFreeHost(device->ring);
-  cudaStreamDestroy(device->stream);
-  delete device;
-}
-
-bool memory(Device* device, std::uint64_t* free, std::uint64_t* total) {
-  DSFP4_TRY(cudaSetDevice(device->index));
+bool memory(Device*, std::uint64_t* free, std::uint64_t* total) {
   std::size_t free_bytes = 0;
   std::size_t total_bytes = 0;
   DSFP4_TRY(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -114,20 +128,17 @@ bool memory(Device* device, std::uint64_t* free, std::uint64_t* total) {
   return true;
 }
 
-bool allocate(Device* device, std::size_t bytes, std::byte** memory) {
-  DSFP4_TRY(cudaSetDevice(device->index));
+bool allocate(Device*, std::size_t bytes, std::byte** memory) {
   DSFP4_TRY(cudaMalloc(memory, bytes));
   return true;
 }
 
-bool free_memory(Device* device, std::byte* memory) {
-  DSFP4_TRY(cudaSetDevice(device->index));
+bool free_memory(Device*, std::byte* memory) {
   DSFP4_TRY(cudaFree(memory));
   return true;
 }
 
-bool allocate_pinned(Device* device, std::size_t bytes, std::byte** memory) {
-  DSFP4_TRY(cudaSetDevice(device->index));
+bool allocate_pinned(Device*, std::size_t bytes, std::byte** memory) {
   const std::size_t mapped = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* pages = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) return fail(cudaErrorMemoryAllocation, "mmap", __FILE__, __LINE__);
@@ -142,32 +153,25 @@ bool allocate_pinned(Device* device, std::size_t bytes, std::byte** memory) {
   return true;
 }
 
-bool free_pinned(Device* device, std::byte* memory, std::size_t bytes) {
-  DSFP4_TRY(cudaSetDevice(device->index));
+bool free_pinned(Device*, std::byte* memory, std::size_t bytes) {
   DSFP4_TRY(cudaHostUnregister(memory));
   munmap(memory, (bytes + kHugePage - 1) / kHugePage * kHugePage);
   return true;
 }
 
-bool upload(Device* device, const void* host, void* to, std::size_t bytes, bool pinned) {
-  DSFP4_TRY(cudaSetDevice(device->index));
-  if (pinned) {
-    DSFP4_TRY(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, device->stream));
-    return true;
-  }
-  // Through the ring; once round, what is in flight must be over.
+cudaStream_t stream_of(Device* device, Queue queue) {
+  return queue == Queue::kUpload ? device->uploads : device->stream;
+}
+
+bool upload(Device* device, const void* host, void* to, std::size_t bytes) {
   const auto* from = static_cast<const std::byte*>(host);
   auto* destination = static_cast<std::byte*>(to);
   while (bytes > 0) {
-    if (device->ring_at == kRingBytes) {
-      DSFP4_TRY(cudaStreamSynchronize(device->stream));
-      device->ring_at = 0;
-    }
-    const std::size_t piece = std::min(bytes, kRingBytes - device->ring_at);
-    std::memcpy(device->ring + device->ring_at, from, piece);
-    DSFP4_TRY(cudaMemcpyAsync(destination, device->ring + device->ring_at, piece,
-                              cudaMemcpyHostToDevice, device->stream));
-    device->ring_at += piece;
+    std::size_t piece = bytes;
+    std::byte* staged = ring_space(device, piece, false);
+    if (staged == nullptr) return false;
+    std::memcpy(staged, from, piece);
+    DSFP4_TRY(cudaMemcpyAsync(destination, staged, piece, cudaMemcpyHostToDevice, device->stream));
     from += piece;
     destination += piece;
     bytes -= piece;
@@ -175,16 +179,42 @@ bool upload(Device* device, const void* host, void* to, std::size_t bytes, bool 
   return true;
 }
 
+bool upload_pinned(Device* device, Queue queue, const void* host, void* to, std::size_t bytes) {
+  DSFP4_TRY(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream_of(device, queue)));
+  return true;
+}
+
 bool download(Device* device, const void* from, void* host, std::size_t bytes) {
-  DSFP4_TRY(cudaSetDevice(device->index));
   DSFP4_TRY(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, device->stream));
   DSFP4_TRY(cudaStreamSynchronize(device->stream));
   return true;
 }
 
 bool synchronize(Device* device) {
-  DSFP4_TRY(cudaSetDevice(device->index));
+  DSFP4_TRY(cudaStreamSynchronize(device->uploads));
   DSFP4_TRY(cudaStreamSynchronize(device->stream));
+  return true;
+}
+
+bool make_event(Device*, void** event) {
+  cudaEvent_t made = nullptr;
+  DSFP4_TRY(cudaEventCreateWithFlags(&made, cudaEventDisableTiming));
+  *event = made;
+  return true;
+}
+
+bool free_event(Device*, void* event) {
+  DSFP4_TRY(cudaEventDestroy(static_cast<cudaEvent_t>(event)));
+  return true;
+}
+
+bool record(Device* device, Queue queue, void* event) {
+  DSFP4_TRY(cudaEventRecord(static_cast<cudaEvent_t>(event), stream_of(device, queue)));
+  return true;
+}
+
+bool wait(Device* device, Queue queue, void* event) {
+  DSFP4_TRY(cudaStreamWaitEvent(stream_of(device, queue), static_cast<cudaEvent_t>(event), 0));
   return true;
 }
 
@@ -192,7 +222,6 @@ bool synchronize(Device* device) {
 // --------------------------------------------------------------------------------------
 
 bool begin_capture(Device* device) {
-  DSFP4_TRY(cudaSetDevice(device->index));
   DSFP4_TRY(cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeThreadLocal));
   return true;
 }
@@ -209,70 +238,95 @@ bool end_capture(Device* device, void** graph) {
 }
 
 bool launch_graph(Device* device, void* graph) {
-  DSFP4_TRY(cudaSetDevice(device->index));
   DSFP4_TRY(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), device->stream));
   return true;
 }
 
-void* stream_of(Device* device) { return device->stream; }
+void* stream(Device* device) { return device->stream; }
 
-bool free_graph(Device* device, void* graph) {
-  DSFP4_TRY(cudaSetDevice(device->index));
+bool free_graph(Device*, void* graph) {
   DSFP4_TRY(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)));
   return true;
 }
 
+// Those without with<> call nothing of CUDA, or see to the caller's device themselves.
 constexpr Plugin kPlugin{
     .version = kAbiVersion,
     .bytes = sizeof(Plugin),
     .failure = failure,
     .probe = probe,
     .open = open,
-    .close = close,
-    .memory = memory,
-    .allocate = allocate,
-    .free = free_memory,
-    .allocate_pinned = allocate_pinned,
-    .free_pinned = free_pinned,
-    .upload = upload,
-    .download = download,
-    .synchronize = synchronize,
-    .stream = stream_of,
-    .embed = embed,
-    .rms_norm = rms_norm,
-    .silu_mul = silu_mul,
-    .zero = zero,
-    .add = add,
-    .rope = rope,
-    .combine = combine,
-    .route = route,
+    .close = with<close>,
+    .memory = with<memory>,
+    .allocate = with<allocate>,
+    .free = with<free_memory>,
+    .allocate_pinned = with<allocate_pinned>,
+    .free_pinned = with<free_pinned>,
+    .upload = with<upload>,
+    .download = with<download>,
+    .upload_pinned = with<upload_pinned>,
+    .synchronize = with<synchronize>,
+    .make_event = with<make_event>,
+    .free_event = with<free_event>,
+    .record = with<record>,
+    .wait = with<wait>,
+    .stream = stream,
+    .embed = with<embed>,
+    .rms_norm = with<rms_norm>,
+    .silu_mul = with<silu_mul>,
+    .zero = with<zero>,
+    .add = with<add>,
+    .rope = with<rope>,
+    .combine = with<combine>,
+    .route = with<route>,
     .linear_workspace = linear_workspace,
-    .linear = linear,
-    .linear_pair = linear_pair,
-    .kv_append = kv_append,
-    .mla_inputs = mla_inputs,
+    .linear = with<linear>,
+    .linear_pair = with<linear_pair>,
+    .kv_append = with<kv_append>,
+    .mla_inputs = with<mla_inputs>,
     .prefill_workspace = prefill_workspace,
-    .prefill_attention = prefill_attention,
-    .absorb_query = absorb_query,
+    .prefill_attention = with<prefill_attention>,
+    .absorb_query = with<absorb_query>,
     .latent_workspace = latent_workspace,
-    .latent_attention = latent_attention,
-    .expand_value = expand_value,
+    .latent_attention = with<latent_attention>,
+    .expand_value = with<expand_value>,
     .experts_workspace = experts_workspace,
-    .routed_experts = routed_experts,
+    .routed_experts = with<routed_experts>,
     .takes_shared = takes_shared,
+    .expert_tasks_workspace = expert_tasks_workspace,
+    .expert_tasks = with<expert_tasks>,
     .sample_workspace = sample_workspace,
-    .sample = sample,
-    .begin_capture = begin_capture,
-    .end_capture = end_capture,
-    .launch_graph = launch_graph,
-    .free_graph = free_graph,
-    .read_all = read_all,
-    .multiply_loop = multiply_loop,
-    .mark = mark,
-    .elapsed = elapsed,
+    .sample = with<sample>,
+    .begin_capture = with<begin_capture>,
+    .end_capture = with<end_capture>,
+    .launch_graph = with<launch_graph>,
+    .free_graph = with<free_graph>,
+    .read_all = with<read_all>,
+    .multiply_loop = with<multiply_loop>,
+    .mark = with<mark>,
+    .elapsed = with<elapsed>,
 };
 
 }  // namespace
+
+std::byte* ring_space(Device* device, std::size_t& bytes, bool whole) {
+  std::size_t at = device->ring_at;
+  if (whole && bytes > kRingHalf - at % kRingHalf) {
+    at = (at / kRingHalf + 1) * kRingHalf % kRingBytes;
+  }
+  if (at % kRingHalf == 0) {  // on to the other half
+    const std::size_t half = at / kRingHalf;
+    cudaError_t code = cudaEventRecord(device->ring_left[1 - half], device->stream);
+    if (code == cudaSuccess) code = cudaEventSynchronize(device->ring_left[half]);
+    if (code != cudaSuccess) {
+      fail(code, "cudaEventRecord / cudaEventSynchronize", __FILE__, __LINE__);
+      return nullptr;
+    }
+  }
+  bytes = std::min(bytes, kRingHalf - at % kRingHalf);
+  device->ring_at = (at + bytes) % kRingBytes;
+  return device->ring + at;
+}
 
 bool fail(cudaError_t code, const char* call, const char* source, int line) {
   cudaGetLastError();  // what can be forgotten is

@@ -136,4 +136,22 @@ inline bool has_words(const WeightView& weight) {
          reinterpret_cast<std::uintptr_t>(weight.scales) % 4 == 0;
 }
 
+/// Calls with the format as a constant; FP32 fails.
+template <class Call>
+bool for_format(WeightFormat format, const Call& call) {
+  switch (format) {
+    case WeightFormat::kBF16:
+      return call.template operator()<WeightFormat::kBF16>();
+    case WeightFormat::kFp8Block:
+      return call.template operator()<WeightFormat::kFp8Block>();
+    case WeightFormat::kNvfp4:
+      return call.template operator()<WeightFormat::kNvfp4>();
+    case WeightFormat::kMxfp4:
+      return call.template operator()<WeightFormat::kMxfp4>();
+    case WeightFormat::kF32:
+      break;
+  }
+  return fail(cudaErrorInvalidValue, "a fast product of FP32 weights", __FILE__, __LINE__);
+}
+
 }  // namespace dsfp4::ops::cuda

@@ -71,7 +71,7 @@ struct FakeCuda {
       std::free(memory);
       return true;
     };
-    table.upload = [](Device*, const void* host, void* to, std::size_t bytes, bool) {
+    table.upload = [](Device*, const void* host, void* to, std::size_t bytes) {
       std::memcpy(to, host, bytes);
       return true;
     };

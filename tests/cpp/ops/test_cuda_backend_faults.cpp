@@ -25,5 +25,23 @@ TEST(CudaBackendFaults, ADeviceIsClosedWhateverEndsItsConstruction) {
   EXPECT_EQ(fake.devices, 0);
 }
 
+TEST(CudaBackendFaults, AStepThatIsRecordedRefusesTasks) {
+  CudaBackend backend(FakeCuda::plugin(), FakeCuda::kIndex, 0);
+  backend.begin_step(Phase::kDecode);
+  const std::int32_t id = 0;
+  SequenceRows row;
+  row.rows = 1;
+  EXPECT_FALSE(backend.begin_recorded({&id, 1}, {&row, 1}));  // the first of its kind runs as it is
+  backend.end_recorded();
+  EXPECT_FALSE(backend.begin_recorded({&id, 1}, {&row, 1}));
+  ASSERT_EQ(FakeCuda::state().recordings, 1);
+  const ExpertView expert;
+  const std::int32_t pair = 0;
+  const ExpertTask task{&expert, {&pair, 1}};
+  EXPECT_THROW(backend.experts({&task, 1}, 1, {}, {}, {}), CudaError);
+  backend.drop_recorded();
+  EXPECT_EQ(FakeCuda::state().recordings, 0);
+}
+
 }  // namespace
 }  // namespace dsfp4::ops

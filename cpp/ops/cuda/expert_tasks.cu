@@ -1,0 +1,131 @@
+// Some pairs of a step, from a list of tasks on the host: one copy brings the list to the device,
+// then come the kernels that fit.
+#include "ops/cuda/common.cuh"
+#include "ops/cuda/decode.cuh"
+#include "ops/cuda/kernels.h"
+#include "ops/cuda/task_list.cuh"
+
+namespace dsfp4::ops::cuda {
+namespace {
+
+enum class Path { kPlain, kSmall, kLarge };
+
+bool has_shape(const WeightView& weight, std::int64_t rows, std::int64_t cols) {
+  return weight.rows == rows && weight.cols == cols;
+}
+
+// The list's parts from the base on; both ends of the copy are laid out so.
+TaskList carve(Carver& carver, std::int64_t tasks, std::int64_t pairs, int tile) {
+  TaskList list{};
+  list.tasks = tasks;
+  list.pairs = pairs;
+  list.tile = tile;
+  list.most_runs = most_runs(tasks, pairs, tile);
+  list.table = carver.take<ExpertView>(tasks);
+  list.sorted = carver.take<std::int32_t>(pairs);
+  list.used = carver.take<std::int32_t>(pairs);
+  list.runs = carver.take<LargeTask>(list.most_runs);
+  list.run_count = carver.take<std::int32_t>(1);
+  return list;
+}
+
+// Writes the list to host memory.
+void fill(const TaskList& to, const ExpertTask* tasks) {
+  std::int32_t at = 0;
+  std::int32_t runs = 0;
+  for (std::int32_t t = 0; t < to.tasks; ++t) {
+    const auto count = static_cast<std::int32_t>(tasks[t].pairs.size());
+    to.table[t] = *tasks[t].expert;
+    for (std::int32_t first = 0; first < count; first += to.tile) {
+      to.runs[runs++] = {t, at + first, std::min(count - first, to.tile)};
+    }
+    for (const std::int32_t pair : tasks[t].pairs) {
+      to.sorted[at] = pair;
+      to.used[at++] = t;
+    }
+  }
+  *to.run_count = runs;
+}
+
+// The number of pairs; -1, and the failure noted, where the tasks do not fit the step.
+std::int64_t checked_pairs(const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
+                           ConstMatrix x, ConstMatrix hidden, ConstMatrix out) {
+  std::int64_t pairs = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const ExpertView& expert = *tasks[t].expert;
+    if (!has_shape(expert.gate_proj, hidden.cols, x.cols) ||
+        !has_shape(expert.up_proj, hidden.cols, x.cols) ||
+        !has_shape(expert.down_proj, out.cols, hidden.cols)) {
+      fail(cudaErrorInvalidValue, "expert_tasks: an expert of another shape", __FILE__, __LINE__);
+      return -1;
+    }
+    for (const std::int32_t pair : tasks[t].pairs) {
+      if (pair < 0 || pair >= x.rows * top_k) {
+        fail(cudaErrorInvalidValue, "expert_tasks: a pair that is not in the step", __FILE__,
+             __LINE__);
+        return -1;
+      }
+    }
+    pairs += static_cast<std::int64_t>(tasks[t].pairs.size());
+  }
+  if (pairs > x.rows * top_k) {
+    fail(cudaErrorInvalidValue, "expert_tasks: a pair named twice", __FILE__, __LINE__);
+    return -1;
+  }
+  return pairs;
+}
+
+// By the step and the experts, never by how many pairs are in the call.
+Path path_of(Device* device, const ExpertTask* tasks, std::int64_t count, ConstMatrix x,
+             ConstMatrix hidden) {
+  bool large = x.rows > kFewTokens;
+  bool small = true;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const ExpertView& expert = *tasks[t].expert;
+    if (expert.gate_proj.format != tasks[0].expert->gate_proj.format) return Path::kPlain;
+    large = large && experts_large_fit(expert, 1);
+    small = small && tasks_small_fit(device, expert, x, hidden);
+  }
+  return large ? Path::kLarge : small ? Path::kSmall : Path::kPlain;
+}
+
+}  // namespace
+
+std::size_t expert_tasks_workspace(Device*, const ExpertView* expert, std::int64_t tasks,
+                                   std::int64_t tokens, std::int64_t top_k) {
+  Carver carver(nullptr);
+  carve(carver, tasks, tokens * top_k, kLeastTile);
+  return carver.used() + (tokens > kFewTokens ? tasks_large_workspace(*expert, tokens, top_k) : 0);
+}
+
+bool expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
+                  ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace) {
+  const std::int64_t pairs = checked_pairs(tasks, count, top_k, x, hidden, out);
+  if (pairs <= 0) return pairs == 0;
+  const Path path = path_of(device, tasks, count, x, hidden);
+  const int tile = path == Path::kLarge ? large_tile(device, count, pairs) : kLeastTile;
+  Carver there(workspace);
+  const TaskList list = carve(there, count, pairs, tile);
+  std::size_t bytes = there.used();
+  if (bytes > kMostTaskBytes) {
+    return fail(cudaErrorInvalidValue, "expert_tasks: more than kMostTaskBytes of tasks", __FILE__,
+                __LINE__);
+  }
+  std::byte* staged = ring_space(device, bytes, true);
+  if (staged == nullptr) return false;
+  Carver here(staged);
+  fill(carve(here, count, pairs, tile), tasks);
+  DSFP4_TRY(cudaMemcpyAsync(workspace, staged, bytes, cudaMemcpyHostToDevice, device->stream));
+  const ExpertView& first = *tasks[0].expert;
+  switch (path) {
+    case Path::kLarge:
+      return tasks_large(device, list, first, top_k, x, hidden, out, workspace + there.used());
+    case Path::kSmall:
+      return tasks_small(device, list, first, top_k, x, hidden, out);
+    case Path::kPlain:
+      break;
+  }
+  return tasks_plain(device, list, top_k, x, hidden, out);
+}
+
+}  // namespace dsfp4::ops::cuda
