@@ -73,7 +73,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
         std::make_unique<residency::LayerStream>(std::move(loaded_->streamed), 2, *loaded_->reader,
                                                  residency::LayerStream::Check(), nullptr);
     decoder_.emplace(spec, loaded_->weights, *backend_, *experts_, stream_.get(), kFormat);
-    cache_.emplace(1000, spec.layers, kv_layer_bytes(decoder_->spec(), ops::KvFormat::kBf16), kFormat);
+    cache_.emplace(1000, spec.layers, kv_layer_bytes(spec, kFormat), kFormat);
   }
 
   // A step of its own sequence, with an arena of its own.
@@ -83,8 +83,8 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
         : sequence_(*test.cache_),
           ids_(std::move(ids)),
           part_(sequence_.next_rows(0, std::ssize(ids_))),
-          arena_(test.scratch_bytes(decoder_->spec(), kMostRows, Phase::kPrefill) +
-                     test.scratch_bytes(decoder_->spec(), kMostRows, Phase::kDecode),
+          arena_(scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kPrefill) +
+                     scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kDecode),
                  "the scratch") {
       Batch batch;
       batch.phase = phase;

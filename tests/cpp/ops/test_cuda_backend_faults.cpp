@@ -31,9 +31,10 @@ TEST(CudaBackendFaults, AStepThatIsRecordedRefusesTasks) {
   const std::int32_t id = 0;
   SequenceRows row;
   row.rows = 1;
-  EXPECT_FALSE(backend.begin_recorded({&id, 1}, {&row, 1}));  // the first of its kind runs as it is
+  EXPECT_EQ(backend.begin_recorded({&id, 1}, {&row, 1}),
+            Backend::StepRecording::kBegun);  // the first of its kind runs as it is
   backend.end_recorded();
-  EXPECT_FALSE(backend.begin_recorded({&id, 1}, {&row, 1}));
+  EXPECT_EQ(backend.begin_recorded({&id, 1}, {&row, 1}), Backend::StepRecording::kBegun);
   ASSERT_EQ(FakeCuda::state().recordings, 1);
   const ExpertView expert;
   const std::int32_t pair = 0;
