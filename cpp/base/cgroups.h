@@ -7,7 +7,7 @@
 
 namespace dsfp4 {
 
-/// Where the system describes itself. Tests have folders of their own.
+/// The folders in which the system describes itself. Tests have their own.
 struct SystemRoots {
   std::filesystem::path proc = "/proc";
   std::filesystem::path sys = "/sys";

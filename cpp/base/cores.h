@@ -9,7 +9,7 @@
 
 namespace dsfp4 {
 
-/// What the affinity mask, /sys and the control groups say.
+/// The processors by the affinity mask, /sys and the control groups.
 struct Cores {
   /// The logical processors of the affinity mask, one for each physical core: the lowest-numbered
   /// of its SMT siblings. In ascending order; empty if the system does not say.

@@ -31,12 +31,12 @@ namespace nb = nanobind;
 
 using Ids = ConstArray<std::int64_t>;
 using TokenPairs = std::vector<std::pair<std::int32_t, float>>;
-// What pickles hold.
+// The contents of pickles.
 using TokenState = std::tuple<std::int32_t, float, TokenPairs>;
 using ResultState = std::tuple<std::vector<std::int32_t>, std::vector<TokenLogprobs>, int,
                                std::int64_t, double, double>;
 
-/// What Python holds: the model goes without the GIL.
+/// Python's hold on a model, which is destroyed without the GIL.
 class Handle {
  public:
   explicit Handle(Model model) : model_(std::make_unique<Model>(std::move(model))) {}

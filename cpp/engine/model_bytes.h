@@ -1,4 +1,4 @@
-// What a model takes, in the terms of the plan: from its headers, its shape and the backend's
+// Bytes that a model takes, in the terms of the plan: from its headers, its shape and the backend's
 // numbers, before anything is loaded.
 #pragma once
 

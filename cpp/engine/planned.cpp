@@ -26,7 +26,7 @@ std::optional<std::uint64_t> bytes_of(const std::optional<double>& gigabytes) {
   return static_cast<std::uint64_t>(std::llround(*gigabytes * kGigabyte));
 }
 
-// What a model may take of RAM beyond what was there before it.
+// RAM that a model may take beyond what was there before it.
 std::uint64_t with_uncounted(std::uint64_t bytes) { return bytes + memory::kUncountedBytes; }
 
 }  // namespace

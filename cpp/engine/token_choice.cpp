@@ -21,7 +21,7 @@ struct Border {
   double weight = 0.0;  // its own
 };
 
-/// Where candidates come from, by id: all tokens, or some. NaN and -infinity are none.
+/// A source of candidates, by id: all tokens, or some. NaN and -infinity are none.
 struct AllTokens {
   std::span<const float> logits;
   std::size_t size() const { return logits.size(); }
@@ -253,7 +253,7 @@ std::int32_t TokenChooser::choose(std::span<const float> logits, const ops::Samp
   constexpr double kColdest = 1e-6;  // whose inverse is harmless
   const auto top_k = static_cast<std::size_t>(spec.top_k);
   if (largest == kInfinity || spec.temperature < kColdest) {
-    // What is not listed has p = 0 by underflow.
+    // All others have p = 0 by underflow.
     const double least = largest - 800.0 * spec.temperature;
     std::vector<Candidate> likely =
         filtered(all, [&](const Candidate& c) { return c.logit >= least; });

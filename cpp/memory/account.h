@@ -38,7 +38,7 @@ class Account {
   /// Decides how many bytes to lease of what is there, `leased` of them to others.
   using Decide = std::function<std::uint64_t(const MachineMemory& committed, std::uint64_t leased)>;
 
-  /// What was measured, as it will be once all that is leased has been written.
+  /// The measured memory, as it will be once all that is leased has been written.
   MachineMemory committed(const MachineMemory& measured) const;
   /// Leases what `decide` returns. Nobody else reserves meanwhile; what `decide` throws leaves
   /// nothing leased.

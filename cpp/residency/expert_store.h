@@ -145,7 +145,7 @@ class ExpertStore {
     storage::ReadResult result;  // kFailed, or
     std::exception_ptr error;    // what check() threw
   };
-  /// What a completion finds of the store, which may be gone by then.
+  /// The way of a completion to the store, which may be gone by then.
   struct Link {
     std::mutex mutex;
     ExpertStore* store;

@@ -116,7 +116,7 @@ bool LayerStream::enter(std::int64_t layer) {
   return true;
 }
 
-// Whether another step's layer is still to be left alone; if it is being read, after a wait.
+// True while another step's layer is still to be left alone; if it is being read, after a wait.
 bool LayerStream::stays(Reading& other) {
   if (other.kept_for == 0) return false;
   if (reader_.wait_for(other.ticket, kPollPeriod)) --other.kept_for;

@@ -44,7 +44,7 @@ std::uint64_t ram_limit(const Budgets& budgets) {
   return budgets.ram_limit > 0 ? budgets.ram_limit : memory::default_ram_limit(budgets.machine);
 }
 
-// What the process may have in all.
+// RAM that the process may have in all.
 std::uint64_t ram_ceiling(const Budgets& budgets) {
   return std::min(ram_limit(budgets), most_ram(budgets.machine));
 }
@@ -148,16 +148,22 @@ std::optional<Shortage> place_slots(const ModelBytes& model, const Wishes& wishe
   return std::nullopt;
 }
 
-// With chunks of `step.rows`.
-Trial try_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes,
-                 const ModelBytes::Step& step) {
-  const std::uint64_t ceiling = ram_ceiling(budgets);
+// All in one memory, with chunks of `step.rows`.
+Plan whole_plan(const ModelBytes& model, const Wishes& wishes, const ModelBytes::Step& step) {
   Plan plan;
   plan.chunk = step.rows;
   plan.dense_bytes = model.dense;
   plan.expert_bytes = model.expert_bytes;
   plan.kv_bytes = kv_bytes(model, wishes.max_context);
   plan.step_bytes = step.bytes;
+  return plan;
+}
+
+// With chunks of `step.rows`.
+Trial try_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes,
+                 const ModelBytes::Step& step) {
+  const std::uint64_t ceiling = ram_ceiling(budgets);
+  Plan plan = whole_plan(model, wishes, step);
   const std::uint64_t rest = sum_of(
       {budgets.machine.process, memory::kUncountedBytes, model.dense, model.reader, step.bytes});
   const bool cache_holds_all =
@@ -223,12 +229,7 @@ Plan plan_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& 
 Plan plan_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes,
                   std::uint64_t vram) {
   const ModelBytes::Step& step = model.steps.front();
-  Plan plan;
-  plan.chunk = step.rows;
-  plan.dense_bytes = model.dense;
-  plan.expert_bytes = model.expert_bytes;
-  plan.kv_bytes = kv_bytes(model, wishes.max_context);
-  plan.step_bytes = step.bytes;
+  Plan plan = whole_plan(model, wishes, step);
   plan.load_bytes = sum_of({model.reader, model.load_buffer});
   const std::uint64_t ram =
       sum_of({budgets.machine.process, memory::kUncountedBytes, plan.load_bytes});

@@ -1,5 +1,5 @@
-// Where each weight of a model lives and what everything takes: decided here and nowhere else, from
-// numbers alone.
+// The place of each weight of a model, and what everything takes: decided here and nowhere else,
+// from numbers alone.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace dsfp4::residency {
 
-/// What a model takes, in bytes.
+/// Bytes that a model takes.
 struct ModelBytes {
   /// Of a step of so many rows.
   struct Step {
@@ -33,16 +33,16 @@ struct ModelBytes {
   std::uint64_t load_buffer = 0;  // on the way to memory that the host cannot touch
 };
 
-/// What there is, in bytes.
+/// Bytes that there are.
 struct Budgets {
   std::uint64_t ram_limit = 0;  // of the process; 0: memory::default_ram_limit
   /// As Account::committed() gives it.
   memory::MachineMemory machine;
-  /// What the GPU that holds the model can still give; none: RAM holds it.
+  /// Bytes that the GPU which holds the model can still give; none: RAM holds it.
   std::optional<std::uint64_t> vram;
 };
 
-/// What the user gave.
+/// The user's wishes.
 struct Wishes {
   std::int64_t max_context = 0;                 // tokens
   std::int64_t prefetch_layers = 1;             // streamed layers that are read ahead, at least 1
@@ -79,7 +79,7 @@ struct Plan {
   std::size_t streamed_layers() const;
 };
 
-/// What the process can have without swapping, in bytes.
+/// Bytes that the process can have without swapping.
 std::uint64_t most_ram(const memory::MachineMemory& machine);
 
 /// Everything is loaded if it fits into RAM and no cpu_cache_size below all experts was given. Else

@@ -131,7 +131,7 @@ class TieredExperts::Work final : public ExpertWork {
   void make_room() {
     fetch();
     if (!reading_.empty() || store_.wait_for_room()) return;
-    // What is left is cached. One of these goes, as there is no other way on.
+    // The rest is cached. One of these goes, as there is no other way on.
     if (store_.fetch(key(missing_.front()), true) == ExpertStore::Found::kNoRoom) return;
     reading_.push_back(missing_.front());
     missing_.erase(missing_.begin());

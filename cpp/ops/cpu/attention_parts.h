@@ -33,8 +33,8 @@ class TaskScratch {
   float* next_;
 };
 
-/// What the ops of attention take of a thread's block, for `rows` tokens of a sequence, and for all
-/// heads in decode.
+/// Bytes that the ops of attention take of a thread's block, for `rows` tokens of a sequence, and
+/// for all heads in decode.
 std::size_t prefill_task_bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t rows);
 std::size_t latent_task_bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t heads);
 std::size_t absorb_task_bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t rows);

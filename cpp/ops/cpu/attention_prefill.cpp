@@ -44,7 +44,7 @@ class PrefillTask {
     attend_ = scratch.take((kKvBlockTokens + 1) * kTileQueries);
   }
 
-  /// What the constructor takes.
+  /// Bytes that the constructor takes.
   static std::size_t bytes(const LayerKernels& layer, const MlaShape& shape, std::int64_t rows) {
     const std::int64_t lora = shape.kv_lora_rank;
     const std::int64_t tile = packed_floats(layer, shape.qk_head_dim(), kTileQueries);

@@ -1,4 +1,5 @@
-// What the CPU backend's ops work in, counted ahead. Each size is that of the op which asks for it.
+// Memory that the CPU backend's ops work in, counted ahead. Each size is that of the op which asks
+// for it.
 #include <algorithm>
 #include <array>
 

@@ -14,7 +14,7 @@ class CallersDevice {
   ~CallersDevice();
   CallersDevice(const CallersDevice&) = delete;
   CallersDevice& operator=(const CallersDevice&) = delete;
-  /// Whether that was done; the failure is noted.
+  /// True if that was done; else the failure is noted.
   bool ok() const { return ok_; }
 
  private:

@@ -249,7 +249,7 @@ bool free_graph(Device*, void* graph) {
   return true;
 }
 
-// Those without with<> call nothing of CUDA, or see to the caller's device themselves.
+// Functions without with<> call nothing of CUDA, or see to the caller's device themselves.
 constexpr Plugin kPlugin{
     .version = kAbiVersion,
     .bytes = sizeof(Plugin),

@@ -41,7 +41,7 @@ TEST(Account, TheNextOneGetsWhatIsLeftAndAfterwardsAllIsThereAgain) {
     EXPECT_EQ(account.committed(measured).available, 100u);
   }
   EXPECT_EQ(account.committed(measured).available, 900u);
-  // What the process has had meanwhile is not held against it.
+  // Memory that the process took meanwhile is not held against it.
   EXPECT_EQ(account.committed({1000, 920, 30}).process, 30u);
 }
 

@@ -1,4 +1,4 @@
-// What the CUDA backend leaves behind when a call fails: needs no GPU.
+// Leftovers of the CUDA backend when a call fails: needs no GPU.
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"

@@ -13,7 +13,7 @@ namespace {
 
 using Context = void*;
 
-// What a program beside this one calls of the driver.
+// The driver's functions that a program beside this one calls.
 class Driver {
  public:
   Context current() const {

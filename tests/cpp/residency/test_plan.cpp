@@ -51,7 +51,7 @@ Plan plan(const ModelBytes& model, std::uint64_t room, const Wishes& wishes = wi
   return make_plan(model, room_for(room), wishes);
 }
 
-// What it is refused with.
+// The refusal's sentence and numbers.
 std::optional<MemoryLimitError> refusal(const ModelBytes& model, const Budgets& budgets,
                                         const Wishes& wishes = wishes_of()) {
   try {
@@ -211,7 +211,8 @@ TEST(Plan, AGpuHasTheWholeModelOrRefusesBeforeAnythingIsLoaded) {
 TEST(Plan, SlotsChangeAndTheRestStays) {
   const Budgets budgets = room_for(5000);
   const Plan before = make_plan(small_model(), budgets, wishes_of());
-  const Plan after = with_slots(before, small_model(), budgets, {.cpu_cache_size = 1200, .prefetch_size = {}});
+  const Plan after =
+      with_slots(before, small_model(), budgets, {.cpu_cache_size = 1200, .prefetch_size = {}});
   EXPECT_EQ(after.cache_slots, 10u);
   EXPECT_EQ(after.slots, 18u);
   EXPECT_EQ(after.ram_bytes, kRest + 18 * 120);

@@ -87,7 +87,7 @@ class TinyExpertsTest : public testing::Test {
     }
     return keys;
   }
-  /// What a router prefers for one row, best first.
+  /// A router's preference for one row, best first.
   std::vector<std::int32_t> preferred(std::int64_t moe_layer, ops::ConstMatrix x) {
     ops::testing::OwnedMatrix logits(x.rows, kExperts);
     backend_->linear(routers_[static_cast<std::size_t>(moe_layer)].gate, x, logits.view(),
