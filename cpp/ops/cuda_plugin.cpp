@@ -23,16 +23,16 @@ constexpr int kOldestMajor = 8;  // Ampere
 std::filesystem::path own_file() {
   const auto here = reinterpret_cast<std::uintptr_t>(&cuda_plugin);
   const std::string maps = read_whole_file("/proc/self/maps");
-  for (std::string_view rest = maps; !rest.empty();) {
-    const std::string_view line = rest.substr(0, rest.find('\n'));
-    rest.remove_prefix(std::min(line.size() + 1, rest.size()));
+  const char* const last = maps.data() + maps.size();
+  for (const char* line = maps.data(); line < last;) {  // first-end rights ... name
+    const char* const line_end = std::find(line, last, '\n');
     std::uintptr_t first = 0;
     std::uintptr_t end = 0;
-    const char* last = line.data() + line.size();
-    const char* dash = std::from_chars(line.data(), last, first, 16).ptr;
-    if (dash == last || std::from_chars(dash + 1, last, end, 16).ec != std::errc()) continue;
-    const std::size_t name = line.find('/');
-    if (first <= here && here < end && name != line.npos) return line.substr(name);
+    const char* const dash = std::from_chars(line, line_end, first, 16).ptr;
+    if (dash < line_end) std::from_chars(dash + 1, line_end, end, 16);
+    const char* const name = std::find(line, line_end, '/');
+    if (first <= here && here < end && name < line_end) return std::string(name, line_end);
+    line = line_end + 1;
   }
   throw CudaError(
       "device 'cuda' needs /proc/self/maps, to find its library beside this one; use "

@@ -67,6 +67,7 @@ class Wave {
   }
 
   void run(ThreadPool& pool, Matrix out) {
+    if (pieces_ == 0) return;  // no rows
     const auto results = static_cast<std::size_t>(pieces_ * shape_.heads);
     sums_ = reinterpret_cast<float*>(
         partials_.get(results * static_cast<std::size_t>(out_stride_ + 2) * sizeof(float)));
