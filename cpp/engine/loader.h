@@ -21,7 +21,7 @@
 
 namespace dsfp4::engine {
 
-/// What there is to load, from the headers alone; bytes.
+/// Bytes that there are to load, from the headers alone.
 struct WeightSizes {
   std::size_t dense_bytes = 0;   // of an arena that holds everything but the routed experts
   std::size_t expert_bytes = 0;  // and of the routed experts in it

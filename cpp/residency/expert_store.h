@@ -83,7 +83,7 @@ class ExpertStore {
   /// by and takes only slots that hold nothing cached.
   Found fetch(ExpertKey key, bool keep);
   void unpin(ExpertKey key);
-  /// Those of `pinned` that are ready, after waiting for the first of them for at most `wait`.
+  /// The ready ones of `pinned`, after waiting for the first of them for at most `wait`.
   /// Throws the error of one whose read failed.
   std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned,
                                   std::chrono::milliseconds wait = {});
