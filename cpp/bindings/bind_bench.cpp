@@ -50,10 +50,10 @@ ops::KvFormat cache_named(const std::string& name) {
 std::unique_ptr<KernelBench> make(const std::string& device, int threads) {
   if (threads == 0) threads = available_cores();
   if (device == "cpu") {
-    return std::make_unique<KernelBench>(ops::make_cpu_backend(threads), threads);
+    return std::make_unique<KernelBench>(ops::make_cpu_ops(threads), threads);
   }
   if (device == "reference") {
-    return std::make_unique<KernelBench>(ops::make_reference_backend(threads), threads);
+    return std::make_unique<KernelBench>(ops::make_reference_ops(threads), threads);
   }
   throw ParameterError("device", "'" + device + "' is not one of cpu, reference");
 }

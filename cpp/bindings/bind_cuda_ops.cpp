@@ -28,11 +28,7 @@ class OnDevice {
  public:
   OnDevice(SharedBackend backend, std::size_t bytes, const char* purpose)
       : backend_(std::move(backend)), bytes_(std::max<std::size_t>(bytes, 1)) {
-    memory_ = backend_->memory().allocate(bytes_);
-    if (memory_ == nullptr) {
-      throw MemoryLimitError(purpose, bytes_, backend_->memory().available(), "",
-                             backend_->memory().name());
-    }
+    memory_ = backend_->device().memory().take(bytes_, purpose);
   }
   OnDevice(OnDevice&& other) noexcept
       : backend_(std::move(other.backend_)),
@@ -40,11 +36,17 @@ class OnDevice {
         bytes_(other.bytes_) {}
   OnDevice& operator=(OnDevice&&) = delete;
   ~OnDevice() {
-    if (memory_ != nullptr) backend_->memory().release(memory_, bytes_);
+    if (memory_ != nullptr) backend_->device().memory().release(memory_, bytes_);
   }
 
-  void fill(const void* from, std::size_t bytes) { backend_->upload(from, memory_, bytes); }
+  void fill(const void* from, std::size_t bytes) {
+    backend_->device().upload(from, memory_, bytes);
+  }
   std::byte* memory() const { return memory_; }
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory_);
+  }
 
  private:
   SharedBackend backend_;
@@ -59,11 +61,9 @@ class Result {
       : memory_(backend, static_cast<std::size_t>(rows * cols) * sizeof(float), "a result"),
         rows_(rows),
         cols_(cols) {}
-  ops::Matrix view() const {
-    return {reinterpret_cast<float*>(memory_.memory()), rows_, cols_, cols_};
-  }
+  ops::Matrix view() const { return {memory_.as<float>(), rows_, cols_, cols_}; }
   nb::object tensor(int index) && {
-    float* data = view().data;
+    float* data = memory_.as<float>();
     auto kept = std::make_unique<OnDevice>(std::move(memory_));
     const nb::capsule owner(kept.get(),
                             [](void* memory) noexcept { delete static_cast<OnDevice*>(memory); });
@@ -90,7 +90,7 @@ struct CudaWeight {
     view.scales = scales.memory();
   }
   OnDevice data, scales;
-  format::WeightView view;
+  ops::WeightView view;
 };
 
 class CudaOps {
@@ -98,7 +98,9 @@ class CudaOps {
   explicit CudaOps(int index)
       : index_(index), backend_(std::make_shared<ops::CudaBackend>(ops::cuda_plugin(), index, 0)) {}
 
-  std::uintptr_t stream() const { return reinterpret_cast<std::uintptr_t>(backend_->stream()); }
+  std::uintptr_t stream() const {
+    return reinterpret_cast<std::uintptr_t>(backend_->device().stream());
+  }
 
   std::shared_ptr<CudaWeight> weight(const EncodedMatrix& from) const {
     return std::make_shared<CudaWeight>(backend_, from);
@@ -108,14 +110,14 @@ class CudaOps {
     require(array.ndim() == 2, "array", "must be two-dimensional");
     Result result(backend_, static_cast<std::int64_t>(array.shape(0)),
                   static_cast<std::int64_t>(array.shape(1)));
-    backend_->upload(array.data(), result.view().data, array.nbytes());
+    backend_->device().upload(array.data(), result.view().data, array.nbytes());
     return done(std::move(result));
   }
 
   nb::object download(const Tensor& tensor) const {
     const ops::ConstMatrix x = matrix_of(tensor, "tensor");
     std::vector<float> values(tensor.size());
-    backend_->download(x.data, values.data(), tensor.nbytes());
+    backend_->device().download(x.data, values.data(), tensor.nbytes());
     return own_array(std::move(values), {tensor.shape(0), tensor.shape(1)});
   }
 
@@ -123,7 +125,7 @@ class CudaOps {
     const ops::ConstMatrix x = matrix_of(tensor, "x");
     require(x.cols == weight.view.cols, "x", "must have as many columns as the weight");
     Result y(backend_, x.rows, weight.view.rows);
-    backend_->linear(weight.view, x, y.view(),
+    backend_->linear(weight.view, x, y.view(), ops::Phase::kDecode,
                      exact_inputs ? ops::Inputs::kF32 : ops::Inputs::kBf16);
     return done(std::move(y));
   }
@@ -135,8 +137,7 @@ class CudaOps {
     OnDevice there(backend_, weight.nbytes(), "a norm's weight");
     there.fill(weight.data(), weight.nbytes());
     Result y(backend_, x.rows, x.cols);
-    backend_->rms_norm(x, {reinterpret_cast<const float*>(there.memory()), weight.size()}, eps,
-                       y.view());
+    backend_->rms_norm(x, {there.as<const float>(), weight.size()}, eps, y.view());
     return done(std::move(y));
   }
 
@@ -156,7 +157,7 @@ class CudaOps {
                  const Tensor& tensor, const ConstArray<std::int32_t>& chosen,
                  const ConstArray<float>& weights) const {
     const ops::ConstMatrix x = matrix_of(tensor, "x");
-    std::vector<format::WeightView> matrices;
+    std::vector<ops::WeightView> matrices;
     matrices.reserve(weights_of_experts.size());
     for (const auto& weight : weights_of_experts) matrices.push_back(weight->view);
     const ExpertTasks given(matrices, x, chosen, weights);
@@ -166,10 +167,10 @@ class CudaOps {
     const Result routed(backend_, x.rows * given.top_k, x.cols);
     Result y(backend_, x.rows, x.cols);
     backend_->zero(y.view());
-    backend_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view());
-    backend_->combine(routed.view(),
-                      {reinterpret_cast<const float*>(mixing.memory()), weights.size()},
-                      given.top_k, y.view());
+    backend_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view(),
+                      ops::Phase::kDecode);
+    backend_->combine(routed.view(), {mixing.as<const float>(), weights.size()}, given.top_k,
+                      y.view());
     return done(std::move(y));
   }
 
@@ -180,7 +181,7 @@ class CudaOps {
     return {tensor.data(), static_cast<std::int64_t>(tensor.shape(0)), cols, cols};
   }
   nb::object done(Result&& result) const {
-    backend_->synchronize();
+    backend_->device().synchronize();
     return std::move(result).tensor(index_);
   }
 

@@ -18,7 +18,7 @@
 #include "engine/sampler.h"
 #include "format/block.h"
 #include "model/layers.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::bindings {
 namespace {
@@ -51,9 +51,10 @@ ops::ConstMatrix matrix_of(const Floats& array, const char* parameter) {
   return {array.data(), rows, cols, cols};
 }
 
-Result copy_of(ops::ConstMatrix x) {
+Result copy_of(const Floats& array, const char* parameter) {
+  const ops::ConstMatrix x = matrix_of(array, parameter);
   Result copy(x.rows, x.cols);
-  std::copy_n(x.data, x.rows * x.cols, copy.values.data());
+  std::copy_n(array.data(), array.size(), copy.values.data());
   return copy;
 }
 
@@ -86,9 +87,9 @@ class PyBackend {
     require(threads >= 1 && threads <= 1024, "threads",
             "must be 1 to 1024, not " + std::to_string(threads));
     if (device == "cpu") {
-      backend_ = ops::make_cpu_backend(threads);
+      ops_ = ops::make_cpu_ops(threads);
     } else if (device == "reference") {
-      backend_ = ops::make_reference_backend(threads);
+      ops_ = ops::make_reference_ops(threads);
     } else {
       throw ParameterError("device", "'" + device + "' is not one of cpu, reference");
     }
@@ -100,15 +101,15 @@ class PyBackend {
     Result y(x.rows, w.rows);
     {
       const ReleasedGil released;
-      backend_->linear(w.view(), x, y.view(),
-                       exact_inputs ? ops::Inputs::kF32 : ops::Inputs::kBf16);
+      ops_->linear(w.view(), x, y.view(), ops::Phase::kDecode,
+                   exact_inputs ? ops::Inputs::kF32 : ops::Inputs::kBf16);
     }
     return y.array();
   }
 
   nb::object embed(const EncodedMatrix& table, const ConstArray<std::int32_t>& ids) {
     Result out(static_cast<std::int64_t>(ids.size()), table.cols);
-    backend_->embed(table.view(), {ids.data(), ids.size()}, out.view());
+    ops_->embed(table.view(), {ids.data(), ids.size()}, out.view());
     return out.array();
   }
 
@@ -117,25 +118,25 @@ class PyBackend {
     require(weight.size() == static_cast<std::size_t>(x.cols), "weight",
             "must have one value a column of x");
     Result y(x.rows, x.cols);
-    backend_->rms_norm(x, {weight.data(), weight.size()}, eps, y.view());
+    ops_->rms_norm(x, {weight.data(), weight.size()}, eps, y.view());
     return y.array();
   }
 
   nb::object silu_mul(const Floats& gate_array, const Floats& up_array) {
     const ops::ConstMatrix up = matrix_of(up_array, "up");
-    Result gate = copy_of(matrix_of(gate_array, "gate"));
+    Result gate = copy_of(gate_array, "gate");
     require(gate.rows == up.rows && gate.cols == up.cols, "up", "must have gate's shape");
-    backend_->silu_mul(gate.view(), up);
+    ops_->silu_mul(gate.view(), up);
     return gate.array();
   }
 
   nb::object rope(const Floats& x_array, std::int64_t heads, const Floats& cos_sin_array) {
-    Result x = copy_of(matrix_of(x_array, "x"));
+    Result x = copy_of(x_array, "x");
     const ops::ConstMatrix cos_sin = matrix_of(cos_sin_array, "cos_sin");
     require(heads >= 1 && x.cols % heads == 0, "heads", "must divide the columns of x");
     require(cos_sin.rows == x.rows && cos_sin.cols == x.cols / heads && cos_sin.cols % 2 == 0,
             "cos_sin", "must be [rows of x, dims of a head], dims even");
-    backend_->rope(x.view(), heads, x.cols / heads, cos_sin);
+    ops_->rope(x.view(), heads, x.cols / heads, cos_sin);
     return x.array();
   }
 
@@ -150,8 +151,8 @@ class PyBackend {
     std::vector<std::int32_t> own(rows * k);
     std::vector<std::int32_t> used(rows * k);
     std::vector<float> weights(rows * k);
-    backend_->route(spec, logits, {bias.data(), bias.size()}, {forced.data(), forced.size()},
-                    {own, used, weights});
+    ops_->route(spec, logits, {bias.data(), bias.size()}, {forced.data(), forced.size()},
+                {own, used, weights});
     return nb::make_tuple(own_array(std::move(own), {rows, k}),
                           own_array(std::move(weights), {rows, k}));
   }
@@ -160,7 +161,7 @@ class PyBackend {
   nb::object moe(const std::vector<nb::handle>& expert_weights, const Floats& x_array,
                  const ConstArray<std::int32_t>& chosen, const Floats& weights) {
     const ops::ConstMatrix x = matrix_of(x_array, "x");
-    std::vector<format::WeightView> matrices;
+    std::vector<ops::WeightView> matrices;
     matrices.reserve(expert_weights.size());
     for (const nb::handle weight : expert_weights) {
       matrices.push_back(nb::cast<const EncodedMatrix&>(weight).view());
@@ -171,8 +172,8 @@ class PyBackend {
     Result y(x.rows, x.cols);
     {
       const ReleasedGil released;
-      backend_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view());
-      backend_->combine(routed.view(), {weights.data(), weights.size()}, given.top_k, y.view());
+      ops_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view(), ops::Phase::kDecode);
+      ops_->combine(routed.view(), {weights.data(), weights.size()}, given.top_k, y.view());
     }
     return y.array();
   }
@@ -200,7 +201,7 @@ class PyBackend {
       total_rows += rows[i];
     }
     require(total_rows == q.rows, "rows", "must add up to the rows of q");
-    const ops::KvFormat kv_format = fp8_cache ? ops::KvFormat::kFp8 : backend_->default_kv_format();
+    const ops::KvFormat kv_format = fp8_cache ? ops::KvFormat::kFp8 : ops_->default_kv_format();
     engine::KvCache cache(tokens, 1,
                           static_cast<std::size_t>(ops::kKvBlockTokens * shape.cache_width()) *
                               ops::kv_value_bytes(kv_format),
@@ -212,7 +213,7 @@ class PyBackend {
       const ops::ConstMatrix cached = matrix_of(latents[i], "latents");
       sequences.push_back(std::make_unique<engine::Sequence>(cache));
       const ops::SequenceRows all = sequences.back()->next_rows(0, cached.rows);
-      backend_->kv_append({&all, 1}, cached);
+      ops_->kv_append({&all, 1}, cached);
       batch.push_back({first_row, rows[i], cached.rows - rows[i], all.kv});
       first_row += rows[i];
     }
@@ -222,18 +223,18 @@ class PyBackend {
     {
       const ReleasedGil released;
       if (decode) {
-        backend_->absorb_query(shape, kv_b_proj.view(), q, q_abs.view());
-        backend_->latent_attention(shape, batch, q_abs.view(), q, attended.view());
-        backend_->expand_value(shape, kv_b_proj.view(), attended.view(), out.view());
+        ops_->absorb_query(shape, kv_b_proj.view(), q, q_abs.view());
+        ops_->latent_attention(shape, batch, q_abs.view(), q, attended.view());
+        ops_->expand_value(shape, kv_b_proj.view(), attended.view(), out.view());
       } else {
-        backend_->prefill_attention(shape, kv_b_proj.view(), batch, q, out.view());
+        ops_->prefill_attention(shape, kv_b_proj.view(), batch, q, out.view());
       }
     }
     return out.array();
   }
 
  private:
-  std::unique_ptr<ops::Backend> backend_;
+  std::unique_ptr<ops::Ops> ops_;
 };
 
 // Bounded so that no product of two of them overflows.

@@ -7,7 +7,7 @@
 
 #include "bindings/arrays.h"
 #include "dsfp4/error.h"
-#include "ops/backend.h"
+#include "ops/views.h"
 
 namespace dsfp4::bindings {
 
@@ -18,7 +18,7 @@ inline void require(bool ok, const char* parameter, const std::string& problem) 
 /// Experts whose shapes fit x and each other, and the (token, slot) pairs of each.
 struct ExpertTasks {
   /// `matrices`: gate, up and down of each expert. `chosen`: [rows of x, top_k], as `weights`.
-  ExpertTasks(const std::vector<format::WeightView>& matrices, ops::ConstMatrix x,
+  ExpertTasks(const std::vector<ops::WeightView>& matrices, ops::ConstMatrix x,
               const ConstArray<std::int32_t>& chosen, const ConstArray<float>& weights) {
     require(!matrices.empty() && matrices.size() % 3 == 0, "experts",
             "must be gate, up and down of each expert");

@@ -8,12 +8,14 @@
 #include <functional>
 #include <random>
 
+#include "base/device_access.h"
 #include "engine/kv_cache.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "model/pass.h"
 #include "ops/cuda_backend.h"
 #include "ops/cuda_plugin.h"
+#include "ops/host_routing.h"
 #include "ops/scratch.h"
 #include "residency/resident_experts.h"
 
@@ -21,8 +23,8 @@ namespace dsfp4::engine {
 namespace {
 
 using format::WeightFormat;
-using format::WeightView;
 using ops::Matrix;
+using ops::WeightView;
 
 constexpr std::size_t kPool = std::size_t{4400} << 20;
 constexpr std::int64_t kHidden = 7168;
@@ -36,9 +38,9 @@ class Bench {
       : only_(std::move(only)),
         plugin_(ops::cuda_plugin()),
         backend_(plugin_, index, 0),
-        pool_(kPool, "the benchmark's weights", backend_.memory()),
-        scales_(3 * kScaleBytes, "the benchmark's scales", backend_.memory()),
-        arena_(std::size_t{2000} << 20, "the benchmark's activations", backend_.memory()) {
+        pool_(kPool, "the benchmark's weights", backend_.device().memory()),
+        scales_(3 * kScaleBytes, "the benchmark's scales", backend_.device().memory()),
+        arena_(std::size_t{2000} << 20, "the benchmark's activations", backend_.device().memory()) {
     fill();
     read_rate_ = measure_reads();
     flop_rate_ = measure_products();
@@ -58,7 +60,8 @@ class Bench {
     for (WeightView& view : weights) view = weight(format, rows, cols);
     time(name, rotate, bytes + 4.0 * static_cast<double>(tokens * (rows + cols)),
          2.0 * static_cast<double>(rows * cols * tokens), [&](int i) {
-           backend_.linear(weights[static_cast<std::size_t>(i)], x, y, ops::Inputs::kBf16);
+           backend_.linear(weights[static_cast<std::size_t>(i)], x, y, ops::Phase::kDecode,
+                           ops::Inputs::kBf16);
          });
   }
 
@@ -74,15 +77,15 @@ class Bench {
     const Matrix y = random(tokens, kHidden);
     const Matrix hidden = ops::scratch_matrix(arena_, pairs, kExpert);
     const Matrix routed = ops::scratch_matrix(arena_, pairs, kHidden);
-    auto* weights = arena_.take_array<float>(count);
+    const auto weights = arena_.take_array<float>(count);
     const std::vector<float> even(count, 0.125f);
-    backend_.upload(even.data(), weights, count * sizeof(float));
+    backend_.device().upload(even.data(), weights, count * sizeof(float));
     std::vector<ops::Routing> routings;
     // One token: other experts from call to call. Several: their experts are more than the cache.
     const int rotate = tokens == 1 ? static_cast<int>(experts / pairs) : 1;
     std::vector<std::vector<std::int32_t>> chosen_by(static_cast<std::size_t>(experts));
     for (int i = 0; i < rotate; ++i) {
-      auto* used = arena_.take_array<std::int32_t>(count);
+      const auto used = arena_.take_array<std::int32_t>(count);
       std::vector<std::int32_t> choice(count);
       for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
         std::vector<std::int32_t> order(static_cast<std::size_t>(experts));
@@ -101,7 +104,7 @@ class Bench {
           }
         }
       }
-      backend_.upload(choice.data(), used, count * sizeof(std::int32_t));
+      backend_.device().upload(choice.data(), used, count * sizeof(std::int32_t));
       routings.push_back({{used, count}, {used, count}, {weights, count}});
     }
     std::vector<ops::ExpertTask> tasks;
@@ -118,8 +121,10 @@ class Bench {
     });
     const std::string name = "expert tasks " + of;
     if (!wanted(name)) return;
-    add(name, seconds_queued([&] { backend_.experts(tasks, kTopK, x, hidden, routed); }), bytes,
-        flops);
+    add(name, seconds_queued([&] {
+          backend_.experts(tasks, kTopK, x, hidden, routed, ops::Phase::kDecode);
+        }),
+        bytes, flops);
   }
 
   void attention(ops::KvFormat format, std::int64_t context, std::int64_t sequences, bool decode) {
@@ -136,7 +141,7 @@ class Bench {
                          static_cast<double>(kMla.cache_width()) *
                          static_cast<double>(ops::kv_value_bytes(format));
     const int layers = decode ? std::min(rotations(bytes), 40) : 1;
-    KvCache cache(context * sequences, layers, layer, format, backend_.memory());
+    KvCache cache(context * sequences, layers, layer, format, backend_.device().memory());
     std::deque<Sequence> made;
     std::vector<ops::SequenceRows> batch;
     for (std::int64_t s = 0; s < sequences; ++s) {
@@ -183,11 +188,13 @@ class Bench {
     });
     const model::Decoder decoder(spec, weights, backend_, experts, nullptr, ops::KvFormat::kBf16);
     const std::size_t layer_bytes = model::kv_layer_bytes(spec, ops::KvFormat::kBf16);
-    KvCache cache(context + 1, layers, layer_bytes, ops::KvFormat::kBf16, backend_.memory());
+    KvCache cache(context + 1, layers, layer_bytes, ops::KvFormat::kBf16,
+                  backend_.device().memory());
     Sequence sequence(cache);
     fill_cache(sequence.next_rows(0, context), static_cast<int>(layers), layer_bytes);
     sequence.advance(context);
     bytes += static_cast<double>(context * layers * kMla.cache_width() * 2);
+    ops::RoutingReader routings(backend_.device(), 1, spec.router);
     const Matrix logits = ops::scratch_matrix(arena_, 1, spec.vocab_size);
     std::vector<float> on_host(static_cast<std::size_t>(spec.vocab_size));
     std::vector<double> times;
@@ -200,10 +207,10 @@ class Bench {
       batch.phase = ops::Phase::kDecode;
       batch.ids = {&id, 1};
       batch.sequences = {&row, 1};
-      model::Pass pass(decoder, batch, arena_);
+      model::Pass pass(decoder, batch, arena_, routings);
       while (!pass.done()) pass.advance();
-      decoder.head(pass.hidden(), logits);
-      backend_.download(logits.data, on_host.data(), on_host.size() * sizeof(float));
+      decoder.head(pass.hidden(), logits, ops::Phase::kDecode);
+      backend_.device().download(logits.data, on_host.data(), on_host.size() * sizeof(float));
       times.push_back(
           std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
@@ -237,10 +244,10 @@ class Bench {
     return spec;
   }
 
-  std::span<const float> ones(std::int64_t count) {
+  DeviceSpan<const float> ones(std::int64_t count) {
     const std::vector<float> values(static_cast<std::size_t>(count), 1.0f);
-    auto* to = arena_.take_array<float>(values.size());
-    backend_.upload(values.data(), to, values.size() * sizeof(float));
+    const auto to = arena_.take_array<float>(values.size());
+    backend_.device().upload(values.data(), to, values.size() * sizeof(float));
     return {to, values.size()};
   }
 
@@ -300,20 +307,20 @@ class Bench {
     constexpr std::size_t kPiece = std::size_t{32} << 20;
     std::vector<std::uint32_t> words(kPiece / 4);
     for (auto& word : words) word = random_() & 0xbfffbfffu;  // finite as BF16, too
-    std::byte* pool = pool_.take(kPool);
+    pool_base_ = pool_.take(kPool);
     for (std::size_t at = 0; at < kPool; at += kPiece) {
-      backend_.upload(words.data(), pool + at, std::min(kPiece, kPool - at));
+      backend_.device().upload(words.data(), pool_base_ + static_cast<std::ptrdiff_t>(at),
+                               std::min(kPiece, kPool - at));
     }
-    pool_base_ = pool;
     scale_base_ = scales_.take(3 * kScaleBytes);
     std::vector<std::uint8_t> codes(kScaleBytes);
     for (auto& code : codes) code = static_cast<std::uint8_t>(0x28 + random_() % 16);  // E4M3
-    backend_.upload(codes.data(), scale_base_, kScaleBytes);
+    backend_.device().upload(codes.data(), scale_base_, kScaleBytes);
     for (auto& code : codes) code = static_cast<std::uint8_t>(118 + random_() % 4);  // E8M0
-    backend_.upload(codes.data(), scale_base_ + kScaleBytes, kScaleBytes);
+    backend_.device().upload(codes.data(), scale_base_ + kScaleBytes, kScaleBytes);
     std::vector<float> floats(kScaleBytes / 4);
     for (auto& v : floats) v = 1e-3f * static_cast<float>(1 + random_() % 8);
-    backend_.upload(floats.data(), scale_base_ + 2 * kScaleBytes, kScaleBytes);
+    backend_.device().upload(floats.data(), scale_base_ + 2 * kScaleBytes, kScaleBytes);
   }
 
   // The next matrix of the pool; it begins again where the pool ends.
@@ -325,9 +332,12 @@ class Bench {
     const std::size_t kind = format == WeightFormat::kNvfp4   ? 0
                              : format == WeightFormat::kMxfp4 ? 1
                                                               : 2;
-    const WeightView view{
-        format, rows, cols, pool_base_ + pool_at_, scale_base_ + kind * kScaleBytes + scale_at_,
-        1e-2f};
+    const WeightView view{format,
+                          rows,
+                          cols,
+                          pool_base_ + static_cast<std::ptrdiff_t>(pool_at_),
+                          scale_base_ + static_cast<std::ptrdiff_t>(kind * kScaleBytes + scale_at_),
+                          1e-2f};
     pool_at_ += data;
     scale_at_ += scale;
     return view;
@@ -347,7 +357,7 @@ class Bench {
     const Matrix matrix = ops::scratch_matrix(arena_, rows, cols);
     std::vector<float> values(static_cast<std::size_t>(rows * cols));
     for (float& v : values) v = static_cast<float>(static_cast<std::int32_t>(random_())) * 0x1p-31f;
-    backend_.upload(values.data(), matrix.data, values.size() * sizeof(float));
+    backend_.device().upload(values.data(), matrix.data, values.size() * sizeof(float));
     return matrix;
   }
 
@@ -371,7 +381,7 @@ class Bench {
   // them.
   double seconds_of(int rotate, const std::function<void(int)>& call) {
     const auto check = [&](bool ok) { ops::cuda_check(plugin_, ok); };
-    ops::cuda::Device* device = backend_.device();
+    ops::cuda::Device* device = backend_.device().opened();
     float milliseconds = 0.0f;
     check(plugin_.synchronize(device));
     for (int i = 0; i < rotate; ++i) call(i);
@@ -404,7 +414,7 @@ class Bench {
 
   double median_seconds(const std::function<void()>& queue) {
     const auto check = [&](bool ok) { ops::cuda_check(plugin_, ok); };
-    ops::cuda::Device* device = backend_.device();
+    ops::cuda::Device* device = backend_.device().opened();
     const auto run = [&] {
       float milliseconds = 0.0f;
       check(plugin_.mark(device, 0));
@@ -433,19 +443,21 @@ class Bench {
   }
 
   double measure_reads() {
-    std::byte* sink = arena_.take(256);
+    std::byte* sink = DeviceAccess::address(arena_.take(256));
     const double seconds = seconds_of(1, [&](int) {
-      ops::cuda_check(plugin_, plugin_.read_all(backend_.device(), pool_base_, kPool, sink));
+      ops::cuda_check(plugin_, plugin_.read_all(backend_.device().opened(),
+                                                DeviceAccess::address(pool_base_), kPool, sink));
     });
     results.push_back({"read rate", seconds, static_cast<double>(kPool), 0.0, seconds});
     return static_cast<double>(kPool) / seconds;
   }
 
   double measure_products() {
-    std::byte* sink = arena_.take(256);
+    std::byte* sink = DeviceAccess::address(arena_.take(256));
     double flops = 0.0;
     const double seconds = seconds_of(1, [&](int) {
-      ops::cuda_check(plugin_, plugin_.multiply_loop(backend_.device(), 2000, sink, &flops));
+      ops::cuda_check(plugin_,
+                      plugin_.multiply_loop(backend_.device().opened(), 2000, sink, &flops));
     });
     results.push_back({"mma.sync rate", seconds, 0.0, flops, seconds});
     return flops / seconds;
@@ -458,8 +470,7 @@ class Bench {
   memory::Arena pool_;
   memory::Arena scales_;
   memory::Arena arena_;
-  std::byte* pool_base_ = nullptr;
-  std::byte* scale_base_ = nullptr;
+  DevicePtr<std::byte> pool_base_, scale_base_;
   std::size_t pool_at_ = 0;
   std::size_t scale_at_ = 0;
   double read_rate_ = 1.0;

@@ -24,7 +24,7 @@ int thread_count(int threads) {
   return threads == 0 ? available_cores() : threads;
 }
 
-std::unique_ptr<ops::Backend> make_backend(const LoadOptions& options) {
+std::unique_ptr<ops::Ops> make_ops(const LoadOptions& options) {
   const std::string& device = options.device;
   const int threads = thread_count(options.threads);
   constexpr double kMostGigabytes = 1e6;
@@ -32,18 +32,18 @@ std::unique_ptr<ops::Backend> make_backend(const LoadOptions& options) {
     throw ParameterError("memory_limit", "must be over 0 and at most 1000000 GB of VRAM");
   }
   if (device == "cuda") {
-    return ops::make_cuda_backend(0, static_cast<std::uint64_t>(options.memory_limit * 1e9));
+    return ops::make_cuda_ops(0, static_cast<std::uint64_t>(options.memory_limit * 1e9));
   }
   if (options.memory_limit != 0.0) {
     throw ParameterError("memory_limit", "limits VRAM, and device '" + device + "' uses none");
   }
-  if (device == "cpu") return ops::make_cpu_backend(threads);
-  if (device == "reference") return ops::make_reference_backend(threads);
+  if (device == "cpu") return ops::make_cpu_ops(threads);
+  if (device == "reference") return ops::make_reference_ops(threads);
   throw ParameterError("device", "'" + device + "' is not one of cpu, cuda, reference");
 }
 
-ops::KvFormat kv_format(const std::string& dtype, const ops::Backend& backend) {
-  if (dtype == "bf16") return backend.default_kv_format();
+ops::KvFormat kv_format(const std::string& dtype, const ops::Ops& ops) {
+  if (dtype == "bf16") return ops.default_kv_format();
   if (dtype == "fp8") return ops::KvFormat::kFp8;
   throw ParameterError("kv_cache_dtype", "'" + dtype + "' is not one of bf16, fp8");
 }
@@ -94,50 +94,51 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
     : config_(checkpoint::read_config(folder)),
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       trace_(options.trace_file.empty() ? nullptr : std::make_unique<Trace>(options.trace_file)),
-      backend_(make_backend(options)),
-      kv_format_(kv_format(options.kv_cache_dtype, *backend_)),
+      ops_(machine.make_ops ? machine.make_ops() : make_ops(options)),
+      kv_format_(kv_format(options.kv_cache_dtype, *ops_)),
       spec_(model::make_spec(config_)),
       loaded_(load_weights(
-          folder, config_, *backend_,
+          folder, config_, ops_->device(),
           {.reader = machine.reading,
            .threads = thread_count(options.threads),
            .progress = options.progress,
            .poll = polling(options.keep_going),
            .plan = [&](const WeightSizes& sizes) { return plan(options, machine, sizes); }})),
-      tiers_(*backend_, spec_, loaded_, *planned_, options, trace_.get()),
-      decoder_(spec_, loaded_.weights, *backend_, tiers_.runner(), tiers_.layers(), kv_format_),
-      scratch_(scratch_bytes(spec_, prefill_chunk_), "the activations", backend_->memory()),
-      logits_(logit_bytes(spec_, *backend_), "the logits", backend_->memory()),
+      tiers_(*ops_, spec_, loaded_, *planned_, options, trace_.get()),
+      decoder_(spec_, loaded_.weights, *ops_, tiers_.runner(), tiers_.layers(), kv_format_),
+      scratch_(scratch_bytes(spec_, prefill_chunk_), "the activations", ops_->device().memory()),
+      logits_(logit_bytes(spec_, ops_->device()), "the logits", ops_->device().memory()),
+      routings_(ops_->device(), prefill_chunk_, spec_.router),
       cache_(max_context_, spec_.layers, model::kv_layer_bytes(spec_, kv_format_), kv_format_,
-             backend_->memory()) {
+             ops_->device().memory()) {
   for (const model::LayerWeights& layer : loaded_.weights.layers) {
-    backend_->prepare_experts(layer.experts);
+    ops_->prepare_experts(layer.experts);
   }
-  backend_->reserve(largest_step(running(), loaded_.sizes, prefill_chunk_));
+  ops_->reserve(largest_step(running(), loaded_.sizes, prefill_chunk_));
   planned_->loaded();
 }
 
-void Engine::head(ops::ConstMatrix hidden, float* logits) {
+void Engine::head(ops::ConstMatrix hidden, model::Phase phase, float* logits) {
   const std::int64_t vocab = spec().vocab_size;
-  if (backend_->host_visible()) {
-    decoder_.head(hidden, {logits, hidden.rows, vocab, vocab});
+  if (ops_->device().host_visible()) {
+    decoder_.head(hidden, {logits, hidden.rows, vocab, vocab}, phase);
     return;
   }
   const ops::ScratchScope scope(logits_);
   const ops::Matrix there = ops::scratch_matrix(logits_, kLogitRows, vocab);
   for (std::int64_t at = 0; at < hidden.rows; at += kLogitRows) {
     const std::int64_t rows = std::min(kLogitRows, hidden.rows - at);
-    decoder_.head({hidden.row(at), rows, hidden.cols, hidden.stride}, there.slice(0, rows));
-    backend_->download(there.data, logits + at * vocab,
+    decoder_.head(hidden.slice(at, rows), there.slice(0, rows), phase);
+    ops_->device().download(there.data, logits + at * vocab,
                        static_cast<std::size_t>(rows * vocab) * sizeof(float));
   }
 }
 
 residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,
                              const WeightSizes& sizes) {
-  const bool in_ram = backend_->host_visible();
+  const bool in_ram = ops_->device().host_visible();
   std::optional<std::uint64_t> vram;
-  if (!in_ram) vram = backend_->memory().available();
+  if (!in_ram) vram = ops_->device().memory().available();
   planned_ = std::make_unique<Planned>(model_bytes(running(), sizes), options, max_context_,
                                        machine, vram);
   residency::Plan plan = planned_->plan();
@@ -180,7 +181,7 @@ bool Engine::step(Sequence& sequence, model::Batch batch, const KeepGoing& keep_
   const ops::SequenceRows part = sequence.next_rows(0, rows);
   batch.sequences = {&part, 1};
   const auto start = Trace::Clock::now();
-  model::Pass pass(decoder_, batch, scratch_);
+  model::Pass pass(decoder_, batch, scratch_, routings_);
   while (!pass.done()) {
     if (keep_going && !keep_going()) return false;
     pass.advance();
@@ -244,10 +245,10 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.logits_layer_stride = logits_stride;
     }
     const bool ran = step(sequence, batch, options.keep_going, [&](ops::ConstMatrix hidden) {
-      if (!options.on_logits) head(hidden, logits.data() + at * spec().vocab_size);
+      if (!options.on_logits) head(hidden, batch.phase, logits.data() + at * spec().vocab_size);
       for (std::int64_t row = 0; options.on_logits && row < rows; row += kLogitRows) {
         const std::int64_t some = std::min(kLogitRows, rows - row);
-        head({hidden.row(row), some, hidden.cols, hidden.stride}, window.data());
+        head(hidden.slice(row, some), batch.phase, window.data());
         options.on_logits(at + row, {window.data(), static_cast<std::size_t>(some) * vocab});
       }
     });
@@ -268,10 +269,10 @@ bool Engine::last_logits(Sequence& sequence, model::Phase phase, std::span<const
     if (draw) {
       const ops::ScratchScope scope(logits_);
       const ops::Matrix there = ops::scratch_matrix(logits_, 1, spec().vocab_size);
-      decoder_.head(last, there);
-      sampled = backend_->sample(there, *draw);
+      decoder_.head(last, there, phase);
+      sampled = ops_->sample(there, *draw);
     }
-    if (!sampled) head(last, logits.data());
+    if (!sampled) head(last, phase, logits.data());
   });
   if (sampled && *sampled < 0) throw Error("no token can be chosen: every logit is NaN");
   return ran;
@@ -327,7 +328,7 @@ void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
   if (options.stop_ids) stop_ids = *options.stop_ids;
   Sampler sampler(options, prompt, spec().vocab_size);
   const std::int64_t most = std::min(options.max_tokens, max_context_ - result.prompt_tokens);
-  std::optional<std::int32_t> sampled;  // where the backend does it; then `logits` are not filled
+  std::optional<std::int32_t> sampled;  // where the ops do it; then `logits` are not filled
   for (;;) {
     const std::int32_t token = sampled ? *sampled : sampler.sample(logits);
     if (std::ranges::find(stop_ids, token) != stop_ids.end()) {
@@ -347,7 +348,7 @@ void Engine::decode(Sequence& sequence, std::span<const std::int32_t> prompt,
       return;
     }
     const std::optional<ops::SampleSpec> draw =
-        backend_->host_visible() ? std::nullopt : sampler.draw();
+        ops_->device().host_visible() ? std::nullopt : sampler.draw();
     if (!last_logits(sequence, model::Phase::kDecode, {&token, 1}, options.keep_going, logits, draw,
                      sampled)) {
       result.finish_reason = FinishReason::kCancelled;

@@ -19,7 +19,7 @@
 #include "memory/arena.h"
 #include "model/decoder.h"
 #include "model/pass.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::engine {
 
@@ -47,7 +47,7 @@ class Engine {
   /// Decides where the weights go, reserves the memory and logs what is to be said about it.
   residency::Plan plan(const LoadOptions& options, const Machine& machine,
                        const WeightSizes& sizes);
-  Running running() const { return {spec_, *backend_, kv_format_, max_context_}; }
+  Running running() const { return {spec_, *ops_, kv_format_, max_context_}; }
   /// Runs the batch's ids as the sequence's next tokens, and `use` with the pass that is done.
   /// False: `keep_going`, asked before each piece of it, said no, and `use` was not called.
   template <typename Use>
@@ -59,20 +59,20 @@ class Engine {
   void decode(Sequence& sequence, std::span<const std::int32_t> prompt,
               const GenerateOptions& options, const TokenCallback& on_token,
               std::span<float> logits, GenerationResult& result);
-  /// Logits of the last of `ids`, which become the sequence's next tokens; or, given a draw and a
-  /// backend that samples, `sampled`, the token that follows, without logits. False as step().
+  /// Logits of the last of `ids`, which become the sequence's next tokens; or, given a draw and ops
+  /// that sample, `sampled`, the token that follows, without logits. False as step().
   bool last_logits(Sequence& sequence, model::Phase phase, std::span<const std::int32_t> ids,
                    const KeepGoing& keep_going, std::span<float> logits,
                    const std::optional<ops::SampleSpec>& draw,
                    std::optional<std::int32_t>& sampled);
-  /// logits (on the host) = head(hidden).
-  void head(ops::ConstMatrix hidden, float* logits);
+  /// logits (on the host) = head(hidden), after a step of that phase.
+  void head(ops::ConstMatrix hidden, model::Phase phase, float* logits);
   void check_ids(std::span<const std::int32_t> ids, const char* parameter) const;
 
   checkpoint::ModelConfig config_;
   std::int64_t max_context_;
   std::unique_ptr<Trace> trace_;  // null: none was asked for
-  std::unique_ptr<ops::Backend> backend_;
+  std::unique_ptr<ops::Ops> ops_;
   ops::KvFormat kv_format_;
   model::ModelSpec spec_;
   std::unique_ptr<Planned> planned_;  // once the headers have been read
@@ -81,7 +81,8 @@ class Engine {
   Tiers tiers_;
   model::Decoder decoder_;
   memory::Arena scratch_;
-  memory::Arena logits_;  // where the backend's memory is not the host's
+  memory::Arena logits_;  // where the device's memory is not the host's
+  ops::RoutingReader routings_;
   KvCache cache_;
   Turns turns_;
 };

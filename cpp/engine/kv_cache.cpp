@@ -20,15 +20,15 @@ std::size_t KvCache::block_bytes(std::int64_t layers, std::size_t layer_bytes) {
   return memory::Arena::padded(static_cast<std::size_t>(layers) * layer_bytes);
 }
 
-std::byte* KvCache::take() {
+DevicePtr<std::byte> KvCache::take() {
   if (free_.empty()) throw MemoryLimitError("the KV cache's blocks", block_bytes_, 0);
-  std::byte* block = free_.back();
+  const DevicePtr<std::byte> block = free_.back();
   free_.pop_back();
   return block;
 }
 
 Sequence::~Sequence() {
-  for (std::byte* block : blocks_) cache_.give_back(block);
+  for (const DevicePtr<std::byte> block : blocks_) cache_.give_back(block);
 }
 
 ops::SequenceRows Sequence::next_rows(std::int64_t first_row, std::int64_t rows) {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "memory/arena.h"
-#include "ops/backend.h"
+#include "ops/views.h"
 
 namespace dsfp4::engine {
 
@@ -22,14 +22,14 @@ class KvCache {
   std::size_t free_blocks() const noexcept { return free_.size(); }
 
   /// Throws MemoryLimitError if no block is left.
-  std::byte* take();
-  void give_back(std::byte* block) { free_.push_back(block); }
+  DevicePtr<std::byte> take();
+  void give_back(DevicePtr<std::byte> block) { free_.push_back(block); }
 
  private:
   std::size_t block_bytes_;
   ops::KvFormat format_;
   memory::Arena arena_;
-  std::vector<std::byte*> free_;
+  std::vector<DevicePtr<std::byte>> free_;
 };
 
 /// One sequence: how many tokens it has, and the blocks that hold their latents.
@@ -49,7 +49,7 @@ class Sequence {
 
  private:
   KvCache& cache_;
-  std::vector<std::byte*> blocks_;
+  std::vector<DevicePtr<std::byte>> blocks_;
   std::int64_t length_ = 0;
 };
 

@@ -10,10 +10,11 @@
 #include "base/poll.h"
 #include "checkpoint/config.h"
 #include "checkpoint/layout.h"
+#include "engine/placement.h"
 #include "engine/weight_check.h"
 #include "memory/arena.h"
 #include "model/weights.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 #include "residency/file_image.h"
 #include "residency/layer_stream.h"
 #include "residency/plan.h"
@@ -21,30 +22,15 @@
 
 namespace dsfp4::engine {
 
-/// Bytes that there are to load, from the headers alone.
-struct WeightSizes {
-  std::size_t dense_bytes = 0;   // of an arena that holds everything but the routed experts
-  std::size_t expert_bytes = 0;  // and of the routed experts in it
-  std::size_t slot_bytes = 0;    // of one routed expert in an ExpertStore; 0 if there are none
-  std::size_t experts = 0;       // in all layers
-  /// Of dense_bytes, what goes where a layer is streamed, and the size of a buffer for one.
-  std::vector<std::uint64_t> layer_bytes;
-  std::size_t layer_slot_bytes = 0;
-  std::uint64_t staging = 0;      // of the reader
-  std::uint64_t load_buffer = 0;  // RAM that all pass through to memory that the host cannot touch
-  ops::WidestWeights widest;
-  std::vector<ops::ExpertView> layer_experts;  // of the last layer, without data
-};
-
 struct LoadedWeights {
   std::shared_ptr<memory::Arena> arena;  // what `weights` points into
   model::ModelWeights weights;
-  std::uint64_t weight_bytes;  // stored bytes of the matrices, experts too
+  std::uint64_t weight_bytes = 0;  // stored bytes of the matrices, experts too
   WeightSizes sizes;
   // Of a model of which a part stays in the files: how that is read and checked later. Else empty.
   std::vector<residency::ExpertImage> images;      // for the ExpertStore
   std::vector<residency::StreamedLayer> streamed;  // for the LayerStream
-  checkpoint::ModelLayout layout;
+  std::unique_ptr<checkpoint::ModelLayout> layout;
   std::unique_ptr<WeightCheck> check;
   std::unique_ptr<storage::Reader> reader;
   std::uint64_t fingerprint = 0;  // of the tensors' names, places and sizes
@@ -63,10 +49,10 @@ struct LoadWeightsOptions {
   std::function<residency::Plan(const WeightSizes& sizes)> plan;
 };
 
-/// Brings the weights into the backend's memory. Throws CheckpointError, IoError, and
+/// Brings the weights into the device's memory. Throws CheckpointError, IoError, and
 /// MemoryLimitError when the system does not have the memory.
 LoadedWeights load_weights(const std::filesystem::path& folder,
-                           const checkpoint::ModelConfig& config, ops::Backend& backend,
+                           const checkpoint::ModelConfig& config, ops::Device& device,
                            const LoadWeightsOptions& options);
 
 }  // namespace dsfp4::engine

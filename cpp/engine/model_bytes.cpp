@@ -8,10 +8,10 @@
 
 namespace dsfp4::engine {
 
-ops::Backend::Largest largest_step(const Running& running, const WeightSizes& sizes,
+ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
                                    std::int64_t rows) {
   const model::ModelSpec& spec = running.spec;
-  ops::Backend::Largest largest;
+  ops::Ops::Largest largest;
   largest.mla = spec.mla;
   largest.rows = rows;
   largest.context = running.max_context;
@@ -35,8 +35,8 @@ std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows) {
                   model::scratch_bytes(spec, 1, model::Phase::kDecode));
 }
 
-std::size_t logit_bytes(const model::ModelSpec& spec, const ops::Backend& backend) {
-  if (backend.host_visible()) return 0;
+std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device) {
+  if (device.host_visible()) return 0;
   return static_cast<std::size_t>(kLogitRows * spec.vocab_size) * sizeof(float);
 }
 
@@ -53,13 +53,13 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
   bytes.kv_block =
       KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
   bytes.reader = sizes.staging;
-  if (!running.backend.host_visible()) bytes.load_buffer = sizes.load_buffer;
+  if (!running.ops.device().host_visible()) bytes.load_buffer = sizes.load_buffer;
   for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
     const std::int64_t chunk = std::min(rows, running.max_context);
     if (!bytes.steps.empty() && chunk == bytes.steps.back().rows) break;
     bytes.steps.push_back(
-        {chunk, scratch_bytes(spec, chunk) + logit_bytes(spec, running.backend) +
-                    running.backend.working_bytes(largest_step(running, sizes, chunk))});
+        {chunk, scratch_bytes(spec, chunk) + logit_bytes(spec, running.ops.device()) +
+                    running.ops.working_bytes(largest_step(running, sizes, chunk))});
   }
   return bytes;
 }

@@ -1,4 +1,4 @@
-// Bytes that a model takes, in the terms of the plan: from its headers, its shape and the backend's
+// Bytes that a model takes, in the terms of the plan: from its headers, its shape and the ops'
 // numbers, before anything is loaded.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include "engine/loader.h"
 #include "model/spec.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 #include "residency/plan.h"
 
 namespace dsfp4::engine {
@@ -19,18 +19,18 @@ inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 /// How a model is run.
 struct Running {
   const model::ModelSpec& spec;
-  const ops::Backend& backend;
+  ops::Ops& ops;
   ops::KvFormat kv_format;
   std::int64_t max_context;  // tokens
 };
 
 /// The largest step with `rows` rows of a prompt; `sizes` must outlive it.
-ops::Backend::Largest largest_step(const Running& running, const WeightSizes& sizes,
+ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
                                    std::int64_t rows);
 /// Arena bytes of a step with `rows` rows of a prompt, and of a decode step.
 std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows);
 /// Of an arena for logits on their way to the host; 0 where they need none.
-std::size_t logit_bytes(const model::ModelSpec& spec, const ops::Backend& backend);
+std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device);
 
 residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes);
 

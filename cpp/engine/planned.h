@@ -4,12 +4,14 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <optional>
 
 #include "dsfp4/model.h"
 #include "memory/account.h"
 #include "memory/limits.h"
+#include "ops/ops.h"
 #include "residency/plan.h"
 #include "storage/reader.h"
 
@@ -20,6 +22,8 @@ struct Machine {
   storage::ReaderOptions reading;
   std::function<memory::MachineMemory()> memory = memory::machine_memory;
   memory::Account* account = &memory::ram_account();
+  /// None: what LoadOptions::device names.
+  std::function<std::unique_ptr<ops::Ops>()> make_ops = nullptr;
 };
 
 /// Throws ParameterError for an option out of range.

@@ -9,7 +9,7 @@
 
 #include "dsfp4/model.h"
 #include "engine/token_choice.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::engine {
 
@@ -37,7 +37,7 @@ class Sampler {
   /// Repetition penalty, logit bias, temperature, top_k, top_p, min_p, then one draw; the lower id
   /// wins a tie. Throws Error if every logit is NaN or forbidden.
   std::int32_t sample(std::span<const float> logits);
-  /// The next draw, for a backend that samples by itself; none if the options need more than
+  /// The next draw, for ops that sample by themselves; none if the options need more than
   /// temperature, top_k, top_p and min_p.
   std::optional<ops::SampleSpec> draw();
 

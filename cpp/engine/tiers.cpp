@@ -12,13 +12,6 @@
 namespace dsfp4::engine {
 namespace {
 
-// Which bytes of which tensors a matrix is, for WeightCheck.
-void add_tensors(const checkpoint::WeightSource& source, const format::WeightView& view,
-                 std::vector<ReadTensor>& tensors) {
-  tensors.push_back({source.data, view.data, nullptr});
-  if (source.scales != nullptr) tensors.push_back({source.scales, view.scales, &view});
-}
-
 void count_reads(const storage::ReaderStats& reader, ModelStats& stats) {
   stats.reads = reader.reads;
   stats.read_bytes = reader.bytes_read;
@@ -44,7 +37,7 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
   return reading;
 }
 
-Tiers::Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
+Tiers::Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded,
              Planned& planned, const LoadOptions& options, Trace* trace)
     : loaded_(loaded),
       planned_(planned),
@@ -54,29 +47,30 @@ Tiers::Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights&
   if (!loaded.streamed.empty()) {
     stream_ = std::make_unique<residency::LayerStream>(
         std::move(loaded.streamed), plan.layer_buffers, *loaded.reader,
-        [check = loaded.check.get()](const residency::StreamedLayer& layer) {
+        [check = loaded.check.get()](const residency::StreamedLayer& layer,
+                                     const std::byte* buffer) {
           std::vector<ReadTensor> tensors;
-          for (const auto& matrix : layer.matrices) {
-            add_tensors(*matrix.source, *matrix.view, tensors);
+          for (const residency::FileMatrix& matrix : layer.from.matrices) {
+            add_tensors(*matrix.source, matrix.place.in(buffer, *matrix.view), false, tensors);
           }
           check->check(tensors);
         },
         trace);
   }
   if (plan.tiered) {
-    make_store(backend, spec, plan, trace);
+    make_store(ops, spec, plan, trace);
     configure(options.memory);
     warm_start(options.warm_start_folder);
     return;
   }
   runner_ = std::make_unique<residency::ResidentExperts>(
-      backend, spec.hidden_size, spec.moe_intermediate_size,
+      ops, spec.hidden_size, spec.moe_intermediate_size,
       [&loaded](std::int64_t layer) -> std::span<const ops::ExpertView> {
         return loaded.weights.layers[static_cast<std::size_t>(layer)].experts;
       });
 }
 
-void Tiers::make_store(ops::Backend& backend, const model::ModelSpec& spec,
+void Tiers::make_store(ops::Ops& ops, const model::ModelSpec& spec,
                        const residency::Plan& plan, Trace* trace) {
   residency::ExpertStore::Options store;
   store.layers = spec.moe_layers();
@@ -87,16 +81,16 @@ void Tiers::make_store(ops::Backend& backend, const model::ModelSpec& spec,
   store.trace = trace;
   store.check = [this, first = spec.dense_layers, experts = spec.router.experts](
                     std::span<const residency::ExpertKey> keys,
-                    std::span<const ops::ExpertView> views) {
+                    std::span<const ops::HostExpertView> views) {
     std::vector<ReadTensor> tensors;
     for (std::size_t i = 0; i < keys.size(); ++i) {
       const auto key = static_cast<std::int64_t>(keys[i]);
       const checkpoint::MlpSource& source =
-          loaded_.layout.layers[static_cast<std::size_t>(first + key / experts)]
+          loaded_.layout->layers[static_cast<std::size_t>(first + key / experts)]
               .experts[static_cast<std::size_t>(key % experts)];
-      add_tensors(source.gate_proj, views[i].gate_proj, tensors);
-      add_tensors(source.up_proj, views[i].up_proj, tensors);
-      add_tensors(source.down_proj, views[i].down_proj, tensors);
+      add_tensors(source.gate_proj, views[i].gate_proj, false, tensors);
+      add_tensors(source.up_proj, views[i].up_proj, false, tensors);
+      add_tensors(source.down_proj, views[i].down_proj, false, tensors);
     }
     loaded_.check->check(tensors);
   };
@@ -107,10 +101,13 @@ void Tiers::make_store(ops::Backend& backend, const model::ModelSpec& spec,
   std::vector<residency::RouterView> routers;
   for (std::int64_t layer = spec.dense_layers; layer < spec.layers; ++layer) {
     const model::LayerWeights& weights = loaded_.weights.layers[static_cast<std::size_t>(layer)];
-    routers.push_back({weights.gate, weights.e_score_correction_bias});
+    const DeviceSpan<const float> bias = weights.e_score_correction_bias;
+    std::vector<float> bias_on_host(bias.size);
+    ops.device().download(bias.data, bias_on_host.data(), bias.size_bytes());
+    routers.push_back({weights.gate, bias, std::move(bias_on_host)});
   }
   auto tiered = std::make_unique<residency::TieredExperts>(
-      backend, *store_, spec.router, std::move(routers), spec.dense_layers, spec.hidden_size,
+      ops, *store_, spec.router, std::move(routers), spec.dense_layers, spec.hidden_size,
       spec.moe_intermediate_size, trace);
   tiered_ = tiered.get();
   runner_ = std::move(tiered);

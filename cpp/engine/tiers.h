@@ -24,8 +24,8 @@ storage::ReaderOptions reader_options(const LoadOptions& options);
 
 class Tiers {
  public:
-  /// The backend, the weights, the plan and the trace (which may be null) must outlive this.
-  Tiers(ops::Backend& backend, const model::ModelSpec& spec, LoadedWeights& loaded,
+  /// The ops, the weights, the plan and the trace (which may be null) must outlive this.
+  Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded,
         Planned& planned, const LoadOptions& options, Trace* trace);
   /// Saves the warm-start file.
   ~Tiers();
@@ -49,7 +49,7 @@ class Tiers {
   ModelStats stats() const;
 
  private:
-  void make_store(ops::Backend& backend, const model::ModelSpec& spec, const residency::Plan& plan,
+  void make_store(ops::Ops& ops, const model::ModelSpec& spec, const residency::Plan& plan,
                   Trace* trace);
   void warm_start(const std::string& folder);
   void save_warm_start(bool last) noexcept;

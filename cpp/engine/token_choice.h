@@ -12,7 +12,7 @@
 #include <span>
 #include <vector>
 
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::engine {
 

@@ -15,6 +15,12 @@ constexpr std::uint64_t kGroupBytes = std::uint64_t{1} << 30;
 
 }  // namespace
 
+void add_tensors(const checkpoint::WeightSource& source, const format::WeightView& view,
+                 bool finite, std::vector<ReadTensor>& tensors) {
+  tensors.push_back({source.data, view.data, std::nullopt, finite});
+  if (source.scales != nullptr) tensors.push_back({source.scales, view.scales, view, false});
+}
+
 WeightCheck::WeightCheck(checkpoint::Catalogue catalogue, int threads)
     : catalogue_(std::move(catalogue)),
       hashes_(checkpoint::TensorHashes::read(catalogue_.folder())),
@@ -41,7 +47,7 @@ void WeightCheck::check_one(const ReadTensor& read) const {
   const checkpoint::TensorInfo& tensor = *read.tensor;
   if (hashes_) hashes_->check(catalogue_, tensor, {read.bytes, tensor.bytes});
   if (read.finite) check_finite(read);
-  if (read.scales_of == nullptr) return;
+  if (!read.scales_of) return;
   format::WeightView view = *read.scales_of;
   view.scales = read.bytes;
   if (const auto bad = format::find_bad_scale(view)) {

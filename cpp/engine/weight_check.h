@@ -4,11 +4,13 @@
 #include <cstddef>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "base/poll.h"
 #include "base/thread_pool.h"
 #include "checkpoint/catalogue.h"
 #include "checkpoint/hashes.h"
+#include "checkpoint/layout.h"
 #include "format/weight.h"
 
 namespace dsfp4::engine {
@@ -17,11 +19,15 @@ namespace dsfp4::engine {
 struct ReadTensor {
   const checkpoint::TensorInfo* tensor = nullptr;
   const std::byte* bytes = nullptr;
-  /// If these are block scales: their matrix (whose own pointers are not used).
-  const format::WeightView* scales_of = nullptr;
+  /// If these are block scales: their matrix, and perhaps where else it lies.
+  std::optional<format::WeightView> scales_of = std::nullopt;
   /// Its values decide for a whole layer (a norm, the router): each must be finite.
   bool finite = false;
 };
+
+/// Adds the tensors of a matrix that lies where `view` says.
+void add_tensors(const checkpoint::WeightSource& source, const format::WeightView& view,
+                 bool finite, std::vector<ReadTensor>& tensors);
 
 /// Owns the catalogue of a checkpoint. May be used from several threads at once.
 class WeightCheck {

@@ -2,6 +2,7 @@
 // format in every tier; only a kernel, in registers, sees decoded values.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -34,18 +35,26 @@ std::size_t scale_bytes(WeightFormat format, std::int64_t rows, std::int64_t col
 
 /// A weight matrix [rows = out features, cols = in features], row-major, in its stored format.
 /// Views own nothing. `data` and `scales` may have any alignment: they point into bytes that were
-/// read from a file.
-struct WeightView {
+/// read from a file. `Bytes` is how they are pointed to: const std::byte*, or a DevicePtr.
+template <typename Bytes>
+struct WeightViewOf {
   WeightFormat format = WeightFormat::kF32;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
-  const std::byte* data = nullptr;
+  Bytes data{};
   /// kNvfp4: E4M3 [rows, cols/16]; kMxfp4: E8M0 [rows, cols/32];
   /// kFp8Block: FP32 [ceil(rows/128), ceil(cols/128)]; else null.
-  const std::byte* scales = nullptr;
+  Bytes scales{};
   /// kNvfp4 only: w = E2M1 * E4M3 * global_scale.
   float global_scale = 1.0f;
+
+  template <typename Other>
+    requires std::convertible_to<Bytes, Other> && (!std::same_as<Bytes, Other>)
+  operator WeightViewOf<Other>() const {  // NOLINT: a plain view
+    return {format, rows, cols, data, scales, global_scale};
+  }
 };
+using WeightView = WeightViewOf<const std::byte*>;
 
 /// Byte in `weight.scales` of the first block scale that is NaN or infinite, if there is one: every
 /// value of its block would be, too. Reads all block scales.

@@ -18,7 +18,7 @@ Arena::Arena(std::size_t bytes, const char* purpose, MemorySource& source)
   memory_ = {memory, Free{&source, taken}};
 }
 
-std::byte* Arena::take(std::size_t bytes) {
+DevicePtr<std::byte> Arena::take(std::size_t bytes) {
   const std::size_t wanted = padded(bytes);
   if (wanted < bytes || wanted > size_ - used_) {
     throw MemoryLimitError(purpose_, bytes, size_ - used_);

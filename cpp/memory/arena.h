@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "base/device_ptr.h"
 #include "memory/source.h"
 
 namespace dsfp4::memory {
@@ -24,10 +25,10 @@ class Arena {
 
   /// The next `bytes` bytes, aligned to kAlignment, with arbitrary values. Throws MemoryLimitError
   /// if they are not left.
-  std::byte* take(std::size_t bytes);
+  DevicePtr<std::byte> take(std::size_t bytes);
   template <typename T>
-  T* take_array(std::size_t count) {
-    return reinterpret_cast<T*>(take(count * sizeof(T)));
+  DevicePtr<T> take_array(std::size_t count) {
+    return take(count * sizeof(T)).template as<T>();
   }
 
   std::size_t used() const noexcept { return used_; }

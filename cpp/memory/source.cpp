@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <sys/mman.h>
 
 #include "memory/limits.h"
@@ -94,6 +96,11 @@ const char* why_no_huge_pages() noexcept {
     return kOff;
   }
   return std::strstr(text, "[never]") != nullptr ? kOff : "";
+}
+
+void require_host_accessible(const MemorySource& source) {
+  if (source.host_accessible()) return;
+  throw std::logic_error(std::string(source.name()) + " cannot be touched by the processor");
 }
 
 std::byte* MemorySource::resize(std::byte* memory, std::size_t before, std::size_t after) noexcept {

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 
+#include "base/device_access.h"
+
 namespace dsfp4::memory {
 
 class MemorySource {
@@ -23,6 +25,17 @@ class MemorySource {
   /// Bytes that it could still give.
   virtual std::size_t available() const noexcept;
 };
+
+/// Throws std::logic_error if the processor cannot touch what `source` gives.
+void require_host_accessible(const MemorySource& source);
+
+/// The processor's pointer to memory of `source`, which gave it and is host_accessible(); throws
+/// std::logic_error for another one.
+template <typename T>
+T* on_host(const MemorySource& source, DevicePtr<T> pointer) {
+  require_host_accessible(source);
+  return DeviceAccess::address(pointer);
+}
 
 /// Pages of the process: aligned to 2 MiB and in huge pages where they are large enough and the
 /// system allows it, and zero at first. They count as used when they are first written.

@@ -7,7 +7,8 @@
 #include "model/layers.h"
 #include "model/spec.h"
 #include "model/weights.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
+#include "residency/expert_runner.h"
 #include "residency/layer_stream.h"
 
 namespace dsfp4::model {
@@ -34,29 +35,29 @@ std::size_t kv_layer_bytes(const ModelSpec& spec, ops::KvFormat format);
 
 class Decoder {
  public:
-  /// The weights, the backend, the experts and `streamed` (null where all layers' dense weights are
+  /// The weights, the ops, the experts and `streamed` (null where all layers' dense weights are
   /// in memory) must outlive the decoder.
-  Decoder(ModelSpec spec, const ModelWeights& weights, ops::Backend& backend,
+  Decoder(ModelSpec spec, const ModelWeights& weights, ops::Ops& ops,
           residency::ExpertRunner& experts, residency::LayerStream* streamed,
           ops::KvFormat kv_format)
       : spec_(std::move(spec)),
         weights_(weights),
-        backend_(backend),
+        ops_(ops),
         experts_(experts),
         streamed_(streamed),
         kv_format_(kv_format) {}
 
   const ModelSpec& spec() const noexcept { return spec_; }
 
-  /// logits [rows, vocab] = head(hidden).
-  void head(ops::ConstMatrix hidden, ops::Matrix logits) const;
+  /// logits [rows, vocab] = head(hidden), after a step of that phase.
+  void head(ops::ConstMatrix hidden, ops::Matrix logits, Phase phase) const;
 
  private:
   friend class Pass;  // a step through it
 
   ModelSpec spec_;
   const ModelWeights& weights_;
-  ops::Backend& backend_;
+  ops::Ops& ops_;
   residency::ExpertRunner& experts_;
   residency::LayerStream* streamed_;
   ops::KvFormat kv_format_;

@@ -1,5 +1,6 @@
 #include "model/pass.h"
 
+#include <algorithm>
 #include <cstddef>
 
 #include "model/rope.h"
@@ -10,6 +11,10 @@ namespace {
 
 using ops::scratch_matrix;
 
+// Numbers of segments: of the whole step, and of one layer in a step whose layers the host parts.
+constexpr std::int64_t kWholeStep = 0;
+constexpr std::int64_t kFirstLayer = 1;
+
 std::vector<std::int64_t> positions_of(std::span<const ops::SequenceRows> sequences) {
   std::vector<std::int64_t> positions;
   for (const ops::SequenceRows& sequence : sequences) {
@@ -18,18 +23,14 @@ std::vector<std::int64_t> positions_of(std::span<const ops::SequenceRows> sequen
   return positions;
 }
 
-// A recording ends with the step, also where that fails.
-struct DropUnlessEnded {
-  ops::Backend& backend;
-  ~DropUnlessEnded() { backend.drop_recorded(); }
-};
-
 }  // namespace
 
-Pass::Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena)
+Pass::Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena,
+           ops::RoutingReader& routings)
     : decoder_(decoder),
       batch_(batch),
       sequences_(batch.sequences.begin(), batch.sequences.end()),
+      routings_(routings),
       scope_(arena),
       arena_(arena) {
   const auto rows = static_cast<std::int64_t>(batch.ids.size());
@@ -40,47 +41,39 @@ Pass::Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena)
   cos_sin_ = scratch_matrix(arena, rows, spec.mla.qk_rope_head_dim);
 }
 
+bool Pass::in_pieces() const {
+  return decoder_.streamed_ != nullptr || decoder_.experts_.needs_host() || host_takes_part();
+}
+
+bool Pass::host_takes_part() const {
+  return batch_.forced_experts != nullptr || batch_.chosen_experts != nullptr ||
+         batch_.router_logits != nullptr;
+}
+
 void Pass::advance() {
   if (done_) return;
-  // Whoever ran last may have been of the other phase.
-  decoder_.backend_.begin_step(batch_.phase);
   if (begun_) {
     piece();
     return;
   }
   begun_ = true;
-  switch (begin()) {
-    case ops::Backend::StepRecording::kReplayed:
-      done_ = true;
-      break;
-    case ops::Backend::StepRecording::kBegun: {
-      const DropUnlessEnded recording{decoder_.backend_};
-      embed();
-      while (!done_) piece();
-      decoder_.backend_.end_recorded();
-      break;
-    }
-    case ops::Backend::StepRecording::kNone:
-      embed();
-      break;
+  const std::vector<float> angles = cos_sin_of(decoder_.spec_.rope, positions_of(sequences_));
+  decoder_.ops_.device().upload(angles.data(), cos_sin_.data, angles.size() * sizeof(float));
+  if (batch_.phase == Phase::kPrefill || in_pieces()) {
+    embed();
+    return;
   }
-}
-
-ops::Backend::StepRecording Pass::begin() {
-  ops::Backend& backend = decoder_.backend_;
-  std::vector<float> angles(static_cast<std::size_t>(cos_sin_.rows * cos_sin_.cols));
-  fill_cos_sin(decoder_.spec_.rope, positions_of(sequences_),
-               {angles.data(), cos_sin_.rows, cos_sin_.cols, cos_sin_.cols});
-  backend.upload(angles.data(), cos_sin_.data, angles.size() * sizeof(float));
-  const bool hosts_part = batch_.forced_experts != nullptr || batch_.chosen_experts != nullptr ||
-                          batch_.router_logits != nullptr;
-  if (batch_.phase != Phase::kDecode || hosts_part) return ops::Backend::StepRecording::kNone;
-  return backend.begin_recorded(batch_.ids, sequences_);
+  decoder_.ops_.segment({kWholeStep, batch_.ids, sequences_}, [this] {
+    in_segment_ = true;
+    embed();
+    while (!done_) piece();
+  });
+  done_ = true;
 }
 
 void Pass::embed() {
-  decoder_.backend_.embed(decoder_.weights_.embed_tokens, batch_.ids, x_);
-  decoder_.experts_.begin_step(x_.rows, ahead_);
+  decoder_.ops_.embed(decoder_.weights_.embed_tokens, batch_.ids, x_);
+  decoder_.experts_.begin_step(batch_.phase, x_.rows, ahead_);
 }
 
 void Pass::piece() {
@@ -97,52 +90,101 @@ void Pass::run_layer() {
   if (!use_) use_.emplace(decoder_.streamed_, layer_);
   if (!use_->enter()) return;
   const ModelSpec& spec = decoder_.spec_;
-  ops::Backend& backend = decoder_.backend_;
   const LayerWeights& weights = decoder_.weights_.layers[static_cast<std::size_t>(layer_)];
   const std::size_t layer_bytes = kv_layer_bytes(spec, decoder_.kv_format_);
   for (ops::SequenceRows& sequence : sequences_) {
     sequence.kv.layer_offset = static_cast<std::size_t>(layer_) * layer_bytes;
     sequence.kv.scale = weights.self_attn.k_scale;
   }
-  backend.rms_norm(x_, weights.input_layernorm, spec.rms_norm_eps, normed_);
-  mla_attention(spec, weights.self_attn, {batch_.phase, sequences_, cos_sin_}, backend, arena_,
-                normed_, block_);
-  backend.add(block_, x_);
-
-  backend.rms_norm(x_, weights.post_attention_layernorm, spec.rms_norm_eps, normed_);
-  if (spec.is_moe(layer_)) {
+  const bool moe = spec.is_moe(layer_);
+  ops::Routing routing;
+  if (moe) {
     layer_scope_.emplace(arena_);
-    work_ = start_moe(spec, layer_, weights, expert_choice(), backend, decoder_.experts_, ahead_,
-                      arena_, normed_, block_);
-  } else {
-    ops::mlp(weights.mlp, backend, arena_, normed_, block_);
+    routing = ops::take_routing(arena_, x_.rows, spec.router);
+  }
+  run_ops([&] { dense_part(weights, routing); });
+  if (!moe) {
     end_layer();
+  } else {
+    start_experts(weights, routing);
   }
   use_.reset();
 }
 
+// Runs ops of this layer; in a decode step, as a segment.
+void Pass::run_ops(const std::function<void()>& body) {
+  // The experts to use come from the host, and no segment names them.
+  const bool forced = batch_.forced_experts != nullptr;
+  if (in_segment_ || forced || batch_.phase == Phase::kPrefill) {
+    body();
+  } else {
+    decoder_.ops_.segment({kFirstLayer + layer_, batch_.ids, sequences_}, body);
+  }
+}
+
+// Attention, and the MLP or the router.
+void Pass::dense_part(const LayerWeights& weights, const ops::Routing& routing) {
+  const ModelSpec& spec = decoder_.spec_;
+  ops::Ops& ops = decoder_.ops_;
+  ops.rms_norm(x_, weights.input_layernorm, spec.rms_norm_eps, normed_);
+  mla_attention(spec, weights.self_attn, {batch_.phase, sequences_, cos_sin_}, ops, arena_, normed_,
+                block_);
+  ops.add(block_, x_);
+  ops.rms_norm(x_, weights.post_attention_layernorm, spec.rms_norm_eps, normed_);
+  if (spec.is_moe(layer_)) {
+    choose_experts(spec, weights, batch_.phase, forced_experts(), ops, normed_, routing);
+  } else {
+    ops::mlp(weights.mlp, ops, arena_, normed_, block_, batch_.phase);
+  }
+}
+
+void Pass::start_experts(const LayerWeights& weights, const ops::Routing& routing) {
+  const ModelSpec& spec = decoder_.spec_;
+  ops::HostRouting on_host;
+  if (decoder_.experts_.needs_host() || host_takes_part()) {
+    routings_.fetch(routing);
+    on_host = routings_.get();
+    tell_choice(on_host);
+  }
+  const bool has_shared = spec.shared_intermediate_size > 0;
+  work_ = decoder_.experts_.start({.layer = layer_,
+                                   .phase = batch_.phase,
+                                   .x = normed_,
+                                   .routing = routing,
+                                   .on_host = on_host,
+                                   .top_k = spec.router.top_k,
+                                   .y = block_,
+                                   .shared = has_shared ? &weights.shared_experts : nullptr},
+                                  arena_, ahead_);
+}
+
 void Pass::end_layer() {
   layer_scope_.reset();
-  ops::Backend& backend = decoder_.backend_;
-  backend.add(block_, x_);
+  ops::Ops& ops = decoder_.ops_;
+  ops.add(block_, x_);
   if (++layer_ < decoder_.spec_.layers) return;
-  backend.rms_norm(x_, decoder_.weights_.norm, decoder_.spec_.rms_norm_eps, x_);
+  ops.rms_norm(x_, decoder_.weights_.norm, decoder_.spec_.rms_norm_eps, x_);
   done_ = true;
 }
 
-ExpertChoice Pass::expert_choice() const {
-  const ops::RouterSpec& router = decoder_.spec_.router;
+std::span<const std::int32_t> Pass::forced_experts() const {
+  if (batch_.forced_experts == nullptr) return {};
+  const ModelSpec& spec = decoder_.spec_;
+  const std::int64_t moe_layer = layer_ - spec.dense_layers;
+  return {batch_.forced_experts + moe_layer * batch_.expert_layer_stride,
+          batch_.ids.size() * static_cast<std::size_t>(spec.router.top_k)};
+}
+
+void Pass::tell_choice(const ops::HostRouting& routing) const {
   const std::int64_t moe_layer = layer_ - decoder_.spec_.dense_layers;
-  const std::int64_t offset = moe_layer * batch_.expert_layer_stride;
-  const std::size_t count = batch_.ids.size() * static_cast<std::size_t>(router.top_k);
-  ExpertChoice choice;
-  if (batch_.forced_experts != nullptr) choice.forced = {batch_.forced_experts + offset, count};
-  if (batch_.chosen_experts != nullptr) choice.chosen = {batch_.chosen_experts + offset, count};
-  if (batch_.router_logits != nullptr) {
-    choice.logits = {batch_.router_logits + moe_layer * batch_.logits_layer_stride,
-                     batch_.ids.size() * static_cast<std::size_t>(router.experts)};
+  if (batch_.chosen_experts != nullptr) {
+    std::ranges::copy(routing.experts,
+                      batch_.chosen_experts + moe_layer * batch_.expert_layer_stride);
   }
-  return choice;
+  if (batch_.router_logits != nullptr) {
+    std::ranges::copy(routing.logits,
+                      batch_.router_logits + moe_layer * batch_.logits_layer_stride);
+  }
 }
 
 }  // namespace dsfp4::model

@@ -2,13 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "memory/arena.h"
 #include "model/decoder.h"
-#include "ops/backend.h"
+#include "ops/host_routing.h"
+#include "ops/ops.h"
 #include "ops/scratch.h"
 #include "residency/expert_runner.h"
 #include "residency/layer_stream.h"
@@ -21,32 +23,41 @@ namespace dsfp4::model {
 /// which gives back everything it holds; what it wrote to the KV cache does not count.
 class Pass {
  public:
-  /// Nothing runs yet. The decoder and all that `batch` points to must outlive the pass. `arena` is
-  /// the pass's own while it lives: scratch_bytes() from where it stands.
-  Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena);
+  /// Nothing runs yet. The decoder and all that `batch` points to must outlive the pass. `arena` and
+  /// `routings` are the pass's own while it lives; it takes scratch_bytes() from where the arena
+  /// stands. Decode steps of one size must find it at the same place, as they may be recorded.
+  Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena,
+       ops::RoutingReader& routings);
   Pass(const Pass&) = delete;
   Pass& operator=(const Pass&) = delete;
 
   bool done() const noexcept { return done_; }
   /// Runs one piece: a layer up to its experts, or one group of them. Waits for a layer or an
-  /// expert for kPollPeriod at most. A step that the backend records is one piece. Throws what
-  /// reads of weights throw (IoError, CheckpointError); the pass is to be destroyed then.
+  /// expert for kPollPeriod at most. A decode step in which the host has no part is one piece.
+  /// Throws what reads of weights throw (IoError, CheckpointError); the pass is to be destroyed then.
   void advance();
   /// Once done(): the normed hidden states [rows, hidden]; they live as long as the pass. The
   /// tokens' latents are in the KV cache then.
   ops::Matrix hidden() const noexcept { return x_; }
 
  private:
-  ops::Backend::StepRecording begin();
+  /// Whether something is to be waited for between layers.
+  bool in_pieces() const;
+  bool host_takes_part() const;
   void embed();
   void piece();
   void run_layer();
+  void run_ops(const std::function<void()>& body);
+  void dense_part(const LayerWeights& weights, const ops::Routing& routing);
+  void start_experts(const LayerWeights& weights, const ops::Routing& routing);
   void end_layer();
-  ExpertChoice expert_choice() const;
+  std::span<const std::int32_t> forced_experts() const;
+  void tell_choice(const ops::HostRouting& routing) const;
 
   const Decoder& decoder_;
   const Batch batch_;
   std::vector<ops::SequenceRows> sequences_;
+  ops::RoutingReader& routings_;
   // From here on in the order of taking: destruction gives back in the reverse one.
   const ops::ScratchScope scope_;
   memory::Arena& arena_;
@@ -57,6 +68,7 @@ class Pass {
   std::unique_ptr<residency::ExpertWork> work_;     // of the layer; null: it has yet to run
   std::int64_t layer_ = 0;
   bool begun_ = false;
+  bool in_segment_ = false;  // of the whole step
   bool done_ = false;
 };
 

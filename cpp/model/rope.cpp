@@ -60,16 +60,17 @@ float softmax_scale(const checkpoint::ModelConfig& config) {
   return static_cast<float>(scale);
 }
 
-void fill_cos_sin(const RopeSpec& rope, std::span<const std::int64_t> positions,
-                  ops::Matrix cos_sin) {
-  for (std::size_t t = 0; t < positions.size(); ++t) {
-    float* row = cos_sin.row(static_cast<std::int64_t>(t));
-    for (std::size_t i = 0; i < rope.inverse_frequency.size(); ++i) {
-      const double angle = static_cast<double>(positions[t]) * rope.inverse_frequency[i];
-      row[2 * i] = static_cast<float>(std::cos(angle) * rope.amplitude);
-      row[2 * i + 1] = static_cast<float>(std::sin(angle) * rope.amplitude);
+std::vector<float> cos_sin_of(const RopeSpec& rope, std::span<const std::int64_t> positions) {
+  std::vector<float> values;
+  values.reserve(positions.size() * rope.inverse_frequency.size() * 2);
+  for (const std::int64_t position : positions) {
+    for (const double frequency : rope.inverse_frequency) {
+      const double angle = static_cast<double>(position) * frequency;
+      values.push_back(static_cast<float>(std::cos(angle) * rope.amplitude));
+      values.push_back(static_cast<float>(std::sin(angle) * rope.amplitude));
     }
   }
+  return values;
 }
 
 }  // namespace dsfp4::model

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "checkpoint/config.h"
 #include "model/spec.h"
@@ -16,8 +17,7 @@ RopeSpec rope_spec(const checkpoint::ModelConfig& config);
 /// mscale_all_dim. Source: DeepSeek-V2's modelling code.
 float softmax_scale(const checkpoint::ModelConfig& config);
 
-/// Fills row t of `cos_sin` ([cos_0, sin_0, cos_1, ...]) for positions[t].
-void fill_cos_sin(const RopeSpec& rope, std::span<const std::int64_t> positions,
-                  ops::Matrix cos_sin);
+/// [cos_0, sin_0, cos_1, ...] of each position, one row after the other.
+std::vector<float> cos_sin_of(const RopeSpec& rope, std::span<const std::int64_t> positions);
 
 }  // namespace dsfp4::model

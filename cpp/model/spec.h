@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "checkpoint/config.h"
-#include "ops/backend.h"
+#include "ops/views.h"
 
 namespace dsfp4::model {
 

@@ -1,16 +1,14 @@
 // The weights of a model as the layers see them: views in stored formats, norms as FP32 vectors.
 #pragma once
 
-#include <span>
 #include <vector>
 
-#include "format/weight.h"
-#include "ops/backend.h"
+#include "ops/views.h"
 
 namespace dsfp4::model {
 
-using format::WeightView;
-using NormWeight = std::span<const float>;
+using ops::WeightView;
+using NormWeight = DeviceSpan<const float>;
 
 /// gate, up and down projection: an expert, the shared experts or a dense layer's MLP.
 using MlpWeights = ops::ExpertView;
@@ -30,7 +28,7 @@ struct LayerWeights {
   MlpWeights mlp;  // dense layers
   // MoE layers:
   WeightView gate;
-  std::span<const float> e_score_correction_bias;
+  DeviceSpan<const float> e_score_correction_bias;
   std::vector<MlpWeights> experts;
   MlpWeights shared_experts;
 };

@@ -1,78 +1,25 @@
-// The backend on an NVIDIA GPU: what the model calls, in terms of the plugin's table.
+// Ops on an NVIDIA GPU: what the model calls, in terms of the plugin's table.
 #pragma once
 
 #include <array>
+#include <compare>
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
-#include <utility>
+#include <span>
 #include <vector>
 
-#include "ops/backend.h"
 #include "ops/cuda/abi.h"
+#include "ops/cuda_device.h"
+#include "ops/ops.h"
 
 namespace dsfp4::ops {
 
-/// Throws what the last failure of the plugin's table was, if `ok` is false.
-void cuda_check(const cuda::Plugin& plugin, bool ok);
-
-/// A device's memory that all models of the process have taken, in bytes.
-struct CudaAccount {
-  std::mutex mutex;
-  std::uint64_t used = 0;
-};
-
-/// Device memory within a limit. The limit holds for what the whole process takes on the device:
-/// the context, and everything that came through here, for this model or another one.
-class CudaMemory final : public memory::MemorySource {
+class CudaBackend final : public Ops {
  public:
-  /// `context_bytes` are gone already.
-  CudaMemory(const cuda::Plugin& plugin, cuda::Device* device, CudaAccount& account,
-             std::uint64_t limit, std::uint64_t context_bytes)
-      : plugin_(plugin),
-        device_(device),
-        account_(account),
-        limit_(limit),
-        context_bytes_(context_bytes) {}
+  /// So many segments are kept as recorded; of more, the one that ran longest ago goes.
+  static constexpr std::size_t kMostRecordings = 128;
 
-  std::byte* allocate(std::size_t bytes) noexcept override;
-  void release(std::byte* memory, std::size_t bytes) noexcept override;
-  bool host_accessible() const noexcept override { return false; }
-  const char* name() const noexcept override { return "VRAM"; }
-  std::size_t available() const noexcept override;
-
-  /// As allocate(), but throws MemoryLimitError with `purpose`.
-  std::byte* take(std::size_t bytes, const char* purpose);
-
- private:
-  std::size_t available_locked() const noexcept;
-
-  const cuda::Plugin& plugin_;
-  cuda::Device* device_;
-  CudaAccount& account_;
-  std::uint64_t limit_;
-  std::uint64_t context_bytes_;
-};
-
-/// An open device of the plugin.
-class OpenDevice {
- public:
-  /// Throws CudaError.
-  OpenDevice(const cuda::Plugin& plugin, int index, bool portable);
-  ~OpenDevice() { plugin_.close(device_); }
-  OpenDevice(const OpenDevice&) = delete;
-  OpenDevice& operator=(const OpenDevice&) = delete;
-  // NOLINTNEXTLINE(google-explicit-constructor): it stands for the device in the plugin's calls
-  operator cuda::Device*() const noexcept { return device_; }
-
- private:
-  const cuda::Plugin& plugin_;
-  cuda::Device* device_ = nullptr;
-};
-
-class CudaBackend final : public Backend {
- public:
   /// Throws CudaError, and MemoryLimitError where `memory_limit` (bytes, 0 for none) does not hold
   /// the context.
   CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t memory_limit);
@@ -82,28 +29,20 @@ class CudaBackend final : public Backend {
 
   std::string_view name() const override { return "cuda"; }
   KvFormat default_kv_format() const override { return KvFormat::kBf16; }
-  memory::MemorySource& memory() override { return *device_memory_; }
-  bool host_visible() const override { return false; }
-  cuda::Device* device() const noexcept { return device_; }
-  /// The stream of all work, a cudaStream_t.
-  void* stream() const { return plugin_.stream(device_); }
-  /// Waits until all work that was queued has run.
-  void synchronize() { check(plugin_.synchronize(device_)); }
-  void upload(const void* from, void* to, std::size_t bytes) override;
-  void download(const void* from, void* to, std::size_t bytes) override;
+  CudaDevice& device() const override { return *device_; }
 
-  void begin_step(Phase phase) override { phase_ = phase; }
-  StepRecording begin_recorded(std::span<const std::int32_t> ids,
-                               std::span<const SequenceRows> batch) override;
-  void end_recorded() override;
-  void drop_recorded() noexcept override;
+  /// The first segment of its part, rows and length runs as it is, the second is recorded, and
+  /// later ones are that recording, as long as the memory in it stays where it is. What cannot be
+  /// recorded throws CudaError then, and the segment counts as one that never ran; so does one
+  /// whose body throws.
+  void segment(const Segment& segment, const std::function<void()>& body) override;
 
-  void embed(const format::WeightView& table, std::span<const std::int32_t> ids,
-             Matrix out) override;
-  void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
-  void linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) override;
-  void linear_pair(const format::WeightView& first, Matrix y_first,
-                   const format::WeightView& second, Matrix y_second, ConstMatrix x) override;
+  void embed(const WeightView& table, std::span<const std::int32_t> ids, Matrix out) override;
+  void rms_norm(ConstMatrix x, DeviceSpan<const float> weight, float eps, Matrix y) override;
+  void linear(const WeightView& weight, ConstMatrix x, Matrix y, Phase phase,
+              Inputs inputs) override;
+  void linear_pair(const WeightView& first, Matrix y_first, const WeightView& second,
+                   Matrix y_second, ConstMatrix x, Phase phase) override;
   void silu_mul(Matrix gate, ConstMatrix up) override;
   void zero(Matrix y) override;
   void add(ConstMatrix x, Matrix y) override;
@@ -111,29 +50,29 @@ class CudaBackend final : public Backend {
 
   void kv_append(std::span<const SequenceRows> batch, ConstMatrix x) override;
   void mla_inputs(const MlaShape& shape, std::span<const SequenceRows> batch, ConstMatrix cos_sin,
-                  std::span<const float> kv_norm, float eps, Matrix q, Matrix kv) override;
-  void prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
+                  DeviceSpan<const float> kv_norm, float eps, Matrix q, Matrix kv) override;
+  void prefill_attention(const MlaShape& shape, const WeightView& kv_b_proj,
                          std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) override;
-  void absorb_query(const MlaShape& shape, const format::WeightView& kv_b_proj, ConstMatrix q,
+  void absorb_query(const MlaShape& shape, const WeightView& kv_b_proj, ConstMatrix q,
                     Matrix q_abs) override;
   void latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
                         ConstMatrix q_abs, ConstMatrix q, Matrix out) override;
-  void expand_value(const MlaShape& shape, const format::WeightView& kv_b_proj,
-                    ConstMatrix attended, Matrix out) override;
+  void expand_value(const MlaShape& shape, const WeightView& kv_b_proj, ConstMatrix attended,
+                    Matrix out) override;
 
-  /// `forced` is on the host; `bias` and `out` are on the device.
-  void route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
+  /// Throws CudaError where forced experts would be recorded.
+  void route(const RouterSpec& spec, ConstMatrix logits, DeviceSpan<const float> bias,
              std::span<const std::int32_t> forced, Routing out) override;
-  /// `tasks` and their pairs are on the host, weights on the device, where they may change between
-  /// calls as abi.h says; rows of `out` that no task names stay. Takes no memory and waits for
-  /// nothing once reserve() was told of experts and of steps that large. Throws CudaError, with
-  /// nothing queued, where tasks do not fit `x`, `hidden` and `out`, and in a step that is
-  /// recorded.
+  /// Weights may change between calls as abi.h says; rows of `out` that no task names stay. Takes
+  /// no memory of the device and waits for nothing once reserve() was told of experts and of steps
+  /// that large. Throws CudaError, with nothing queued, where tasks do not fit `x`, `hidden` and
+  /// `out`, and in a segment that is recorded.
   void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-               Matrix out) override;
-  void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+               Matrix out, Phase phase) override;
+  void combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                Matrix y) override;
-  bool routed_experts(std::span<const ExpertView> experts, const Routing& routing,
+  bool has_routed_experts() const override { return true; }
+  void routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                       std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
                       const ExpertView* shared) override;
   bool takes_shared(std::span<const ExpertView> experts, const ExpertView& shared,
@@ -148,8 +87,10 @@ class CudaBackend final : public Backend {
   class Buffer {
    public:
     explicit Buffer(const char* purpose) : purpose_(purpose) {}
-    std::byte* reserve(CudaMemory& source, std::size_t bytes);
+    /// Whether it lies elsewhere now.
+    bool reserve(CudaMemory& source, std::size_t bytes);
     std::byte* memory() const noexcept { return memory_; }
+    std::size_t bytes() const noexcept { return bytes_; }
     void release(CudaMemory& source) noexcept;
 
    private:
@@ -157,47 +98,79 @@ class CudaBackend final : public Backend {
     std::byte* memory_ = nullptr;
     std::size_t bytes_ = 0;
   };
+  /// What the host says of a step, on the device: uploaded unless it lies there already.
+  class Mirror {
+   public:
+    explicit Mirror(const char* purpose) : buffer_(purpose) {}
+    template <typename T>
+    const T* put(CudaDevice& device, std::span<const T> values) {
+      return reinterpret_cast<const T*>(put_bytes(device, std::as_bytes(values)));
+    }
+    void reserve(CudaMemory& source, std::size_t bytes);
+    std::byte* memory() const noexcept { return buffer_.memory(); }
+    void release(CudaMemory& source) noexcept { buffer_.release(source); }
 
-  CudaBackend(const cuda::Plugin& plugin, int index, std::uint64_t memory_limit,
-              std::uint64_t free_before);
+   private:
+    const std::byte* put_bytes(CudaDevice& device, std::span<const std::byte> values);
+
+    Buffer buffer_;
+    std::vector<std::byte> held_;
+  };
+
   void check(bool ok) const { cuda_check(plugin_, ok); }
-  std::byte* workspace(std::size_t bytes) { return workspace_.reserve(*device_memory_, bytes); }
+  cuda::Device* opened() const noexcept { return device_->opened(); }
+  /// Throws CudaError if what runs now is recorded.
+  void refuse_recording(const char* problem) const;
+  std::byte* workspace(std::size_t bytes);
   /// Of the largest step, in bytes.
   struct StepMemory {
     std::size_t workspace, ids, rows, blocks;
   };
   StepMemory step_memory(const Largest& largest) const;
-  /// The rows of `batch` with their blocks on the device; copied there unless they are already.
+  /// The rows of `batch` with their blocks on the device.
   cuda::KvRows rows_of(std::span<const SequenceRows> batch);
 
   const cuda::Plugin& plugin_;
-  OpenDevice device_;
-  std::unique_ptr<CudaMemory> device_memory_;
+  std::unique_ptr<CudaDevice> device_;
   Buffer workspace_{"the CUDA workspace"};
-  Buffer ids_{"the token ids"};
   Buffer forced_{"the forced experts"};
-  Buffer rows_{"the rows of a step"};
-  Buffer blocks_{"the table of cache blocks"};
-  std::vector<cuda::RowPlace> host_rows_;   // what rows_ holds
-  std::vector<std::byte*> host_blocks_;     // what blocks_ holds
-  std::vector<std::int64_t> first_blocks_;  // one a sequence of the last batch
+  Mirror ids_{"the token ids"};
+  Mirror rows_{"the rows of a step"};
+  Mirror blocks_{"the table of cache blocks"};
+  std::vector<cuda::RowPlace> host_rows_;      // of the last batch
+  std::vector<std::byte*> host_blocks_;        // of the last batch
+  std::vector<std::int64_t> first_blocks_;     // one a sequence of the last batch
+  std::vector<raw::ExpertView> host_experts_;  // of the last tasks, or of the last table
+  std::vector<raw::ExpertTask> host_tasks_;
 
-  // Recorded decode steps. A recording holds addresses: it is good as long as the buffers stay.
-  struct Recording {
-    int steps = 0;  // that ran like this before it was recorded, so that all is allocated
-    void* graph = nullptr;
-    std::array<std::byte*, 4> buffers{};
+  struct SegmentKey {
+    std::int64_t part, rows, longest;
+    auto operator<=>(const SegmentKey&) const = default;
   };
-  std::array<std::byte*, 4> buffers() const {
+  // A recording holds addresses: it is good as long as the buffers stay.
+  using Buffers = std::array<std::byte*, 4>;
+  struct Recording {
+    void* graph = nullptr;  // none: the segment has run once, so that all its memory is taken
+    Buffers buffers{};
+    std::uint64_t last_run = 0;
+  };
+  Buffers buffers() const {
     return {workspace_.memory(), ids_.memory(), rows_.memory(), blocks_.memory()};
   }
-  void forget(Recording& recording) noexcept;
-  Phase phase_ = Phase::kPrefill;
-  std::map<std::pair<std::int64_t, std::int64_t>, Recording> recordings_;  // rows, longest
-  Recording* recording_ = nullptr;                                         // the step's own
-  bool capturing_ = false;
-  std::map<const ExpertView*, std::byte*> expert_tables_;
-  std::map<const ExpertView*, std::size_t> expert_counts_;
+  using Recordings = std::map<SegmentKey, Recording>;
+  void run_segment(const SegmentKey& key, const std::function<void()>& body);
+  void keep(const SegmentKey& key, void* graph);
+  Recordings::iterator forget(Recordings::iterator recording) noexcept;
+  void forget_recordings() noexcept;
+  Recordings recordings_;
+  std::uint64_t segments_run_ = 0;
+  bool in_segment_ = false;
+
+  struct ExpertTable {
+    std::byte* memory = nullptr;
+    std::size_t count = 0;
+  };
+  std::map<const ExpertView*, ExpertTable> expert_tables_;
 };
 
 }  // namespace dsfp4::ops

@@ -40,8 +40,7 @@ void rotate(float* v, const float* angle, std::int64_t n) {
 
 }  // namespace
 
-void HostBackend::embed(const format::WeightView& table, std::span<const std::int32_t> ids,
-                        Matrix out) {
+void HostBackend::embed(const WeightView& table, std::span<const std::int32_t> ids, Matrix out) {
   for (std::size_t t = 0; t < ids.size(); ++t) {
     if (ids[t] < 0 || ids[t] >= table.rows) {
       throw ParameterError("ids", "token id " + std::to_string(ids[t]) + " at position " +
@@ -49,24 +48,25 @@ void HostBackend::embed(const format::WeightView& table, std::span<const std::in
                                       std::to_string(table.rows));
     }
   }
+  const format::WeightView rows = unwrap(table);
   pool_.parallel_for(out.rows, kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
-      format::decode_row(table, ids[static_cast<std::size_t>(t)],
-                         {out.row(t), static_cast<std::size_t>(out.cols)});
+      format::decode_row(rows, ids[static_cast<std::size_t>(t)],
+                         {unwrap(out.row(t)), static_cast<std::size_t>(out.cols)});
     }
   });
 }
 
 void HostBackend::zero(Matrix y) {
   pool_.parallel_for(y.rows, kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) std::fill_n(y.row(t), y.cols, 0.0f);
+    for (std::int64_t t = begin; t < end; ++t) std::fill_n(unwrap(y.row(t)), y.cols, 0.0f);
   });
 }
 
 void HostBackend::add(ConstMatrix x, Matrix y) {
   for (std::int64_t t = 0; t < x.rows; ++t) {
-    const float* from = x.row(t);
-    float* to = y.row(t);
+    const float* from = unwrap(x.row(t));
+    float* to = unwrap(y.row(t));
     for (std::int64_t i = 0; i < x.cols; ++i) to[i] += from[i];
   }
 }
@@ -76,7 +76,7 @@ void HostBackend::rope(Matrix x, std::int64_t heads, std::int64_t head_stride,
   pool_.parallel_for(x.rows, kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
       for (std::int64_t h = 0; h < heads; ++h) {
-        rotate(x.row(t) + h * head_stride, cos_sin.row(t), cos_sin.cols);
+        rotate(unwrap(x.row(t)) + h * head_stride, unwrap(cos_sin.row(t)), cos_sin.cols);
       }
     }
   });
@@ -88,7 +88,7 @@ void HostBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) 
         static_cast<std::size_t>(x.cols) * kv_value_bytes(sequence.kv.format);
     pool_.parallel_for(sequence.rows, 4 * kRowsPerPiece, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
-        const float* from = x.row(sequence.first_row + r);
+        const float* from = unwrap(x.row(sequence.first_row + r));
         store_latents(sequence.kv, from, x.cols,
                       kv_row(sequence.kv, sequence.position + r, row_bytes));
       }
@@ -96,9 +96,9 @@ void HostBackend::kv_append(std::span<const SequenceRows> batch, ConstMatrix x) 
   }
 }
 
-void HostBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<const float> bias,
+void HostBackend::route(const RouterSpec& spec, ConstMatrix logits, DeviceSpan<const float> bias,
                         std::span<const std::int32_t> forced, Routing out) {
-  check_router(spec, static_cast<std::size_t>(logits.cols), bias.size());
+  check_router(spec, static_cast<std::size_t>(logits.cols), bias.size);
   const auto k = static_cast<std::size_t>(spec.top_k);
   for (const std::int32_t e : forced) {
     if (e < 0 || e >= spec.experts) {
@@ -109,21 +109,23 @@ void HostBackend::route(const RouterSpec& spec, ConstMatrix logits, std::span<co
   pool_.parallel_for(logits.rows, 2, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
       const auto at = static_cast<std::size_t>(t) * k;
-      route_token(spec, {logits.row(t), static_cast<std::size_t>(logits.cols)}, bias,
-                  forced.empty() ? forced : forced.subspan(at, k), out.experts.subspan(at, k),
-                  out.used.subspan(at, k), out.weights.subspan(at, k));
+      route_token(spec, {unwrap(logits.row(t)), static_cast<std::size_t>(logits.cols)},
+                  unwrap(bias), forced.empty() ? forced : forced.subspan(at, k),
+                  unwrap(out.experts.subspan(at, k)), unwrap(out.used.subspan(at, k)),
+                  unwrap(out.weights.subspan(at, k)));
     }
   });
 }
 
-void HostBackend::combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
+void HostBackend::combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                           Matrix y) {
+  const std::span<const float> mixing = unwrap(weights);
   pool_.parallel_for(y.rows, 4, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
-      float* to = y.row(t);
+      float* to = unwrap(y.row(t));
       for (std::int64_t k = 0; k < top_k; ++k) {
-        const float weight = weights[static_cast<std::size_t>(t * top_k + k)];
-        const float* from = pairs.row(t * top_k + k);
+        const float weight = mixing[static_cast<std::size_t>(t * top_k + k)];
+        const float* from = unwrap(pairs.row(t * top_k + k));
         for (std::int64_t i = 0; i < y.cols; ++i) to[i] += weight * from[i];
       }
     }

@@ -4,14 +4,14 @@
 
 namespace dsfp4::ops {
 
-void mlp(const ExpertView& weights, Backend& backend, memory::Arena& arena, ConstMatrix x,
-         Matrix out) {
+void mlp(const ExpertView& weights, Ops& ops, memory::Arena& arena, ConstMatrix x, Matrix out,
+         Phase phase) {
   const ScratchScope scope(arena);
   const Matrix gate = scratch_matrix(arena, x.rows, weights.gate_proj.rows);
   const Matrix up = scratch_matrix(arena, x.rows, weights.up_proj.rows);
-  backend.linear_pair(weights.gate_proj, gate, weights.up_proj, up, x);
-  backend.silu_mul(gate, up);
-  backend.linear(weights.down_proj, gate, out);
+  ops.linear_pair(weights.gate_proj, gate, weights.up_proj, up, x, phase);
+  ops.silu_mul(gate, up);
+  ops.linear(weights.down_proj, gate, out, phase);
 }
 
 std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows) {

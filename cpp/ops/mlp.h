@@ -5,14 +5,14 @@
 #include <cstdint>
 
 #include "memory/arena.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::ops {
 
 /// out = down(silu(gate x) * up x); x and out are [rows, hidden]. Scratch comes from `arena` and is
 /// given back.
-void mlp(const ExpertView& weights, Backend& backend, memory::Arena& arena, ConstMatrix x,
-         Matrix out);
+void mlp(const ExpertView& weights, Ops& ops, memory::Arena& arena, ConstMatrix x, Matrix out,
+         Phase phase);
 /// The arena bytes that mlp() takes.
 std::size_t mlp_scratch_bytes(std::int64_t intermediate_size, std::int64_t rows);
 

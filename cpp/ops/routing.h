@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <span>
 
-#include "ops/backend.h"
+#include "ops/views.h"
 
 namespace dsfp4::ops {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "memory/arena.h"
-#include "ops/backend.h"
+#include "ops/views.h"
 
 namespace dsfp4::ops {
 

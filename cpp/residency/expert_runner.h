@@ -6,7 +6,8 @@
 #include <memory>
 
 #include "memory/arena.h"
-#include "ops/backend.h"
+#include "ops/host_routing.h"
+#include "ops/ops.h"
 #include "residency/read_ahead.h"
 
 namespace dsfp4::residency {
@@ -15,8 +16,10 @@ namespace dsfp4::residency {
 /// routing.weights[t, k] * expert(routing.used[t, k])(x[t]).
 struct ExpertLayer {
   std::int64_t layer = 0;  // the model's number
-  ops::ConstMatrix x;      // [tokens, hidden_size]
-  ops::Routing routing;    // [tokens, top_k]
+  ops::Phase phase = ops::Phase::kPrefill;
+  ops::ConstMatrix x;        // [tokens, hidden_size]
+  ops::Routing routing;      // [tokens, top_k]
+  ops::HostRouting on_host;  // the same, where the runner needs_host()
   std::int64_t top_k = 0;
   ops::Matrix y;                            // [tokens, hidden_size]
   const ops::ExpertView* shared = nullptr;  // null: the model has none; read in start() only
@@ -44,8 +47,7 @@ struct MoeShape {
   std::int64_t hidden_size = 0;
   std::int64_t moe_intermediate_size = 0;
   std::int64_t shared_intermediate_size = 0;  // 0: no shared experts
-  std::int64_t experts = 0;
-  std::int64_t top_k = 0;
+  ops::RouterSpec router;
 };
 
 /// Serves one thread at a time, and any number of steps that take turns.
@@ -53,9 +55,12 @@ class ExpertRunner {
  public:
   virtual ~ExpertRunner() = default;
 
+  /// Whether start() must know the choice on the host. Else it only queues ops, and its work is over
+  /// at once.
+  virtual bool needs_host() const = 0;
   /// A step of `rows` tokens begins: time to read what its first MoE layer is sure to need.
-  virtual void begin_step(std::int64_t rows, ReadAhead& ahead) {
-    static_cast<void>(rows), static_cast<void>(ahead);
+  virtual void begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) {
+    static_cast<void>(phase), static_cast<void>(rows), static_cast<void>(ahead);
   }
 
   /// Submits the reads of what is missing and computes the shared expert. x, routing, y, `arena`

@@ -162,19 +162,19 @@ void ExpertStore::throw_failure(ExpertKey key, const Slot& slot) const {
                     std::to_string(options_.first_layer + key / experts) + ": " + result.problem);
 }
 
-ops::ExpertView ExpertStore::view(ExpertKey key) const {
+ops::HostExpertView ExpertStore::view(ExpertKey key) const {
   const std::lock_guard lock(mutex_);
   return view_locked(key);
 }
 
-ops::ExpertView ExpertStore::view_locked(ExpertKey key) const {
+ops::HostExpertView ExpertStore::view_locked(ExpertKey key) const {
   return images_[key].view_in(pool_->data(slot_of_[key]));
 }
 
 void ExpertStore::check(std::span<const ExpertKey> pinned) {
   if (!options_.check) return;
   std::vector<ExpertKey> keys;
-  std::vector<ops::ExpertView> views;
+  std::vector<ops::HostExpertView> views;
   const auto slot_of = [&](ExpertKey key) -> Slot& {
     return slots_[static_cast<std::size_t>(slot_of_[key])];
   };

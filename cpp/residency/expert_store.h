@@ -26,7 +26,7 @@
 #include "base/poll.h"
 #include "base/trace.h"
 #include "memory/slot_pool.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 #include "residency/file_image.h"
 #include "residency/policy.h"
 #include "storage/reader.h"
@@ -56,7 +56,7 @@ class ExpertStore {
     std::size_t cache_slots = 0;  // < slots
     /// Says whether what was read is what it should be, before it is used: throws if not. Called
     /// from check(), without a lock; may be empty.
-    std::function<void(std::span<const ExpertKey> keys, std::span<const ops::ExpertView> views)>
+    std::function<void(std::span<const ExpertKey> keys, std::span<const ops::HostExpertView> views)>
         check;
     Trace* trace = nullptr;  // may be null
   };
@@ -95,7 +95,7 @@ class ExpertStore {
   /// room are reads that the disk does not answer.
   bool wait_for_room();
   /// Of a pinned expert that is ready.
-  ops::ExpertView view(ExpertKey key) const;
+  ops::HostExpertView view(ExpertKey key) const;
 
   /// Submits a speculative read if the expert is absent and a slot is free of anything cached:
   /// kReading or kNoRoom; kReady if it is there or on its way.
@@ -167,7 +167,7 @@ class ExpertStore {
   void pass_by(int slot);
   void read_into(int slot, ExpertKey key, storage::Priority priority);
   void start_over(const std::vector<ExpertKey>& keys, std::size_t cache_slots);
-  ops::ExpertView view_locked(ExpertKey key) const;
+  ops::HostExpertView view_locked(ExpertKey key) const;
   [[noreturn]] void throw_failure(ExpertKey key, const Slot& slot) const;
 
   Options options_;

@@ -8,12 +8,11 @@
 
 namespace dsfp4::residency {
 
-void shared_into(const ops::ExpertView* shared, ops::Backend& backend, memory::Arena& arena,
-                 ops::ConstMatrix x, ops::Matrix y) {
-  if (shared != nullptr) {
-    ops::mlp(*shared, backend, arena, x, y);
+void shared_into(const ExpertLayer& layer, ops::Ops& ops, memory::Arena& arena) {
+  if (layer.shared != nullptr) {
+    ops::mlp(*layer.shared, ops, arena, layer.x, layer.y, layer.phase);
   } else {
-    backend.zero(y);
+    ops.zero(layer.y);
   }
 }
 

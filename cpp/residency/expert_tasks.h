@@ -6,12 +6,10 @@
 #include <vector>
 
 #include "memory/arena.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
+#include "residency/expert_runner.h"
 
 namespace dsfp4::residency {
-
-/// More rows than this are a prompt: its experts pass by the cache once that is full.
-inline constexpr std::int64_t kDecodeRows = 16;
 
 /// One chosen expert and the pairs (token * top_k + slot, ascending) that chose it.
 struct ChosenExpert {
@@ -20,8 +18,7 @@ struct ChosenExpert {
 };
 
 /// y = shared(x), or zero where there is no shared expert.
-void shared_into(const ops::ExpertView* shared, ops::Backend& backend, memory::Arena& arena,
-                 ops::ConstMatrix x, ops::Matrix y);
+void shared_into(const ExpertLayer& layer, ops::Ops& ops, memory::Arena& arena);
 
 /// The distinct experts of `used` [tokens, top_k], ascending. `pairs` is scratch with one entry a
 /// pair; the spans of the result point into it.

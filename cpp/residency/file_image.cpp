@@ -32,9 +32,11 @@ std::vector<storage::Extent> FileImage::extents(std::byte* slot) const {
   return all;
 }
 
-void MatrixPlace::point(format::WeightView& view, const std::byte* slot) const noexcept {
-  view.data = slot + data;
-  view.scales = scales == kNone ? nullptr : slot + scales;
+format::WeightView MatrixPlace::in(const std::byte* slot,
+                                   const ops::WeightView& shape) const noexcept {
+  return {shape.format, shape.rows,  shape.cols,
+          slot + data,  scales == kNone ? nullptr : slot + scales,
+          shape.global_scale};
 }
 
 FileImage file_image(std::span<const checkpoint::WeightSource* const> matrices,
@@ -66,12 +68,24 @@ FileImage file_image(std::span<const checkpoint::WeightSource* const> matrices,
   return image;
 }
 
-ops::ExpertView ExpertImage::view_in(const std::byte* slot) const noexcept {
-  ops::ExpertView there = *view;
-  places[0].point(there.gate_proj, slot);
-  places[1].point(there.up_proj, slot);
-  places[2].point(there.down_proj, slot);
-  return there;
+FileGroup file_group(std::vector<FileMatrix> matrices) {
+  std::vector<const checkpoint::WeightSource*> sources;
+  for (const FileMatrix& matrix : matrices) sources.push_back(matrix.source);
+  std::vector<MatrixPlace> places(matrices.size());
+  FileGroup group;
+  group.files = file_image(sources, places);
+  for (std::size_t i = 0; i < matrices.size(); ++i) matrices[i].place = places[i];
+  group.matrices = std::move(matrices);
+  return group;
+}
+
+void FileGroup::point(const std::byte* slot) const noexcept {
+  for (const FileMatrix& matrix : matrices) *matrix.view = matrix.place.in(slot, *matrix.view);
+}
+
+ops::HostExpertView ExpertImage::view_in(const std::byte* slot) const noexcept {
+  return {places[0].in(slot, view->gate_proj), places[1].in(slot, view->up_proj),
+          places[2].in(slot, view->down_proj)};
 }
 
 ExpertImage expert_image(const checkpoint::MlpSource& source, const ops::ExpertView& view) {

@@ -11,7 +11,7 @@
 
 #include "checkpoint/layout.h"
 #include "format/weight.h"
-#include "ops/backend.h"
+#include "ops/views.h"
 #include "storage/reader.h"
 
 namespace dsfp4::residency {
@@ -40,8 +40,28 @@ struct MatrixPlace {
   std::uint64_t data = kNone;
   std::uint64_t scales = kNone;  // kNone where the format has none
 
-  void point(format::WeightView& view, const std::byte* slot) const noexcept;
+  /// The matrix of that format and shape in a slot.
+  format::WeightView in(const std::byte* slot, const ops::WeightView& shape) const noexcept;
 };
+
+/// A matrix, and the view of it that is to point to where it lies.
+struct FileMatrix {
+  const checkpoint::WeightSource* source = nullptr;
+  ops::WeightView* view = nullptr;
+  MatrixPlace place;
+};
+
+/// Matrices that go, and lie, together.
+struct FileGroup {
+  FileImage files;
+  std::vector<FileMatrix> matrices;
+
+  /// Points the views into a slot.
+  void point(const std::byte* slot) const noexcept;
+};
+
+/// The group of these matrices, all of which are present; fills in their places.
+FileGroup file_group(std::vector<FileMatrix> matrices);
 
 /// Adjacent tensors are one part. places[i] becomes the place of matrices[i], all of which are
 /// present.
@@ -51,11 +71,11 @@ FileImage file_image(std::span<const checkpoint::WeightSource* const> matrices,
 /// How one expert gets into a slot, and what it is there.
 struct ExpertImage {
   FileImage files;
-  /// Formats, shapes and global scales; the pointers are filled in from `places`.
+  /// Formats, shapes and global scales; the pointers come from `places`.
   const ops::ExpertView* view = nullptr;
   std::array<MatrixPlace, 3> places;  // gate, up, down
 
-  ops::ExpertView view_in(const std::byte* slot) const noexcept;
+  ops::HostExpertView view_in(const std::byte* slot) const noexcept;
 };
 
 /// `view` must outlive the image.

@@ -20,7 +20,7 @@ constexpr std::chrono::milliseconds kLookAgain{1};
 std::size_t largest_slot(const std::vector<StreamedLayer>& layers) {
   std::size_t bytes = 0;
   for (const StreamedLayer& layer : layers) {
-    bytes = std::max<std::size_t>(bytes, layer.files.slot_bytes);
+    bytes = std::max<std::size_t>(bytes, layer.from.files.slot_bytes);
   }
   return bytes;
 }
@@ -57,9 +57,9 @@ void LayerStream::read_ahead() {
       storage::ReadRequest request;
       request.priority = storage::Priority::kSpeculative;
       request.owner = buffers_;
-      request.extents = layer.files.extents(buffers_->data(reading.buffer));
+      request.extents = layer.from.files.extents(buffers_->data(reading.buffer));
       if (trace_ != nullptr) {
-        request.on_complete = [trace = trace_, number = layer.layer, bytes = layer.files.bytes(),
+        request.on_complete = [trace = trace_, number = layer.layer, bytes = layer.from.files.bytes(),
                                start = Trace::Clock::now()](const storage::ReadResult&) {
           trace->span(Trace::Track::kReads, "layer " + std::to_string(number), start,
                       Trace::Clock::now(), bytes);
@@ -103,16 +103,15 @@ bool LayerStream::enter(std::int64_t layer) {
   try {
     ring_.front().kept_for = kKeptFor;
     if (!wait_for(ring_.front())) return false;
-    for (const StreamedLayer::Matrix& matrix : found->matrices) {
-      matrix.place.point(*matrix.view, buffers_->data(ring_.front().buffer));
-    }
-    if (check_) check_(*found);
+    const std::byte* const buffer = buffers_->data(ring_.front().buffer);
+    found->from.point(buffer);
+    if (check_) check_(*found, buffer);
   } catch (...) {
     drop_first();
     throw;
   }
   entered_ = true;
-  stats_.bytes += found->files.bytes();
+  stats_.bytes += found->from.files.bytes();
   return true;
 }
 

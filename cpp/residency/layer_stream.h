@@ -23,17 +23,10 @@
 
 namespace dsfp4::residency {
 
-/// Matrices of one layer in their files, and the views that are to point to them while the layer is
-/// entered.
+/// What is read of one layer; the views point to it while the layer is entered.
 struct StreamedLayer {
-  struct Matrix {
-    const checkpoint::WeightSource* source = nullptr;
-    MatrixPlace place;
-    format::WeightView* view = nullptr;
-  };
   std::int64_t layer = 0;  // the model's number
-  FileImage files;
-  std::vector<Matrix> matrices;
+  FileGroup from;
 };
 
 struct LayerStreamStats {
@@ -45,7 +38,7 @@ struct LayerStreamStats {
 class LayerStream {
  public:
   /// Called once a layer has been read and its views point to it; what it throws leaves enter().
-  using Check = std::function<void(const StreamedLayer& layer)>;
+  using Check = std::function<void(const StreamedLayer& layer, const std::byte* buffer)>;
 
   /// `layers`: ascending, at least one. `buffers` >= 2. Views and reader must outlive the stream;
   /// `trace` may be null. Throws MemoryLimitError. Reading begins at once.

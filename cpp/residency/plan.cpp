@@ -9,7 +9,7 @@
 
 #include "base/checked.h"
 #include "dsfp4/error.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::residency {
 namespace {

@@ -13,7 +13,7 @@
 #include <string_view>
 #include <vector>
 
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::residency {
 

@@ -21,25 +21,24 @@ void Prefetcher::expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step) 
   submit(step);
 }
 
-void Prefetcher::predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k,
-                         std::int64_t ahead, memory::Arena& arena, ReadAhead& step) {
+void Prefetcher::predict(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t ahead,
+                         memory::Arena& arena, ReadAhead& step) {
   step.named.clear();
   const auto layers = static_cast<std::int64_t>(routers_.size());
-  const auto pairs = static_cast<std::size_t>(x.rows * top_k);
+  const std::int64_t rows = layer.x.rows;
   // One row of many that wants an expert is not enough to read it.
-  const std::int32_t least = x.rows > kDecodeRows ? 2 : 1;
+  const std::int32_t least = 2 * rows * layer.top_k > router_.experts ? 2 : 1;
   for (std::int64_t next = moe_layer + 1; next <= moe_layer + ahead && next < layers; ++next) {
     const ops::ScratchScope scope(arena);
-    const auto ints = [&] { return std::span(arena.take_array<std::int32_t>(pairs), pairs); };
     const RouterView& router = routers_[static_cast<std::size_t>(next)];
-    const ops::Matrix logits = ops::scratch_matrix(arena, x.rows, router_.experts);
-    backend_.linear(router.gate, x, logits, ops::Inputs::kF32);
-    const ops::Routing guess{ints(), ints(), std::span(arena.take_array<float>(pairs), pairs), {}};
-    backend_.route(router_, logits, router.bias, {}, guess);
+    const ops::Routing guess = ops::take_routing(arena, rows, router_);
+    ops_.linear(router.gate, layer.x, guess.logits, layer.phase, ops::Inputs::kF32);
+    ops_.route(router_, guess.logits, router.bias, {}, guess);
 
     std::vector<std::int32_t> wanted(static_cast<std::size_t>(router_.experts), 0);
     std::vector<std::int32_t> experts;
-    for (const std::int32_t e : guess.experts) {  // a row's best first
+    const std::int32_t* const own = ops_.device().on_host(guess.experts.data);
+    for (const std::int32_t e : std::span(own, guess.experts.size)) {  // a row's best first
       if (++wanted[static_cast<std::size_t>(e)] == least) experts.push_back(e);
     }
     std::ranges::stable_sort(experts, [&](std::int32_t a, std::int32_t b) {
@@ -82,7 +81,7 @@ void Prefetcher::chosen(std::int64_t moe_layer, std::span<const ChosenExpert> ch
 }
 
 std::size_t Prefetcher::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
-  return 3 * ops::scratch_bytes(tokens * shape.top_k) + ops::scratch_bytes(tokens * shape.experts);
+  return ops::routing_bytes(tokens, shape.router);
 }
 
 }  // namespace dsfp4::residency

@@ -12,7 +12,7 @@
 
 #include "base/counter.h"
 #include "memory/arena.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 #include "residency/expert_runner.h"
 #include "residency/expert_store.h"
 #include "residency/expert_tasks.h"
@@ -22,8 +22,9 @@ namespace dsfp4::residency {
 
 /// A layer's router, to predict its choice.
 struct RouterView {
-  format::WeightView gate;
-  std::span<const float> bias;
+  ops::WeightView gate;
+  DeviceSpan<const float> bias;
+  std::vector<float> bias_on_host;
 };
 
 struct PrefetchStats {
@@ -35,16 +36,16 @@ struct PrefetchStats {
 class Prefetcher {
  public:
   /// `routers`: one for each MoE layer. All must outlive this.
-  Prefetcher(ops::Backend& backend, ExpertStore& store, const ops::RouterSpec& router,
+  Prefetcher(ops::Ops& ops, ExpertStore& store, const ops::RouterSpec& router,
              std::span<const RouterView> routers)
-      : backend_(backend), store_(store), router_(router), routers_(routers) {}
+      : ops_(ops), store_(store), router_(router), routers_(routers) {}
 
   /// `rows` tokens are on their way to the first MoE layer: names its experts, the most valued
   /// first, if they are so many that next to all of them are needed.
   void expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step);
   /// Names what the next `ahead` layers will probably choose, from this one's input x. What was
   /// named before and not begun is forgotten.
-  void predict(std::int64_t moe_layer, ops::ConstMatrix x, std::int64_t top_k, std::int64_t ahead,
+  void predict(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t ahead,
                memory::Arena& arena, ReadAhead& step);
   /// Submits reads of what was named, as many as there are slots for.
   void submit(ReadAhead& step);
@@ -58,7 +59,7 @@ class Prefetcher {
  private:
   void name(std::int64_t moe_layer, std::span<const std::int32_t> experts, ReadAhead& step) const;
 
-  ops::Backend& backend_;
+  ops::Ops& ops_;
   ExpertStore& store_;
   const ops::RouterSpec& router_;
   std::span<const RouterView> routers_;

@@ -1,4 +1,4 @@
-// The simplest ExpertRunner: every expert lies in the backend's memory.
+// The simplest ExpertRunner: every expert lies in the memory of the ops' device.
 #pragma once
 
 #include <functional>
@@ -10,17 +10,18 @@ namespace dsfp4::residency {
 
 class ResidentExperts final : public ExpertRunner {
  public:
-  /// `experts_of(layer)` gives the experts of a MoE layer; the views and the backend must outlive
+  /// `experts_of(layer)` gives the experts of a MoE layer; the views and the ops must outlive
   /// this.
   using ExpertsOf = std::function<std::span<const ops::ExpertView>(std::int64_t layer)>;
 
-  ResidentExperts(ops::Backend& backend, std::int64_t hidden_size,
+  ResidentExperts(ops::Ops& ops, std::int64_t hidden_size,
                   std::int64_t moe_intermediate_size, ExpertsOf experts_of)
-      : backend_(backend),
+      : ops_(ops),
         hidden_size_(hidden_size),
         moe_intermediate_size_(moe_intermediate_size),
         experts_of_(std::move(experts_of)) {}
 
+  bool needs_host() const override { return !ops_.has_routed_experts(); }
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
   /// Arena bytes that work takes for `tokens` tokens.
@@ -29,7 +30,7 @@ class ResidentExperts final : public ExpertRunner {
  private:
   class Work;
 
-  ops::Backend& backend_;
+  ops::Ops& ops_;
   std::int64_t hidden_size_;
   std::int64_t moe_intermediate_size_;
   ExpertsOf experts_of_;

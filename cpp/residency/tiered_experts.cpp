@@ -30,10 +30,9 @@ class TieredExperts::Work final : public ExpertWork {
         arena_(arena),
         scope_(arena),
         ahead_(ahead),
-        streams_(layer.x.rows > kDecodeRows) {
-    const std::size_t count = layer.routing.used.size();
-    chosen_ = group_by_expert(layer.routing.used, {arena.take_array<std::int32_t>(count), count});
-  }
+        streams_(layer.phase == ops::Phase::kPrefill),
+        order_(layer.on_host.used.size()),
+        chosen_(group_by_expert(layer.on_host.used, order_)) {}
   // On a device, the slots and the scratch go to the last event that reads them.
   ~Work() override {
     for (const auto* list : {&ready_, &reading_}) {
@@ -45,7 +44,7 @@ class TieredExperts::Work final : public ExpertWork {
   void begin() {
     const ops::ConstMatrix x = layer_.x;
     const std::int64_t pairs = x.rows * layer_.top_k;
-    runner_.stats_.total_pairs += layer_.routing.used.size();
+    runner_.stats_.total_pairs += order_.size();
     runner_.prefetcher_.chosen(moe_layer_, chosen_, ahead_);
     find();
     std::vector<std::int32_t> left_out;
@@ -53,14 +52,14 @@ class TieredExperts::Work final : public ExpertWork {
     leave_a_slot();
     fetch();
     store_.drop_speculation(moe_layer_);
-    runner_.note_use(moe_layer_, layer_.routing, x.rows, layer_.top_k);
-    runner_.prefetcher_.predict(moe_layer_, x, layer_.top_k, runner_.layers_ahead(x.rows), arena_,
+    runner_.note_use(moe_layer_, layer_);
+    runner_.prefetcher_.predict(moe_layer_, layer_, runner_.layers_ahead(layer_.phase), arena_,
                                 ahead_);
-    shared_into(layer_.shared, runner_.backend_, arena_, x, layer_.y);
+    shared_into(layer_, runner_.ops_, arena_);
 
     hidden_ = ops::scratch_matrix(arena_, pairs, runner_.moe_intermediate_size_);
     routed_ = ops::scratch_matrix(arena_, pairs, runner_.hidden_size_);
-    for (const std::int32_t pair : left_out) std::fill_n(routed_.row(pair), routed_.cols, 0.0f);
+    for (const std::int32_t pair : left_out) runner_.ops_.zero(routed_.slice(pair, 1));
   }
 
   bool advance() override {
@@ -76,7 +75,7 @@ class TieredExperts::Work final : public ExpertWork {
     }
     if (!ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
     store_.trim();
-    runner_.backend_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
+    runner_.ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
     over_ = true;
     return false;
   }
@@ -151,7 +150,7 @@ class TieredExperts::Work final : public ExpertWork {
     }
     const auto start = Trace::Clock::now();
     store_.check(keys);
-    runner_.backend_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_);
+    runner_.ops_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
     runner_.stats_.compute_seconds += span(Trace::Track::kCompute, count, start);
     for (std::size_t n = 0; n < count; ++n) store_.unpin(key(ready_[n]));
     ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
@@ -196,16 +195,17 @@ class TieredExperts::Work final : public ExpertWork {
   bool streams_;
   bool over_ = false;
   ops::Matrix hidden_, routed_;
+  std::vector<std::int32_t> order_;  // pairs, by expert
   std::vector<ChosenExpert> chosen_;
   // Indices into chosen_; the first two are pinned.
   std::vector<std::size_t> ready_, reading_, missing_;
 };
 
-TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::RouterSpec router,
+TieredExperts::TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec router,
                              std::vector<RouterView> routers, std::int64_t first_layer,
                              std::int64_t hidden_size, std::int64_t moe_intermediate_size,
                              Trace* trace)
-    : backend_(backend),
+    : ops_(ops),
       store_(store),
       router_(router),
       routers_(std::move(routers)),
@@ -213,14 +213,15 @@ TieredExperts::TieredExperts(ops::Backend& backend, ExpertStore& store, ops::Rou
       hidden_size_(hidden_size),
       moe_intermediate_size_(moe_intermediate_size),
       trace_(trace),
-      prefetcher_(backend, store, router_, routers_) {}
+      prefetcher_(ops, store, router_, routers_) {}
 
-void TieredExperts::begin_step(std::int64_t rows, ReadAhead& ahead) {
-  if (layers_ahead(rows) > 0) prefetcher_.expect(rows, router_.top_k, ahead);
+void TieredExperts::begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) {
+  if (layers_ahead(phase) > 0) prefetcher_.expect(rows, router_.top_k, ahead);
 }
 
-std::int64_t TieredExperts::layers_ahead(std::int64_t rows) const {
-  return options_.prefetch_layers.value_or(rows > kDecodeRows || store_.cache_room() > 0 ? 1 : 0);
+std::int64_t TieredExperts::layers_ahead(ops::Phase phase) const {
+  const bool pays = phase == ops::Phase::kPrefill || store_.cache_room() > 0;
+  return options_.prefetch_layers.value_or(pays ? 1 : 0);
 }
 
 std::unique_ptr<ExpertWork> TieredExperts::start(const ExpertLayer& layer, memory::Arena& arena,
@@ -232,7 +233,7 @@ std::unique_ptr<ExpertWork> TieredExperts::start(const ExpertLayer& layer, memor
 
 // Takes light pairs out of the missing experts and of the weights; returns them.
 std::vector<std::int32_t> TieredExperts::Work::leave_out() {
-  const ops::Routing& routing = layer_.routing;
+  const ops::HostRouting& routing = layer_.on_host;
   const auto slots = static_cast<std::size_t>(layer_.top_k);
   const float threshold = runner_.options_.expert_threshold;
   std::vector<bool> missing(routing.used.size(), false);
@@ -260,6 +261,9 @@ std::vector<std::int32_t> TieredExperts::Work::leave_out() {
       for (float& weight : weights) weight *= sum / kept;
     }
   }
+  if (left_out.empty()) return left_out;
+  runner_.ops_.device().upload(routing.weights.data(), layer_.routing.weights.data,
+                               routing.weights.size_bytes());
   std::erase_if(missing_, [&](std::size_t i) {
     ChosenExpert& expert = chosen_[i];
     const auto end = std::remove_if(expert.pairs.begin(), expert.pairs.end(), [&](std::int32_t p) {
@@ -271,25 +275,20 @@ std::vector<std::int32_t> TieredExperts::Work::leave_out() {
   return left_out;
 }
 
-void TieredExperts::note_use(std::int64_t moe_layer, const ops::Routing& routing,
-                             std::int64_t tokens, std::int64_t top_k) {
-  const std::span<const float> bias = routers_[static_cast<std::size_t>(moe_layer)].bias;
+void TieredExperts::note_use(std::int64_t moe_layer, const ExpertLayer& layer) {
+  const std::span<const float> bias = routers_[static_cast<std::size_t>(moe_layer)].bias_on_host;
   const auto width = static_cast<std::size_t>(router_.experts);
+  const auto slots = static_cast<std::size_t>(layer.top_k);
   std::vector<float> scores(width);
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    const float* logits = routing.logits.row(t);
-    selection_scores(router_.scoring, {logits, width}, bias, scores);
-    store_.note_use(
-        moe_layer,
-        routing.used.subspan(static_cast<std::size_t>(t * top_k), static_cast<std::size_t>(top_k)),
-        scores);
+  for (std::size_t t = 0; t < static_cast<std::size_t>(layer.x.rows); ++t) {
+    selection_scores(router_.scoring, layer.on_host.logits.subspan(t * width, width), bias, scores);
+    store_.note_use(moe_layer, layer.on_host.used.subspan(t * slots, slots), scores);
   }
 }
 
 std::size_t TieredExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
-  const std::int64_t pairs = tokens * shape.top_k;
-  return ops::scratch_bytes(pairs) +
-         std::max({Prefetcher::scratch_bytes(shape, tokens),
+  const std::int64_t pairs = tokens * shape.router.top_k;
+  return std::max({Prefetcher::scratch_bytes(shape, tokens),
                    ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
                    ops::scratch_bytes(pairs * shape.moe_intermediate_size) +
                        ops::scratch_bytes(pairs * shape.hidden_size)});

@@ -44,13 +44,14 @@ struct TieredStats {
 
 class TieredExperts final : public ExpertRunner {
  public:
-  /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. Store and
-  /// backend must outlive this. `trace` may be null.
-  TieredExperts(ops::Backend& backend, ExpertStore& store, ops::RouterSpec router,
+  /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. The store
+  /// and the ops, whose device is the host's, must outlive this. `trace` may be null.
+  TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec router,
                 std::vector<RouterView> routers, std::int64_t first_layer, std::int64_t hidden_size,
                 std::int64_t moe_intermediate_size, Trace* trace = nullptr);
 
-  void begin_step(std::int64_t rows, ReadAhead& ahead) override;
+  bool needs_host() const override { return true; }
+  void begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) override;
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
   /// Arena bytes that work takes for `tokens` tokens.
@@ -65,11 +66,10 @@ class TieredExperts final : public ExpertRunner {
  private:
   class Work;
 
-  std::int64_t layers_ahead(std::int64_t rows) const;
-  void note_use(std::int64_t moe_layer, const ops::Routing& routing, std::int64_t tokens,
-                std::int64_t top_k);
+  std::int64_t layers_ahead(ops::Phase phase) const;
+  void note_use(std::int64_t moe_layer, const ExpertLayer& layer);
 
-  ops::Backend& backend_;
+  ops::Ops& ops_;
   ExpertStore& store_;
   ops::RouterSpec router_;
   std::vector<RouterView> routers_;

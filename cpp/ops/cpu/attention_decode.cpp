@@ -16,8 +16,6 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
-using format::WeightView;
-
 constexpr std::int64_t kPieceTokens = 512;
 constexpr std::int64_t kMostPieces = 64;  // so that partial results stay small
 constexpr std::int64_t kPartialFloats = std::int64_t{1} << 23;  // 32 MiB of them at a time
@@ -210,8 +208,10 @@ std::size_t latent_partial_bytes(const LayerKernels& layer, const MlaShape& shap
 }
 
 void CpuBackend::latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
-                                  ConstMatrix q_abs, ConstMatrix q, Matrix out) {
-  Wave wave(layer_, shape, q_abs, q, partials_, thread_memory_);
+                                  ops::ConstMatrix q_abs, ops::ConstMatrix q,
+                                  ops::Matrix attended) {
+  const Matrix out = unwrap(attended);
+  Wave wave(layer_, shape, unwrap(q_abs), unwrap(q), partials_, thread_memory_);
   bool any = false;
   for (const SequenceRows& sequence : batch) {
     for (std::int64_t r = 0; r < sequence.rows; ++r) {
@@ -225,12 +225,15 @@ void CpuBackend::latent_attention(const MlaShape& shape, std::span<const Sequenc
 }
 
 // The head's rows of W_UK are decoded kWeightRows at a time and stay in L2 for the product.
-void CpuBackend::absorb_query(const MlaShape& shape, const WeightView& kv_b_proj, ConstMatrix q,
-                              Matrix q_abs) {
+void CpuBackend::absorb_query(const MlaShape& shape, const WeightView& kv_b_proj,
+                              ops::ConstMatrix query, ops::Matrix absorbed) {
+  const format::WeightView weight = unwrap(kv_b_proj);
+  const ConstMatrix q = unwrap(query);
+  const Matrix q_abs = unwrap(absorbed);
   const std::int64_t expanded = shape.qk_nope_head_dim + shape.v_head_dim;
   const std::int64_t lora = shape.kv_lora_rank;
   const std::int64_t stride = padded(lora, layer_.lanes);
-  const float scale = global_scale(kv_b_proj);
+  const float scale = global_scale(weight);
   thread_memory_.reserve(absorb_task_bytes(layer_, shape, q.rows));
   pool_.parallel_for(shape.heads, 1, [&](std::int64_t begin, std::int64_t end) {
     const ThreadScratch::Block block = thread_memory_.take();
@@ -242,7 +245,7 @@ void CpuBackend::absorb_query(const MlaShape& shape, const WeightView& kv_b_proj
       for (std::int64_t i = 0; i < shape.qk_nope_head_dim; i += kWeightRows) {
         const std::int64_t some = std::min(kWeightRows, shape.qk_nope_head_dim - i);
         for (std::int64_t r = 0; r < some; ++r) {
-          decode_weight_row(kernels_, layer_, kv_b_proj, h * expanded + i + r, rows + r * stride);
+          decode_weight_row(kernels_, layer_, weight, h * expanded + i + r, rows + r * stride);
         }
         layer_.multiply_add({q.data + h * shape.qk_head_dim() + i, q.stride, 1, rows, stride,
                              layer_.panel, sums, stride, q.rows, lora, some});
@@ -255,7 +258,10 @@ void CpuBackend::absorb_query(const MlaShape& shape, const WeightView& kv_b_proj
 }
 
 void CpuBackend::expand_value(const MlaShape& shape, const WeightView& kv_b_proj,
-                              ConstMatrix attended, Matrix out) {
+                              ops::ConstMatrix latents, ops::Matrix values) {
+  const format::WeightView weight = unwrap(kv_b_proj);
+  const ConstMatrix attended = unwrap(latents);
+  const Matrix out = unwrap(values);
   const std::int64_t value = shape.v_head_dim;
   const std::int64_t expanded = shape.qk_nope_head_dim + value;
   const std::int64_t lora = shape.kv_lora_rank;
@@ -266,10 +272,10 @@ void CpuBackend::expand_value(const MlaShape& shape, const WeightView& kv_b_proj
     float* row = scratch.take(lora);
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t head = i / value;
-      decode_weight_row(kernels_, layer_, kv_b_proj,
+      decode_weight_row(kernels_, layer_, weight,
                         head * expanded + shape.qk_nope_head_dim + i % value, row);
       layer_.dot(row, lora, attended.data + head * lora, attended.stride, attended.rows,
-                 global_scale(kv_b_proj), out.data + i, out.stride);
+                 global_scale(weight), out.data + i, out.stride);
     }
   });
 }

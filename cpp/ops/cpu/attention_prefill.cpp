@@ -14,8 +14,6 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
-using format::WeightView;
-
 constexpr std::int64_t kTileQueries = 64;
 constexpr std::int64_t kPackedRows = 16;  // rows of the weight decoded at a time
 
@@ -56,7 +54,7 @@ class PrefillTask {
         10);
   }
 
-  void run(const WeightView& kv_b_proj, std::int64_t head, ConstMatrix q, Matrix out) {
+  void run(const format::WeightView& kv_b_proj, std::int64_t head, ConstMatrix q, Matrix out) {
     const std::int64_t expanded = shape_.qk_nope_head_dim + shape_.v_head_dim;
     pack_weight(kv_b_proj, head * expanded, shape_.qk_nope_head_dim, w_uk_);
     pack_weight(kv_b_proj, head * expanded + shape_.qk_nope_head_dim, shape_.v_head_dim, w_uv_);
@@ -101,7 +99,8 @@ class PrefillTask {
             value_pad_};
   }
 
-  void pack_weight(const WeightView& weight, std::int64_t first, std::int64_t count, float* to) {
+  void pack_weight(const format::WeightView& weight, std::int64_t first, std::int64_t count,
+                   float* to) {
     const std::int64_t lora = shape_.kv_lora_rank;
     for (std::int64_t i = 0; i < count; i += kPackedRows) {
       const std::int64_t some = std::min(kPackedRows, count - i);
@@ -163,7 +162,8 @@ std::size_t prefill_task_bytes(const LayerKernels& layer, const MlaShape& shape,
 }
 
 void CpuBackend::prefill_attention(const MlaShape& shape, const WeightView& kv_b_proj,
-                                   std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) {
+                                   std::span<const SequenceRows> batch, ops::ConstMatrix q,
+                                   ops::Matrix out) {
   const auto tasks = static_cast<std::int64_t>(batch.size()) * shape.heads;
   std::int64_t rows = 0;
   for (const SequenceRows& sequence : batch) rows = std::max(rows, sequence.rows);
@@ -173,7 +173,7 @@ void CpuBackend::prefill_attention(const MlaShape& shape, const WeightView& kv_b
     for (std::int64_t i = begin; i < end; ++i) {
       PrefillTask task(kernels_, layer_, shape, batch[static_cast<std::size_t>(i / shape.heads)],
                        block);
-      task.run(kv_b_proj, i % shape.heads, q, out);
+      task.run(unwrap(kv_b_proj), i % shape.heads, unwrap(q), unwrap(out));
     }
   });
 }

@@ -7,8 +7,6 @@
 namespace dsfp4::ops {
 namespace cpu {
 
-using format::WeightView;
-
 std::int64_t rows_per_piece(std::int64_t rows, std::size_t row_bytes, std::int64_t step,
                             std::int64_t matrices, int threads) {
   constexpr std::size_t kPieceBytes = 256 * 1024;
@@ -34,15 +32,13 @@ CpuBackend::Packed CpuBackend::pack(const Matmul& matmul, ConstMatrix x, Inputs 
   return packed;
 }
 
-void CpuBackend::begin_step(Phase phase) {
-  phase_ = phase;
-  tiles_ = phase == Phase::kPrefill ? isa_.tiles : nullptr;
-}
-
-void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) {
-  const Matmul& matmul = isa_.matmul(weight.format, inputs, phase_);
-  const Packed packed = pack(matmul, x, inputs);
-  if (tiles_ != nullptr && &matmul != isa_.exact) {
+void CpuBackend::linear(const WeightView& given, ops::ConstMatrix x, ops::Matrix out, Phase phase,
+                        Inputs inputs) {
+  const format::WeightView weight = unwrap(given);
+  const Matrix y = unwrap(out);
+  const Matmul& matmul = isa_.matmul(weight.format, inputs, phase);
+  const Packed packed = pack(matmul, unwrap(x), inputs);
+  if (phase == Phase::kPrefill && isa_.tiles != nullptr && &matmul != isa_.exact) {
     return linear_in_tiles(weight, packed, x.rows, y);
   }
   const std::int64_t rows =
@@ -64,7 +60,7 @@ void CpuBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Input
 
 }  // namespace cpu
 
-std::unique_ptr<Backend> make_cpu_backend(int threads) {
+std::unique_ptr<Ops> make_cpu_ops(int threads) {
   return std::make_unique<cpu::CpuBackend>(threads, cpu::select_isa());
 }
 

@@ -13,6 +13,10 @@
 
 namespace dsfp4::ops::cpu {
 
+// In here they have plain pointers; the ops of CpuBackend unwrap those they are given.
+using raw::ConstMatrix;
+using raw::Matrix;
+
 class CpuBackend final : public HostBackend {
  public:
   CpuBackend(int threads, const Isa& isa)
@@ -25,25 +29,27 @@ class CpuBackend final : public HostBackend {
   std::uint64_t working_bytes(const Largest& largest) const override;
   void reserve(const Largest& largest) override;
 
-  void begin_step(Phase phase) override;
-  void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override;
-  void linear(const format::WeightView& weight, ConstMatrix x, Matrix y, Inputs inputs) override;
-  void silu_mul(Matrix gate, ConstMatrix up) override;
-  void add(ConstMatrix x, Matrix y) override;
-  void combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
-               Matrix y) override;
+  void rms_norm(ops::ConstMatrix x, DeviceSpan<const float> weight, float eps,
+                ops::Matrix y) override;
+  void linear(const WeightView& weight, ops::ConstMatrix x, ops::Matrix y, Phase phase,
+              Inputs inputs) override;
+  void silu_mul(ops::Matrix gate, ops::ConstMatrix up) override;
+  void add(ops::ConstMatrix x, ops::Matrix y) override;
+  void combine(ops::ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
+               ops::Matrix y) override;
 
-  void prefill_attention(const MlaShape& shape, const format::WeightView& kv_b_proj,
-                         std::span<const SequenceRows> batch, ConstMatrix q, Matrix out) override;
-  void absorb_query(const MlaShape& shape, const format::WeightView& kv_b_proj, ConstMatrix q,
-                    Matrix q_abs) override;
+  void prefill_attention(const MlaShape& shape, const WeightView& kv_b_proj,
+                         std::span<const SequenceRows> batch, ops::ConstMatrix q,
+                         ops::Matrix out) override;
+  void absorb_query(const MlaShape& shape, const WeightView& kv_b_proj, ops::ConstMatrix q,
+                    ops::Matrix q_abs) override;
   void latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
-                        ConstMatrix q_abs, ConstMatrix q, Matrix out) override;
-  void expand_value(const MlaShape& shape, const format::WeightView& kv_b_proj,
-                    ConstMatrix attended, Matrix out) override;
+                        ops::ConstMatrix q_abs, ops::ConstMatrix q, ops::Matrix out) override;
+  void expand_value(const MlaShape& shape, const WeightView& kv_b_proj, ops::ConstMatrix attended,
+                    ops::Matrix out) override;
 
-  void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-               Matrix out) override;
+  void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ops::ConstMatrix x,
+               ops::Matrix hidden, ops::Matrix out, Phase phase) override;
 
  private:
   /// Rows of activations, packed for a Matmul.
@@ -59,16 +65,18 @@ class CpuBackend final : public HostBackend {
       const format::WeightView& weight, const format::WeightView* next, std::int64_t begin,
       std::int64_t end, std::int64_t first, std::int64_t count, float* y, std::byte* scratch)>;
 
-  const Matmul& matmul_of(const format::WeightView& weight) const {
-    return isa_.matmul(weight.format, Inputs::kBf16, phase_);
+  const Matmul& matmul_of(format::WeightFormat format, Phase phase) const {
+    return isa_.matmul(format, Inputs::kBf16, phase);
   }
   Packed pack(const Matmul& matmul, ConstMatrix x, Inputs inputs);
   /// Packed rows for the first projections of all tasks, room for those of the second ones; fills
   /// tokens_ and first_token_.
-  void prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden);
+  void prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
+               Phase phase);
   /// Packs the rows of `hidden` that these tasks name, the first of them task `first_task` of the
   /// op, into hidden_.
-  void pack_hidden(std::span<const ExpertTask> tasks, std::size_t first_task, ConstMatrix hidden);
+  void pack_hidden(std::span<const ExpertTask> tasks, std::size_t first_task, ConstMatrix hidden,
+                   Phase phase);
   /// silu(gate x) * up x in rows [begin, end), for `block` tokens at a time; works in a thread's
   /// block of gate_and_up_bytes(end - begin, block).
   void gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end, std::int64_t block,
@@ -93,8 +101,6 @@ class CpuBackend final : public HostBackend {
   const Isa& isa_;
   const Kernels& kernels_;
   const LayerKernels& layer_ = layer_kernels_for(kernels_.isa);
-  Phase phase_ = Phase::kDecode;
-  const Tiles* tiles_ = nullptr;  // those of isa_ in prefill
   std::array<Scratch, kPackings> x_memory_;
   std::array<Packed, kPackings> x_;  // activations of the op that is running, by Matmul::packing
   Scratch hidden_memory_;

@@ -28,35 +28,38 @@ void for_parts(ThreadPool& pool, std::int64_t rows, std::int64_t cols, const Bod
 
 }  // namespace
 
-void CpuBackend::rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) {
+void CpuBackend::rms_norm(ops::ConstMatrix x, DeviceSpan<const float> weight, float eps,
+                          ops::Matrix y) {
   pool_.parallel_for(x.rows, 2, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
       float squares = 0.0f;
-      layer_.dot(x.row(t), x.cols, x.row(t), 0, 1, 1.0f, &squares, 1);
+      const float* from = unwrap(x.row(t));
+      layer_.dot(from, x.cols, from, 0, 1, 1.0f, &squares, 1);
       const float scale = 1.0f / std::sqrt(squares / static_cast<float>(x.cols) + eps);
-      layer_.scale_by(x.row(t), scale, weight.data(), y.row(t), x.cols);
+      layer_.scale_by(from, scale, unwrap(weight.data), unwrap(y.row(t)), x.cols);
     }
   });
 }
 
-void CpuBackend::silu_mul(Matrix gate, ConstMatrix up) {
+void CpuBackend::silu_mul(ops::Matrix gate, ops::ConstMatrix up) {
   for_parts(pool_, gate.rows, gate.cols, [&](std::int64_t t, std::int64_t at, std::int64_t n) {
-    layer_.silu_mul(gate.row(t) + at, up.row(t) + at, n);
+    layer_.silu_mul(unwrap(gate.row(t)) + at, unwrap(up.row(t)) + at, n);
   });
 }
 
-void CpuBackend::add(ConstMatrix x, Matrix y) {
+void CpuBackend::add(ops::ConstMatrix x, ops::Matrix y) {
   for_parts(pool_, y.rows, y.cols, [&](std::int64_t t, std::int64_t at, std::int64_t n) {
-    layer_.add(x.row(t) + at, y.row(t) + at, n);
+    layer_.add(unwrap(x.row(t)) + at, unwrap(y.row(t)) + at, n);
   });
 }
 
-void CpuBackend::combine(ConstMatrix pairs, std::span<const float> weights, std::int64_t top_k,
-                         Matrix y) {
+void CpuBackend::combine(ops::ConstMatrix pairs, DeviceSpan<const float> weights,
+                         std::int64_t top_k, ops::Matrix y) {
+  const std::span<const float> mixing = unwrap(weights);
   for_parts(pool_, y.rows, y.cols, [&](std::int64_t t, std::int64_t at, std::int64_t n) {
     for (std::int64_t k = 0; k < top_k; ++k) {
-      layer_.add_scaled(weights[static_cast<std::size_t>(t * top_k + k)],
-                        pairs.row(t * top_k + k) + at, y.row(t) + at, n);
+      layer_.add_scaled(mixing[static_cast<std::size_t>(t * top_k + k)],
+                        unwrap(pairs.row(t * top_k + k)) + at, unwrap(y.row(t)) + at, n);
     }
   });
 }

@@ -12,26 +12,27 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
-std::size_t row_bytes(const format::WeightView& weight) {
+std::size_t row_bytes(const WeightView& weight) {
   return format::data_bytes(weight.format, 1, weight.cols);
 }
 
 }  // namespace
 
 void CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
-                         Matrix hidden) {
+                         Matrix hidden, Phase phase) {
   std::array<bool, kPackings> packed{};
   std::size_t stride = 0;
   tokens_.clear();
   first_token_.clear();
   for (const ExpertTask& task : tasks) {
-    for (const format::WeightView* weight : {&task.expert->gate_proj, &task.expert->up_proj}) {
-      const Matmul& matmul = matmul_of(*weight);
+    for (const WeightView* weight : {&task.expert->gate_proj, &task.expert->up_proj}) {
+      const Matmul& matmul = matmul_of(weight->format, phase);
       bool& done = packed.at(static_cast<std::size_t>(matmul.packing));
       if (!done) pack(matmul, x, Inputs::kBf16);
       done = true;
     }
-    stride = std::max(stride, matmul_of(task.expert->down_proj).packed_bytes(hidden.cols));
+    const Matmul& down = matmul_of(task.expert->down_proj.format, phase);
+    stride = std::max(stride, down.packed_bytes(hidden.cols));
     first_token_.push_back(tokens_.size());
     for (const std::int32_t pair : task.pairs) {
       tokens_.push_back(static_cast<std::int32_t>(pair / top_k));
@@ -41,7 +42,7 @@ void CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, 
 }
 
 void CpuBackend::pack_hidden(std::span<const ExpertTask> tasks, std::size_t first_task,
-                             ConstMatrix hidden) {
+                             ConstMatrix hidden, Phase phase) {
   const std::size_t first = first_token_[first_task];
   const std::size_t last = first_token_[first_task + tasks.size() - 1] + tasks.back().pairs.size();
   pool_.parallel_for(static_cast<std::int64_t>(last - first), 1, [&](auto begin, auto end) {
@@ -51,7 +52,8 @@ void CpuBackend::pack_hidden(std::span<const ExpertTask> tasks, std::size_t firs
       const auto task = static_cast<std::size_t>(after - first_token_.begin() - 1);
       const ExpertTask& of = tasks[task - first_task];
       const std::int32_t pair = of.pairs[at - first_token_[task]];
-      matmul_of(of.expert->down_proj).pack(hidden.row(pair), hidden.cols, true, hidden_.row(pair));
+      matmul_of(of.expert->down_proj.format, phase)
+          .pack(hidden.row(pair), hidden.cols, true, hidden_.row(pair));
     }
   });
 }
@@ -59,7 +61,7 @@ void CpuBackend::pack_hidden(std::span<const ExpertTask> tasks, std::size_t firs
 void CpuBackend::gate_and_up(const ExpertTask& task, std::int64_t begin, std::int64_t end,
                              std::int64_t block, const Multiply& multiply, Matrix hidden,
                              std::byte* scratch) const {
-  const ExpertView& expert = *task.expert;
+  const raw::ExpertView expert = unwrap(*task.expert);
   const std::int64_t rows = end - begin;
   const auto tokens = static_cast<std::int64_t>(task.pairs.size());
   auto* gate = reinterpret_cast<float*>(scratch + ThreadScratch::padded(multiply_bytes_));
@@ -85,11 +87,15 @@ std::size_t CpuBackend::gate_and_up_bytes(std::int64_t rows, std::int64_t block)
          static_cast<std::size_t>(2 * block * rows) * sizeof(float);
 }
 
-void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
-                         Matrix hidden, Matrix out) {
+void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ops::ConstMatrix x,
+                         ops::Matrix between, ops::Matrix results, Phase phase) {
   if (tasks.empty()) return;
-  prepare(tasks, top_k, x, hidden);
-  if (tiles_ != nullptr && tiles_fit(tasks)) return experts_in_tiles(tasks, hidden, out);
+  const Matrix hidden = unwrap(between);
+  const Matrix out = unwrap(results);
+  prepare(tasks, top_k, unwrap(x), hidden, phase);
+  if (phase == Phase::kPrefill && isa_.tiles != nullptr && tiles_fit(tasks)) {
+    return experts_in_tiles(tasks, hidden, out);
+  }
 
   const auto task_count = static_cast<std::int64_t>(tasks.size());
   const std::int64_t rows = rows_per_piece(hidden.cols, row_bytes(tasks.front().expert->gate_proj),
@@ -103,7 +109,7 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
       const auto multiply = [&](const format::WeightView& weight, const format::WeightView* next,
                                 std::int64_t begin, std::int64_t end, std::int64_t first,
                                 std::int64_t count, float* y, std::byte* scratch) {
-        const Matmul& matmul = matmul_of(weight);
+        const Matmul& matmul = matmul_of(weight.format, phase);
         const Packed& packed = x_.at(static_cast<std::size_t>(matmul.packing));
         matmul.multiply({.weight = &weight,
                          .row_begin = begin,
@@ -122,7 +128,7 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
                   hidden, block.data());
     }
   });
-  pack_hidden(tasks, 0, hidden);
+  pack_hidden(tasks, 0, hidden, phase);
 
   const std::int64_t down_rows = rows_per_piece(
       out.cols, row_bytes(tasks.front().expert->down_proj), 16, task_count, pool_.size());
@@ -131,8 +137,8 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
     const ThreadScratch::Block block = thread_memory_.take();
     for (std::int64_t piece = from; piece < to; ++piece) {
       const ExpertTask& task = tasks[static_cast<std::size_t>(piece / down_pieces)];
-      const format::WeightView& down = task.expert->down_proj;
-      const Matmul& matmul = matmul_of(down);
+      const format::WeightView down = unwrap(task.expert->down_proj);
+      const Matmul& matmul = matmul_of(down.format, phase);
       const std::int64_t begin = piece % down_pieces * down_rows;
       matmul.multiply({.weight = &down,
                        .row_begin = begin,

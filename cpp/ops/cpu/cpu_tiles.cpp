@@ -19,16 +19,16 @@ std::int64_t tile_rows(const Tiles& tiles, std::int64_t rows, std::int64_t matri
 
 bool CpuBackend::tiles_fit(std::span<const ExpertTask> tasks) const {
   return std::ranges::all_of(tasks, [&](const ExpertTask& task) {
-    const Matmul& gate = matmul_of(task.expert->gate_proj);
-    const Matmul& up = matmul_of(task.expert->up_proj);
-    const Matmul& down = matmul_of(task.expert->down_proj);
+    const Matmul& gate = matmul_of(task.expert->gate_proj.format, Phase::kPrefill);
+    const Matmul& up = matmul_of(task.expert->up_proj.format, Phase::kPrefill);
+    const Matmul& down = matmul_of(task.expert->down_proj.format, Phase::kPrefill);
     return gate.packing == up.packing && &gate != isa_.exact && &down != isa_.exact;
   });
 }
 
 void CpuBackend::linear_in_tiles(const format::WeightView& weight, const Packed& x,
                                  std::int64_t tokens, Matrix y) {
-  const Tiles& tiles = *tiles_;
+  const Tiles& tiles = *isa_.tiles;
   const std::size_t bytes = tiles.group_bytes(weight.cols);
   const std::int64_t groups = ceil_div(tokens, kTileTokens);
   std::byte* memory = groups_memory_.get(static_cast<std::size_t>(groups) * bytes);
@@ -59,7 +59,7 @@ void CpuBackend::linear_in_tiles(const format::WeightView& weight, const Packed&
 }
 
 void CpuBackend::experts_in_tiles(std::span<const ExpertTask> tasks, Matrix hidden, Matrix out) {
-  const std::size_t bytes = tiles_->group_bytes(std::max(hidden.cols, out.cols));
+  const std::size_t bytes = isa_.tiles->group_bytes(std::max(hidden.cols, out.cols));
   const std::int64_t room = groups_at_once(bytes);
   for (std::size_t first = 0; first < tasks.size();) {
     first_group_.assign(1, 0);
@@ -83,15 +83,15 @@ void CpuBackend::make_groups(std::span<const ExpertTask> tasks, std::int64_t col
       const std::int64_t first = (g - first_group_[at]) * kTileTokens;
       const auto pairs = static_cast<std::int64_t>(tasks[at].pairs.size());
       const auto [x, index] = source_of(at);
-      tiles_->group(x.data, x.stride, index + first, std::min(kTileTokens, pairs - first), cols,
-                    memory + static_cast<std::size_t>(g) * bytes);
+      isa_.tiles->group(x.data, x.stride, index + first, std::min(kTileTokens, pairs - first), cols,
+                        memory + static_cast<std::size_t>(g) * bytes);
     }
   });
 }
 
 void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t first_task,
                              Matrix hidden, Matrix out) {
-  const Tiles& tiles = *tiles_;
+  const Tiles& tiles = *isa_.tiles;
   const auto task_count = static_cast<std::int64_t>(tasks.size());
   const auto groups = static_cast<std::size_t>(first_group_.back());
   const std::size_t x_bytes = tiles.group_bytes(tasks.front().expert->gate_proj.cols);
@@ -104,7 +104,7 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
   };
 
   make_groups(tasks, tasks.front().expert->gate_proj.cols, x_bytes, memory, [&](std::size_t at) {
-    const Matmul& gate = matmul_of(tasks[at].expert->gate_proj);
+    const Matmul& gate = matmul_of(tasks[at].expert->gate_proj.format, Phase::kPrefill);
     return std::pair(
         x_.at(static_cast<std::size_t>(gate.packing)),
         static_cast<const std::int32_t*>(tokens_.data() + first_token_[first_task + at]));
@@ -135,7 +135,7 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
     }
   });
 
-  pack_hidden(tasks, first_task, hidden);
+  pack_hidden(tasks, first_task, hidden, Phase::kPrefill);
   make_groups(tasks, hidden.cols, hidden_bytes, hidden_groups,
               [&](std::size_t at) { return std::pair(hidden_, tasks[at].pairs.data()); });
   const std::int64_t down_rows = tile_rows(tiles, out.cols, task_count, pool_.size());
@@ -145,7 +145,8 @@ void CpuBackend::group_tasks(std::span<const ExpertTask> tasks, std::size_t firs
     for (std::int64_t piece = from; piece < to; ++piece) {
       const auto at = static_cast<std::size_t>(piece / down_pieces);
       const std::int64_t begin = piece % down_pieces * down_rows;
-      tiles.multiply({.weight = &tasks[at].expert->down_proj,
+      const format::WeightView down = unwrap(tasks[at].expert->down_proj);
+      tiles.multiply({.weight = &down,
                       .row_begin = begin,
                       .row_end = std::min(begin + down_rows, out.cols),
                       .x = group_of(hidden_groups, hidden_bytes, at, 0),

@@ -13,10 +13,10 @@
 #include <span>
 #include <string_view>
 
-#include "ops/backend.h"
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/matmul.h"
 #include "ops/cpu/tiles.h"
+#include "ops/views.h"
 
 namespace dsfp4::ops::cpu {
 

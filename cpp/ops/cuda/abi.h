@@ -19,12 +19,19 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "ops/backend.h"
+#include "ops/device.h"
+#include "ops/raw.h"
 
 namespace dsfp4::ops::cuda {
 
+// Addresses of the device as the plugin takes them.
+using raw::ConstMatrix;
+using raw::ExpertTask;
+using raw::ExpertView;
+using raw::Matrix;
+
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 5;
+inline constexpr std::uint32_t kAbiVersion = 6;
 
 struct Device;  // the plugin's own
 
@@ -83,9 +90,6 @@ struct DeviceRouting {
 /// Of the lists that one expert_tasks() copies to the device: about 8 bytes a pair, 192 a task.
 inline constexpr std::size_t kMostTaskBytes = std::size_t{2} << 20;
 
-/// Queues of a device: each runs its work in order, only events order one against the other.
-enum class Queue : std::int32_t { kCompute, kUpload };
-
 struct Plugin {
   std::uint32_t version;
   std::uint32_t bytes;  // of this struct
@@ -108,17 +112,22 @@ struct Plugin {
   /// waits for the copy.
   bool (*upload)(Device*, const void* host, void* to, std::size_t bytes);
   bool (*download)(Device*, const void* from, void* host, std::size_t bytes);
-  /// Returns at once. `host` is of allocate_pinned(), and stays as it is until the copy has run.
+  /// Return at once. `host` is of allocate_pinned(), and stays as it is, or is not read, until the
+  /// copy has run.
   bool (*upload_pinned)(Device*, Queue queue, const void* host, void* to, std::size_t bytes);
-  /// Waits until both queues are empty.
+  bool (*download_pinned)(Device*, Queue queue, const void* from, void* host, std::size_t bytes);
+  /// Waits until all queues are empty.
   bool (*synchronize)(Device*);
   /// An event passes when all that its queue held as it was recorded has run; one never recorded
-  /// has passed. `wait` holds up the queue, not the caller. Another thread may call these and
-  /// upload_pinned() while ops are queued.
+  /// has passed. `wait` holds up the queue, `wait_event` the caller. Another thread may call these
+  /// and copies of pinned memory while ops are queued, but none of kCompute between begin_capture()
+  /// and end_capture(), nor synchronize().
   bool (*make_event)(Device*, void** event);
   bool (*free_event)(Device*, void* event);
   bool (*record)(Device*, Queue queue, void* event);
   bool (*wait)(Device*, Queue queue, void* event);
+  bool (*event_passed)(Device*, void* event, bool* passed);
+  bool (*wait_event)(Device*, void* event);
   /// The stream of the compute queue, a cudaStream_t.
   void* (*stream)(Device*);
 
@@ -196,7 +205,8 @@ struct Plugin {
   bool (*sample)(Device*, ConstMatrix logits, const SampleSpec* spec, std::byte* workspace,
                  std::int32_t* id);
 
-  /// A decode step as a graph: what is queued between the two is recorded, not run.
+  /// Ops as a graph: what is queued between the two is recorded, not run. A graph may be freed
+  /// while it runs.
   bool (*begin_capture)(Device*);
   bool (*end_capture)(Device*, void** graph);
   bool (*launch_graph)(Device*, void* graph);

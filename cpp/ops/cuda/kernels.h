@@ -1,5 +1,5 @@
 // The launchers of the plugin, one file a group; plugin.cu gathers them in the table. Contracts:
-// see ops/backend.h and ops/cuda/abi.h.
+// see ops/ops.h and ops/cuda/abi.h.
 #pragma once
 
 #include "ops/cuda/abi.h"

@@ -80,7 +80,7 @@ void close(Device* device) {
     if (event != nullptr) cudaEventDestroy(event);
   }
   if (device->ring != nullptr) cudaFreeHost(device->ring);
-  for (cudaStream_t stream : {device->stream, device->uploads}) {
+  for (cudaStream_t stream : {device->stream, device->uploads, device->downloads}) {
     if (stream != nullptr) cudaStreamDestroy(stream);
   }
   delete device;
@@ -90,6 +90,7 @@ void close(Device* device) {
 bool make_queues(Device* device) {
   DSFP4_TRY(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
   DSFP4_TRY(cudaStreamCreateWithFlags(&device->uploads, cudaStreamNonBlocking));
+  DSFP4_TRY(cudaStreamCreateWithFlags(&device->downloads, cudaStreamNonBlocking));
   DSFP4_TRY(cudaHostAlloc(&device->ring, kRingBytes, cudaHostAllocDefault));
   for (cudaEvent_t& event : device->ring_left) {
     DSFP4_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
@@ -160,7 +161,15 @@ bool free_pinned(Device*, std::byte* memory, std::size_t bytes) {
 }
 
 cudaStream_t stream_of(Device* device, Queue queue) {
-  return queue == Queue::kUpload ? device->uploads : device->stream;
+  switch (queue) {
+    case Queue::kUpload:
+      return device->uploads;
+    case Queue::kDownload:
+      return device->downloads;
+    case Queue::kCompute:
+      break;
+  }
+  return device->stream;
 }
 
 bool upload(Device* device, const void* host, void* to, std::size_t bytes) {
@@ -184,6 +193,11 @@ bool upload_pinned(Device* device, Queue queue, const void* host, void* to, std:
   return true;
 }
 
+bool download_pinned(Device* device, Queue queue, const void* from, void* host, std::size_t bytes) {
+  DSFP4_TRY(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream_of(device, queue)));
+  return true;
+}
+
 bool download(Device* device, const void* from, void* host, std::size_t bytes) {
   DSFP4_TRY(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, device->stream));
   DSFP4_TRY(cudaStreamSynchronize(device->stream));
@@ -191,8 +205,9 @@ bool download(Device* device, const void* from, void* host, std::size_t bytes) {
 }
 
 bool synchronize(Device* device) {
-  DSFP4_TRY(cudaStreamSynchronize(device->uploads));
-  DSFP4_TRY(cudaStreamSynchronize(device->stream));
+  for (cudaStream_t queue : {device->uploads, device->stream, device->downloads}) {
+    DSFP4_TRY(cudaStreamSynchronize(queue));
+  }
   return true;
 }
 
@@ -215,6 +230,20 @@ bool record(Device* device, Queue queue, void* event) {
 
 bool wait(Device* device, Queue queue, void* event) {
   DSFP4_TRY(cudaStreamWaitEvent(stream_of(device, queue), static_cast<cudaEvent_t>(event), 0));
+  return true;
+}
+
+bool event_passed(Device*, void* event, bool* passed) {
+  const cudaError_t code = cudaEventQuery(static_cast<cudaEvent_t>(event));
+  *passed = code == cudaSuccess;
+  if (code == cudaSuccess) return true;
+  if (code != cudaErrorNotReady) return fail(code, "cudaEventQuery(event)", __FILE__, __LINE__);
+  cudaGetLastError();  // it was no failure
+  return true;
+}
+
+bool wait_event(Device*, void* event) {
+  DSFP4_TRY(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
   return true;
 }
 
@@ -265,11 +294,14 @@ constexpr Plugin kPlugin{
     .upload = with<upload>,
     .download = with<download>,
     .upload_pinned = with<upload_pinned>,
+    .download_pinned = with<download_pinned>,
     .synchronize = with<synchronize>,
     .make_event = with<make_event>,
     .free_event = with<free_event>,
     .record = with<record>,
     .wait = with<wait>,
+    .event_passed = with<event_passed>,
+    .wait_event = with<wait_event>,
     .stream = stream,
     .embed = with<embed>,
     .rms_norm = with<rms_norm>,

@@ -6,12 +6,12 @@ namespace dsfp4::ops::measure {
 namespace {
 
 // Fills every copy of a cache with random latents.
-void fill(Backend& backend, const CacheCopies& cache, std::int64_t tokens, std::int64_t width,
+void fill(Ops& ops, const CacheCopies& cache, std::int64_t tokens, std::int64_t width,
           std::int64_t copies) {
   std::vector<float> latents = random_floats(tokens * width, 3);
   for (std::int64_t i = 0; i < copies; ++i) {
     const SequenceRows all{0, tokens, 0, cache.view(i)};
-    backend.kv_append({&all, 1}, {latents.data(), tokens, width, width});
+    ops.kv_append({&all, 1}, {latents.data(), tokens, width, width});
   }
 }
 
@@ -34,10 +34,9 @@ std::map<std::string, Seconds> KernelBench::decode_attention(const MlaShape& sha
                                                              KvFormat cache_format,
                                                              std::int64_t context,
                                                              std::int64_t copies, int runs) {
-  backend_->begin_step(Phase::kDecode);
   const std::int64_t width = shape.cache_width();
   const CacheCopies cache(context, width, cache_format, copies);
-  fill(*backend_, cache, context, width, copies);
+  fill(*ops_, cache, context, width, copies);
   const auto weights = expansions(pool_, shape, kv_b_proj, copies);
   const std::int64_t q_cols = shape.heads * shape.qk_head_dim();
   const std::int64_t lora_cols = shape.heads * shape.kv_lora_rank;
@@ -54,12 +53,11 @@ std::map<std::string, Seconds> KernelBench::decode_attention(const MlaShape& sha
     const std::int64_t copy = (run + 1) % copies;
     const format::WeightView weight = weights[static_cast<std::size_t>(copy)].view();
     const SequenceRows last{0, 1, context - 1, cache.view(copy)};
-    const double absorb = seconds_of([&] { backend_->absorb_query(shape, weight, query, in); });
+    const double absorb = seconds_of([&] { ops_->absorb_query(shape, weight, query, in); });
     const double attend =
-        seconds_of([&] { backend_->latent_attention(shape, {&last, 1}, in, query, latent); });
-    const double expand = seconds_of([&] {
-      backend_->expand_value(shape, weight, latent, {out.data(), 1, out_cols, out_cols});
-    });
+        seconds_of([&] { ops_->latent_attention(shape, {&last, 1}, in, query, latent); });
+    const double expand = seconds_of(
+        [&] { ops_->expand_value(shape, weight, latent, {out.data(), 1, out_cols, out_cols}); });
     if (run < 0) continue;
     seconds["absorb_query"].push_back(absorb);
     seconds["latent_attention"].push_back(attend);
@@ -71,11 +69,10 @@ std::map<std::string, Seconds> KernelBench::decode_attention(const MlaShape& sha
 Seconds KernelBench::prefill_attention(const MlaShape& shape, format::WeightFormat kv_b_proj,
                                        KvFormat cache_format, std::int64_t position,
                                        std::int64_t rows, std::int64_t copies, int runs) {
-  backend_->begin_step(Phase::kPrefill);
   const std::int64_t width = shape.cache_width();
   const std::int64_t tokens = position + rows;
   const CacheCopies cache(tokens, width, cache_format, copies);
-  fill(*backend_, cache, tokens, width, copies);
+  fill(*ops_, cache, tokens, width, copies);
   const auto weights = expansions(pool_, shape, kv_b_proj, copies);
   const std::int64_t q_cols = shape.heads * shape.qk_head_dim();
   const std::int64_t out_cols = shape.heads * shape.v_head_dim;
@@ -86,9 +83,9 @@ Seconds KernelBench::prefill_attention(const MlaShape& shape, format::WeightForm
     const std::int64_t copy = (run + 1) % copies;
     const SequenceRows sequence{0, rows, position, cache.view(copy)};
     const double took = seconds_of([&] {
-      backend_->prefill_attention(shape, weights[static_cast<std::size_t>(copy)].view(),
-                                  {&sequence, 1}, {q.data(), rows, q_cols, q_cols},
-                                  {out.data(), rows, out_cols, out_cols});
+      ops_->prefill_attention(shape, weights[static_cast<std::size_t>(copy)].view(), {&sequence, 1},
+                              {q.data(), rows, q_cols, q_cols},
+                              {out.data(), rows, out_cols, out_cols});
     });
     if (run >= 0) seconds.push_back(took);
   }

@@ -11,8 +11,8 @@ Phase phase_of(std::int64_t tokens) { return tokens <= 16 ? Phase::kDecode : Pha
 
 }  // namespace
 
-KernelBench::KernelBench(std::unique_ptr<Backend> backend, int threads)
-    : backend_(std::move(backend)), pool_(threads) {}
+KernelBench::KernelBench(std::unique_ptr<Ops> ops, int threads)
+    : ops_(std::move(ops)), pool_(threads) {}
 
 Seconds KernelBench::linear(format::WeightFormat format, std::int64_t rows, std::int64_t cols,
                             std::int64_t tokens, std::int64_t copies, int runs) {
@@ -23,13 +23,12 @@ Seconds KernelBench::linear(format::WeightFormat format, std::int64_t rows, std:
   }
   std::vector<float> x = random_floats(tokens * cols, 1);
   std::vector<float> y(static_cast<std::size_t>(tokens * rows));
-  backend_->begin_step(phase_of(tokens));
   Seconds seconds;
   for (int run = -1; run < runs; ++run) {
     const auto& weight = weights[static_cast<std::size_t>(run + 1) % weights.size()];
     const double took = seconds_of([&] {
-      backend_->linear(weight.view(), {x.data(), tokens, cols, cols},
-                       {y.data(), tokens, rows, rows});
+      ops_->linear(weight.view(), {x.data(), tokens, cols, cols}, {y.data(), tokens, rows, rows},
+                   phase_of(tokens));
     });
     if (run >= 0) seconds.push_back(took);
   }
@@ -53,7 +52,6 @@ Seconds KernelBench::experts(format::WeightFormat format, std::int64_t hidden,
   std::vector<float> x = random_floats(tokens * hidden, 1);
   std::vector<float> scratch(pair_count * static_cast<std::size_t>(intermediate));
   std::vector<float> out(pair_count * static_cast<std::size_t>(hidden));
-  backend_->begin_step(phase_of(tokens));
   Seconds seconds;
   for (int run = -1; run < runs; ++run) {
     std::map<std::int32_t, std::vector<std::int32_t>> pairs;
@@ -67,9 +65,9 @@ Seconds KernelBench::experts(format::WeightFormat format, std::int64_t hidden,
       tasks.push_back({&views[static_cast<std::size_t>(expert) % views.size()], own});
     }
     const double took = seconds_of([&] {
-      backend_->experts(tasks, top_k, {x.data(), tokens, hidden, hidden},
-                        {scratch.data(), tokens * top_k, intermediate, intermediate},
-                        {out.data(), tokens * top_k, hidden, hidden});
+      ops_->experts(tasks, top_k, {x.data(), tokens, hidden, hidden},
+                    {scratch.data(), tokens * top_k, intermediate, intermediate},
+                    {out.data(), tokens * top_k, hidden, hidden}, phase_of(tokens));
     });
     if (run >= 0) seconds.push_back(took);
   }

@@ -1,4 +1,4 @@
-// Times the ops of a backend on random operands at any shape, one call at a time, on operands that
+// Times ops in host memory on random operands at any shape, one call at a time, on operands that
 // rotate through more memory than the caches hold. Every method returns seconds, one value a run,
 // in the order of the runs; one more call before them warms up. Sizes are the caller's to choose:
 // they are not limited here.
@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "base/thread_pool.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::ops::measure {
 
@@ -42,10 +42,10 @@ struct LayerShape {
 
 class KernelBench {
  public:
-  /// Owns `backend`; reads with a pool of `threads` threads.
-  KernelBench(std::unique_ptr<Backend> backend, int threads);
+  /// Owns `ops`, which computes on the host; reads with a pool of `threads` threads.
+  KernelBench(std::unique_ptr<Ops> ops, int threads);
 
-  std::string isa() const { return std::string(backend_->isa()); }
+  std::string isa() const { return std::string(ops_->isa()); }
 
   /// All threads read `bytes` bytes of memory, in long runs; of several distances of prefetching,
   /// the seconds of the fastest, sorted.
@@ -76,7 +76,7 @@ class KernelBench {
                                 bool decode, int runs);
 
  private:
-  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Ops> ops_;
   ThreadPool pool_;
 };
 

@@ -12,7 +12,6 @@ namespace dsfp4::ops::measure {
 namespace {
 
 using format::WeightFormat;
-using format::WeightView;
 
 double bytes_of(const WeightView& weight) {
   return static_cast<double>(format::data_bytes(weight.format, weight.rows, weight.cols) +
@@ -26,13 +25,14 @@ double multiply_adds(const WeightView& weight) {
 /// The layer's weights, activations and cache, and the steps that use them.
 class Layer {
  public:
-  Layer(Backend& backend, ThreadPool& pool, const LayerShape& shape, std::int64_t position,
-        std::int64_t rows)
-      : backend_(backend),
+  Layer(Ops& ops, ThreadPool& pool, const LayerShape& shape, std::int64_t position,
+        std::int64_t rows, bool decode)
+      : ops_(ops),
         pool_(pool),
         shape_(shape),
+        phase_(decode ? Phase::kDecode : Phase::kPrefill),
         rows_(rows),
-        cache_(position + rows, shape.mla.cache_width(), backend.default_kv_format(), 1),
+        cache_(position + rows, shape.mla.cache_width(), ops.default_kv_format(), 1),
         sequence_{0, rows, position, cache_.view(0)} {
     fill_cache();
     norm_.assign(static_cast<std::size_t>(shape.hidden), 1.0f);
@@ -52,31 +52,30 @@ class Layer {
              2.5f};
   }
 
-  std::vector<ProfiledOp> run(bool decode, int runs) {
-    backend_.begin_step(decode ? Phase::kDecode : Phase::kPrefill);
+  std::vector<ProfiledOp> run(int runs) {
     const std::int64_t hidden = shape_.hidden;
     const Matrix x = matrix(hidden);
     const Matrix normed = matrix(hidden);
     const Matrix block = matrix(hidden);
     add_norm("input_layernorm", x, normed);
-    attention(decode, normed, block);
-    add("add", 0, 0, [=, this] { backend_.add(block, x); });
+    attention(normed, block);
+    add("add", 0, 0, [=, this] { ops_.add(block, x); });
     add_norm("post_attention_layernorm", x, normed);
     experts(normed, block);
-    add("add", 0, 0, [=, this] { backend_.add(block, x); });
+    add("add", 0, 0, [=, this] { ops_.add(block, x); });
     for (int run = -1; run < runs; ++run) {
       for (std::size_t i = 0; i < steps_.size(); ++i) {
         const double took = seconds_of(steps_[i]);
-        if (run >= 0) ops_[i].seconds.push_back(took);
+        if (run >= 0) profile_[i].seconds.push_back(took);
       }
     }
-    return ops_;
+    return profile_;
   }
 
  private:
   template <typename Step>
   void add(const char* name, double bytes, double flops, Step step) {
-    ops_.push_back({name, bytes, flops, {}});
+    profile_.push_back({name, bytes, flops, {}});
     steps_.emplace_back(std::move(step));
   }
   Matrix matrix(std::int64_t cols, std::int64_t rows = 0) {
@@ -99,21 +98,21 @@ class Layer {
     const std::int64_t tokens = sequence_.length();
     std::vector<float> latents = random_floats(tokens * width, 5);
     const SequenceRows all{0, tokens, 0, cache_.view(0)};
-    backend_.kv_append({&all, 1}, {latents.data(), tokens, width, width});
+    ops_.kv_append({&all, 1}, {latents.data(), tokens, width, width});
   }
 
   void add_norm(const char* name, Matrix x, Matrix y) {
     add(name, 0, 0, [=, this] {
-      backend_.rms_norm(x, std::span(norm_).first(static_cast<std::size_t>(x.cols)), 1e-6f, y);
+      ops_.rms_norm(x, std::span(norm_).first(static_cast<std::size_t>(x.cols)), 1e-6f, y);
     });
   }
   void add_linear(const char* name, const WeightView& w, Matrix x, Matrix y,
                   Inputs inputs = Inputs::kBf16) {
     add(name, bytes_of(w), static_cast<double>(rows_) * multiply_adds(w),
-        [=, this] { backend_.linear(w, x, y, inputs); });
+        [=, this] { ops_.linear(w, x, y, phase_, inputs); });
   }
 
-  void attention(bool decode, Matrix x, Matrix out) {
+  void attention(Matrix x, Matrix out) {
     const MlaShape& mla = shape_.mla;
     const WeightFormat format = shape_.attention;
     const Matrix compressed = matrix(shape_.q_lora_rank);
@@ -126,15 +125,15 @@ class Layer {
     add_norm("q_a_layernorm", compressed, compressed);
     add_linear("q_b_proj", weight(format, q.cols, shape_.q_lora_rank), compressed, q);
     add("rope", 0, 0, [=, this] {
-      backend_.rope(q.columns(mla.qk_nope_head_dim, q.cols - mla.qk_nope_head_dim), mla.heads,
-                    mla.qk_head_dim(), cos_sin);
+      ops_.rope(q.columns(mla.qk_nope_head_dim, q.cols - mla.qk_nope_head_dim), mla.heads,
+                mla.qk_head_dim(), cos_sin);
     });
     add_linear("kv_a_proj", weight(format, kv.cols, shape_.hidden), x, kv);
     add_norm("kv_a_layernorm", latent, latent);
-    add("kv_append", 0, 0, [=, this] { backend_.kv_append({&sequence_, 1}, kv); });
+    add("kv_append", 0, 0, [=, this] { ops_.kv_append({&sequence_, 1}, kv); });
     const WeightView kv_b =
         weight(format, mla.heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank);
-    decode ? absorbed(kv_b, q, heads) : expanded(kv_b, q, heads);
+    phase_ == Phase::kDecode ? absorbed(kv_b, q, heads) : expanded(kv_b, q, heads);
     add_linear("o_proj", weight(format, shape_.hidden, heads.cols), heads, out);
   }
 
@@ -146,13 +145,13 @@ class Layer {
     const double part = static_cast<double>(mla.qk_nope_head_dim) /
                         static_cast<double>(mla.qk_nope_head_dim + mla.v_head_dim);
     add("absorb_query", part * bytes_of(kv_b), rows * part * multiply_adds(kv_b),
-        [=, this] { backend_.absorb_query(mla, kv_b, q, q_abs); });
+        [=, this] { ops_.absorb_query(mla, kv_b, q, q_abs); });
     const double keys = rows * static_cast<double>(sequence_.length());
     add("latent_attention", cached_bytes(),
         keys * static_cast<double>(2 * mla.heads * (mla.kv_lora_rank + mla.cache_width())),
-        [=, this] { backend_.latent_attention(mla, {&sequence_, 1}, q_abs, q, attended); });
+        [=, this] { ops_.latent_attention(mla, {&sequence_, 1}, q_abs, q, attended); });
     add("expand_value", (1 - part) * bytes_of(kv_b), rows * (1 - part) * multiply_adds(kv_b),
-        [=, this] { backend_.expand_value(mla, kv_b, attended, heads); });
+        [=, this] { ops_.expand_value(mla, kv_b, attended, heads); });
   }
 
   void expanded(const WeightView& kv_b, Matrix q, Matrix heads) {
@@ -164,7 +163,7 @@ class Layer {
         static_cast<double>(sequence_.length()) * multiply_adds(kv_b) +
         keys * static_cast<double>(2 * mla.heads * (mla.qk_head_dim() + mla.v_head_dim));
     add("prefill_attention", bytes_of(kv_b) + cached_bytes(), flops,
-        [=, this] { backend_.prefill_attention(mla, kv_b, {&sequence_, 1}, q, heads); });
+        [=, this] { ops_.prefill_attention(mla, kv_b, {&sequence_, 1}, q, heads); });
   }
 
   double cached_bytes() const {
@@ -177,7 +176,7 @@ class Layer {
     add_linear("router gate", weight(WeightFormat::kF32, shape_.experts, shape_.hidden), x, logits,
                Inputs::kF32);
     add("route", 0, 0,
-        [=, this] { backend_.route(spec_, logits, {}, {}, {own_, used_, mixing_, {}}); });
+        [=, this] { ops_.route(spec_, logits, {}, {}, {own_, used_, mixing_, {}}); });
     const Matrix hidden = matrix(shape_.moe_intermediate, rows_ * shape_.top_k);
     const Matrix routed = matrix(shape_.hidden, rows_ * shape_.top_k);
     const double one =
@@ -187,14 +186,14 @@ class Layer {
     const std::int64_t distinct = std::min(rows_ * shape_.top_k, shape_.experts);
     add("experts", static_cast<double>(distinct) * one,
         pairs * 3 * multiply_adds(shared_.gate_proj),
-        [=, this] { backend_.experts(next_tasks(distinct), shape_.top_k, x, hidden, routed); });
+        [=, this] { ops_.experts(next_tasks(distinct), shape_.top_k, x, hidden, routed, phase_); });
     const Matrix gate = matrix(shape_.moe_intermediate);
     const Matrix up = matrix(shape_.moe_intermediate);
     add_linear("shared gate_proj", shared_.gate_proj, x, gate);
     add_linear("shared up_proj", shared_.up_proj, x, up);
-    add("silu_mul", 0, 0, [=, this] { backend_.silu_mul(gate, up); });
+    add("silu_mul", 0, 0, [=, this] { ops_.silu_mul(gate, up); });
     add_linear("shared down_proj", shared_.down_proj, gate, out);
-    add("combine", 0, 0, [=, this] { backend_.combine(routed, mixing_, shape_.top_k, out); });
+    add("combine", 0, 0, [=, this] { ops_.combine(routed, mixing_, shape_.top_k, out); });
   }
 
   std::span<const ExpertTask> next_tasks(std::int64_t distinct) {
@@ -213,9 +212,10 @@ class Layer {
     return tasks_;
   }
 
-  Backend& backend_;
+  Ops& ops_;
   ThreadPool& pool_;
   LayerShape shape_;
+  Phase phase_;
   std::int64_t rows_;
   CacheCopies cache_;
   SequenceRows sequence_;
@@ -229,7 +229,7 @@ class Layer {
   std::vector<float> mixing_;
   std::vector<ExpertTask> tasks_;
   std::int64_t next_slot_ = 0;
-  std::vector<ProfiledOp> ops_;
+  std::vector<ProfiledOp> profile_;
   std::vector<std::function<void()>> steps_;
 };
 
@@ -237,7 +237,7 @@ class Layer {
 
 std::vector<ProfiledOp> KernelBench::layer(const LayerShape& shape, std::int64_t position,
                                            std::int64_t rows, bool decode, int runs) {
-  return Layer(*backend_, pool_, shape, position, rows).run(decode, runs);
+  return Layer(*ops_, pool_, shape, position, rows, decode).run(runs);
 }
 
 }  // namespace dsfp4::ops::measure

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "base/checked.h"
-#include "ops/backend.h"
+#include "ops/views.h"
 
 namespace dsfp4::ops::measure {
 
@@ -27,7 +27,7 @@ class CacheCopies {
                 layer_bytes_) {
     const std::size_t block_bytes = layer_bytes_ * static_cast<std::size_t>(copies);
     for (std::size_t at = 0; at < memory_.size(); at += block_bytes) {
-      blocks_.push_back(memory_.data() + at);
+      blocks_.emplace_back(memory_.data() + at);
     }
   }
   KvView view(std::int64_t copy) const {
@@ -38,7 +38,7 @@ class CacheCopies {
   KvFormat format_;
   std::size_t layer_bytes_;
   std::vector<std::byte> memory_;
-  std::vector<std::byte*> blocks_;
+  std::vector<DevicePtr<std::byte>> blocks_;
 };
 
 }  // namespace dsfp4::ops::measure

@@ -11,8 +11,6 @@
 namespace dsfp4::ops {
 namespace {
 
-using format::WeightView;
-
 double dot(const float* a, const float* b, std::int64_t n) {
   double sum = 0.0;
   for (std::int64_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
@@ -31,7 +29,7 @@ float silu(float x) { return static_cast<float>(x / (1.0 + std::exp(-static_cast
 
 std::vector<float> decoded_row(const WeightView& weight, std::int64_t row) {
   std::vector<float> values(static_cast<std::size_t>(weight.cols));
-  format::decode_row(weight, row, values);
+  format::decode_row(unwrap(weight), row, values);
   return values;
 }
 
@@ -67,22 +65,25 @@ class ReferenceBackend final : public HostBackend {
   std::string_view name() const override { return "reference"; }
   KvFormat default_kv_format() const override { return KvFormat::kF32; }
 
-  void rms_norm(ConstMatrix x, std::span<const float> weight, float eps, Matrix y) override {
+  void rms_norm(ConstMatrix x, DeviceSpan<const float> weight, float eps, Matrix y) override {
+    const float* factors = unwrap(weight.data);
     for (std::int64_t t = 0; t < x.rows; ++t) {
-      const double mean = dot(x.row(t), x.row(t), x.cols) / static_cast<double>(x.cols);
+      const float* from = unwrap(x.row(t));
+      float* to = unwrap(y.row(t));
+      const double mean = dot(from, from, x.cols) / static_cast<double>(x.cols);
       const double scale = 1.0 / std::sqrt(mean + eps);
       for (std::int64_t i = 0; i < x.cols; ++i) {
-        y.row(t)[i] = static_cast<float>(x.row(t)[i] * scale * weight[static_cast<std::size_t>(i)]);
+        to[i] = static_cast<float>(from[i] * scale * factors[i]);
       }
     }
   }
 
-  void linear(const WeightView& weight, ConstMatrix x, Matrix y, Inputs) override {
+  void linear(const WeightView& weight, ConstMatrix x, Matrix y, Phase, Inputs) override {
     pool_.parallel_for(weight.rows, 8, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
         const std::vector<float> row = decoded_row(weight, r);
         for (std::int64_t t = 0; t < x.rows; ++t) {
-          y.row(t)[r] = static_cast<float>(dot(row.data(), x.row(t), x.cols));
+          unwrap(y.row(t))[r] = static_cast<float>(dot(row.data(), unwrap(x.row(t)), x.cols));
         }
       }
     });
@@ -90,9 +91,9 @@ class ReferenceBackend final : public HostBackend {
 
   void silu_mul(Matrix gate, ConstMatrix up) override {
     for (std::int64_t t = 0; t < gate.rows; ++t) {
-      for (std::int64_t i = 0; i < gate.cols; ++i) {
-        gate.row(t)[i] = silu(gate.row(t)[i]) * up.row(t)[i];
-      }
+      float* to = unwrap(gate.row(t));
+      const float* factors = unwrap(up.row(t));
+      for (std::int64_t i = 0; i < gate.cols; ++i) to[i] = silu(to[i]) * factors[i];
     }
   }
 
@@ -119,14 +120,14 @@ class ReferenceBackend final : public HostBackend {
           w_uk.push_back(decoded_row(kv_b_proj, h * (nope + shape.v_head_dim) + i));
         }
         for (std::int64_t t = 0; t < q.rows; ++t) {
-          const float* query = q.row(t) + h * shape.qk_head_dim();
+          const float* query = unwrap(q.row(t)) + h * shape.qk_head_dim();
           for (std::int64_t c = 0; c < lora; ++c) {
             double sum = 0.0;
             for (std::int64_t i = 0; i < nope; ++i) {
               sum += static_cast<double>(query[i]) *
                      w_uk[static_cast<std::size_t>(i)][static_cast<std::size_t>(c)];
             }
-            q_abs.row(t)[h * lora + c] = static_cast<float>(sum);
+            unwrap(q_abs.row(t))[h * lora + c] = static_cast<float>(sum);
           }
         }
       }
@@ -143,8 +144,8 @@ class ReferenceBackend final : public HostBackend {
         for (std::int64_t h = begin; h < end; ++h) {
           for (std::int64_t r = 0; r < sequence.rows; ++r) {
             const std::int64_t t = sequence.first_row + r;
-            const float* absorbed = q_abs.row(t) + h * lora;
-            const float* q_pe = q.row(t) + h * shape.qk_head_dim() + shape.qk_nope_head_dim;
+            const float* absorbed = unwrap(q_abs.row(t)) + h * lora;
+            const float* q_pe = unwrap(q.row(t)) + h * shape.qk_head_dim() + shape.qk_nope_head_dim;
             std::vector<double> p;
             for (std::int64_t s = 0; s <= sequence.position + r; ++s) {
               const float* entry = cache.data() + s * width;
@@ -153,7 +154,7 @@ class ReferenceBackend final : public HostBackend {
                   shape.softmax_scale);
             }
             softmax(p);
-            weighted_sum(p, cache.data(), width, lora, out.row(t) + h * lora);
+            weighted_sum(p, cache.data(), width, lora, unwrap(out.row(t)) + h * lora);
           }
         }
       });
@@ -170,14 +171,15 @@ class ReferenceBackend final : public HostBackend {
         const std::int64_t row = h * (shape.qk_nope_head_dim + v) + shape.qk_nope_head_dim + i % v;
         const std::vector<float> w_uv = decoded_row(kv_b_proj, row);
         for (std::int64_t t = 0; t < attended.rows; ++t) {
-          out.row(t)[i] = static_cast<float>(dot(w_uv.data(), attended.row(t) + h * lora, lora));
+          const float* latent = unwrap(attended.row(t)) + h * lora;
+          unwrap(out.row(t))[i] = static_cast<float>(dot(w_uv.data(), latent, lora));
         }
       }
     });
   }
 
   void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-               Matrix out) override {
+               Matrix out, Phase phase) override {
     for (const ExpertTask& task : tasks) {
       const ExpertView& expert = *task.expert;
       for (const std::int32_t pair : task.pairs) {
@@ -185,10 +187,10 @@ class ReferenceBackend final : public HostBackend {
         const Matrix gate = hidden.slice(pair, 1);
         std::vector<float> up_values(static_cast<std::size_t>(gate.cols));
         const Matrix up{up_values.data(), 1, gate.cols, gate.cols};
-        linear(expert.gate_proj, token, gate, Inputs::kF32);
-        linear(expert.up_proj, token, up, Inputs::kF32);
+        linear(expert.gate_proj, token, gate, phase, Inputs::kF32);
+        linear(expert.up_proj, token, up, phase, Inputs::kF32);
         silu_mul(gate, up);
-        linear(expert.down_proj, gate, out.slice(pair, 1), Inputs::kF32);
+        linear(expert.down_proj, gate, out.slice(pair, 1), phase, Inputs::kF32);
       }
     }
   }
@@ -224,7 +226,7 @@ class ReferenceBackend final : public HostBackend {
     }
     for (std::int64_t r = 0; r < sequence.rows; ++r) {
       const std::int64_t t = sequence.first_row + r;
-      const float* query = q.row(t) + h * shape.qk_head_dim();
+      const float* query = unwrap(q.row(t)) + h * shape.qk_head_dim();
       std::vector<double> p;
       for (std::int64_t s = 0; s <= sequence.position + r; ++s) {
         p.push_back((dot(query, kv.data() + s * expanded, nope) +
@@ -234,14 +236,14 @@ class ReferenceBackend final : public HostBackend {
       }
       softmax(p);
       weighted_sum(p, kv.data() + nope, expanded, shape.v_head_dim,
-                   out.row(t) + h * shape.v_head_dim);
+                   unwrap(out.row(t)) + h * shape.v_head_dim);
     }
   }
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> make_reference_backend(int threads) {
+std::unique_ptr<Ops> make_reference_ops(int threads) {
   return std::make_unique<ReferenceBackend>(threads);
 }
 

@@ -21,10 +21,47 @@ using storage::ReaderKind;
 
 class LoadFaults : public storage::ReaderTest {};
 
+void add_bytes(DeviceSpan<const std::byte> data, std::vector<std::byte>& bytes) {
+  if (!data.data) return;
+  const std::byte* start = ops::host_device().on_host(data.data);
+  bytes.insert(bytes.end(), start, start + data.size);
+}
+void add_bytes(const ops::WeightView& weight, std::vector<std::byte>& bytes) {
+  const auto [format, rows, cols] = std::tuple(weight.format, weight.rows, weight.cols);
+  add_bytes({weight.data, format::data_bytes(format, rows, cols)}, bytes);
+  add_bytes({weight.scales, format::scale_bytes(format, rows, cols)}, bytes);
+}
+void add_bytes(DeviceSpan<const float> values, std::vector<std::byte>& bytes) {
+  add_bytes({values.data.as<const std::byte>(), values.size_bytes()}, bytes);
+}
+
 std::vector<std::byte> bytes_of(const LoadedWeights& loaded) {
-  // The embedding is what is placed first, so the arena begins there.
-  const std::byte* start = loaded.weights.embed_tokens.data;
-  return {start, start + loaded.arena->used()};
+  std::vector<std::byte> bytes;
+  add_bytes(loaded.weights.embed_tokens, bytes);
+  add_bytes(loaded.weights.lm_head, bytes);
+  add_bytes(loaded.weights.norm, bytes);
+  for (const model::LayerWeights& layer : loaded.weights.layers) {
+    const model::AttentionWeights& attention = layer.self_attn;
+    for (const ops::WeightView* weight :
+         {&attention.q_proj, &attention.q_a_proj, &attention.q_b_proj,
+          &attention.kv_a_proj_with_mqa, &attention.kv_b_proj, &attention.o_proj, &layer.gate}) {
+      add_bytes(*weight, bytes);
+    }
+    for (const DeviceSpan<const float>& values :
+         {layer.input_layernorm, layer.post_attention_layernorm, attention.q_a_layernorm,
+          attention.kv_a_layernorm, layer.e_score_correction_bias}) {
+      add_bytes(values, bytes);
+    }
+    std::vector<ops::ExpertView> mlps = layer.experts;
+    mlps.push_back(layer.mlp);
+    mlps.push_back(layer.shared_experts);
+    for (const ops::ExpertView& mlp : mlps) {
+      for (const ops::WeightView* weight : {&mlp.gate_proj, &mlp.up_proj, &mlp.down_proj}) {
+        add_bytes(*weight, bytes);
+      }
+    }
+  }
+  return bytes;
 }
 
 std::vector<std::byte> load(const std::filesystem::path& folder, ReaderKind kind,
@@ -36,8 +73,7 @@ std::vector<std::byte> load(const std::filesystem::path& folder, ReaderKind kind
   options.reader.piece_bytes = storage::kBlockBytes;
   options.reader.system = system;
   options.reader.log = std::move(log);
-  const auto backend = ops::make_reference_backend(1);
-  return bytes_of(load_weights(folder, checkpoint::read_config(folder), *backend, options));
+  return bytes_of(load_weights(folder, checkpoint::read_config(folder), ops::host_device(), options));
 }
 
 TEST_P(LoadFaults, TheRightWeightsOrATypedErrorAndTheNextLoadIsWhole) {

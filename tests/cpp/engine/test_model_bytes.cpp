@@ -4,7 +4,7 @@
 #include "engine/model_bytes.h"
 #include "model/decoder.h"
 #include "model/spec.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 #include "residency/plan.h"
 
 namespace dsfp4::engine {
@@ -37,7 +37,7 @@ checkpoint::ModelConfig r1() {
 
 residency::ModelBytes bytes_with(std::int64_t max_context) {
   const model::ModelSpec spec = model::make_spec(r1());
-  const auto backend = ops::make_reference_backend(1);
+  const auto backend = ops::make_reference_ops(1);
   return model_bytes({spec, *backend, ops::KvFormat::kBf16, max_context}, WeightSizes());
 }
 

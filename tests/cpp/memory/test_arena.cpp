@@ -13,8 +13,8 @@ namespace {
 
 TEST(Arena, HandsOutAlignedMemoryFrontToBack) {
   Arena arena(Arena::padded(10) + Arena::padded(100), "the test's values");
-  std::byte* a = arena.take(10);
-  std::byte* b = arena.take(100);
+  std::byte* a = on_host(host_memory(), arena.take(10));
+  std::byte* b = on_host(host_memory(), arena.take(100));
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(a) % Arena::kAlignment, 0u);
   EXPECT_EQ(b - a, static_cast<std::ptrdiff_t>(Arena::kAlignment));
   std::memset(a, 1, 10);
@@ -33,7 +33,7 @@ TEST(Arena, ReleaseGivesBackSinceTheMark) {
   Arena arena(3 * Arena::kAlignment, "the test's values");
   arena.take(Arena::kAlignment);
   const std::size_t mark = arena.used();
-  std::byte* first = arena.take(2 * Arena::kAlignment);
+  const DevicePtr<std::byte> first = arena.take(2 * Arena::kAlignment);
   arena.release(mark);
   EXPECT_EQ(arena.take(2 * Arena::kAlignment), first);
 }

@@ -127,7 +127,7 @@ TEST(MemorySource, EverythingGoesBackToWhereItCameFrom) {
     SlotPool pool(2, 5000, "the test's slots");
     EXPECT_EQ(source.calls, 2);
     EXPECT_EQ(source.out, moved.size() + pool.total_bytes());
-    std::memset(moved.take(moved.size()), 1, moved.size());
+    std::memset(on_host(source, moved.take(moved.size())), 1, moved.size());
   }
   EXPECT_EQ(source.out, 0u);
   source.refuse_at = 2;

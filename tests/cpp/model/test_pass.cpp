@@ -6,17 +6,12 @@
 
 #include "checkpoint/config.h"
 #include "checkpoint/tiny_checkpoint.h"
-#include "dsfp4/error.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "model/pass.h"
-#include "model/recording_backend.h"
 #include "model/spec.h"
-#include "ops/cuda_backend.h"
-#include "ops/fake_cuda.h"
 #include "residency/expert_store.h"
 #include "residency/layer_stream.h"
-#include "residency/resident_experts.h"
 #include "residency/tiered_experts.h"
 
 namespace dsfp4::model {
@@ -33,17 +28,9 @@ constexpr std::int64_t kMostRows = 24;
 // A model of which nothing but norms and routers is in memory: dense layers and experts are read.
 class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
  protected:
-  PassTest() { make(ops::make_cpu_backend(1)); }
-
-  void make(std::unique_ptr<ops::Backend> backend) {
+  PassTest() {
     dsfp4::testing::make_tiny_checkpoint(GetParam(), kModelLayers).write(folder_.path());
     const checkpoint::ModelConfig config = checkpoint::read_config(folder_.path());
-    cache_.reset();
-    decoder_.reset();
-    stream_.reset();
-    experts_.reset();
-    store_.reset();
-    backend_ = std::move(backend);
     engine::LoadWeightsOptions options;
     options.plan = [](const engine::WeightSizes&) {
       residency::Plan plan;
@@ -51,7 +38,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
       plan.streamed.assign(kModelLayers, true);
       return plan;
     };
-    loaded_.emplace(engine::load_weights(folder_.path(), config, *backend_, options));
+    loaded_.emplace(engine::load_weights(folder_.path(), config, ops_->device(), options));
     const ModelSpec spec = make_spec(config);
     residency::ExpertStore::Options store;
     store.layers = spec.moe_layers();
@@ -65,40 +52,42 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
     std::vector<residency::RouterView> routers;
     for (std::int64_t layer = spec.dense_layers; layer < spec.layers; ++layer) {
       const LayerWeights& weights = loaded_->weights.layers[static_cast<std::size_t>(layer)];
-      routers.push_back({weights.gate, weights.e_score_correction_bias});
+      const DeviceSpan<const float> bias = weights.e_score_correction_bias;
+      const float* const values = ops_->device().on_host(bias.data);
+      routers.push_back({weights.gate, bias, {values, values + bias.size}});
     }
-    experts_.emplace(*backend_, *store_, spec.router, std::move(routers), spec.dense_layers,
+    experts_.emplace(*ops_, *store_, spec.router, std::move(routers), spec.dense_layers,
                      spec.hidden_size, spec.moe_intermediate_size);
     stream_ =
         std::make_unique<residency::LayerStream>(std::move(loaded_->streamed), 2, *loaded_->reader,
                                                  residency::LayerStream::Check(), nullptr);
-    decoder_.emplace(spec, loaded_->weights, *backend_, *experts_, stream_.get(), kFormat);
+    decoder_.emplace(spec, loaded_->weights, *ops_, *experts_, stream_.get(), kFormat);
     cache_.emplace(1000, spec.layers, kv_layer_bytes(spec, kFormat), kFormat);
   }
 
   // A step of its own sequence, with an arena of its own.
   class Run {
    public:
-    Run(PassTest& test, Ids ids, Phase phase, std::int32_t* chosen = nullptr)
+    Run(PassTest& test, Ids ids, Phase phase)
         : sequence_(*test.cache_),
           ids_(std::move(ids)),
           part_(sequence_.next_rows(0, std::ssize(ids_))),
           arena_(scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kPrefill) +
                      scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kDecode),
-                 "the scratch") {
+                 "the scratch"),
+          routings_(test.ops_->device(), kMostRows, test.decoder_->spec().router) {
       Batch batch;
       batch.phase = phase;
       batch.ids = ids_;
       batch.sequences = {&part_, 1};
-      batch.chosen_experts = chosen;
-      batch.expert_layer_stride = std::ssize(ids_) * test.decoder_->spec().router.top_k;
-      pass_.emplace(*test.decoder_, batch, arena_);
+      pass_.emplace(*test.decoder_, batch, arena_, routings_);
     }
     Pass& pass() { return *pass_; }
     Values finish() {
       while (!pass_->done()) pass_->advance();
       const ops::Matrix hidden = pass_->hidden();
-      return {hidden.data, hidden.data + hidden.rows * hidden.cols};
+      const float* const values = ops::host_device().on_host(hidden.data);
+      return {values, values + hidden.rows * hidden.cols};
     }
     std::size_t leave() {
       pass_.reset();
@@ -110,6 +99,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
     Ids ids_;
     ops::SequenceRows part_;
     memory::Arena arena_;
+    ops::RoutingReader routings_;
     std::optional<Pass> pass_;
   };
 
@@ -119,7 +109,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
   Values alone(const Ids& ids, Phase phase) { return Run(*this, ids, phase).finish(); }
 
   dsfp4::testing::ScratchFolder folder_;
-  std::unique_ptr<ops::Backend> backend_;
+  std::unique_ptr<ops::Ops> ops_ = ops::make_cpu_ops(1);
   std::optional<engine::LoadedWeights> loaded_;
   std::unique_ptr<residency::ExpertStore> store_;
   std::optional<residency::TieredExperts> experts_;
@@ -189,71 +179,7 @@ TEST_P(PassTest, OneIsLeftInTheMidstOfTurns) {
   }
 }
 
-TEST_P(PassTest, AStepThatIsRecordedIsOnePiece) {
-  auto made = std::make_unique<RecordingBackend>();
-  RecordingBackend& backend = *made;
-  make(std::move(made));
-  backend.answer = ops::Backend::StepRecording::kNone;
-  const Values right = alone({7}, Phase::kDecode);
-  EXPECT_EQ(backend.begun, 1);
-  EXPECT_EQ(backend.ended, 0);
-
-  backend.answer = ops::Backend::StepRecording::kBegun;
-  Run recorded(*this, {7}, Phase::kDecode);
-  recorded.pass().advance();
-  EXPECT_TRUE(recorded.pass().done());
-  EXPECT_EQ(backend.ended, 1);
-  EXPECT_EQ(recorded.finish(), right);
-
-  backend.answer = ops::Backend::StepRecording::kReplayed;
-  Run replayed(*this, {7}, Phase::kDecode);
-  replayed.pass().advance();
-  EXPECT_TRUE(replayed.pass().done());
-  EXPECT_EQ(backend.ended, 1);
-  EXPECT_EQ(backend.embedded, 2);  // by the two before
-
-  // Prompts are not recorded, nor steps in which the host has a part.
-  backend.begun = 0;
-  alone(prompt(), Phase::kPrefill);
-  std::vector<std::int32_t> chosen(100, -1);
-  EXPECT_EQ(Run(*this, {7}, Phase::kDecode, chosen.data()).finish(), right);
-  EXPECT_GE(chosen[0], 0);
-  EXPECT_EQ(backend.begun, 0);
-}
-
 INSTANTIATE_TEST_SUITE_P(Kinds, PassTest, ::testing::ValuesIn(dsfp4::testing::kTinyKinds));
-
-// A stream that is still recorded refuses whatever comes next, until it is closed.
-TEST(Pass, ARecordingEndsWithTheStepThatFailed) {
-  using ops::testing::FakeCuda;
-  ModelSpec spec;
-  spec.layers = 1;
-  spec.hidden_size = 8;
-  spec.mla.qk_rope_head_dim = 4;
-  ops::CudaBackend backend(FakeCuda::plugin(), FakeCuda::kIndex, 0);
-  FakeCuda& fake = FakeCuda::state();
-  fake.embeds = false;
-  residency::ResidentExperts experts(backend, spec.hidden_size, 8, {});
-  ModelWeights weights;
-  weights.embed_tokens.rows = 1;
-  const Decoder decoder(spec, weights, backend, experts, nullptr, ops::KvFormat::kBf16);
-  memory::Arena arena(std::size_t{1} << 20, "the test", backend.memory());
-  const std::int32_t id = 0;
-  std::byte* const block = nullptr;
-  ops::SequenceRows rows;
-  rows.rows = 1;
-  rows.kv.blocks = {&block, 1};
-  Batch batch;
-  batch.phase = ops::Phase::kDecode;
-  batch.ids = {&id, 1};
-  batch.sequences = {&rows, 1};
-  for (int step = 0; step < 3; ++step) {  // the first one is not recorded yet
-    Pass pass(decoder, batch, arena);
-    EXPECT_THROW(pass.advance(), CudaError);
-    EXPECT_EQ(fake.recorded, step);
-    EXPECT_EQ(fake.recordings, 0);
-  }
-}
 
 }  // namespace
 }  // namespace dsfp4::model

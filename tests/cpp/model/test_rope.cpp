@@ -50,9 +50,9 @@ TEST(Rope, CosSinRowsInterleave) {
   RopeSpec rope;
   rope.inverse_frequency = {1.0, 0.5};
   rope.amplitude = 2.0;
-  float values[8];
   const std::int64_t positions[] = {0, 3};
-  fill_cos_sin(rope, positions, {values, 2, 4, 4});
+  const std::vector<float> values = cos_sin_of(rope, positions);
+  ASSERT_EQ(values.size(), 8u);
   EXPECT_EQ(values[0], 2.0f);
   EXPECT_EQ(values[1], 0.0f);
   EXPECT_FLOAT_EQ(values[4], static_cast<float>(2.0 * std::cos(3.0)));

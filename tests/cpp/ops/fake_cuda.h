@@ -1,9 +1,12 @@
-// A plugin's table without a GPU: device memory is the host's, streams are counted, and calls fail
-// when a test says so. What it does not need is null.
+// A plugin's table without a GPU: device memory is the host's, everything runs at once, streams are
+// counted, and calls fail when a test says so. What it does not need is null.
 #pragma once
 
-#include <cstdlib>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <set>
+#include <vector>
 
 #include "ops/cuda/abi.h"
 
@@ -16,10 +19,21 @@ struct FakeCuda {
   bool opens = true;
   bool tells_memory = true;
   bool embeds = true;
+  bool pins = true;
   int devices = 0;      // open
   int allocations = 0;  // not freed
-  int recordings = 0;   // of streams that are being recorded
-  int recorded = 0;     // in all
+  int pinned = 0;       // not freed
+  int events = 0;       // not freed
+  int uploads = 0;
+  int recordings = 0;          // of streams that are being recorded
+  int recorded = 0;            // in all
+  int events_recorded = 0;     // in the queue of the ops
+  int caught_in_capture = 0;   // of these, while that queue was recorded
+  int launches = 0;            // of graphs
+  std::int32_t embedded = -1;  // the first id of the last embed()
+  std::set<void*> graphs;      // not freed
+  // Of the device, freed or not, so that no address comes twice.
+  std::vector<std::unique_ptr<std::byte[]>> memory;
 
   static FakeCuda& state() {
     static FakeCuda fake;
@@ -34,7 +48,6 @@ struct FakeCuda {
 
  private:
   static cuda::Plugin make() {
-    using cuda::Device;
     cuda::Plugin table{};
     table.version = cuda::kAbiVersion;
     table.bytes = sizeof(cuda::Plugin);
@@ -42,6 +55,24 @@ struct FakeCuda {
       static const cuda::Failure failure{1, 2, "call", "source", "refused"};
       return &failure;
     };
+    add_device(table);
+    add_queues(table);
+    add_graphs(table);
+    table.prefill_workspace = [](cuda::Device*, const MlaShape*, std::int64_t, std::int64_t) {
+      return std::size_t{0};
+    };
+    table.latent_workspace = table.prefill_workspace;
+    table.sample_workspace = [](cuda::Device*, std::int64_t) { return std::size_t{0}; };
+    table.embed = [](cuda::Device*, const format::WeightView*, const std::int32_t* ids,
+                     cuda::Matrix) {
+      if (state().embeds) state().embedded = *ids;
+      return state().embeds;
+    };
+    return table;
+  }
+
+  static void add_device(cuda::Plugin& table) {
+    using cuda::Device;
     table.probe = [](int, cuda::DeviceInfo* info) {
       *info = {};
       info->count = kIndex + 1;
@@ -63,22 +94,72 @@ struct FakeCuda {
     };
     table.allocate = [](Device*, std::size_t bytes, std::byte** memory) {
       ++state().allocations;
-      *memory = static_cast<std::byte*>(std::malloc(bytes));
-      return *memory != nullptr;
-    };
-    table.free = [](Device*, std::byte* memory) {
-      --state().allocations;
-      std::free(memory);
+      state().memory.push_back(std::make_unique<std::byte[]>(bytes));
+      *memory = state().memory.back().get();
       return true;
     };
+    table.free = [](Device*, std::byte*) {
+      --state().allocations;
+      return true;
+    };
+    table.allocate_pinned = [](Device*, std::size_t bytes, std::byte** memory) {
+      if (!state().pins) return false;
+      ++state().pinned;
+      *memory = new std::byte[bytes];
+      return true;
+    };
+    table.free_pinned = [](Device*, std::byte* memory, std::size_t) {
+      --state().pinned;
+      delete[] memory;
+      return true;
+    };
+  }
+
+  static void add_queues(cuda::Plugin& table) {
+    using cuda::Device;
     table.upload = [](Device*, const void* host, void* to, std::size_t bytes) {
+      ++state().uploads;
+      if (bytes > 0) std::memcpy(to, host, bytes);
+      return true;
+    };
+    table.download = [](Device*, const void* from, void* host, std::size_t bytes) {
+      std::memcpy(host, from, bytes);
+      return true;
+    };
+    table.upload_pinned = [](Device*, Queue, const void* host, void* to, std::size_t bytes) {
       std::memcpy(to, host, bytes);
       return true;
     };
-    table.synchronize = [](Device*) { return true; };
-    table.embed = [](Device*, const format::WeightView*, const std::int32_t*, Matrix) {
-      return state().embeds;
+    table.download_pinned = [](Device*, Queue, const void* from, void* host, std::size_t bytes) {
+      std::memcpy(host, from, bytes);
+      return true;
     };
+    table.synchronize = [](Device*) { return true; };
+    table.make_event = [](Device*, void** event) {
+      ++state().events;
+      *event = &state();
+      return true;
+    };
+    table.free_event = [](Device*, void*) {
+      --state().events;
+      return true;
+    };
+    table.record = [](Device*, Queue queue, void*) {
+      if (queue != Queue::kCompute) return true;
+      ++state().events_recorded;
+      state().caught_in_capture += state().recordings;
+      return true;
+    };
+    table.wait = [](Device*, Queue, void*) { return true; };
+    table.event_passed = [](Device*, void*, bool* passed) {
+      *passed = true;
+      return true;
+    };
+    table.wait_event = [](Device*, void*) { return true; };
+  }
+
+  static void add_graphs(cuda::Plugin& table) {
+    using cuda::Device;
     table.begin_capture = [](Device*) {
       ++state().recorded;
       ++state().recordings;
@@ -86,11 +167,15 @@ struct FakeCuda {
     };
     table.end_capture = [](Device*, void** graph) {
       --state().recordings;
-      *graph = &state();
+      *graph = reinterpret_cast<void*>(static_cast<std::uintptr_t>(state().recorded));
+      state().graphs.insert(*graph);
       return true;
     };
-    table.free_graph = [](Device*, void*) { return true; };
-    return table;
+    table.launch_graph = [](Device*, void* graph) {
+      ++state().launches;
+      return state().graphs.contains(graph);
+    };
+    table.free_graph = [](Device*, void* graph) { return state().graphs.erase(graph) == 1; };
   }
 };
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "format/block.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 
 namespace dsfp4::ops::testing {
 

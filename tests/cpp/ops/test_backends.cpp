@@ -7,7 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/kv_cache.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 #include "ops/random_weight.h"
 
 namespace dsfp4::ops {
@@ -22,35 +22,35 @@ using testing::relative_error;
 constexpr double kTolerance = 5e-3;  // BF16 inputs
 
 TEST(CpuBackend, LinearAgreesWithReference) {
-  const auto reference = make_reference_backend(1);
-  const auto cpu = make_cpu_backend(2);
+  const auto reference = make_reference_ops(1);
+  const auto cpu = make_cpu_ops(2);
   for (const format::WeightFormat format : kAllFormats) {
     for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{1, 32}, {130, 352}}) {
       const auto weight = random_weight(format, rows, cols, 1);
       OwnedMatrix x(7, cols, 2);
       OwnedMatrix expected(7, rows);
       OwnedMatrix actual(7, rows);
-      reference->linear(weight.view(), x.view(), expected.view());
-      cpu->linear(weight.view(), x.view(), actual.view());
+      reference->linear(weight.view(), x.view(), expected.view(), Phase::kDecode);
+      cpu->linear(weight.view(), x.view(), actual.view(), Phase::kDecode);
       EXPECT_LT(relative_error(actual.values, expected.values), kTolerance);
-      cpu->linear(weight.view(), x.view(), actual.view(), Inputs::kF32);
+      cpu->linear(weight.view(), x.view(), actual.view(), Phase::kDecode, Inputs::kF32);
       EXPECT_LT(relative_error(actual.values, expected.values), 1e-6);
     }
   }
 }
 
 TEST(CpuBackend, TokenAloneAndThreadsChangeNothing) {
-  const auto one = make_cpu_backend(1);
-  const auto five = make_cpu_backend(5);
+  const auto one = make_cpu_ops(1);
+  const auto five = make_cpu_ops(5);
   const auto weight = random_weight(format::WeightFormat::kNvfp4, 100, 288, 3);
   OwnedMatrix x(9, 288, 4);
   OwnedMatrix a(9, 100);
   OwnedMatrix b(9, 100);
-  one->linear(weight.view(), x.view(), a.view());
-  five->linear(weight.view(), x.view(), b.view());
+  one->linear(weight.view(), x.view(), a.view(), Phase::kDecode);
+  five->linear(weight.view(), x.view(), b.view(), Phase::kDecode);
   EXPECT_EQ(a.values, b.values);
   for (std::int64_t t = 0; t < 9; ++t) {
-    one->linear(weight.view(), x.view().slice(t, 1), b.view().slice(t, 1));
+    one->linear(weight.view(), x.view().slice(t, 1), b.view().slice(t, 1), Phase::kDecode);
   }
   EXPECT_EQ(a.values, b.values);
 }
@@ -67,27 +67,27 @@ class Attention : public ::testing::Test {
   }
 
   // [tokens, heads * v] for all rows in one call, or each sequence in a call of its own.
-  std::vector<float> run(Backend& backend, bool decode, bool together) {
-    engine::KvCache cache(400, 2, kKvBlockTokens * 68 * 4, backend.default_kv_format());
+  std::vector<float> run(Ops& ops, bool decode, bool together) {
+    engine::KvCache cache(400, 2, kKvBlockTokens * 68 * 4, ops.default_kv_format());
     engine::Sequence sequences[2] = {engine::Sequence(cache), engine::Sequence(cache)};
     OwnedMatrix out(7, 3 * 40);
     std::vector<SequenceRows> batch;
     std::int64_t row = 0;
     for (std::size_t i = 0; i < 2; ++i) {
       OwnedMatrix earlier(kEarlier[i], 68, static_cast<std::uint32_t>(20 + i));
-      append(backend, sequences[i].next_rows(0, kEarlier[i]), earlier.view());
+      append(ops, sequences[i].next_rows(0, kEarlier[i]), earlier.view());
       sequences[i].advance(kEarlier[i]);
       batch.push_back(in_second_layer(sequences[i].next_rows(row, kRows[i])));
       row += kRows[i];
     }
     OwnedMatrix latents(7, 68, 30);
     OwnedMatrix q(7, 3 * 44, 31);
-    backend.kv_append(batch, latents.view());
+    ops.kv_append(batch, latents.view());
     if (together) {
-      attend(backend, decode, batch, q.view(), out.view());
+      attend(ops, decode, batch, q.view(), out.view());
     } else {
       for (const SequenceRows& sequence : batch)
-        attend(backend, decode, {&sequence, 1}, q.view(), out.view());
+        attend(ops, decode, {&sequence, 1}, q.view(), out.view());
     }
     return out.values;
   }
@@ -97,23 +97,22 @@ class Attention : public ::testing::Test {
     rows.kv.layer_offset = kKvBlockTokens * 68 * kv_value_bytes(rows.kv.format);
     return rows;
   }
-  static void append(Backend& backend, SequenceRows rows, ConstMatrix x) {
+  static void append(Ops& ops, SequenceRows rows, ConstMatrix x) {
     rows = in_second_layer(rows);
-    backend.kv_append({&rows, 1}, x);
+    ops.kv_append({&rows, 1}, x);
   }
-  void attend(Backend& backend, bool decode, std::span<const SequenceRows> batch, Matrix q,
-              Matrix out) {
+  void attend(Ops& ops, bool decode, std::span<const SequenceRows> batch, Matrix q, Matrix out) {
     if (!decode) {
-      backend.prefill_attention(shape_, kv_b_.view(), batch, q, out);
+      ops.prefill_attention(shape_, kv_b_.view(), batch, q, out);
       return;
     }
     OwnedMatrix q_abs(7, 3 * 48);
     OwnedMatrix attended(7, 3 * 48);
-    backend.absorb_query(shape_, kv_b_.view(), q, q_abs.view());
-    backend.latent_attention(shape_, batch, q_abs.view(), q, attended.view());
+    ops.absorb_query(shape_, kv_b_.view(), q, q_abs.view());
+    ops.latent_attention(shape_, batch, q_abs.view(), q, attended.view());
     for (const SequenceRows& s : batch) {
-      backend.expand_value(shape_, kv_b_.view(), attended.view().slice(s.first_row, s.rows),
-                           out.slice(s.first_row, s.rows));
+      ops.expand_value(shape_, kv_b_.view(), attended.view().slice(s.first_row, s.rows),
+                       out.slice(s.first_row, s.rows));
     }
   }
 
@@ -122,13 +121,13 @@ class Attention : public ::testing::Test {
 };
 
 TEST_F(Attention, DecodeEqualsPrefill) {
-  const auto reference = make_reference_backend(2);
+  const auto reference = make_reference_ops(2);
   EXPECT_LT(relative_error(run(*reference, true, true), run(*reference, false, true)), 1e-5);
 }
 
 TEST_F(Attention, CpuAgreesWithReference) {
-  const auto reference = make_reference_backend(2);
-  const auto cpu = make_cpu_backend(2);
+  const auto reference = make_reference_ops(2);
+  const auto cpu = make_cpu_ops(2);
   for (const bool decode : {false, true}) {
     EXPECT_LT(relative_error(run(*cpu, decode, true), run(*reference, decode, true)), kTolerance);
   }
@@ -136,16 +135,16 @@ TEST_F(Attention, CpuAgreesWithReference) {
 
 TEST_F(Attention, SequencesDoNotSeeEachOther) {
   for (const bool decode : {false, true}) {
-    const auto reference = make_reference_backend(1);
+    const auto reference = make_reference_ops(1);
     EXPECT_EQ(run(*reference, decode, true), run(*reference, decode, false));
-    const auto cpu = make_cpu_backend(3);
+    const auto cpu = make_cpu_ops(3);
     EXPECT_EQ(run(*cpu, decode, true), run(*cpu, decode, false));
   }
 }
 
 TEST(CpuBackend, ExpertsAgreeWithReferenceInAnyGrouping) {
-  const auto reference = make_reference_backend(1);
-  const auto cpu = make_cpu_backend(2);
+  const auto reference = make_reference_ops(1);
+  const auto cpu = make_cpu_ops(2);
   const auto gate = random_weight(format::WeightFormat::kNvfp4, 48, 96, 40);
   const auto up = random_weight(format::WeightFormat::kFp8Block, 48, 96, 41);
   const auto down = random_weight(format::WeightFormat::kNvfp4, 96, 48, 42);
@@ -155,10 +154,10 @@ TEST(CpuBackend, ExpertsAgreeWithReferenceInAnyGrouping) {
   const std::vector<ExpertTask> whole = {{&expert, pairs}};
   const std::vector<ExpertTask> parts = {{&expert, std::span(pairs).first(1)},
                                          {&expert, std::span(pairs).subspan(1)}};
-  const auto run = [&](Backend& backend, const std::vector<ExpertTask>& tasks) {
+  const auto run = [&](Ops& ops, const std::vector<ExpertTask>& tasks) {
     OwnedMatrix hidden(6, 48);
     OwnedMatrix out(6, 96);
-    backend.experts(tasks, 2, x.view(), hidden.view(), out.view());
+    ops.experts(tasks, 2, x.view(), hidden.view(), out.view(), Phase::kDecode);
     return out.values;
   };
   EXPECT_LT(relative_error(run(*cpu, whole), run(*reference, whole)), kTolerance);

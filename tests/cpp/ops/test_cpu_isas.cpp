@@ -24,14 +24,13 @@ constexpr double kTolerance = 5e-3;  // BF16 inputs
 class CpuIsa : public ::testing::TestWithParam<std::tuple<const Isa*, Phase>> {
  protected:
   std::unique_ptr<CpuBackend> backend(int threads) const {
-    auto made = std::make_unique<CpuBackend>(threads, *std::get<0>(GetParam()));
-    made->begin_step(std::get<1>(GetParam()));
-    return made;
+    return std::make_unique<CpuBackend>(threads, *std::get<0>(GetParam()));
   }
+  static Phase phase() { return std::get<1>(GetParam()); }
 };
 
 TEST_P(CpuIsa, LinearAgreesWithReference) {
-  const auto reference = make_reference_backend(1);
+  const auto reference = make_reference_ops(1);
   const auto cpu = backend(2);
   struct Size {
     std::int64_t rows, cols, tokens;
@@ -47,11 +46,11 @@ TEST_P(CpuIsa, LinearAgreesWithReference) {
       OwnedMatrix x(size.tokens, size.cols, 2);
       OwnedMatrix expected(size.tokens, size.rows);
       OwnedMatrix actual(size.tokens, size.rows);
-      reference->linear(weight.view(), x.view(), expected.view());
-      cpu->linear(weight.view(), x.view(), actual.view(), Inputs::kBf16);
+      reference->linear(weight.view(), x.view(), expected.view(), phase());
+      cpu->linear(weight.view(), x.view(), actual.view(), phase(), Inputs::kBf16);
       EXPECT_LE(relative_error(actual.values, expected.values), kTolerance)
           << format::weight_format_name(format) << " " << size.rows << " x " << size.cols;
-      cpu->linear(weight.view(), x.view(), actual.view(), Inputs::kF32);
+      cpu->linear(weight.view(), x.view(), actual.view(), phase(), Inputs::kF32);
       EXPECT_LE(relative_error(actual.values, expected.values), 2e-6);
     }
   }
@@ -65,11 +64,11 @@ TEST_P(CpuIsa, LinearOfATokenAloneIsTheSame) {
     OwnedMatrix x(37, 608, 4);
     OwnedMatrix together(37, 150);
     OwnedMatrix other(37, 150);
-    one->linear(weight.view(), x.view(), together.view(), Inputs::kBf16);
-    five->linear(weight.view(), x.view(), other.view(), Inputs::kBf16);
+    one->linear(weight.view(), x.view(), together.view(), phase(), Inputs::kBf16);
+    five->linear(weight.view(), x.view(), other.view(), phase(), Inputs::kBf16);
     EXPECT_EQ(together.values, other.values);
     for (std::int64_t t = 0, count = 1; t < 37; t += count, count = std::min(count * 2, 37 - t)) {
-      five->linear(weight.view(), x.view().slice(t, count), other.view().slice(t, count),
+      five->linear(weight.view(), x.view().slice(t, count), other.view().slice(t, count), phase(),
                    Inputs::kBf16);
     }
     EXPECT_EQ(together.values, other.values) << format::weight_format_name(format);
@@ -91,7 +90,7 @@ struct Experts {
 };
 
 TEST_P(CpuIsa, ExpertsAgreeWithReferenceInAnyGrouping) {
-  const auto reference = make_reference_backend(1);
+  const auto reference = make_reference_ops(1);
   const auto one = backend(1);
   const auto three = backend(3);
   constexpr std::int64_t kTokens = 21;
@@ -117,10 +116,10 @@ TEST_P(CpuIsa, ExpertsAgreeWithReferenceInAnyGrouping) {
                                            {&a.view, std::span(even).subspan(18)},
                                            {&b.view, std::span(odd).subspan(7)},
                                            {&a.view, std::span(even).first(18)}};
-    const auto run = [&](Backend& backend, const std::vector<ExpertTask>& tasks) {
+    const auto run = [&](Ops& ops, const std::vector<ExpertTask>& tasks) {
       OwnedMatrix hidden(kTokens * kTopK, Experts::kIntermediate);
       OwnedMatrix out(kTokens * kTopK, Experts::kHidden);
-      backend.experts(tasks, kTopK, x.view(), hidden.view(), out.view());
+      ops.experts(tasks, kTopK, x.view(), hidden.view(), out.view(), phase());
       return out.values;
     };
     const auto result = run(*one, whole);
@@ -134,16 +133,14 @@ TEST_P(CpuIsa, ExpertsAgreeWithReferenceInAnyGrouping) {
 // The phases differ where the table says so, and nowhere else.
 TEST_P(CpuIsa, PhaseChoosesTheArithmetic) {
   const Isa& isa = *std::get<0>(GetParam());
-  CpuBackend decode(1, isa);
+  const auto cpu = backend(1);
   const auto weight = random_weight(WeightFormat::kNvfp4, 40, 2048, 50);
   OwnedMatrix x(20, 2048, 51);
   OwnedMatrix a(20, 40);
   OwnedMatrix b(20, 40);
-  decode.linear(weight.view(), x.view(), a.view(), Inputs::kBf16);
-  const auto other = backend(1);
-  other->linear(weight.view(), x.view(), b.view(), Inputs::kBf16);
-  if ((isa.tiles == nullptr && isa.decode == isa.prefill) ||
-      std::get<1>(GetParam()) == Phase::kDecode) {
+  cpu->linear(weight.view(), x.view(), a.view(), Phase::kDecode, Inputs::kBf16);
+  cpu->linear(weight.view(), x.view(), b.view(), phase(), Inputs::kBf16);
+  if ((isa.tiles == nullptr && isa.decode == isa.prefill) || phase() == Phase::kDecode) {
     EXPECT_EQ(a.values, b.values);
   } else {
     EXPECT_NE(a.values, b.values) << "prefill has its own arithmetic";

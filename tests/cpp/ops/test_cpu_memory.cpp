@@ -14,7 +14,6 @@ namespace dsfp4::ops::cpu {
 namespace {
 
 using format::WeightFormat;
-using format::WeightView;
 using testing::AllocationMeter;
 
 constexpr std::int64_t kHidden = 7168;
@@ -35,7 +34,7 @@ struct Zeros {
         view{format, rows, cols, data.data(), scales.data()} {}
 
   std::vector<std::byte> data, scales;
-  WeightView view;
+  format::WeightView view;
 };
 
 struct Activations {
@@ -43,13 +42,13 @@ struct Activations {
       : values(static_cast<std::size_t>(rows * cols)), view{values.data(), rows, cols, cols} {}
 
   std::vector<float> values;
-  Matrix view;
+  ops::Matrix view;
 };
 
 class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
  protected:
-  Backend::Largest largest() const {
-    Backend::Largest sizes;
+  Ops::Largest largest() const {
+    Ops::Largest sizes;
     sizes.mla = kMla;
     sizes.rows = kRows;
     sizes.context = kContext;
@@ -64,13 +63,12 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
   }
 
   // Every op that packs or works in memory of its own; few rows of a weight, all of its columns.
-  void run_step(Backend& backend, Phase phase) {
+  void run_step(Ops& ops, Phase phase) {
     const std::int64_t rows = phase == Phase::kPrefill ? kRows : 1;
-    backend.begin_step(phase);
     for (const Zeros* wide : {&wide_, &wide_bf16_}) {
-      backend.linear(wide->view, wide_x_.view.slice(0, rows), few_.view.slice(0, rows));
+      ops.linear(wide->view, wide_x_.view.slice(0, rows), few_.view.slice(0, rows), phase);
     }
-    backend.linear(router_.view, x_.view.slice(0, rows), few_.view.slice(0, rows), Inputs::kF32);
+    ops.linear(router_.view, x_.view.slice(0, rows), few_.view.slice(0, rows), phase, Inputs::kF32);
 
     std::vector<ExpertTask> tasks;
     std::vector<std::vector<std::int32_t>> pairs(kTopK);
@@ -80,20 +78,20 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
       }
     }
     for (const auto& chosen : pairs) tasks.push_back({&expert_, chosen});
-    backend.experts(tasks, kTopK, x_.view.slice(0, rows), hidden_.view.slice(0, rows * kTopK),
-                    routed_.view.slice(0, rows * kTopK));
+    ops.experts(tasks, kTopK, x_.view.slice(0, rows), hidden_.view.slice(0, rows * kTopK),
+                routed_.view.slice(0, rows * kTopK), phase);
 
-    const std::vector<std::byte*> blocks(kContext / kKvBlockTokens + 1, block_.data());
+    const std::vector<DevicePtr<std::byte>> blocks(kContext / kKvBlockTokens + 1, block_.data());
     const std::int64_t position = phase == Phase::kPrefill ? 0 : kContext - rows;
     const SequenceRows sequence{0, rows, position, {blocks, 0, KvFormat::kBf16, 1.0f}};
-    const Matrix q = q_.view.slice(0, rows);
+    const ops::Matrix q = q_.view.slice(0, rows);
     if (phase == Phase::kPrefill) {
-      backend.prefill_attention(kMla, kv_b_.view, {&sequence, 1}, q, attended_.view);
+      ops.prefill_attention(kMla, kv_b_.view, {&sequence, 1}, q, attended_.view);
       return;
     }
-    backend.absorb_query(kMla, kv_b_.view, q, q_abs_.view);
-    backend.latent_attention(kMla, {&sequence, 1}, q_abs_.view, q, latent_.view);
-    backend.expand_value(kMla, kv_b_.view, latent_.view, attended_.view.slice(0, 1));
+    ops.absorb_query(kMla, kv_b_.view, q, q_abs_.view);
+    ops.latent_attention(kMla, {&sequence, 1}, q_abs_.view, q, latent_.view);
+    ops.expand_value(kMla, kv_b_.view, latent_.view, attended_.view.slice(0, 1));
   }
 
  private:

@@ -27,14 +27,14 @@ class CudaAttention : public Cuda {
     float rise = 0.0f;
   };
 
-  std::vector<float> run(Backend& backend, const Case& c, KvFormat kv_format, bool decode) {
-    const bool host = backend.host_visible();
+  std::vector<float> run(Ops& backend, const Case& c, KvFormat kv_format, bool decode) {
+    const bool host = backend.device().host_visible();
     const std::int64_t width = c.shape.cache_width();
     const std::int64_t rows = c.rows[0] + c.rows[1];
     const std::size_t layer =
         static_cast<std::size_t>(kKvBlockTokens * width) * kv_value_bytes(kv_format);
     const std::int64_t room = c.earlier[0] + c.earlier[1] + rows + 4 * kKvBlockTokens;
-    engine::KvCache cache(room, 2, layer, kv_format, backend.memory());
+    engine::KvCache cache(room, 2, layer, kv_format, backend.device().memory());
     const auto weight =
         random_weight(c.kv_b, c.shape.heads * (c.shape.qk_nope_head_dim + c.shape.v_head_dim),
                       c.shape.kv_lora_rank, 10);
@@ -46,7 +46,7 @@ class CudaAttention : public Cuda {
       if (c.earlier[i] > 0) {
         OwnedMatrix earlier(c.earlier[i], width, static_cast<std::uint32_t>(20 + i));
         for (std::int64_t t = 0; i == 1 && c.rise > 0.0f && t < c.earlier[i]; ++t) {
-          earlier.view().row(t)[c.shape.kv_lora_rank] =
+          earlier.values[static_cast<std::size_t>(t * width + c.shape.kv_lora_rank)] =
               c.rise * static_cast<float>(t / kKvBlockTokens);
         }
         SequenceRows before = sequences[i].next_rows(0, c.earlier[i]);
@@ -65,20 +65,22 @@ class CudaAttention : public Cuda {
     for (float& v : q.values) v = format::bf16_to_float(format::float_to_bf16(v));
     for (std::int64_t r = c.rows[0]; c.rise > 0.0f && r < rows; ++r) {
       for (std::int64_t h = 0; h < c.shape.heads; ++h) {
-        q.view().row(r)[h * c.shape.qk_head_dim() + c.shape.qk_nope_head_dim] =
+        q.values[static_cast<std::size_t>(r * q.cols_ + h * c.shape.qk_head_dim() +
+                                          c.shape.qk_nope_head_dim)] =
             h % 2 == 0 ? 1024.0f : -1024.0f;
       }
     }
     OwnedMatrix out(rows, c.shape.heads * c.shape.v_head_dim);
     OwnedMatrix q_abs(rows, c.shape.heads * c.shape.kv_lora_rank);
     OwnedMatrix attended(rows, c.shape.heads * c.shape.kv_lora_rank);
-    const format::WeightView w = host ? weight.view() : on_device(weight);
+    const WeightView w = host ? WeightView(weight.view()) : on_device(weight);
     const Matrix q_view = place(q);
     OwnedMatrix angles(rows, c.shape.qk_rope_head_dim, 32);
     const std::vector<float> norm = random_values(c.shape.kv_lora_rank, 33);
-    const float* norm_there = host ? norm.data() : on_device(norm.data(), norm.size());
-    backend.mla_inputs(c.shape, batch, place(angles), {norm_there, norm.size()}, 1e-6f, q_view,
-                       place(latents));
+    const DeviceSpan<const float> norm_there =
+        host ? DeviceSpan<const float>(norm)
+             : DeviceSpan<const float>(on_device(norm.data(), norm.size()), norm.size());
+    backend.mla_inputs(c.shape, batch, place(angles), norm_there, 1e-6f, q_view, place(latents));
     const Matrix out_view = place(out);
     if (decode) {
       const Matrix abs_view = place(q_abs);

@@ -25,9 +25,9 @@ class CudaLinear : public Cuda {
     OwnedMatrix x(tokens, cols, static_cast<std::uint32_t>(cols));
     OwnedMatrix expected(tokens, rows);
     const OwnedMatrix poison(tokens, rows);
-    reference_->linear(weight.view(), x.view(), expected.view());
+    reference_->linear(weight.view(), x.view(), expected.view(), Phase::kDecode);
     const Matrix y = on_device(poison);
-    backend_->linear(on_device(weight), on_device(x), y, inputs);
+    backend_->linear(on_device(weight), on_device(x), y, Phase::kDecode, inputs);
     const std::vector<float> actual = on_host(y);
     EXPECT_LT(relative_error(actual, expected.values), tolerance)
         << format::weight_format_name(format) << " " << rows << "x" << cols << ", " << tokens
@@ -72,8 +72,11 @@ TEST_F(Cuda, LinearPairIsTwoProducts) {
                                                random_weight(other, 36, 640, 2)};
       OwnedMatrix y[] = {OwnedMatrix(tokens, 100), OwnedMatrix(tokens, 36)};
       const Matrix dy[] = {on_device(y[0]), on_device(y[1])};
-      for (int i = 0; i < 2; ++i) reference_->linear(weights[i].view(), x.view(), y[i].view());
-      backend_->linear_pair(on_device(weights[0]), dy[0], on_device(weights[1]), dy[1], dx);
+      for (int i = 0; i < 2; ++i) {
+        reference_->linear(weights[i].view(), x.view(), y[i].view(), Phase::kDecode);
+      }
+      backend_->linear_pair(on_device(weights[0]), dy[0], on_device(weights[1]), dy[1], dx,
+                            Phase::kDecode);
       for (int i = 0; i < 2; ++i) {
         EXPECT_LT(relative_error(on_host(dy[i]), y[i].values), kTolerance);
       }
@@ -97,7 +100,7 @@ TEST_F(Cuda, ElementwiseOps) {
     const std::vector<float> weight = random_values(cols, 3);
     const Matrix dx = on_device(x);
     const Matrix dy = on_device(y);
-    const float* dw = on_device(weight.data(), weight.size());
+    const DevicePtr<const float> dw = on_device(weight.data(), weight.size());
     const auto count = static_cast<std::size_t>(cols);
     reference_->rms_norm(x.view(), weight, 1e-6f, x.view());
     backend_->rms_norm(dx, {dw, count}, 1e-6f, dx);
@@ -167,15 +170,16 @@ TEST_F(Cuda, RouterChoosesAsTheHost) {
         reference_->route(spec, logits.view(), bias, given, {own, used, weights});
         const std::vector<std::int32_t> poison(2 * pairs, -1);
         const std::vector<float> poison_weights(pairs, -777.0f);
-        std::int32_t* ints = on_device(poison.data(), poison.size());
-        float* out = on_device(poison_weights.data(), pairs);
-        const float* on_gpu_bias = on_device(bias.data(), bias.size());
-        backend_->route(spec, on_device(logits), {on_gpu_bias, bias.size()}, given,
-                        {{ints, pairs}, {ints + pairs, pairs}, {out, pairs}});
+        const DevicePtr<std::int32_t> ints = on_device(poison.data(), poison.size());
+        const DevicePtr<float> out = on_device(poison_weights.data(), pairs);
+        const DevicePtr<const float> on_gpu_bias = on_device(bias.data(), bias.size());
+        backend_->route(
+            spec, on_device(logits), {on_gpu_bias, bias.size()}, given,
+            {{ints, pairs}, {ints + static_cast<std::ptrdiff_t>(pairs), pairs}, {out, pairs}});
         std::vector<std::int32_t> got(2 * pairs);
         std::vector<float> got_weights(pairs);
-        backend_->download(ints, got.data(), got.size() * sizeof(std::int32_t));
-        backend_->download(out, got_weights.data(), pairs * sizeof(float));
+        backend_->device().download(ints, got.data(), got.size() * sizeof(std::int32_t));
+        backend_->device().download(out, got_weights.data(), pairs * sizeof(float));
         EXPECT_TRUE(std::equal(own.begin(), own.end(), got.begin()));
         EXPECT_TRUE(
             std::equal(used.begin(), used.end(), got.begin() + static_cast<std::ptrdiff_t>(pairs)));
@@ -219,10 +223,10 @@ TEST_F(Cuda, SamplesAsTheHost) {
 }
 
 TEST_F(Cuda, MemoryLimitHolds) {
-  EXPECT_THROW(make_cuda_backend(0, 1000), MemoryLimitError);
-  const auto limited = make_cuda_backend(0, 3'000'000'000);
+  EXPECT_THROW(make_cuda_ops(0, 1000), MemoryLimitError);
+  const auto limited = make_cuda_ops(0, 3'000'000'000);
   try {
-    const memory::Arena arena(std::size_t{3} << 30, "a test", limited->memory());
+    const memory::Arena arena(std::size_t{3} << 30, "a test", limited->device().memory());
     FAIL() << "3.2 GB within 3 GB";
   } catch (const MemoryLimitError& error) {
     EXPECT_EQ(error.needed(), std::size_t{3} << 30);
@@ -230,7 +234,7 @@ TEST_F(Cuda, MemoryLimitHolds) {
     EXPECT_NE(std::string(error.what()).find("VRAM"), std::string::npos);
   }
   try {
-    const memory::Arena arena(std::size_t{1} << 42, "a test", backend_->memory());
+    const memory::Arena arena(std::size_t{1} << 42, "a test", backend_->device().memory());
     FAIL() << "4 TB";
   } catch (const MemoryLimitError& error) {
     EXPECT_GT(error.available(), 0u);

@@ -81,14 +81,19 @@ class CudaCurrentDevice : public Cuda {
       std::vector<float> values(512, 1.5f);
       check("upload", plugin.upload(device, values.data(), memory, 2048));
       check("upload_pinned",
-            plugin.upload_pinned(device, cuda::Queue::kUpload, pinned, memory + 2048, 2048));
+            plugin.upload_pinned(device, Queue::kUpload, pinned, memory + 2048, 2048));
       void* event = nullptr;
       check("make_event", plugin.make_event(device, &event));
-      check("record", plugin.record(device, cuda::Queue::kUpload, event));
-      check("wait", plugin.wait(device, cuda::Queue::kCompute, event));
+      check("record", plugin.record(device, Queue::kUpload, event));
+      check("wait", plugin.wait(device, Queue::kCompute, event));
+      bool passed = false;
+      check("event_passed", plugin.event_passed(device, event, &passed));
+      check("wait_event", plugin.wait_event(device, event));
+      check("download_pinned",
+            plugin.download_pinned(device, Queue::kDownload, memory + 2048, pinned, 2048));
       auto* floats = reinterpret_cast<float*>(memory);
-      const Matrix x{floats, 1, 512, 512};
-      const Matrix y{floats + 512, 1, 512, 512};
+      const cuda::Matrix x{floats, 1, 512, 512};
+      const cuda::Matrix y{floats + 512, 1, 512, 512};
       check("zero", plugin.zero(device, y));
       void* graph = nullptr;
       check("begin_capture", plugin.begin_capture(device));
@@ -107,9 +112,9 @@ class CudaCurrentDevice : public Cuda {
       check("synchronize", plugin.synchronize(device));
       check("free_pinned", plugin.free_pinned(device, pinned, 4096));
       check("free", plugin.free(device, memory));
-      const ExpertView none;
+      const cuda::ExpertView none;
       const std::int32_t pair = 0;
-      const ExpertTask of_another_shape{&none, {&pair, 1}};
+      const cuda::ExpertTask of_another_shape{&none, {&pair, 1}};
       EXPECT_FALSE(plugin.expert_tasks(device, &of_another_shape, 1, 1, x, x, y, nullptr));
       expect_current("a call that failed");
       plugin.close(device);

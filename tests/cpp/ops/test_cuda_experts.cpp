@@ -86,15 +86,17 @@ TEST_P(CudaExperts, AgreeWithReference) {
   OwnedMatrix routed(pairs_, c_.hidden);
   const Matrix dhidden = on_device(hidden);
   const Matrix drouted = on_device(routed);
-  reference_->experts(tasks_of(host_), c_.top_k, x_.view(), hidden.view(), routed.view());
+  reference_->experts(tasks_of(host_), c_.top_k, x_.view(), hidden.view(), routed.view(),
+                      Phase::kDecode);
   reference_->combine(routed.view(), weights, c_.top_k, y.view());
 
-  std::int32_t* dused = on_device(used_.data(), count);
+  const DevicePtr<std::int32_t> dused = on_device(used_.data(), count);
   std::vector<float> weights_copy = weights;
-  float* dweights = on_device(weights_copy.data(), count);
+  const DevicePtr<float> dweights = on_device(weights_copy.data(), count);
   const Routing routing{{dused, count}, {dused, count}, {dweights, count}};
-  ASSERT_TRUE(backend_->routed_experts(device_, routing, c_.top_k, on_device(x_), dhidden, drouted,
-                                       dy, nullptr));
+  ASSERT_TRUE(backend_->has_routed_experts());
+  backend_->routed_experts(device_, routing, c_.top_k, on_device(x_), dhidden, drouted, dy,
+                           nullptr);
   EXPECT_LT(relative_error(on_host(dy), y.values), kTolerance);
 
   // Expert 1 as the shared one: with the others, or alone before them.
@@ -104,11 +106,11 @@ TEST_P(CudaExperts, AgreeWithReference) {
   OwnedMatrix shared_hidden(c_.tokens, c_.intermediate);
   OwnedMatrix expected(c_.tokens, c_.hidden);
   const ExpertTask one[] = {{&host_[1], all}};
-  reference_->experts(one, 1, x_.view(), shared_hidden.view(), expected.view());
+  reference_->experts(one, 1, x_.view(), shared_hidden.view(), expected.view(), Phase::kDecode);
   reference_->combine(routed.view(), weights, c_.top_k, expected.view());
   const OwnedMatrix more(pairs_ + c_.tokens, c_.intermediate);
-  ASSERT_TRUE(backend_->routed_experts(device_, routing, c_.top_k, on_device(x_), on_device(more),
-                                       drouted, dy, &device_[1]));
+  backend_->routed_experts(device_, routing, c_.top_k, on_device(x_), on_device(more), drouted, dy,
+                           &device_[1]);
   EXPECT_LT(relative_error(on_host(dy), expected.values), kTolerance);
 }
 
@@ -119,8 +121,9 @@ TEST_P(CudaExperts, OfTasksAgreeWithReference) {
   const Matrix x = on_device(x_);
   const Matrix dhidden = on_device(hidden);
   const Matrix out = on_device(poison);
-  reference_->experts(tasks_of(host_), c_.top_k, x_.view(), hidden.view(), expected.view());
-  backend_->experts(tasks_of(device_), c_.top_k, x, dhidden, out);
+  reference_->experts(tasks_of(host_), c_.top_k, x_.view(), hidden.view(), expected.view(),
+                      Phase::kDecode);
+  backend_->experts(tasks_of(device_), c_.top_k, x, dhidden, out, Phase::kDecode);
   const std::vector<float> at_once = on_host(out);
   EXPECT_LT(relative_error(at_once, expected.values), kTolerance);
 
@@ -141,7 +144,7 @@ TEST_P(CudaExperts, OfTasksAgreeWithReference) {
       tasks.push_back({&views[e], some[e]});
       for (const std::int32_t p : some[e]) named[static_cast<std::size_t>(p)] = true;
     }
-    backend_->experts(tasks, c_.top_k, x, dhidden, parts);
+    backend_->experts(tasks, c_.top_k, x, dhidden, parts, Phase::kDecode);
     const std::vector<float> got = on_host(parts);
     for (std::size_t p = 0; p < named.size(); ++p) {
       const auto width = static_cast<std::ptrdiff_t>(c_.hidden);
@@ -227,8 +230,8 @@ TEST_F(CudaTasks, OfSeveralFormats) {
     }
     const std::vector<ExpertTask> on_the_host = {{&host[0], even}, {&host[1], odd}};
     const std::vector<ExpertTask> tasks = {{&device[0], even}, {&device[1], odd}};
-    reference_->experts(on_the_host, 2, x.view(), hidden.view(), expected.view());
-    backend_->experts(tasks, 2, on_device(x), on_device(hidden), out);
+    reference_->experts(on_the_host, 2, x.view(), hidden.view(), expected.view(), Phase::kDecode);
+    backend_->experts(tasks, 2, on_device(x), on_device(hidden), out, Phase::kDecode);
     EXPECT_LT(relative_error(on_host(out), expected.values), kTolerance);
   }
 }
@@ -244,7 +247,7 @@ TEST_F(CudaTasks, ThatDoNotFitTheStepAreRefused) {
   const std::vector<std::int32_t> negative = {-1};
   const ExpertView turned{expert_.down_proj, expert_.up_proj, expert_.gate_proj};
   const auto expect_refused = [&](const std::vector<ExpertTask>& tasks) {
-    EXPECT_THROW(backend_->experts(tasks, 2, x, dhidden, out), CudaError);
+    EXPECT_THROW(backend_->experts(tasks, 2, x, dhidden, out, Phase::kDecode), CudaError);
     EXPECT_EQ(on_host(out), poison.values);
   };
   expect_refused({{&expert_, good}, {&expert_, beyond}});
@@ -252,15 +255,15 @@ TEST_F(CudaTasks, ThatDoNotFitTheStepAreRefused) {
   expect_refused({{&expert_, good}, {&expert_, good}});  // more pairs than there are
   expect_refused({{&expert_, good}, {&turned, good}});
   const std::vector<std::int32_t> none;
-  backend_->experts(std::vector<ExpertTask>{}, 2, x, dhidden, out);
-  backend_->experts(std::vector<ExpertTask>{{&expert_, none}}, 2, x, dhidden, out);
+  backend_->experts(std::vector<ExpertTask>{}, 2, x, dhidden, out, Phase::kDecode);
+  backend_->experts(std::vector<ExpertTask>{{&expert_, none}}, 2, x, dhidden, out, Phase::kDecode);
   EXPECT_EQ(on_host(out), poison.values);
 }
 
 TEST_F(CudaTasks, TakeNoMemoryOnceItIsReserved) {
   CudaBackend limited(cuda_plugin(), 0, 4'000'000'000);
   const std::vector<ExpertView> layer(8, expert_);
-  Backend::Largest largest;
+  Ops::Largest largest;
   largest.mla = {16, 512, 128, 64, 128, 0.1f};
   largest.rows = 64;
   largest.context = 256;
@@ -269,8 +272,8 @@ TEST_F(CudaTasks, TakeNoMemoryOnceItIsReserved) {
   largest.top_k = 8;
   largest.experts = layer;
   limited.reserve(largest);
-  const auto wait_for_uploads = [&] { static_cast<CudaBackend&>(*backend_).synchronize(); };
-  const std::size_t before = limited.memory().available();
+  const auto wait_for_uploads = [&] { backend_->device().synchronize(); };
+  const std::size_t before = limited.device().memory().available();
   for (const std::int64_t tokens : {1, 64}) {
     const std::int64_t pairs = tokens * 8;
     const Matrix x = on_device(OwnedMatrix(tokens, 512, 5));
@@ -284,10 +287,10 @@ TEST_F(CudaTasks, TakeNoMemoryOnceItIsReserved) {
     tasks.reserve(layer.size());
     for (std::size_t e = 0; e < layer.size(); ++e) tasks.push_back({&layer[e], by_slot[e]});
     wait_for_uploads();  // they are in the queue of another backend
-    for (int i = 0; i < 3; ++i) limited.experts(tasks, 8, x, hidden, out);
-    limited.synchronize();
+    for (int i = 0; i < 3; ++i) limited.experts(tasks, 8, x, hidden, out, Phase::kDecode);
+    limited.device().synchronize();
   }
-  EXPECT_EQ(limited.memory().available(), before);
+  EXPECT_EQ(limited.device().memory().available(), before);
 }
 
 // The pinned ring, through which lists and uploads pass, goes round several times.
@@ -300,13 +303,14 @@ TEST_F(CudaTasks, ManyCallsBetweenUploads) {
   const Matrix at_once = on_device(poison);
   std::vector<std::int32_t> all(kPairs);
   std::iota(all.begin(), all.end(), 0);
-  backend_->experts(std::vector<ExpertTask>{{&expert_, all}}, 1, x, hidden, at_once);
+  backend_->experts(std::vector<ExpertTask>{{&expert_, all}}, 1, x, hidden, at_once,
+                    Phase::kDecode);
   const std::vector<char> others(300'001, 'x');
-  char* to = on_device(others.data(), others.size());
+  const DevicePtr<char> to = on_device(others.data(), others.size());
   for (std::size_t p = 0; p < all.size(); ++p) {
     const std::vector<ExpertTask> one = {{&expert_, std::span(all).subspan(p, 1)}};
-    backend_->experts(one, 1, x, hidden, out);
-    backend_->upload(others.data(), to, others.size());
+    backend_->experts(one, 1, x, hidden, out, Phase::kDecode);
+    backend_->device().upload(others.data(), to, others.size());
   }
   EXPECT_EQ(on_host(out), on_host(at_once));
 }

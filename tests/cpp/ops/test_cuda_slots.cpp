@@ -6,13 +6,12 @@
 
 #include <gtest/gtest.h>
 
-#include "ops/cuda_backend.h"
 #include "ops/cuda_fixture.h"
+#include "ops/raw.h"
 
 namespace dsfp4::ops {
 namespace {
 
-using cuda::Queue;
 using format::WeightFormat;
 
 constexpr std::int64_t kHidden = 512;
@@ -21,24 +20,6 @@ constexpr std::int64_t kIntermediate = 256;
 // of a step take well under 1.
 constexpr std::size_t kBallast = std::size_t{64} << 20;
 constexpr int kBallastCopies = 32;
-
-class Event {
- public:
-  Event(const cuda::Plugin& plugin, cuda::Device* device) : plugin_(plugin), device_(device) {
-    cuda_check(plugin_, plugin_.make_event(device_, &event_));
-  }
-  ~Event() { plugin_.free_event(device_, event_); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-
-  void record(Queue queue) { cuda_check(plugin_, plugin_.record(device_, queue, event_)); }
-  void hold_up(Queue queue) { cuda_check(plugin_, plugin_.wait(device_, queue, event_)); }
-
- private:
-  const cuda::Plugin& plugin_;
-  cuda::Device* device_;
-  void* event_ = nullptr;
-};
 
 struct SlotCase {
   WeightFormat format;
@@ -54,8 +35,7 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
   void SetUp() override {
     Cuda::SetUp();
     if (backend_ == nullptr) return;
-    plugin_ = &cuda_plugin();
-    device_ = static_cast<CudaBackend&>(*backend_).device();
+    device_ = &backend_->device();
     for (std::uint32_t i = 0; i < 2; ++i) {
       experts_.push_back({random_weight(format_, kIntermediate, kHidden, 10 * i + 1),
                           random_weight(format_, kIntermediate, kHidden, 10 * i + 2),
@@ -64,13 +44,14 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
     for (const auto& m : {experts_[0].gate, experts_[0].up, experts_[0].down}) {
       slot_bytes_ += memory::Arena::padded(m.data.size()) + memory::Arena::padded(m.scales.size());
     }
-    cuda_check(*plugin_, plugin_->allocate_pinned(device_, pinned_bytes(), &pinned_));
+    pinned_ = device_->staging().allocate(pinned_bytes());
+    ASSERT_NE(pinned_, nullptr);
     for (std::size_t i = 0; i < 2; ++i) {
       std::byte* to = pinned_ + i * slot_bytes_;
       const ExpertView placed = view_in(to, experts_[i]);
-      const auto fill = [](const format::WeightView& view, const format::EncodedMatrix& from) {
-        std::ranges::copy(from.data, const_cast<std::byte*>(view.data));
-        std::ranges::copy(from.scales, const_cast<std::byte*>(view.scales));
+      const auto fill = [](const WeightView& view, const format::EncodedMatrix& from) {
+        std::ranges::copy(from.data, const_cast<std::byte*>(unwrap(view.data)));
+        std::ranges::copy(from.scales, const_cast<std::byte*>(unwrap(view.scales)));
       };
       fill(placed.gate_proj, experts_[i].gate);
       fill(placed.up_proj, experts_[i].up);
@@ -86,22 +67,22 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
 
   void TearDown() override {
     if (pinned_ == nullptr) return;
-    cuda_check(*plugin_, plugin_->synchronize(device_));
-    cuda_check(*plugin_, plugin_->free_pinned(device_, pinned_, pinned_bytes()));
+    device_->synchronize();
+    device_->staging().release(pinned_, pinned_bytes());
   }
 
   struct Encoded {
     format::EncodedMatrix gate, up, down;
   };
   // The matrices one after the other from `base` on, as an arena would place them.
-  static ExpertView view_in(std::byte* base, const Encoded& from) {
+  static ExpertView view_in(DevicePtr<std::byte> base, const Encoded& from) {
     const auto take = [&](std::size_t bytes) {
-      std::byte* taken = base;
-      base += memory::Arena::padded(bytes);
+      const DevicePtr<std::byte> taken = base;
+      base = base + static_cast<std::ptrdiff_t>(memory::Arena::padded(bytes));
       return taken;
     };
     const auto place = [&](const format::EncodedMatrix& matrix) {
-      format::WeightView view = matrix.view();
+      WeightView view = matrix.view();
       view.data = take(matrix.data.size());
       view.scales = take(matrix.scales.size());
       return view;
@@ -110,17 +91,18 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
   }
 
   Matrix new_out() { return on_device(OwnedMatrix(tokens_, kHidden)); }
-  void run(std::byte* slot, std::size_t which, Matrix out) {
+  void run(DevicePtr<std::byte> slot, std::size_t which, Matrix out) {
     const ExpertView expert = view_in(slot, experts_[which]);
-    backend_->experts(std::vector<ExpertTask>{{&expert, pairs_}}, 1, x_, hidden_, out);
+    backend_->experts(std::vector<ExpertTask>{{&expert, pairs_}}, 1, x_, hidden_, out,
+                      Phase::kDecode);
   }
   // NaN where a format's kernels know it, else the largest numbers.
   void poison() {
     const std::vector<std::byte> all_ones(slot_bytes_, std::byte{0xff});
-    backend_->upload(all_ones.data(), slot_, slot_bytes_);
+    device_->upload(all_ones.data(), slot_, slot_bytes_);
   }
-  void upload(const void* from, std::byte* to, std::size_t bytes) {
-    cuda_check(*plugin_, plugin_->upload_pinned(device_, Queue::kUpload, from, to, bytes));
+  void upload(const void* from, DevicePtr<std::byte> to, std::size_t bytes) {
+    device_->copy_in(Queue::kUpload, from, to, bytes);
   }
   std::size_t pinned_bytes() const { return 2 * slot_bytes_ + kBallast; }
 
@@ -130,13 +112,13 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
     poison();
     run(slot_, 0, out);  // so that all kernels are loaded
     EXPECT_TRUE(is_wrong(on_host(out)));
-    Event filled(*plugin_, device_);
+    const Event filled = device_->make_event();
     for (int i = 0; i < kBallastCopies; ++i) {
       upload(pinned_ + 2 * slot_bytes_, ballast_, kBallast);
     }
     upload(pinned_, slot_, slot_bytes_);
-    filled.record(Queue::kUpload);
-    if (with_event) filled.hold_up(Queue::kCompute);
+    device_->record(Queue::kUpload, filled);
+    if (with_event) device_->wait(Queue::kCompute, filled);
     run(slot_, 0, out);
     return on_host(out);
   }
@@ -148,7 +130,7 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
     OwnedMatrix hidden(tokens_, kIntermediate);
     OwnedMatrix out(tokens_, kHidden);
     reference_->experts(std::vector<ExpertTask>{{&host, pairs_}}, 1, x.view(), hidden.view(),
-                        out.view());
+                        out.view(), Phase::kDecode);
     return out.values;
   }
 
@@ -159,13 +141,11 @@ class CudaSlots : public Cuda, public ::testing::WithParamInterface<SlotCase> {
 
   const WeightFormat format_ = GetParam().format;
   const std::int64_t tokens_ = GetParam().tokens;
-  const cuda::Plugin* plugin_ = nullptr;
-  cuda::Device* device_ = nullptr;
+  Device* device_ = nullptr;
   std::vector<Encoded> experts_;
   std::size_t slot_bytes_ = 0;
   std::byte* pinned_ = nullptr;  // both experts, then the ballast
-  std::byte* slot_ = nullptr;
-  std::byte* ballast_ = nullptr;
+  DevicePtr<std::byte> slot_, ballast_;
   std::vector<std::int32_t> pairs_;
   Matrix x_, hidden_;
 };
@@ -185,8 +165,8 @@ TEST_P(CudaSlots, ARefilledSlotIsReadAnew) {
   constexpr std::size_t kRounds = 40;
   std::vector<std::vector<float>> alone;
   for (std::size_t which = 0; which < 2; ++which) {
-    std::byte* place = arena_->take(slot_bytes_);
-    backend_->upload(pinned_ + which * slot_bytes_, place, slot_bytes_);
+    const DevicePtr<std::byte> place = arena_->take(slot_bytes_);
+    device_->upload(pinned_ + which * slot_bytes_, place, slot_bytes_);
     const Matrix out = new_out();
     run(place, which, out);
     alone.push_back(on_host(out));
@@ -196,16 +176,16 @@ TEST_P(CudaSlots, ARefilledSlotIsReadAnew) {
   std::vector<Matrix> outs;
   outs.reserve(kRounds);
   for (std::size_t i = 0; i < kRounds; ++i) outs.push_back(new_out());
-  Event filled(*plugin_, device_);
-  Event read(*plugin_, device_);
-  read.record(Queue::kCompute);  // the poison is there
+  const Event filled = device_->make_event();
+  const Event read = device_->make_event();
+  device_->record(Queue::kCompute, read);  // the poison is there
   for (std::size_t i = 0; i < kRounds; ++i) {
-    read.hold_up(Queue::kUpload);
+    device_->wait(Queue::kUpload, read);
     upload(pinned_ + i % 2 * slot_bytes_, slot_, slot_bytes_);
-    filled.record(Queue::kUpload);
-    filled.hold_up(Queue::kCompute);
+    device_->record(Queue::kUpload, filled);
+    device_->wait(Queue::kCompute, filled);
     run(slot_, i % 2, outs[i]);
-    read.record(Queue::kCompute);
+    device_->record(Queue::kCompute, read);
   }
   for (std::size_t i = 0; i < kRounds; ++i) EXPECT_EQ(on_host(outs[i]), alone[i % 2]) << i;
 }

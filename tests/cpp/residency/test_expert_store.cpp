@@ -56,14 +56,14 @@ class ExpertStoreTest : public testing::Test {
   }
 
   FakeReader reader_;
-  std::function<void(std::span<const ExpertKey>, std::span<const ops::ExpertView>)> check_;
+  std::function<void(std::span<const ExpertKey>, std::span<const ops::HostExpertView>)> check_;
   std::unique_ptr<ExpertStore> store_;
 };
 
 TEST_F(ExpertStoreTest, ChecksWhatWasReadOnceAndForgetsWhatIsWrong) {
   std::vector<ExpertKey> seen;
   bool wrong = true;
-  check_ = [&](std::span<const ExpertKey> keys, std::span<const ops::ExpertView> views) {
+  check_ = [&](std::span<const ExpertKey> keys, std::span<const ops::HostExpertView> views) {
     for (std::size_t i = 0; i < keys.size(); ++i) {
       seen.push_back(keys[i]);
       EXPECT_EQ(views[i].up_proj.data[0], static_cast<std::byte>(100 + keys[i]));

@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
+#include "ops/device.h"
 #include "residency/layer_stream.h"
 #include "storage/faults.h"
 #include "storage/reader_fixture.h"
@@ -36,9 +37,10 @@ class LayerStreamTest : public storage::ReaderTest {
       StreamedLayer layer;
       layer.layer = kLayers[i];
       const std::uint64_t offset = kFirstByte + i * kLayerBytes;
-      layer.files.parts = {{0, offset, kLayerBytes, offset % storage::kBlockBytes}};
-      layer.files.slot_bytes = memory::PhasedLayout::most(kLayerBytes);
-      layer.matrices = {{nullptr, {offset % storage::kBlockBytes, MatrixPlace::kNone}, &views_[i]}};
+      layer.from.files.parts = {{0, offset, kLayerBytes, offset % storage::kBlockBytes}};
+      layer.from.files.slot_bytes = memory::PhasedLayout::most(kLayerBytes);
+      layer.from.matrices = {
+          {nullptr, &views_[i], {offset % storage::kBlockBytes, MatrixPlace::kNone}}};
       layers.push_back(layer);
     }
     stream_ = std::make_unique<LayerStream>(std::move(layers), buffers, *reader_, std::move(check),
@@ -57,7 +59,7 @@ class LayerStreamTest : public storage::ReaderTest {
     while (!use.enter()) {
     }
     const auto i = static_cast<std::size_t>(std::ranges::find(kLayers, layer) - kLayers);
-    return storage::ReaderFiles::same(views_[i].data, kLayerBytes, kFirstByte + i * kLayerBytes, 1);
+    return storage::ReaderFiles::same(ops::host_device().on_host(views_[i].data), kLayerBytes, kFirstByte + i * kLayerBytes, 1);
   }
   bool step() {
     bool right = true;
@@ -75,7 +77,7 @@ class LayerStreamTest : public storage::ReaderTest {
   std::atomic<bool> broken_ = false;  // layer 4; asked as long as something is read ahead
   std::optional<storage::FaultAt> stalls_;
   std::unique_ptr<storage::Reader> reader_;
-  std::vector<format::WeightView> views_;
+  std::vector<ops::WeightView> views_;
   std::filesystem::path path_;
   std::unique_ptr<LayerStream> stream_;
 };
@@ -218,7 +220,7 @@ TEST_P(LayerStreamTest, ALayerThatIsWaitedForIsNotGivenUpForAnother) {
 
 TEST_P(LayerStreamTest, WhatTheCheckRefusesIsReadAgain) {
   int refusals = 1;
-  make(2, [&](const StreamedLayer& layer) {
+  make(2, [&](const StreamedLayer& layer, const std::byte*) {
     if (layer.layer == 3 && refusals-- > 0) throw CheckpointError("file", "tensor", 1, "is wrong");
   });
   EXPECT_TRUE(is_right(1));

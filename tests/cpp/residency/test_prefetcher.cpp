@@ -16,8 +16,16 @@ class PrefetcherTest : public TinyExpertsTest {
  protected:
   Prefetcher& make(std::size_t slots) {
     make_store(slots, slots - 1);
-    prefetcher_.emplace(*backend_, *store_, router_, routers_);
+    prefetcher_.emplace(*ops_, *store_, router_, routers_);
     return *prefetcher_;
+  }
+  static constexpr std::int64_t kManyRows = 3;  // of two experts each, of eight
+  static ExpertLayer layer(OwnedMatrix& x) {
+    ExpertLayer made;
+    made.phase = ops::Phase::kDecode;
+    made.x = x.view();
+    made.top_k = kTopK;
+    return made;
   }
   Keys ahead() const { return submitted(Priority::kSpeculative); }
   static Keys keys_of(std::int64_t moe_layer, const std::vector<std::int32_t>& experts) {
@@ -48,9 +56,9 @@ TEST_F(PrefetcherTest, APromptIsSureToNeedTheFirstLayersExpertsAndAFewTokensAreN
 TEST_F(PrefetcherTest, NamesTheNearestLayersLikeliestFirst) {
   OwnedMatrix x(1, kHidden, 7);
   Prefetcher& prefetcher = make(16);
-  prefetcher.predict(0, x.view(), kTopK, 0, arena_, step_);
+  prefetcher.predict(0, layer(x), 0, arena_, step_);
   EXPECT_TRUE(ahead().empty());
-  prefetcher.predict(0, x.view(), kTopK, 5, arena_, step_);  // there are but two more
+  prefetcher.predict(0, layer(x), 5, arena_, step_);  // there are but two more
   Keys right = keys_of(1, preferred(1, x.view()));
   for (const ExpertKey key : keys_of(2, preferred(2, x.view()))) right.push_back(key);
   EXPECT_EQ(ahead(), right);
@@ -60,17 +68,17 @@ TEST_F(PrefetcherTest, NamesTheNearestLayersLikeliestFirst) {
 }
 
 TEST_F(PrefetcherTest, OneTokenOfManyIsNotEnoughToReadAnExpertFor) {
-  OwnedMatrix x(kDecodeRows + 1, kHidden, 11);
+  OwnedMatrix x(kManyRows, kHidden, 11);
   std::vector<int> wanted(kExperts);
   for (const std::int32_t e : preferred(1, x.view())) ++wanted[static_cast<std::size_t>(e)];
   // One row is moved until some expert is wanted just once.
   for (std::uint32_t seed = 12; std::ranges::find(wanted, 1) == wanted.end(); ++seed) {
     ASSERT_LT(seed, 1000u);
-    x = OwnedMatrix(kDecodeRows + 1, kHidden, seed);
+    x = OwnedMatrix(kManyRows, kHidden, seed);
     std::ranges::fill(wanted, 0);
     for (const std::int32_t e : preferred(1, x.view())) ++wanted[static_cast<std::size_t>(e)];
   }
-  make(16).predict(0, x.view(), kTopK, 1, arena_, step_);
+  make(16).predict(0, layer(x), 1, arena_, step_);
   Keys named = ahead();
   for (std::size_t i = 0; i + 1 < named.size(); ++i) {
     EXPECT_GE(wanted[named[i] - kExperts], wanted[named[i + 1] - kExperts]) << i;
@@ -86,7 +94,7 @@ TEST_F(PrefetcherTest, OneTokenOfManyIsNotEnoughToReadAnExpertFor) {
 TEST_F(PrefetcherTest, WhatFindsNoRoomIsSubmittedLaterAndForgottenWhenTheLayerIsReached) {
   OwnedMatrix x(1, kHidden, 7);
   Prefetcher& prefetcher = make(1);
-  prefetcher.predict(0, x.view(), kTopK, 2, arena_, step_);
+  prefetcher.predict(0, layer(x), 2, arena_, step_);
   const Keys first = keys_of(1, preferred(1, x.view()));
   EXPECT_EQ(ahead(), Keys{first[0]});
   EXPECT_EQ(step_.named.size(), 3u);
@@ -117,10 +125,10 @@ TEST_F(PrefetcherTest, StepsThatTakeTurnsKeepTheirPredictionsApart) {
   OwnedMatrix y(1, kHidden, 8);
   Prefetcher& prefetcher = make(1);
   ReadAhead other;
-  prefetcher.predict(0, x.view(), kTopK, 1, arena_, step_);
+  prefetcher.predict(0, layer(x), 1, arena_, step_);
   const std::vector<ExpertKey> named = step_.named;
   ASSERT_FALSE(named.empty());
-  prefetcher.predict(1, y.view(), kTopK, 1, arena_, other);
+  prefetcher.predict(1, layer(y), 1, arena_, other);
   prefetcher.chosen(1, {}, other);
   EXPECT_EQ(step_.named, named);
   EXPECT_EQ(step_.predicted, preferred(1, x.view()));

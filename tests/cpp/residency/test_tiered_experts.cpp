@@ -36,10 +36,17 @@ struct Step {
     }
   }
   ExpertLayer view() {
-    return {layer, x.view(), {used, used, weights, logits.view()}, k, y.view()};
+    return {.layer = layer,
+            .phase = phase,
+            .x = x.view(),
+            .routing = {used, used, weights, logits.view()},
+            .on_host = {used, used, weights, logits.values},
+            .top_k = k,
+            .y = y.view()};
   }
 
   std::int64_t layer;
+  ops::Phase phase = ops::Phase::kDecode;
   std::vector<std::int32_t> used;
   std::vector<float> weights;
   std::int64_t k;
@@ -50,7 +57,7 @@ class TieredExpertsTest : public TinyExpertsTest {
  protected:
   TieredExperts& make(std::size_t slots, std::size_t cache_slots, const TieredOptions& options) {
     make_store(slots, cache_slots);
-    runner_.emplace(*backend_, *store_, router_, routers_, kFirstLayer, kHidden, kIntermediate);
+    runner_.emplace(*ops_, *store_, router_, routers_, kFirstLayer, kHidden, kIntermediate);
     runner_->configure(options);
     return *runner_;
   }
@@ -60,10 +67,10 @@ class TieredExpertsTest : public TinyExpertsTest {
   // A prompt, whose experts pass by the cache once that is full; the same experts for each row.
   static Step prompt(const std::vector<std::int32_t>& choice, std::uint32_t seed = 5) {
     std::vector<std::int32_t> used;
-    while (std::ssize(used) <= kDecodeRows * kTopK) {
-      used.insert(used.end(), choice.begin(), choice.end());
-    }
-    return step(std::move(used), seed);
+    for (int i = 0; i < 17; ++i) used.insert(used.end(), choice.begin(), choice.end());
+    Step made = step(std::move(used), seed);
+    made.phase = ops::Phase::kPrefill;
+    return made;
   }
   std::unique_ptr<ExpertWork> start(Step& step) {
     return runner_->start(step.view(), arena_, ahead_);
@@ -91,7 +98,7 @@ class TieredExpertsTest : public TinyExpertsTest {
   }
   // With every expert in memory.
   std::vector<float> right(Step step) {
-    ResidentExperts resident(*backend_, kHidden, kIntermediate, [&](std::int64_t layer) {
+    ResidentExperts resident(*ops_, kHidden, kIntermediate, [&](std::int64_t layer) {
       const auto first = static_cast<std::size_t>((layer - kFirstLayer) * kExperts);
       return std::span<const ops::ExpertView>(views_).subspan(first, kExperts);
     });
@@ -362,9 +369,9 @@ TEST_F(TieredExpertsTest, PredictionsEndWhenTheirLayerIsReached) {
 
 TEST_F(TieredExpertsTest, AStepBeginsWithWhatAPromptIsSureToNeed) {
   make(12, 8, {});
-  runner_->begin_step(1, ahead_);
+  runner_->begin_step(ops::Phase::kDecode, 1, ahead_);
   EXPECT_TRUE(reader_.reads.empty());
-  runner_->begin_step(8 * kExperts, ahead_);
+  runner_->begin_step(ops::Phase::kPrefill, 8 * kExperts, ahead_);
   EXPECT_EQ(submitted(Priority::kSpeculative).size(), static_cast<std::size_t>(kExperts));
 }
 

@@ -14,7 +14,7 @@
 
 #include "memory/arena.h"
 #include "memory/slot_pool.h"
-#include "ops/backend.h"
+#include "ops/ops.h"
 #include "ops/random_weight.h"
 #include "residency/expert_store.h"
 #include "residency/fake_reader.h"
@@ -31,13 +31,13 @@ class TinyExpertsTest : public testing::Test {
   static constexpr std::int64_t kHidden = 32;
   static constexpr std::int64_t kIntermediate = 16;
 
-  TinyExpertsTest() : backend_(ops::make_reference_backend(1)), arena_(1 << 20, "the scratch") {
+  TinyExpertsTest() : ops_(ops::make_reference_ops(1)), arena_(1 << 20, "the scratch") {
     router_.experts = kExperts;
     router_.top_k = kTopK;
     for (std::int64_t layer = 0; layer < kLayers; ++layer) {
       gates_.push_back(weight(kExperts, kHidden));
     }
-    for (const format::EncodedMatrix& gate : gates_) routers_.push_back({gate.view(), {}});
+    for (const format::EncodedMatrix& gate : gates_) routers_.push_back({gate.view(), {}, {}});
     for (std::int64_t key = 0; key < kLayers * kExperts; ++key) {
       for (int m = 0; m < 2; ++m) matrices_.push_back(weight(kIntermediate, kHidden));
       matrices_.push_back(weight(kHidden, kIntermediate));
@@ -64,7 +64,7 @@ class TinyExpertsTest : public testing::Test {
     options.experts = kExperts;
     options.slots = slots;
     options.cache_slots = cache_slots;
-    options.check = [this](std::span<const ExpertKey> keys, std::span<const ops::ExpertView>) {
+    options.check = [this](std::span<const ExpertKey> keys, std::span<const ops::HostExpertView>) {
       if (on_compute_) on_compute_(keys);
     };
     store_ = std::make_unique<ExpertStore>(options, images(), reader_,
@@ -90,16 +90,16 @@ class TinyExpertsTest : public testing::Test {
   /// A router's preference for one row, best first.
   std::vector<std::int32_t> preferred(std::int64_t moe_layer, ops::ConstMatrix x) {
     ops::testing::OwnedMatrix logits(x.rows, kExperts);
-    backend_->linear(routers_[static_cast<std::size_t>(moe_layer)].gate, x, logits.view(),
-                     ops::Inputs::kF32);
+    ops_->linear(routers_[static_cast<std::size_t>(moe_layer)].gate, x, logits.view(),
+                 ops::Phase::kDecode, ops::Inputs::kF32);
     std::vector<std::int32_t> experts(static_cast<std::size_t>(x.rows * kTopK)), used(experts);
     std::vector<float> weights(experts.size());
-    backend_->route(router_, logits.view(), {}, {}, {experts, used, weights, {}});
+    ops_->route(router_, logits.view(), {}, {}, {experts, used, weights, {}});
     return experts;
   }
 
   std::function<void(std::span<const ExpertKey>)> on_compute_;  // before experts are computed
-  std::unique_ptr<ops::Backend> backend_;
+  std::unique_ptr<ops::Ops> ops_;
   memory::Arena arena_;
   FakeReader reader_;
   ops::RouterSpec router_;

@@ -1,0 +1,289 @@
+#include "engine/placement.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "dsfp4/error.h"
+#include "format/scalar.h"
+
+namespace dsfp4::engine {
+namespace {
+
+using checkpoint::TensorInfo;
+using checkpoint::WeightSource;
+using memory::Arena;
+using residency::FileMatrix;
+
+// Weights that pass through the host are read and uploaded in so many bytes at a time, or more for
+// a larger group.
+constexpr std::size_t kBufferedBytes = 256u << 20;
+
+void add_mlp(const checkpoint::MlpSource& from, model::MlpWeights& to,
+             std::vector<FileMatrix>& all) {
+  all.push_back({&from.gate_proj, &to.gate_proj, {}});
+  all.push_back({&from.up_proj, &to.up_proj, {}});
+  all.push_back({&from.down_proj, &to.down_proj, {}});
+}
+
+// What is streamed of a layer, if it is: all that each token needs, but the router, which is used
+// ahead of its layer.
+std::vector<FileMatrix> dense_matrices(const checkpoint::LayerSource& source,
+                                       model::LayerWeights& weights) {
+  const checkpoint::AttentionSource& from = source.self_attn;
+  model::AttentionWeights& to = weights.self_attn;
+  std::vector<FileMatrix> all = {{&from.q_proj, &to.q_proj, {}},
+                                 {&from.q_a_proj, &to.q_a_proj, {}},
+                                 {&from.q_b_proj, &to.q_b_proj, {}},
+                                 {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa, {}},
+                                 {&from.kv_b_proj, &to.kv_b_proj, {}},
+                                 {&from.o_proj, &to.o_proj, {}}};
+  add_mlp(source.mlp, weights.mlp, all);
+  add_mlp(source.shared_experts, weights.shared_experts, all);
+  return all;
+}
+
+// Bytes that a group takes of an arena.
+std::size_t arena_bytes(const residency::FileGroup& group, bool as_in_files) {
+  if (as_in_files) return group.files.slot_bytes;
+  std::size_t bytes = 0;
+  for (const FileMatrix& matrix : group.matrices) {
+    bytes += Arena::padded(matrix.source->data->bytes);
+    if (matrix.source->scales != nullptr) bytes += Arena::padded(matrix.source->scales->bytes);
+  }
+  return bytes;
+}
+
+std::size_t vector_bytes(const TensorInfo& tensor) {
+  return Arena::padded(static_cast<std::size_t>(tensor.shape.at(0)) * sizeof(float));
+}
+
+// Routers are left out, as their inputs stay FP32.
+ops::WidestWeights widest_of(const checkpoint::ModelLayout& layout) {
+  ops::WidestWeights widest;
+  const auto note = [](auto& widths, const WeightSource& source) {
+    if (!source.present()) return;
+    std::int64_t& width = widths.at(static_cast<std::size_t>(source.format));
+    width = std::max(width, source.cols);
+  };
+  note(widest.all, layout.lm_head);
+  model::LayerWeights unused;
+  for (const checkpoint::LayerSource& layer : layout.layers) {
+    for (const FileMatrix& matrix : dense_matrices(layer, unused)) {
+      note(widest.all, *matrix.source);
+    }
+    for (const checkpoint::MlpSource& expert : layer.experts) {
+      note(widest.all, expert.gate_proj);
+      note(widest.all, expert.up_proj);
+      note(widest.expert_down, expert.down_proj);
+    }
+  }
+  return widest;
+}
+
+void to_floats(const TensorInfo& tensor, const std::byte* bytes, float* out, std::size_t count) {
+  if (tensor.dtype == format::DType::kF32) {
+    std::memcpy(out, bytes, count * sizeof(float));
+    return;
+  }
+  for (std::size_t i = 0; i < count; ++i) {  // the layout admits F32 and BF16 only
+    std::uint16_t code = 0;
+    std::memcpy(&code, bytes + i * sizeof(code), sizeof(code));
+    out[i] = format::bf16_to_float(code);
+  }
+}
+
+}  // namespace
+
+Placement::Placement(const checkpoint::Catalogue& catalogue, const checkpoint::ModelLayout& layout,
+                     model::ModelWeights& weights)
+    : catalogue_(catalogue), layout_(layout), weights_(weights) {
+  weights.layers.resize(layout.layers.size());
+  add({{&layout.embed_tokens, &weights.embed_tokens, {}}});
+  for (std::size_t i = 0; i < layout.layers.size(); ++i) {
+    add_layer(static_cast<std::int64_t>(i), layout.layers[i], weights.layers[i]);
+  }
+  add(layout.norm, weights.norm);
+  const bool tied = layout.lm_head.data == layout.embed_tokens.data;
+  if (!tied) add({{&layout.lm_head, &weights.lm_head, {}}});
+}
+
+void Placement::add_layer(std::int64_t number, const checkpoint::LayerSource& source,
+                          model::LayerWeights& weights) {
+  add(source.input_layernorm, weights.input_layernorm);
+  add(source.post_attention_layernorm, weights.post_attention_layernorm);
+  add(source.self_attn.q_a_layernorm, weights.self_attn.q_a_layernorm);
+  add(source.self_attn.kv_a_layernorm, weights.self_attn.kv_a_layernorm);
+  add(source.self_attn.k_scale, weights.self_attn.k_scale);
+  add(dense_matrices(source, weights)).layer = number;
+  // Where one value of a router is NaN, that expert is chosen or left out in silence.
+  if (source.gate.present()) add({{&source.gate, &weights.gate, {}}}).finite = true;
+  add(source.e_score_correction_bias, weights.e_score_correction_bias);
+  weights.experts.resize(source.experts.size());
+  for (std::size_t e = 0; e < source.experts.size(); ++e) {
+    std::vector<FileMatrix> matrices;
+    add_mlp(source.experts[e], weights.experts[e], matrices);
+    Group& expert = add(std::move(matrices));
+    expert.layer = number;
+    expert.expert = true;
+  }
+}
+
+Placement::Group& Placement::add(std::vector<FileMatrix> matrices) {
+  std::erase_if(matrices, [](const FileMatrix& matrix) { return !matrix.source->present(); });
+  for (const FileMatrix& matrix : matrices) {
+    const WeightSource& source = *matrix.source;
+    weight_bytes_ += source.bytes();
+    *matrix.view = {source.format, source.rows, source.cols, nullptr, nullptr, 1.0f};
+    add(source.global_scale, matrix.view->global_scale, source.global_scale_is_reciprocal);
+  }
+  Group& group = groups_.emplace_back();
+  group.from = residency::file_group(std::move(matrices));
+  return group;
+}
+
+// A scale: a scalar that is positive and finite. Where there is none, `value` stays as it is.
+void Placement::add(const TensorInfo* scalar, float& value, bool reciprocal) {
+  if (scalar != nullptr) scales_.push_back({scalar, &value, reciprocal, read_later(*scalar)});
+}
+
+void Placement::add(const TensorInfo* vector, DeviceSpan<const float>& view) {
+  if (vector != nullptr) vectors_.push_back({vector, &view, nullptr, read_later(*vector)});
+}
+
+std::size_t Placement::read_later(const TensorInfo& tensor) {
+  std::byte* bytes = staging_->emplace_back(tensor.bytes).data();
+  staged_.push_back({tensor.file, tensor.offset, tensor.bytes, bytes});
+  staged_tensors_.push_back(&tensor);
+  return staging_->size() - 1;
+}
+
+WeightSizes Placement::sizes(ops::Device& device) const {
+  const bool in_host = device.host_visible();
+  WeightSizes sizes;
+  sizes.layer_bytes.resize(weights_.layers.size());
+  for (const Vector& vector : vectors_) sizes.dense_bytes += vector_bytes(*vector.tensor);
+  std::size_t slots = 0;
+  std::size_t largest = kBufferedBytes;
+  for (const Group& group : groups_) {
+    const std::size_t bytes = arena_bytes(group.from, in_host);
+    const std::size_t slot = group.from.files.slot_bytes;
+    slots += slot;
+    largest = std::max(largest, slot);
+    if (group.expert) {
+      sizes.expert_bytes += bytes;
+      sizes.slot_bytes = std::max(sizes.slot_bytes, slot);
+      ++sizes.experts;
+    } else {
+      sizes.dense_bytes += bytes;
+      if (group.layer >= 0) {
+        sizes.layer_bytes[static_cast<std::size_t>(group.layer)] = bytes;
+        sizes.layer_slot_bytes = std::max(sizes.layer_slot_bytes, slot);
+      }
+    }
+  }
+  sizes.widest = widest_of(layout_);
+  sizes.load_buffer = std::min(slots, largest);
+  if (!weights_.layers.empty()) sizes.layer_experts = weights_.layers.back().experts;
+  return sizes;
+}
+
+bool Placement::stays_in_files(const Group& group) const {
+  if (group.layer < 0) return false;
+  const auto layer = static_cast<std::size_t>(group.layer);
+  return group.expert ? plan_.tiered : layer < plan_.streamed.size() && plan_.streamed[layer];
+}
+
+std::shared_ptr<Arena> Placement::take(const residency::Plan& plan, ops::Device& device) {
+  plan_ = plan;
+  const bool in_host = device.host_visible();
+  std::size_t bytes = 0;
+  for (const Group& group : groups_) {
+    if (stays_in_files(group)) continue;
+    bytes += arena_bytes(group.from, in_host);
+    loaded_.push_back(&group);
+  }
+  for (const Vector& vector : vectors_) bytes += vector_bytes(*vector.tensor);
+  auto arena = std::make_shared<Arena>(bytes, "the weights", device.memory());
+  for (Group& group : groups_) {  // first, as slots are multiples of a block and begin at one
+    if (stays_in_files(group)) continue;
+    if (in_host) {
+      group.to.push_back(arena->take(group.from.files.slot_bytes));
+      group.from.point(device.on_host(group.to.front()));
+      continue;
+    }
+    for (const FileMatrix& matrix : group.from.matrices) {
+      group.to.push_back(arena->take(matrix.source->data->bytes));
+      matrix.view->data = group.to.back();
+      if (matrix.source->scales == nullptr) continue;
+      group.to.push_back(arena->take(matrix.source->scales->bytes));
+      matrix.view->scales = group.to.back();
+    }
+  }
+  for (Vector& vector : vectors_) {
+    const auto count = static_cast<std::size_t>(vector.tensor->shape.at(0));
+    vector.values = arena->take_array<float>(count);
+    *vector.view = {vector.values, count};
+  }
+  return arena;
+}
+
+std::uint64_t Placement::loaded_bytes() const noexcept {
+  std::uint64_t bytes = 0;
+  for (const Group* group : loaded_) bytes += group->from.files.bytes();
+  return bytes;
+}
+
+std::vector<ReadTensor> Placement::staged_tensors() const {
+  std::vector<ReadTensor> tensors;
+  for (std::size_t i = 0; i < staged_.size(); ++i) {
+    tensors.push_back({staged_tensors_[i], bytes_at(i)});
+  }
+  for (const Vector& vector : vectors_) tensors[vector.staged].finite = true;
+  return tensors;
+}
+
+void Placement::convert_staged(ops::Device& device) {
+  for (const Vector& vector : vectors_) {
+    std::vector<float> values(static_cast<std::size_t>(vector.tensor->shape.at(0)));
+    to_floats(*vector.tensor, bytes_at(vector.staged), values.data(), values.size());
+    device.upload(values.data(), vector.values, values.size() * sizeof(float));
+  }
+  for (const Scale& scale : scales_) {
+    const TensorInfo& tensor = *scale.tensor;
+    float value = 0.0f;
+    to_floats(tensor, bytes_at(scale.staged), &value, 1);
+    const float inverse = 1.0f / value;  // infinite for the smallest
+    if (!std::isfinite(value) || value <= 0.0f || (scale.reciprocal && !std::isfinite(inverse))) {
+      throw CheckpointError(
+          catalogue_.file_name(tensor), tensor.name, static_cast<std::int64_t>(tensor.offset),
+          "the scale is " + std::to_string(value) + "; it must be positive and finite" +
+              (scale.reciprocal ? ", and so must its reciprocal" : ""));
+    }
+    *scale.value = scale.reciprocal ? inverse : value;
+  }
+  if (layout_.lm_head.data == layout_.embed_tokens.data) weights_.lm_head = weights_.embed_tokens;
+}
+
+std::vector<residency::ExpertImage> Placement::images() const {
+  std::vector<residency::ExpertImage> images;
+  for (std::size_t i = 0; plan_.tiered && i < layout_.layers.size(); ++i) {
+    for (std::size_t e = 0; e < layout_.layers[i].experts.size(); ++e) {
+      images.push_back(
+          residency::expert_image(layout_.layers[i].experts[e], weights_.layers[i].experts[e]));
+    }
+  }
+  return images;
+}
+
+std::vector<residency::StreamedLayer> Placement::streamed() const {
+  std::vector<residency::StreamedLayer> layers;
+  for (const Group& group : groups_) {
+    if (!group.expert && stays_in_files(group)) layers.push_back({group.layer, group.from});
+  }
+  return layers;
+}
+
+}  // namespace dsfp4::engine

@@ -1,0 +1,118 @@
+// Which bytes of a checkpoint's files become which weights, and where they go.
+//
+// In memory that the processor can touch, weights lie as in an expert's slot or a streamed layer's
+// buffer: group by group, each in its files' order, so that direct reads land in place. In other
+// memory each matrix begins at an arena's boundary.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "checkpoint/catalogue.h"
+#include "checkpoint/layout.h"
+#include "engine/weight_check.h"
+#include "memory/arena.h"
+#include "model/weights.h"
+#include "ops/device.h"
+#include "residency/file_image.h"
+#include "residency/layer_stream.h"
+#include "residency/plan.h"
+
+namespace dsfp4::engine {
+
+/// Bytes that there are to load, from the headers alone.
+struct WeightSizes {
+  std::size_t dense_bytes = 0;   // of an arena that holds everything but the routed experts
+  std::size_t expert_bytes = 0;  // and of the routed experts in it
+  std::size_t slot_bytes = 0;    // of one routed expert in an ExpertStore; 0 if there are none
+  std::size_t experts = 0;       // in all layers
+  /// Of dense_bytes, what goes where a layer is streamed, and the size of a buffer for one.
+  std::vector<std::uint64_t> layer_bytes;
+  std::size_t layer_slot_bytes = 0;
+  std::uint64_t staging = 0;      // of the reader
+  std::uint64_t load_buffer = 0;  // RAM that all pass through to memory that the host cannot touch
+  ops::WidestWeights widest;
+  std::vector<ops::ExpertView> layer_experts;  // of the last layer, without data
+};
+
+class Placement {
+ public:
+  /// Gives `weights` the layers and the shapes of `layout`. All must outlive the placement.
+  Placement(const checkpoint::Catalogue& catalogue, const checkpoint::ModelLayout& layout,
+            model::ModelWeights& weights);
+
+  /// Matrices that go, and lie, together: an expert, what is streamed of a layer, or one alone.
+  struct Group {
+    residency::FileGroup from;
+    std::int64_t layer = -1;  // the model's; -1: of none, or always in memory
+    bool expert = false;
+    bool finite = false;              // each value decides for a whole layer
+    /// Where it goes: a slot in memory that the processor can touch; in other memory, each
+    /// matrix's data and, if it has them, scales.
+    std::vector<DevicePtr<std::byte>> to;
+  };
+
+  /// All but `staging`.
+  WeightSizes sizes(ops::Device& device) const;
+  std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
+
+  /// Takes the memory of what the plan does not leave in the files, and points the weights there.
+  std::shared_ptr<memory::Arena> take(const residency::Plan& plan, ops::Device& device);
+  /// The groups that take() found a place for.
+  const std::vector<const Group*>& loaded() const noexcept { return loaded_; }
+  /// The bytes that loaded() reads.
+  std::uint64_t loaded_bytes() const noexcept;
+
+  /// Norms, biases and scales, which are converted: their bytes, and where they are read to.
+  const std::vector<storage::Extent>& staged() const noexcept { return staged_; }
+  std::vector<ReadTensor> staged_tensors() const;
+  std::shared_ptr<void> staging() const noexcept { return staging_; }
+  /// Once these are read and checked. Throws CheckpointError for a scale that is none.
+  void convert_staged(ops::Device& device);
+
+  /// What stays in the files, for those who read it later.
+  std::vector<residency::ExpertImage> images() const;
+  std::vector<residency::StreamedLayer> streamed() const;
+
+ private:
+  struct Vector {
+    const checkpoint::TensorInfo* tensor;
+    DeviceSpan<const float>* view;
+    DevicePtr<float> values;
+    std::size_t staged;
+  };
+  struct Scale {
+    const checkpoint::TensorInfo* tensor;
+    float* value;
+    bool reciprocal;
+    std::size_t staged;
+  };
+
+  void add_layer(std::int64_t number, const checkpoint::LayerSource& source,
+                 model::LayerWeights& weights);
+  /// A group of what is present of `matrices`; its views get their shapes and scales.
+  Group& add(std::vector<residency::FileMatrix> matrices);
+  void add(const checkpoint::TensorInfo* vector, DeviceSpan<const float>& view);
+  void add(const checkpoint::TensorInfo* scalar, float& value, bool reciprocal = false);
+  std::size_t read_later(const checkpoint::TensorInfo& tensor);
+  const std::byte* bytes_at(std::size_t staged) const { return (*staging_)[staged].data(); }
+  bool stays_in_files(const Group& group) const;
+
+  const checkpoint::Catalogue& catalogue_;
+  const checkpoint::ModelLayout& layout_;
+  model::ModelWeights& weights_;
+  residency::Plan plan_;
+  std::vector<Group> groups_;
+  std::vector<const Group*> loaded_;
+  std::uint64_t weight_bytes_ = 0;
+  std::vector<storage::Extent> staged_;
+  std::vector<const checkpoint::TensorInfo*> staged_tensors_;  // as staged_
+  using Staging = std::vector<std::vector<std::byte>>;
+  std::shared_ptr<Staging> staging_ = std::make_shared<Staging>();
+  std::vector<Vector> vectors_;
+  std::vector<Scale> scales_;
+};
+
+}  // namespace dsfp4::engine

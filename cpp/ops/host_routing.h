@@ -1,0 +1,49 @@
+// What the host needs to know of a MoE layer's step: which experts, with which weights.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "memory/arena.h"
+#include "ops/device.h"
+#include "ops/views.h"
+
+namespace dsfp4::ops {
+
+/// A Routing where the host can read it, row-major as there.
+struct HostRouting {
+  std::span<const std::int32_t> experts;
+  std::span<const std::int32_t> used;
+  std::span<float> weights;
+  std::span<const float> logits;  // [tokens, experts]
+};
+
+/// Room for a routing, in one piece, from `arena`.
+Routing take_routing(memory::Arena& arena, std::int64_t tokens, const RouterSpec& spec);
+/// The arena bytes that take_routing() takes.
+std::size_t routing_bytes(std::int64_t tokens, const RouterSpec& spec);
+
+/// Brings routings to the host, one at a time: a view where the host can touch the device's memory,
+/// else one copy to staging memory and one event.
+class RoutingReader {
+ public:
+  /// For up to `tokens` tokens. Throws MemoryLimitError if the device has no staging memory for it.
+  RoutingReader(Device& device, std::int64_t tokens, const RouterSpec& spec);
+
+  /// Queues the copy of a routing of take_routing(), behind the ops so far.
+  void fetch(const Routing& routing);
+  /// The one that was fetched, after waiting for it; good until the next fetch().
+  HostRouting get();
+  /// Of staging memory.
+  static std::size_t staging_bytes(Device& device, std::int64_t tokens, const RouterSpec& spec);
+
+ private:
+  Device& device_;
+  memory::Arena staging_;
+  Event event_;
+  Routing routing_;
+  std::byte* host_ = nullptr;  // where the host sees it
+};
+
+}  // namespace dsfp4::ops
