@@ -17,7 +17,7 @@ template <typename T>
 class DevicePtr {
  public:
   constexpr DevicePtr() = default;
-  constexpr DevicePtr(std::nullptr_t) {}                // NOLINT: as a pointer's
+  constexpr DevicePtr(std::nullptr_t) {}                  // NOLINT: as a pointer's
   constexpr DevicePtr(T* address) : address_(address) {}  // NOLINT: see above
   template <typename U>
     requires std::convertible_to<U*, T*> && (!std::same_as<U, T>)

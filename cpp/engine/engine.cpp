@@ -130,7 +130,7 @@ void Engine::head(ops::ConstMatrix hidden, model::Phase phase, float* logits) {
     const std::int64_t rows = std::min(kLogitRows, hidden.rows - at);
     decoder_.head(hidden.slice(at, rows), there.slice(0, rows), phase);
     ops_->device().download(there.data, logits + at * vocab,
-                       static_cast<std::size_t>(rows * vocab) * sizeof(float));
+                            static_cast<std::size_t>(rows * vocab) * sizeof(float));
   }
 }
 

@@ -82,8 +82,8 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.check = std::make_unique<WeightCheck>(Catalogue::open(folder), options.threads);
   WeightCheck& check = *loaded.check;
   const Catalogue& catalogue = check.catalogue();
-  loaded.layout = std::make_unique<checkpoint::ModelLayout>(
-      checkpoint::resolve_layout(catalogue, config));
+  loaded.layout =
+      std::make_unique<checkpoint::ModelLayout>(checkpoint::resolve_layout(catalogue, config));
   storage::ReaderOptions reading = options.reader;
   reading.expected = catalogue.identities();
   loaded.reader = storage::make_reader(catalogue.files(), reading);

@@ -9,7 +9,7 @@
 namespace dsfp4::engine {
 
 ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
-                                   std::int64_t rows) {
+                               std::int64_t rows) {
   const model::ModelSpec& spec = running.spec;
   ops::Ops::Largest largest;
   largest.mla = spec.mla;

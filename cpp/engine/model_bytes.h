@@ -25,8 +25,7 @@ struct Running {
 };
 
 /// The largest step with `rows` rows of a prompt; `sizes` must outlive it.
-ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
-                                   std::int64_t rows);
+ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes, std::int64_t rows);
 /// Arena bytes of a step with `rows` rows of a prompt, and of a decode step.
 std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows);
 /// Of an arena for logits on their way to the host; 0 where they need none.

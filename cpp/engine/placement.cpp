@@ -34,12 +34,10 @@ std::vector<FileMatrix> dense_matrices(const checkpoint::LayerSource& source,
                                        model::LayerWeights& weights) {
   const checkpoint::AttentionSource& from = source.self_attn;
   model::AttentionWeights& to = weights.self_attn;
-  std::vector<FileMatrix> all = {{&from.q_proj, &to.q_proj, {}},
-                                 {&from.q_a_proj, &to.q_a_proj, {}},
-                                 {&from.q_b_proj, &to.q_b_proj, {}},
-                                 {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa, {}},
-                                 {&from.kv_b_proj, &to.kv_b_proj, {}},
-                                 {&from.o_proj, &to.o_proj, {}}};
+  std::vector<FileMatrix> all = {
+      {&from.q_proj, &to.q_proj, {}},       {&from.q_a_proj, &to.q_a_proj, {}},
+      {&from.q_b_proj, &to.q_b_proj, {}},   {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa, {}},
+      {&from.kv_b_proj, &to.kv_b_proj, {}}, {&from.o_proj, &to.o_proj, {}}};
   add_mlp(source.mlp, weights.mlp, all);
   add_mlp(source.shared_experts, weights.shared_experts, all);
   return all;
@@ -238,6 +236,7 @@ std::uint64_t Placement::loaded_bytes() const noexcept {
 
 std::vector<ReadTensor> Placement::staged_tensors() const {
   std::vector<ReadTensor> tensors;
+  tensors.reserve(staged_.size());
   for (std::size_t i = 0; i < staged_.size(); ++i) {
     tensors.push_back({staged_tensors_[i], bytes_at(i)});
   }

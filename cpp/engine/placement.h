@@ -48,7 +48,7 @@ class Placement {
     residency::FileGroup from;
     std::int64_t layer = -1;  // the model's; -1: of none, or always in memory
     bool expert = false;
-    bool finite = false;              // each value decides for a whole layer
+    bool finite = false;  // each value decides for a whole layer
     /// Where it goes: a slot in memory that the processor can touch; in other memory, each
     /// matrix's data and, if it has them, scales.
     std::vector<DevicePtr<std::byte>> to;

@@ -37,8 +37,8 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
   return reading;
 }
 
-Tiers::Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded,
-             Planned& planned, const LoadOptions& options, Trace* trace)
+Tiers::Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded, Planned& planned,
+             const LoadOptions& options, Trace* trace)
     : loaded_(loaded),
       planned_(planned),
       fingerprint_(loaded.fingerprint),
@@ -70,8 +70,8 @@ Tiers::Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded,
       });
 }
 
-void Tiers::make_store(ops::Ops& ops, const model::ModelSpec& spec,
-                       const residency::Plan& plan, Trace* trace) {
+void Tiers::make_store(ops::Ops& ops, const model::ModelSpec& spec, const residency::Plan& plan,
+                       Trace* trace) {
   residency::ExpertStore::Options store;
   store.layers = spec.moe_layers();
   store.first_layer = spec.dense_layers;

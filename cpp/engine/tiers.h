@@ -25,8 +25,8 @@ storage::ReaderOptions reader_options(const LoadOptions& options);
 class Tiers {
  public:
   /// The ops, the weights, the plan and the trace (which may be null) must outlive this.
-  Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded,
-        Planned& planned, const LoadOptions& options, Trace* trace);
+  Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded, Planned& planned,
+        const LoadOptions& options, Trace* trace);
   /// Saves the warm-start file.
   ~Tiers();
   Tiers(const Tiers&) = delete;

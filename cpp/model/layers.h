@@ -31,8 +31,8 @@ void choose_experts(const ModelSpec& spec, const LayerWeights& weights, Phase ph
                     std::span<const std::int32_t> forced, ops::Ops& ops, ops::ConstMatrix x,
                     const ops::Routing& routing);
 
-/// Scratch bytes that attention, and routed experts wherever they are, take from the arena in a step
-/// of `rows` rows.
+/// Scratch bytes that attention, and routed experts wherever they are, take from the arena in a
+/// step of `rows` rows.
 std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
 std::size_t experts_scratch_bytes(const ModelSpec& spec, std::int64_t rows);
 

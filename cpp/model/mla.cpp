@@ -44,8 +44,7 @@ void mla_attention(const ModelSpec& spec, const AttentionWeights& weights, const
   // What the cache holds: the normed latent, then the key that all heads share, rotated.
   const Matrix kv = scratch_matrix(arena, x.rows, shape.cache_width());
   project(spec, weights, step.phase, ops, arena, x, q, kv);
-  ops.mla_inputs(shape, step.sequences, step.cos_sin, weights.kv_a_layernorm, kLoraNormEps, q,
-                     kv);
+  ops.mla_inputs(shape, step.sequences, step.cos_sin, weights.kv_a_layernorm, kLoraNormEps, q, kv);
 
   const Matrix heads = scratch_matrix(arena, x.rows, shape.heads * shape.v_head_dim);
   if (step.phase == Phase::kPrefill) {

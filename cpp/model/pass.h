@@ -23,9 +23,10 @@ namespace dsfp4::model {
 /// which gives back everything it holds; what it wrote to the KV cache does not count.
 class Pass {
  public:
-  /// Nothing runs yet. The decoder and all that `batch` points to must outlive the pass. `arena` and
-  /// `routings` are the pass's own while it lives; it takes scratch_bytes() from where the arena
-  /// stands. Decode steps of one size must find it at the same place, as they may be recorded.
+  /// Nothing runs yet. The decoder and all that `batch` points to must outlive the pass. `arena`
+  /// and `routings` are the pass's own while it lives; it takes scratch_bytes() from where the
+  /// arena stands. Decode steps of one size must find it at the same place, as they may be
+  /// recorded.
   Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena,
        ops::RoutingReader& routings);
   Pass(const Pass&) = delete;
@@ -34,7 +35,8 @@ class Pass {
   bool done() const noexcept { return done_; }
   /// Runs one piece: a layer up to its experts, or one group of them. Waits for a layer or an
   /// expert for kPollPeriod at most. A decode step in which the host has no part is one piece.
-  /// Throws what reads of weights throw (IoError, CheckpointError); the pass is to be destroyed then.
+  /// Throws what reads of weights throw (IoError, CheckpointError); the pass is to be destroyed
+  /// then.
   void advance();
   /// Once done(): the normed hidden states [rows, hidden]; they live as long as the pass. The
   /// tokens' latents are in the KV cache then.

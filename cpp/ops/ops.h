@@ -52,17 +52,15 @@ class Ops {
   }
 
   /// out[t] = row ids[t] of `table` (F32 or BF16).
-  virtual void embed(const WeightView& table, std::span<const std::int32_t> ids,
-                     Matrix out) = 0;
+  virtual void embed(const WeightView& table, std::span<const std::int32_t> ids, Matrix out) = 0;
   /// y = x / sqrt(mean(x^2) + eps) * weight, row by row. y may be x.
   virtual void rms_norm(ConstMatrix x, DeviceSpan<const float> weight, float eps, Matrix y) = 0;
   /// y = x W^T: x [tokens, W.cols], y [tokens, W.rows]. y must not overlap x.
   virtual void linear(const WeightView& weight, ConstMatrix x, Matrix y, Phase phase,
                       Inputs inputs = Inputs::kBf16) = 0;
   /// linear() of two weights with the same number of columns, and the same x.
-  virtual void linear_pair(const WeightView& first, Matrix y_first,
-                           const WeightView& second, Matrix y_second, ConstMatrix x,
-                           Phase phase) {
+  virtual void linear_pair(const WeightView& first, Matrix y_first, const WeightView& second,
+                           Matrix y_second, ConstMatrix x, Phase phase) {
     linear(first, x, y_first, phase);
     linear(second, x, y_second, phase);
   }
@@ -99,8 +97,8 @@ class Ops {
                                  std::span<const SequenceRows> batch, ConstMatrix q,
                                  Matrix out) = 0;
   /// Decode, first part: q_abs[h] = q_nope[h] W_UK[h]; q_abs: [tokens, heads * kv_lora_rank].
-  virtual void absorb_query(const MlaShape& shape, const WeightView& kv_b_proj,
-                            ConstMatrix q, Matrix q_abs) = 0;
+  virtual void absorb_query(const MlaShape& shape, const WeightView& kv_b_proj, ConstMatrix q,
+                            Matrix q_abs) = 0;
   /// Second: p = softmax((q_abs . latent + q_pe . k_pe) * scale), out[h] = sum p * latent;
   /// out: [tokens, heads * kv_lora_rank].
   virtual void latent_attention(const MlaShape& shape, std::span<const SequenceRows> batch,
@@ -125,10 +123,10 @@ class Ops {
   /// Whether there is routed_experts(); else the host, which must know the choice, makes tasks for
   /// experts() of it, and sums with combine().
   virtual bool has_routed_experts() const { return false; }
-  /// y[t] += sum over slots k, ascending, of routing.weights[t, k] * experts[routing.used[t, k]](x);
-  /// `hidden` and `routed` are scratch [pairs, moe_intermediate_size] and [pairs, hidden_size].
-  /// `shared`, if not null, is one more expert of every token: y[t] = shared(x) + that sum. Only
-  /// where takes_shared() says so; `hidden` then has a row more for each token.
+  /// y[t] += sum over slots k, ascending, of routing.weights[t, k] * experts[routing.used[t,
+  /// k]](x); `hidden` and `routed` are scratch [pairs, moe_intermediate_size] and [pairs,
+  /// hidden_size]. `shared`, if not null, is one more expert of every token: y[t] = shared(x) +
+  /// that sum. Only where takes_shared() says so; `hidden` then has a row more for each token.
   virtual void routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                               std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
                               Matrix y, const ExpertView* shared);
@@ -139,7 +137,8 @@ class Ops {
     static_cast<void>(tokens), static_cast<void>(top_k);
     return false;
   }
-  /// The token that `spec` chooses from logits [1, vocab], the lower id in a tie; -1 if every logit is NaN or -infinity. None: the backend leaves that to the host.
+  /// The token that `spec` chooses from logits [1, vocab], the lower id in a tie; -1 if every logit
+  /// is NaN or -infinity. None: the backend leaves that to the host.
   virtual std::optional<std::int32_t> sample(ConstMatrix logits, const SampleSpec& spec) {
     static_cast<void>(logits), static_cast<void>(spec);
     return std::nullopt;
@@ -170,7 +169,8 @@ class Ops {
   virtual void prepare_experts(std::span<const ExpertView> experts) { static_cast<void>(experts); }
 };
 
-/// The scalar truth, on the host's device. `threads` > 1 splits independent outputs; no sum is split.
+/// The scalar truth, on the host's device. `threads` > 1 splits independent outputs; no sum is
+/// split.
 std::unique_ptr<Ops> make_reference_ops(int threads);
 /// SIMD on `threads` cores, on the host's device; the instruction set is chosen by CPUID.
 std::unique_ptr<Ops> make_cpu_ops(int threads);

@@ -31,8 +31,8 @@ MatrixOf<T*> unwrap(const MatrixOf<DevicePtr<T>>& x) {
   return {unwrap(x.data), x.rows, x.cols, x.stride};
 }
 inline format::WeightView unwrap(const WeightView& weight) {
-  return {weight.format,         weight.rows,           weight.cols,
-          unwrap(weight.data),   unwrap(weight.scales), weight.global_scale};
+  return {weight.format,       weight.rows,           weight.cols,
+          unwrap(weight.data), unwrap(weight.scales), weight.global_scale};
 }
 inline raw::ExpertView unwrap(const ExpertView& expert) {
   return {unwrap(expert.gate_proj), unwrap(expert.up_proj), unwrap(expert.down_proj)};

@@ -55,8 +55,8 @@ class ExpertRunner {
  public:
   virtual ~ExpertRunner() = default;
 
-  /// Whether start() must know the choice on the host. Else it only queues ops, and its work is over
-  /// at once.
+  /// Whether start() must know the choice on the host. Else it only queues ops, and its work is
+  /// over at once.
   virtual bool needs_host() const = 0;
   /// A step of `rows` tokens begins: time to read what its first MoE layer is sure to need.
   virtual void begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) {

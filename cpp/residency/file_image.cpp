@@ -34,8 +34,11 @@ std::vector<storage::Extent> FileImage::extents(std::byte* slot) const {
 
 format::WeightView MatrixPlace::in(const std::byte* slot,
                                    const ops::WeightView& shape) const noexcept {
-  return {shape.format, shape.rows,  shape.cols,
-          slot + data,  scales == kNone ? nullptr : slot + scales,
+  return {shape.format,
+          shape.rows,
+          shape.cols,
+          slot + data,
+          scales == kNone ? nullptr : slot + scales,
           shape.global_scale};
 }
 

@@ -59,7 +59,8 @@ void LayerStream::read_ahead() {
       request.owner = buffers_;
       request.extents = layer.from.files.extents(buffers_->data(reading.buffer));
       if (trace_ != nullptr) {
-        request.on_complete = [trace = trace_, number = layer.layer, bytes = layer.from.files.bytes(),
+        request.on_complete = [trace = trace_, number = layer.layer,
+                               bytes = layer.from.files.bytes(),
                                start = Trace::Clock::now()](const storage::ReadResult&) {
           trace->span(Trace::Track::kReads, "layer " + std::to_string(number), start,
                       Trace::Clock::now(), bytes);

@@ -14,8 +14,8 @@ class ResidentExperts final : public ExpertRunner {
   /// this.
   using ExpertsOf = std::function<std::span<const ops::ExpertView>(std::int64_t layer)>;
 
-  ResidentExperts(ops::Ops& ops, std::int64_t hidden_size,
-                  std::int64_t moe_intermediate_size, ExpertsOf experts_of)
+  ResidentExperts(ops::Ops& ops, std::int64_t hidden_size, std::int64_t moe_intermediate_size,
+                  ExpertsOf experts_of)
       : ops_(ops),
         hidden_size_(hidden_size),
         moe_intermediate_size_(moe_intermediate_size),

@@ -46,8 +46,8 @@ class EmulatedEngine : public ::testing::TestWithParam<dsfp4::testing::TinyKind>
   std::unique_ptr<Engine> emulated(bool routed = true) {
     Machine machine;
     machine.make_ops = [&] {
-      auto made = std::make_unique<EmulatedOps>(
-          ops::testing::EmulatedOptions{.routed_experts = routed});
+      auto made =
+          std::make_unique<EmulatedOps>(ops::testing::EmulatedOptions{.routed_experts = routed});
       device_ = made->emulated();
       return made;
     };

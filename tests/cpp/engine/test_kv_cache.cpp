@@ -25,7 +25,7 @@ TEST(KvCache, SequencesTakeBlocksAsTheyGrowAndGiveThemBack) {
     EXPECT_EQ(rows.kv.blocks.size(), 2u);
     const ops::SequenceRows other = b.next_rows(0, 1);
     const std::set<DevicePtr<std::byte>> distinct = {rows.kv.blocks[0], rows.kv.blocks[1],
-                                           other.kv.blocks[0]};
+                                                     other.kv.blocks[0]};
     EXPECT_EQ(distinct.size(), 3u);
     EXPECT_EQ(cache.free_blocks(), 2u);
   }

@@ -73,7 +73,8 @@ std::vector<std::byte> load(const std::filesystem::path& folder, ReaderKind kind
   options.reader.piece_bytes = storage::kBlockBytes;
   options.reader.system = system;
   options.reader.log = std::move(log);
-  return bytes_of(load_weights(folder, checkpoint::read_config(folder), ops::host_device(), options));
+  return bytes_of(
+      load_weights(folder, checkpoint::read_config(folder), ops::host_device(), options));
 }
 
 TEST_P(LoadFaults, TheRightWeightsOrATypedErrorAndTheNextLoadIsWhole) {

@@ -59,7 +59,8 @@ class LayerStreamTest : public storage::ReaderTest {
     while (!use.enter()) {
     }
     const auto i = static_cast<std::size_t>(std::ranges::find(kLayers, layer) - kLayers);
-    return storage::ReaderFiles::same(ops::host_device().on_host(views_[i].data), kLayerBytes, kFirstByte + i * kLayerBytes, 1);
+    return storage::ReaderFiles::same(ops::host_device().on_host(views_[i].data), kLayerBytes,
+                                      kFirstByte + i * kLayerBytes, 1);
   }
   bool step() {
     bool right = true;
