@@ -1,0 +1,325 @@
+#include "residency/device_experts.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "base/checked.h"
+#include "dsfp4/error.h"
+#include "format/weight.h"
+
+namespace dsfp4::residency {
+namespace {
+
+constexpr const char* kPurpose = "the expert slots";
+
+template <typename Expert>
+auto matrices(Expert& expert) {
+  return std::array{&expert.gate_proj, &expert.up_proj, &expert.down_proj};
+}
+
+}  // namespace
+
+std::array<DeviceExperts::Place, 3> DeviceExperts::places_of(const ops::ExpertView& shape) {
+  std::array<Place, 3> places;
+  std::size_t end = 0;
+  const auto take = [&](std::size_t bytes) {
+    return std::exchange(end, end + memory::Arena::padded(bytes));
+  };
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    const ops::WeightView& matrix = *matrices(shape)[i];
+    Place& place = places[i];
+    place.data_bytes = format::data_bytes(matrix.format, matrix.rows, matrix.cols);
+    place.scale_bytes = format::scale_bytes(matrix.format, matrix.rows, matrix.cols);
+    place.data = take(place.data_bytes);
+    place.scales = take(place.scale_bytes);
+  }
+  return places;
+}
+
+std::size_t DeviceExperts::slot_bytes(const ops::ExpertView& shape) {
+  const Place last = places_of(shape).back();
+  return last.scales + memory::Arena::padded(last.scale_bytes);
+}
+
+DeviceExperts::DeviceExperts(ops::Device& device, const ops::ExpertView& shape, std::size_t slots,
+                             std::size_t cache_slots, std::uint64_t experts, Worth worth)
+    : device_(device),
+      shape_(shape),
+      places_(places_of(shape)),
+      slot_bytes_(slot_bytes(shape)),
+      worth_(std::move(worth)),
+      slot_of_(experts, -1),
+      copy_of_(experts, 0) {
+  check_counts(slots, cache_slots);
+  for (std::size_t i = 0; i < kCopyEvents; ++i) copy_events_.push_back(device_.make_event());
+  take(slots, cache_slots);
+}
+
+DeviceExperts::~DeviceExperts() { settle(); }
+
+const ops::ExpertView* DeviceExperts::find(ExpertKey key) {
+  const int number = slot_of_.at(key);
+  if (number < 0) return nullptr;
+  ++slot(number).pins;
+  ++stats_.hits;
+  return &slot(number).view;
+}
+
+const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpertView& from,
+                                            bool keep) {
+  if (has(key)) {
+    throw std::logic_error("expert " + std::to_string(key) + " is brought, but is there");
+  }
+  if (!has_shape(from)) {
+    throw std::logic_error("expert " + std::to_string(key) + " has another shape than its slots");
+  }
+  if (slots_.empty()) {
+    throw MemoryLimitError(kPurpose, slot_bytes_, device_.memory().available(), "",
+                           device_.memory().name());
+  }
+  // A passing expert never takes a cached one's place.
+  const bool cached = keep && make_cache_room(key);
+  if (free_.empty()) return nullptr;
+  std::ranges::pop_heap(free_, std::greater(), [&](int n) { return slot(n).release_number; });
+  const int number = free_.back();
+  free_.pop_back();
+  Slot& taken = slot(number);
+  try {
+    queue_copies(taken, from);
+  } catch (...) {
+    settle();
+    make_free(number);
+    throw;
+  }
+  copy_of_[key] = copies_;
+  slot_of_[key] = number;
+  taken.key = key;
+  taken.pins = 1;
+  taken.cached = cached;
+  if (cached) ++cached_;
+  ++stats_.brought;
+  for (const Place& place : places_) stats_.brought_bytes += place.data_bytes + place.scale_bytes;
+  return &taken.view;
+}
+
+bool DeviceExperts::has_shape(const ops::HostExpertView& from) const {
+  return std::ranges::equal(matrices(from), matrices(shape_), [](const auto* one, const auto* two) {
+    return one->format == two->format && one->rows == two->rows && one->cols == two->cols;
+  });
+}
+
+// Whether the expert may be cached; gives up a cached one for it where that is worth less.
+bool DeviceExperts::make_cache_room(ExpertKey key) {
+  if (cached_ < cache_slots_) return true;
+  int least = -1;
+  float least_worth = 0.0f;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    if (!slots_[i].cached || slots_[i].pins > 0) continue;
+    const float worth = worth_(slots_[i].key);
+    if (least >= 0 && !(worth < least_worth)) continue;
+    least = static_cast<int>(i);
+    least_worth = worth;
+  }
+  if (least < 0 || !(least_worth < worth_(key))) return false;
+  ++stats_.evictions;
+  make_free(least);
+  return true;
+}
+
+// Until the last call here succeeds the slot is nobody's.
+void DeviceExperts::queue_copies(Slot& slot, const ops::HostExpertView& from) {
+  if (!slot.read_is_recorded) {
+    device_.synchronize();
+    slot.read_is_recorded = true;
+  }
+  device_.wait(ops::Queue::kUpload, slot.read);
+  const auto at = [&](std::size_t offset) {
+    return slot.memory + static_cast<std::ptrdiff_t>(offset);
+  };
+  for (std::size_t i = 0; i < places_.size(); ++i) {
+    const Place& place = places_[i];
+    const format::WeightView& matrix = *matrices(from)[i];
+    matrices(slot.view)[i]->global_scale = matrix.global_scale;
+    device_.copy_in(ops::Queue::kUpload, matrix.data, at(place.data), place.data_bytes);
+    if (place.scale_bytes == 0) continue;
+    device_.copy_in(ops::Queue::kUpload, matrix.scales, at(place.scales), place.scale_bytes);
+  }
+  const ops::Event& made = copy_event(copies_ + 1);
+  device_.record(ops::Queue::kUpload, made);
+  ++copies_;
+  device_.wait(ops::Queue::kCompute, made);
+}
+
+bool DeviceExperts::copied(ExpertKey key) {
+  const std::uint64_t number = copies_to_ask_for(key);
+  if (number <= made_) return true;
+  try {
+    if (!device_.passed(copy_event(number))) return false;
+  } catch (...) {
+    drop_uncopied();
+    throw;
+  }
+  made_ = number;
+  return true;
+}
+
+void DeviceExperts::wait_copied(ExpertKey key) {
+  const std::uint64_t number = copies_to_ask_for(key);
+  if (number <= made_) return;
+  try {
+    device_.wait_for(copy_event(number));
+  } catch (...) {
+    drop_uncopied();
+    throw;
+  }
+  made_ = number;
+}
+
+// The first that have an event still and are made no sooner than those of `key`.
+std::uint64_t DeviceExperts::copies_to_ask_for(ExpertKey key) const {
+  const std::uint64_t number = copy_of_.at(key);
+  return number + kCopyEvents > copies_ ? number : copies_ - kCopyEvents + 1;
+}
+
+void DeviceExperts::release(ExpertKey key) {
+  const int number = slot_of_.at(key);
+  if (number < 0 || slot(number).pins == 0) {
+    throw std::logic_error("expert " + std::to_string(key) + " is released, but not pinned");
+  }
+  Slot& released = slot(number);
+  if (--released.pins > 0) return;
+  try {
+    device_.record(ops::Queue::kCompute, released.read);
+    released.read_is_recorded = true;
+  } catch (...) {
+    released.read_is_recorded = false;
+  }
+  released.release_number = ++releases_;
+  if (!released.cached) make_free(number);
+}
+
+void DeviceExperts::drop_uncopied() noexcept {
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (!slot.cached || copy_of_[slot.key] <= made_) continue;
+    if (slot.pins == 0) {
+      make_free(static_cast<int>(i));
+    } else {
+      slot.cached = false;
+      --cached_;
+    }
+  }
+}
+
+// The slot holds nothing from now on.
+void DeviceExperts::make_free(int number) noexcept {
+  Slot& freed = slot(number);
+  if (freed.key != kNoKey) slot_of_[freed.key] = -1;
+  freed.key = kNoKey;
+  if (freed.cached) --cached_;
+  freed.cached = false;
+  free_.push_back(number);
+  std::ranges::push_heap(free_, std::greater(), [&](int n) { return slot(n).release_number; });
+}
+
+// Waits until the device is done, even if that is due to an error.
+void DeviceExperts::settle() noexcept {
+  try {
+    device_.synchronize();
+    made_ = copies_;
+  } catch (...) {
+    drop_uncopied();
+  }
+}
+
+// ---- the slots
+
+void DeviceExperts::check_counts(std::size_t slots, std::size_t cache_slots) {
+  if (cache_slots < slots) return;
+  throw ParameterError("cache_slots", "is " + std::to_string(cache_slots) + " of " +
+                                          std::to_string(slots) +
+                                          " slots, but at least one must be left for experts that "
+                                          "pass through");
+}
+
+// What does not fit into a number is more than there is.
+std::size_t DeviceExperts::bytes_of(std::size_t slots) const {
+  return checked_mul(slots, slot_bytes_).value_or(std::numeric_limits<std::size_t>::max());
+}
+
+void DeviceExperts::resize(std::size_t slots, std::size_t cache_slots) {
+  check_counts(slots, cache_slots);
+  if (std::ranges::any_of(slots_, [](const Slot& slot) { return slot.pins > 0; })) {
+    throw std::logic_error("the expert slots change while experts are pinned");
+  }
+  device_.synchronize();
+  made_ = copies_;
+  memory::MemorySource& source = device_.memory();
+  const std::size_t room = source.available() + (memory_ ? memory_->size() : 0);
+  if (bytes_of(slots) > room) {
+    throw MemoryLimitError(kPurpose, bytes_of(slots), room, "", source.name());
+  }
+  const std::pair before(slots_.size(), cache_slots_);
+  try {
+    take(slots, cache_slots);
+  } catch (...) {
+    if (before.first > 0) take(before.first, before.second);
+    throw;
+  }
+}
+
+// All are free. If it throws there are none.
+void DeviceExperts::take(std::size_t slots, std::size_t cache_slots) {
+  slots_.clear();
+  free_.clear();
+  std::ranges::fill(slot_of_, -1);
+  cache_slots_ = 0;
+  cached_ = 0;
+  releases_ = 0;
+  const std::size_t bytes = bytes_of(slots);
+  if (!memory_ || memory_->size() != bytes) {
+    memory_.reset();
+    memory_.emplace(bytes, kPurpose, device_.memory());
+  }
+  memory_->release(0);
+  std::vector<Slot> made(slots);
+  free_.reserve(slots);
+  for (std::size_t i = 0; i < slots; ++i) {
+    made[i].read = device_.make_event();
+    made[i].memory = memory_->take(slot_bytes_);
+    made[i].view = shape_;
+    const auto at = [&](std::size_t offset) {
+      return made[i].memory + static_cast<std::ptrdiff_t>(offset);
+    };
+    for (std::size_t m = 0; m < places_.size(); ++m) {
+      ops::WeightView& matrix = *matrices(made[i].view)[m];
+      matrix.data = at(places_[m].data);
+      matrix.scales = places_[m].scale_bytes == 0 ? nullptr : at(places_[m].scales);
+    }
+  }
+  for (std::size_t i = 0; i < slots; ++i) free_.push_back(static_cast<int>(i));
+  slots_ = std::move(made);
+  cache_slots_ = cache_slots;
+}
+
+bool DeviceExperts::is_consistent() const {
+  std::size_t free = 0;
+  std::size_t cached = 0;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    const auto number = static_cast<int>(i);
+    const bool is_free = slot.key == kNoKey;
+    if (is_free != (std::ranges::count(free_, number) == 1)) return false;
+    if (is_free ? slot.cached || slot.pins != 0 : slot_of_[slot.key] != number) return false;
+    if (!is_free && !slot.cached && slot.pins <= 0) return false;
+    free += is_free;
+    cached += slot.cached;
+  }
+  const auto there = std::ranges::count_if(slot_of_, [](int number) { return number >= 0; });
+  return free == free_.size() && cached == cached_ && cached <= cache_slots_ &&
+         free + static_cast<std::size_t>(there) == slots_.size() && made_ <= copies_;
+}
+
+}  // namespace dsfp4::residency

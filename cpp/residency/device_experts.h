@@ -1,0 +1,151 @@
+// The routed experts that lie in a device's memory, and the copies that bring them from RAM.
+//
+// The device's memory is a fixed number of equal slots. At most `cache_slots` hold cached experts;
+// the others are for those that only pass through. No call here but wait_copied(), resize() and the
+// destructor waits for the device: events order a slot's next copies behind the ops that read it,
+// and ops behind the copies of what they read.
+//
+// Errors: after one of the device nobody knows which copies were made, so experts whose copies were
+// not known to be done are given up; see drop_uncopied().
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "base/counter.h"
+#include "memory/arena.h"
+#include "ops/device.h"
+#include "ops/views.h"
+#include "residency/policy.h"
+
+namespace dsfp4::residency {
+
+struct DeviceStats {
+  Counter<std::uint64_t> hits;     // finds that found the expert
+  Counter<std::uint64_t> brought;  // experts whose copies were queued
+  Counter<std::uint64_t> brought_bytes;
+  Counter<std::uint64_t> evictions;  // cached experts that made room for another
+};
+
+/// Used by one thread; the statistics may be read by any. Not while a segment is recorded. Keys
+/// that are too large are std::out_of_range.
+class DeviceExperts {
+ public:
+  /// What an expert is worth keeping; only the order means something.
+  using Worth = std::function<float(ExpertKey)>;
+  /// `slots` >= 1 for experts of the formats and sizes of `shape`, of which at most `cache_slots`
+  /// < slots hold experts that stay when nobody uses them. Keys are below `experts`. The device
+  /// must outlive this. Throws ParameterError, MemoryLimitError.
+  DeviceExperts(ops::Device& device, const ops::ExpertView& shape, std::size_t slots,
+                std::size_t cache_slots, std::uint64_t experts, Worth worth);
+  /// Waits until nothing reads or writes the slots any more.
+  ~DeviceExperts();
+  DeviceExperts(const DeviceExperts&) = delete;
+  DeviceExperts& operator=(const DeviceExperts&) = delete;
+
+  /// Bytes of one slot: each matrix's data and scales begin at a multiple of Arena::kAlignment.
+  static std::size_t slot_bytes(const ops::ExpertView& shape);
+
+  /// The expert if it is there, pinned until release() has been called as often as find() and
+  /// bring() gave it; null if not. The view stays until then; so does what it shows, and longer,
+  /// for ops that were queued before.
+  const ops::ExpertView* find(ExpertKey key);
+  /// Whether find() would find it.
+  bool has(ExpertKey key) const { return slot_of_.at(key) >= 0; }
+  /// Brings an expert that is not there, pinned until release(): queues its copies from `from`, in
+  /// the device's staging memory, and makes all ops that are queued from now on wait for them; so
+  /// those that need others are best queued before. With `keep` it is cached from now on if there
+  /// is room, or if it is worth more than the cached one of least worth, which goes then. Null: no
+  /// slot is free before something is released. Throws std::logic_error if it is there or has
+  /// another shape, and CudaError; then it is not there, and none of its copies is under way.
+  const ops::ExpertView* bring(ExpertKey key, const ops::HostExpertView& from, bool keep);
+  /// Whether the last bring() of this expert has made its copies: until then `from` must stay, also
+  /// where the expert was released or given up. Both throw CudaError.
+  bool copied(ExpertKey key);
+  void wait_copied(ExpertKey key);
+  /// Ops queued so far were the last of this user to read it: the slot may be overwritten once they
+  /// have run. One that is not cached cannot be found any more after its last release. Throws
+  /// nothing of the device's, so that work which ends with an error can give back its pins.
+  void release(ExpertKey key);
+  /// After an error of the device: gives up the experts for which copied() has not said yes yet,
+  /// those that are pinned when they are released.
+  void drop_uncopied() noexcept;
+
+  std::size_t slots() const noexcept { return slots_.size(); }
+  std::size_t cache_slots() const noexcept { return cache_slots_; }
+  std::size_t cached() const noexcept { return cached_; }
+  /// Cached experts that there is room for.
+  std::size_t cache_room() const noexcept { return cache_slots_ - cached_; }
+  /// Forgets everything and takes that many slots; std::logic_error where something is pinned.
+  /// Waits for the device. Throws ParameterError, CudaError and MemoryLimitError; then there are as
+  /// many slots as before. If they are not to be had again either, there are none, and bring()
+  /// throws MemoryLimitError until a resize() succeeds.
+  void resize(std::size_t slots, std::size_t cache_slots);
+  const DeviceStats& stats() const noexcept { return stats_; }
+  /// Every slot is free, cached or pinned, and counted as that: for tests.
+  bool is_consistent() const;
+
+ private:
+  static constexpr ExpertKey kNoKey = std::numeric_limits<ExpertKey>::max();
+  /// Copies that copied() can tell apart; of older ones it learns a little late.
+  static constexpr std::size_t kCopyEvents = 256;
+
+  /// Where a matrix lies in a slot.
+  struct Place {
+    std::size_t data = 0;
+    std::size_t data_bytes = 0;
+    std::size_t scales = 0;
+    std::size_t scale_bytes = 0;  // 0: the format has none
+  };
+  struct Slot {
+    DevicePtr<std::byte> memory;
+    ops::ExpertView view;
+    ExpertKey key = kNoKey;  // kNoKey: the slot is free
+    int pins = 0;
+    bool cached = false;
+    ops::Event read;                   // the ops that read it, as it was released
+    bool read_is_recorded = true;      // else only an empty queue says that they have run
+    std::uint64_t release_number = 0;  // 0: never released
+  };
+
+  static std::array<Place, 3> places_of(const ops::ExpertView& shape);
+  static void check_counts(std::size_t slots, std::size_t cache_slots);
+  Slot& slot(int number) { return slots_[static_cast<std::size_t>(number)]; }
+  bool has_shape(const ops::HostExpertView& from) const;
+  bool make_cache_room(ExpertKey key);
+  void queue_copies(Slot& slot, const ops::HostExpertView& from);
+  std::uint64_t copies_to_ask_for(ExpertKey key) const;
+  ops::Event& copy_event(std::uint64_t number) { return copy_events_[number % kCopyEvents]; }
+  void make_free(int number) noexcept;
+  void settle() noexcept;
+  std::size_t bytes_of(std::size_t slots) const;
+  void take(std::size_t slots, std::size_t cache_slots);
+
+  ops::Device& device_;
+  const ops::ExpertView shape_;
+  const std::array<Place, 3> places_;  // gate, up, down
+  const std::size_t slot_bytes_;
+  const Worth worth_;
+
+  std::optional<memory::Arena> memory_;
+  std::vector<Slot> slots_;
+  std::vector<int> slot_of_;  // by key; -1 absent
+  std::vector<int> free_;     // a heap: the one released first is in front; has room for all
+  std::size_t cache_slots_ = 0;
+  std::size_t cached_ = 0;
+  std::uint64_t releases_ = 0;
+
+  // Each bring()'s copies have a number, from 1 on; they are made in that order.
+  std::vector<std::uint64_t> copy_of_;   // by key: of its last ones; 0 none
+  std::vector<ops::Event> copy_events_;  // those of number n are n % kCopyEvents
+  std::uint64_t copies_ = 0;             // the last number
+  std::uint64_t made_ = 0;               // up to here they are known to be made
+  DeviceStats stats_;
+};
+
+}  // namespace dsfp4::residency
