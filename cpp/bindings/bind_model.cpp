@@ -69,8 +69,10 @@ MemoryConfig memory_config(std::optional<std::int64_t> prefetch_layers, double e
 }
 
 MemoryStrategy memory_strategy(std::optional<double> cpu_cache_size,
-                               std::optional<double> prefetch_size) {
-  return {cpu_cache_size, prefetch_size};
+                               std::optional<double> prefetch_size,
+                               std::optional<std::int64_t> max_experts,
+                               std::optional<double> gpu_reserved) {
+  return {cpu_cache_size, prefetch_size, max_experts, gpu_reserved};
 }
 
 nb::dict stats(const Handle& model) {
@@ -121,6 +123,7 @@ Handle load(const std::string& path, const std::string& device, int threads,
             std::uint64_t ram_limit, const std::optional<nb::callable>& progress,
             std::optional<std::int64_t> prefetch_layers, double expert_threshold,
             std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
+            std::optional<std::int64_t> max_experts, std::optional<double> gpu_reserved,
             const std::string& cache_policy, const std::string& warm_start_folder,
             const std::string& reader, bool direct_reads, const std::string& trace_file) {
   LoadOptions options;
@@ -130,7 +133,7 @@ Handle load(const std::string& path, const std::string& device, int threads,
   options.kv_cache_dtype = kv_cache_dtype;
   options.memory_limit = memory_limit;
   options.memory = memory_config(prefetch_layers, expert_threshold);
-  options.strategy = memory_strategy(cpu_cache_size, prefetch_size);
+  options.strategy = memory_strategy(cpu_cache_size, prefetch_size, max_experts, gpu_reserved);
   options.cache_policy = cache_policy;
   options.warm_start_folder = warm_start_folder;
   options.reader = reader;
@@ -341,7 +344,8 @@ void bind_model(nb::module_& m) {
            nb::arg("memory_limit") = 0.0, nb::arg("ram_limit") = 0,
            nb::arg("progress") = nb::none(), nb::arg("prefetch_layers") = nb::none(),
            nb::arg("expert_threshold") = 0.0, nb::arg("cpu_cache_size") = nb::none(),
-           nb::arg("prefetch_size") = nb::none(), nb::arg("cache_policy") = "default",
+           nb::arg("prefetch_size") = nb::none(), nb::arg("max_experts") = nb::none(),
+           nb::arg("gpu_reserved") = nb::none(), nb::arg("cache_policy") = "default",
            nb::arg("warm_start_folder") = "", nb::arg("reader") = "auto",
            nb::arg("direct_reads") = true, nb::arg("trace_file") = "")
       .def(
@@ -356,12 +360,15 @@ void bind_model(nb::module_& m) {
       .def(
           "set_memory_strategy",
           [](const Handle& model, std::optional<double> cpu_cache_size,
-             std::optional<double> prefetch_size) {
+             std::optional<double> prefetch_size, std::optional<std::int64_t> max_experts,
+             std::optional<double> gpu_reserved) {
             const KeepGoing go_on = keep_going();
             const ReleasedGil released;
-            model->set_memory_strategy(memory_strategy(cpu_cache_size, prefetch_size), go_on);
+            model->set_memory_strategy(
+                memory_strategy(cpu_cache_size, prefetch_size, max_experts, gpu_reserved), go_on);
           },
-          nb::arg("cpu_cache_size") = nb::none(), nb::arg("prefetch_size") = nb::none())
+          nb::arg("cpu_cache_size") = nb::none(), nb::arg("prefetch_size") = nb::none(),
+          nb::arg("max_experts") = nb::none(), nb::arg("gpu_reserved") = nb::none())
       .def("stats", &stats)
       .def_prop_ro("vocab_size", get<&Model::vocab_size>)
       .def_prop_ro("moe_layers", get<&Model::moe_layers>)

@@ -92,8 +92,15 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.weight_bytes = placement.weight_bytes();
   loaded.sizes = placement.sizes(device);
   loaded.sizes.staging = loaded.reader->staging_bytes();
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
   loaded.arena =
       placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
+=======
+  const Placement::Arenas arenas =
+      placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
+  loaded.arena = arenas.device;
+  loaded.host_arena = arenas.host;
+>>>>>>> ca5a0f8
 
   std::uint64_t total = placement.loaded_bytes();
   for (const storage::Extent& extent : placement.staged()) total += extent.bytes;
@@ -108,6 +115,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
         options.poll);
     for (const storage::Extent& extent : extents) before += extent.bytes;
   };
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
   if (device.host_visible()) {
     std::vector<storage::Extent> extents = placement.staged();
     std::vector<ReadTensor> tensors;
@@ -133,6 +141,36 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   } else {
     loaded.fingerprint = fingerprint(catalogue);
   }
+=======
+  std::vector<storage::Extent> extents = placement.staged();
+  std::vector<ReadTensor> tensors;
+  std::vector<const Placement::Group*> uploaded;
+  for (const Placement::Group* group : placement.loaded()) {
+    if (group->slot != nullptr) {
+      add_group(*group, group->slot, extents, tensors);
+    } else {
+      uploaded.push_back(group);
+    }
+  }
+  if (!uploaded.empty()) {
+    read_through_host(uploaded, loaded.sizes.load_buffer, device, check, read);
+  }
+  using Owners = std::pair<Placement::Arenas, std::shared_ptr<void>>;
+  read(extents, std::make_shared<Owners>(arenas, placement.staging()));
+  check.check(tensors, options.poll);
+  check.check(placement.staged_tensors());
+  placement.convert_staged(device);
+
+  loaded.images = placement.images();
+  loaded.streamed = placement.streamed();
+  if (loaded.images.empty() && loaded.streamed.empty()) {  // nobody reads later
+    loaded.reader.reset();
+    loaded.layout.reset();
+    loaded.check.reset();
+  } else {
+    loaded.fingerprint = fingerprint(catalogue);
+  }
+>>>>>>> ca5a0f8
   return loaded;
 }
 

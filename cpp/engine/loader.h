@@ -23,7 +23,9 @@
 namespace dsfp4::engine {
 
 struct LoadedWeights {
-  std::shared_ptr<memory::Arena> arena;  // what `weights` points into
+  // What `weights` points into: the device's memory, and RAM for plan.embedding_in_ram (else null).
+  std::shared_ptr<memory::Arena> arena;
+  std::shared_ptr<memory::Arena> host_arena;
   model::ModelWeights weights;
   std::uint64_t weight_bytes = 0;  // stored bytes of the matrices, experts too
   WeightSizes sizes;
@@ -49,8 +51,13 @@ struct LoadWeightsOptions {
   std::function<residency::Plan(const WeightSizes& sizes)> plan;
 };
 
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
 /// Brings the weights into the device's memory. Throws CheckpointError, IoError, and
 /// MemoryLimitError when the system does not have the memory.
+=======
+/// Brings the weights into the device's memory, or where the plan says. Throws CheckpointError,
+/// IoError, and MemoryLimitError when the system does not have the memory.
+>>>>>>> ca5a0f8
 LoadedWeights load_weights(const std::filesystem::path& folder,
                            const checkpoint::ModelConfig& config, ops::Device& device,
                            const LoadWeightsOptions& options);

@@ -5,6 +5,7 @@
 #include "dsfp4/model.h"
 #include "engine/kv_cache.h"
 #include "model/decoder.h"
+#include "ops/host_routing.h"
 
 namespace dsfp4::engine {
 
@@ -40,19 +41,30 @@ std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device) {
   return static_cast<std::size_t>(kLogitRows * spec.vocab_size) * sizeof(float);
 }
 
+std::size_t host_expert_bytes(const model::ModelSpec& spec) {
+  const std::int64_t values =
+      spec.router.top_k * (2 * spec.hidden_size + spec.moe_intermediate_size);
+  return static_cast<std::size_t>(kHostExpertRows * values) * sizeof(float);
+}
+
 residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes) {
   const model::ModelSpec& spec = running.spec;
+  ops::Device& device = running.ops.device();
   residency::ModelBytes bytes;
   bytes.dense = sizes.dense_bytes;
+  bytes.embedding = sizes.embedding_bytes;
+  bytes.host_embedding = sizes.embedding_host_bytes;
   bytes.layers = sizes.layer_bytes;
   bytes.layer_buffer = sizes.layer_slot_bytes;
   bytes.experts = sizes.experts;
   bytes.expert_bytes = sizes.expert_bytes;
   bytes.expert_slot = sizes.slot_bytes;
+  bytes.device_slot = sizes.device_slot_bytes;
   bytes.experts_per_token = static_cast<std::uint64_t>(spec.router.top_k);
   bytes.kv_block =
       KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
   bytes.reader = sizes.staging;
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
   if (!running.ops.device().host_visible()) bytes.load_buffer = sizes.load_buffer;
   for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
     const std::int64_t chunk = std::min(rows, running.max_context);
@@ -60,6 +72,19 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
     bytes.steps.push_back(
         {chunk, scratch_bytes(spec, chunk) + logit_bytes(spec, running.ops.device()) +
                     running.ops.working_bytes(largest_step(running, sizes, chunk))});
+=======
+  if (!device.host_visible()) bytes.load_buffer = sizes.load_buffer;
+  for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
+    const std::int64_t chunk = std::min(rows, running.max_context);
+    if (!bytes.steps.empty() && chunk == bytes.steps.back().rows) break;
+    residency::ModelBytes::Step& step = bytes.steps.emplace_back();
+    step.rows = chunk;
+    step.bytes = scratch_bytes(spec, chunk) + logit_bytes(spec, device) +
+                 running.ops.working_bytes(largest_step(running, sizes, chunk));
+    if (device.host_visible()) continue;
+    step.host_bytes =
+        ops::RoutingReader::staging_bytes(device, chunk, spec.router) + host_expert_bytes(spec);
+>>>>>>> ca5a0f8
   }
   return bytes;
 }

@@ -16,6 +16,9 @@ inline constexpr std::int64_t kPrefillChunk = 256;
 /// And at most, where experts are read from the SSD, once for each chunk.
 inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 
+/// Rows of a step whose experts the host computes, of a model on a GPU that is tiered.
+inline constexpr std::int64_t kHostExpertRows = 16;
+
 /// How a model is run.
 struct Running {
   const model::ModelSpec& spec;
@@ -30,6 +33,11 @@ ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
 std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows);
 /// Of an arena for logits on their way to the host; 0 where they need none.
 std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device);
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
+=======
+/// Of RAM for kHostExpertRows: their inputs, and what experts make of them.
+std::size_t host_expert_bytes(const model::ModelSpec& spec);
+>>>>>>> ca5a0f8
 
 residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes);
 

@@ -104,8 +104,12 @@ Placement::Placement(const checkpoint::Catalogue& catalogue, const checkpoint::M
     add_layer(static_cast<std::int64_t>(i), layout.layers[i], weights.layers[i]);
   }
   add(layout.norm, weights.norm);
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
   const bool tied = layout.lm_head.data == layout.embed_tokens.data;
   if (!tied) add({{&layout.lm_head, &weights.lm_head, {}}});
+=======
+  if (!tied()) add({{&layout.lm_head, &weights.lm_head, {}}});
+>>>>>>> ca5a0f8
 }
 
 void Placement::add_layer(std::int64_t number, const checkpoint::LayerSource& source,
@@ -173,9 +177,20 @@ WeightSizes Placement::sizes(ops::Device& device) const {
     if (group.expert) {
       sizes.expert_bytes += bytes;
       sizes.slot_bytes = std::max(sizes.slot_bytes, slot);
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
       ++sizes.experts;
     } else {
       sizes.dense_bytes += bytes;
+=======
+      sizes.device_slot_bytes = std::max(sizes.device_slot_bytes, arena_bytes(group.from, false));
+      ++sizes.experts;
+    } else {
+      sizes.dense_bytes += bytes;
+      if (is_embedding(group) && !tied()) {
+        sizes.embedding_bytes = bytes;
+        sizes.embedding_host_bytes = slot;
+      }
+>>>>>>> ca5a0f8
       if (group.layer >= 0) {
         sizes.layer_bytes[static_cast<std::size_t>(group.layer)] = bytes;
         sizes.layer_slot_bytes = std::max(sizes.layer_slot_bytes, slot);
@@ -194,6 +209,7 @@ bool Placement::stays_in_files(const Group& group) const {
   return group.expert ? plan_.tiered : layer < plan_.streamed.size() && plan_.streamed[layer];
 }
 
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
 std::shared_ptr<Arena> Placement::take(const residency::Plan& plan, ops::Device& device) {
   plan_ = plan;
   const bool in_host = device.host_visible();
@@ -218,14 +234,61 @@ std::shared_ptr<Arena> Placement::take(const residency::Plan& plan, ops::Device&
       if (matrix.source->scales == nullptr) continue;
       group.to.push_back(arena->take(matrix.source->scales->bytes));
       matrix.view->scales = group.to.back();
+=======
+void Placement::take_slot(Group& group, Arena& arena, memory::MemorySource& source) {
+  group.slot = memory::on_host(source, arena.take(group.from.files.slot_bytes));
+  group.from.point(group.slot);
+}
+
+void Placement::take_matrices(Group& group, Arena& arena) {
+  for (const FileMatrix& matrix : group.from.matrices) {
+    group.to.push_back(arena.take(matrix.source->data->bytes));
+    matrix.view->data = group.to.back();
+    if (matrix.source->scales == nullptr) continue;
+    group.to.push_back(arena.take(matrix.source->scales->bytes));
+    matrix.view->scales = group.to.back();
+  }
+}
+
+Placement::Arenas Placement::take(const residency::Plan& plan, ops::Device& device) {
+  plan_ = plan;
+  const bool in_host = device.host_visible();
+  Arenas arenas;
+  std::size_t bytes = 0;
+  for (Group& group : groups_) {
+    if (stays_in_files(group)) continue;
+    loaded_.push_back(&group);
+    if (plan.embedding_in_ram && is_embedding(group)) {
+      arenas.host = std::make_shared<Arena>(group.from.files.slot_bytes, "the embedding");
+      take_slot(group, *arenas.host, memory::host_memory());
+    } else {
+      bytes += arena_bytes(group.from, in_host);
+    }
+  }
+  for (const Vector& vector : vectors_) bytes += vector_bytes(*vector.tensor);
+  arenas.device = std::make_shared<Arena>(bytes, "the weights", device.memory());
+  for (Group& group : groups_) {  // first, as slots are multiples of a block and begin at one
+    if (stays_in_files(group) || group.slot != nullptr) continue;
+    if (in_host) {
+      take_slot(group, *arenas.device, device.memory());
+    } else {
+      take_matrices(group, *arenas.device);
+>>>>>>> ca5a0f8
     }
   }
   for (Vector& vector : vectors_) {
     const auto count = static_cast<std::size_t>(vector.tensor->shape.at(0));
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
     vector.values = arena->take_array<float>(count);
     *vector.view = {vector.values, count};
   }
   return arena;
+=======
+    vector.values = arenas.device->take_array<float>(count);
+    *vector.view = {vector.values, count};
+  }
+  return arenas;
+>>>>>>> ca5a0f8
 }
 
 std::uint64_t Placement::loaded_bytes() const noexcept {
@@ -263,7 +326,11 @@ void Placement::convert_staged(ops::Device& device) {
     }
     *scale.value = scale.reciprocal ? inverse : value;
   }
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
   if (layout_.lm_head.data == layout_.embed_tokens.data) weights_.lm_head = weights_.embed_tokens;
+=======
+  if (tied()) weights_.lm_head = weights_.embed_tokens;
+>>>>>>> ca5a0f8
 }
 
 std::vector<residency::ExpertImage> Placement::images() const {

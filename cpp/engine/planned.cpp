@@ -15,6 +15,7 @@ namespace {
 constexpr double kGigabyte = 1e9;
 constexpr double kMostGigabytes = 1e6;
 constexpr std::int64_t kMostPrefetchLayers = 16;
+constexpr std::int64_t kMostExperts = std::numeric_limits<std::int32_t>::max();
 
 void check_gigabytes(const std::optional<double>& value, const char* name) {
   if (!value || (*value >= 0.0 && *value <= kMostGigabytes)) return;  // NaN fails both
@@ -47,18 +48,24 @@ void check_memory_config(const MemoryConfig& config) {
 void check_memory_strategy(const MemoryStrategy& strategy) {
   check_gigabytes(strategy.cpu_cache_size, "cpu_cache_size");
   check_gigabytes(strategy.prefetch_size, "prefetch_size");
+  check_gigabytes(strategy.gpu_reserved, "gpu_reserved");
+  const std::int64_t experts = strategy.max_experts.value_or(0);
+  if (experts < 0 || experts > kMostExperts) {
+    throw ParameterError("max_experts", "must be 0 (none) to " + std::to_string(kMostExperts) +
+                                            " experts in VRAM, not " + std::to_string(experts));
+  }
 }
 
 Planned::Planned(residency::ModelBytes model, const LoadOptions& options, std::int64_t max_context,
                  const Machine& machine, std::optional<std::uint64_t> vram)
-    : model_(std::move(model)) {
+    : device_(options.device), model_(std::move(model)) {
+  budgets_.vram = vram;
   check_memory_config(options.memory);
-  check_memory_strategy(options.strategy);
-  const residency::Wishes wishes{
-      .max_context = max_context,
-      .prefetch_layers = std::max<std::int64_t>(1, options.memory.prefetch_layers.value_or(1)),
-      .cpu_cache_size = bytes_of(options.strategy.cpu_cache_size),
-      .prefetch_size = bytes_of(options.strategy.prefetch_size)};
+  check(options.strategy);
+  residency::Wishes wishes = wishes_of(options.strategy);
+  wishes.max_context = max_context;
+  wishes.prefetch_layers = std::max<std::int64_t>(1, options.memory.prefetch_layers.value_or(1));
+  gpu_reserved_ = wishes.gpu_reserved;
   lease_ = machine.account->reserve(
       machine.memory(), [&](const memory::MachineMemory& committed, std::uint64_t leased) {
         budgets_ = {options.ram_limit, committed, vram};
@@ -66,6 +73,25 @@ Planned::Planned(residency::ModelBytes model, const LoadOptions& options, std::i
         plan_ = residency::make_plan(model_, budgets_, wishes);
         return with_uncounted(plan_.ram_bytes + plan_.load_bytes);
       });
+}
+
+void Planned::check(const MemoryStrategy& strategy) const {
+  check_memory_strategy(strategy);
+  const auto needs_vram = [&](bool given, const char* name) {
+    if (!given || budgets_.vram) return;
+    throw ParameterError(name, "limits VRAM, and device '" + device_ + "' uses none");
+  };
+  needs_vram(strategy.max_experts.has_value(), "max_experts");
+  needs_vram(strategy.gpu_reserved.has_value(), "gpu_reserved");
+}
+
+residency::Wishes Planned::wishes_of(const MemoryStrategy& strategy) const {
+  residency::Wishes wishes;
+  wishes.cpu_cache_size = bytes_of(strategy.cpu_cache_size);
+  wishes.prefetch_size = bytes_of(strategy.prefetch_size);
+  wishes.max_experts = strategy.max_experts;
+  wishes.gpu_reserved = bytes_of(strategy.gpu_reserved).value_or(gpu_reserved_);
+  return wishes;
 }
 
 residency::Plan Planned::plan() const {
@@ -81,9 +107,8 @@ void Planned::loaded() { lease(with_uncounted(plan_.ram_bytes)); }
 
 void Planned::change(const MemoryStrategy& strategy,
                      const std::function<void(const residency::Plan& next)>& apply) {
-  check_memory_strategy(strategy);
-  const residency::Wishes wishes{.cpu_cache_size = bytes_of(strategy.cpu_cache_size),
-                                 .prefetch_size = bytes_of(strategy.prefetch_size)};
+  check(strategy);
+  const residency::Wishes wishes = wishes_of(strategy);
   residency::Plan next;
   const std::uint64_t before = lease_.bytes();
   lease_.resize([&](std::uint64_t others) {
@@ -102,6 +127,7 @@ void Planned::change(const MemoryStrategy& strategy,
     throw;
   }
   lease(with_uncounted(next.ram_bytes));
+  gpu_reserved_ = wishes.gpu_reserved;
   const std::lock_guard lock(mutex_);
   plan_ = std::move(next);
 }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 
 #include "dsfp4/model.h"
 #include "memory/account.h"
@@ -40,22 +41,28 @@ class Planned {
   Planned(const Planned&) = delete;
   Planned& operator=(const Planned&) = delete;
 
+  /// Throws ParameterError for an option out of range, or of memory that the device does not have.
+  void check(const MemoryStrategy& strategy) const;
   /// At any time, from any thread.
   residency::Plan plan() const;
   /// The model is loaded: what only that took is given back.
   void loaded();
-  /// Other slots, within what this and the other models of the process leave now. Calls `apply`
+  /// Other slots of RAM and VRAM, within what this and the other models of the process leave now;
+  /// what is not given is planned, but gpu_reserved stays. The model must be tiered. Calls `apply`
   /// with the new plan before it holds; what `apply` throws leaves everything as it was.
   void change(const MemoryStrategy& strategy,
               const std::function<void(const residency::Plan& next)>& apply);
 
  private:
+  residency::Wishes wishes_of(const MemoryStrategy& strategy) const;
   void lease(std::uint64_t bytes);
 
+  std::string device_;  // LoadOptions::device
   residency::ModelBytes model_;
   residency::Budgets budgets_;  // as they were when the model was loaded
   std::uint64_t outside_ = 0;   // bytes of the process then, but the other models'
-  mutable std::mutex mutex_;    // of plan_
+  std::uint64_t gpu_reserved_ = 0;
+  mutable std::mutex mutex_;  // of plan_
   residency::Plan plan_;
   memory::Account::Lease lease_;
 };

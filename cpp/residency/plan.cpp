@@ -19,12 +19,19 @@ constexpr std::uint64_t kMost = std::numeric_limits<std::uint64_t>::max();
 // Memory that a plan lacks.
 struct Shortage {
   const char* purpose = "";
-  std::uint64_t beside_kv = 0;  // bytes from which on it would fit, but the KV cache's
-  const char* lower = "";       // what the user gave too much of; empty: max_context
+  std::uint64_t needed = 0;  // bytes from which on it would fit
+  std::string lower;         // what may be lowered instead; empty: nothing helps
+  bool vram = false;
 };
 
 constexpr const char* kFloor = "what is always in memory and the smallest buffers for what is not";
 constexpr const char* kCache = "cpu_cache_size and what else is in memory";
+constexpr const char* kLoading =
+    "what this process has already and the buffers that weights are loaded through";
+constexpr const char* kDeviceFloor =
+    "the dense weights, the KV cache, a step and a few slots for experts";
+constexpr const char* kDeviceCache = "max_experts and what else is in VRAM";
+constexpr const char* kDeviceWhole = "the whole model with its KV cache and its buffers";
 
 using Trial = std::variant<Plan, Shortage>;
 
@@ -49,6 +56,9 @@ std::uint64_t ram_ceiling(const Budgets& budgets) {
   return std::min(ram_limit(budgets), most_ram(budgets.machine));
 }
 
+// VRAM that there is for the model and for gpu_reserved.
+std::uint64_t vram_of(const Budgets& budgets) { return budgets.vram.value_or(0); }
+
 std::string gigabytes(std::uint64_t bytes) {
   char text[32];
   std::snprintf(text, sizeof(text), "%.1f GB", static_cast<double>(bytes) * 1e-9);
@@ -66,20 +76,26 @@ std::string shorter_context(const ModelBytes& model, std::uint64_t beside_kv,
   return "max_context to " + std::to_string(blocks * ops::kKvBlockTokens);
 }
 
-[[noreturn]] void refuse(const Shortage& shortage, const ModelBytes& model, const Budgets& budgets,
-                         std::uint64_t kv) {
-  const std::uint64_t ceiling = ram_ceiling(budgets);
+[[noreturn]] void refuse(const Shortage& shortage, const Budgets& budgets, const Wishes& wishes) {
   std::string lower = shortage.lower;
-  if (lower.empty()) lower = shorter_context(model, shortage.beside_kv, ceiling);
+  if (shortage.vram && wishes.gpu_reserved > 0 &&
+      shortage.needed - std::min(shortage.needed, wishes.gpu_reserved) <= vram_of(budgets)) {
+    lower += lower.empty() ? "gpu_reserved" : " or gpu_reserved";
+  }
   if (!lower.empty()) lower = ", or lower " + lower;
+  if (shortage.vram) {
+    throw MemoryLimitError(
+        shortage.purpose, shortage.needed, vram_of(budgets),
+        "raise memory_limit" + lower + "; device cpu leaves on the SSD what does not fit", "VRAM");
+  }
+  const std::uint64_t ceiling = ram_ceiling(budgets);
   std::string advice = "raise ram_limit";
   if (ceiling < ram_limit(budgets)) {
     advice = "more would make the machine swap: free some memory";
   } else if (budgets.ram_limit == 0) {
     advice = "free some memory, or set ram_limit if the machine can spare more";
   }
-  throw MemoryLimitError(shortage.purpose, sum_of({shortage.beside_kv, kv}), ceiling,
-                         advice + lower);
+  throw MemoryLimitError(shortage.purpose, shortage.needed, ceiling, advice + lower);
 }
 
 // ---- a model in RAM
@@ -120,28 +136,33 @@ std::uint64_t staging_slots(const ModelBytes& model, const Wishes& wishes) {
   return slots;
 }
 
+// Neither cache is to be smaller than all experts.
+bool wants_all(const ModelBytes& model, const Wishes& wishes) {
+  return wishes.max_experts.value_or(kMost) >= model.experts &&
+         wishes.cpu_cache_size.value_or(kMost) >= model.expert_slot * model.experts;
+}
+
 // Slots of the cache that the user asked for.
 std::uint64_t wished_slots(const ModelBytes& model, const Wishes& wishes) {
   return model.expert_slot > 0 ? wishes.cpu_cache_size.value_or(0) / model.expert_slot : 0;
 }
 
-// Gives the slots what `others` leave of `ceiling`; both count the KV cache. Returns what is
-// lacking.
+// Gives the slots what `others` leave of `ceiling`, in RAM. Returns what is lacking.
 std::optional<Shortage> place_slots(const ModelBytes& model, const Wishes& wishes,
                                     std::uint64_t others, std::uint64_t ceiling, Plan& plan) {
   const std::uint64_t staging = staging_slots(model, wishes);
+  const std::uint64_t wanted = wished_slots(model, wishes);
   const std::uint64_t floor = sum_of({others, staging * model.expert_slot});
+  const std::uint64_t needed = sum_of({floor, wanted * model.expert_slot});
+  const char* purpose = wanted > 0 ? kCache : kFloor;
   if (floor > ceiling) {
-    return Shortage{kFloor, floor - plan.kv_bytes, "prefetch_size"};
+    if (sum_of({others, model.expert_slot}) > ceiling) return Shortage{purpose, needed, ""};
+    return Shortage{purpose, needed,
+                    wanted > 0 ? "prefetch_size and cpu_cache_size" : "prefetch_size"};
   }
+  if (needed > ceiling) return Shortage{purpose, needed, "cpu_cache_size"};
   std::uint64_t cached = (ceiling - floor) / model.expert_slot;
-  if (wishes.cpu_cache_size) {
-    const std::uint64_t wanted = wished_slots(model, wishes);
-    if (wanted > cached) {
-      return Shortage{kCache, floor + wanted * model.expert_slot - plan.kv_bytes, "cpu_cache_size"};
-    }
-    cached = wanted;
-  }
+  if (wishes.cpu_cache_size) cached = wanted;
   plan.cache_slots = static_cast<std::size_t>(std::min(cached, model.experts));
   plan.slots = plan.cache_slots + static_cast<std::size_t>(staging);
   plan.expert_bytes = plan.slots * model.expert_slot;
@@ -166,9 +187,11 @@ Trial try_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& 
   Plan plan = whole_plan(model, wishes, step);
   const std::uint64_t rest = sum_of(
       {budgets.machine.process, memory::kUncountedBytes, model.dense, model.reader, step.bytes});
-  const bool cache_holds_all =
-      !wishes.cpu_cache_size || *wishes.cpu_cache_size >= model.expert_slot * model.experts;
-  const std::uint64_t whole = cache_holds_all ? sum_of({rest, model.expert_bytes}) : kMost;
+  const std::uint64_t whole = wants_all(model, wishes) ? sum_of({rest, model.expert_bytes}) : kMost;
+  const auto lacks = [&](const char* purpose, std::uint64_t beside_kv) {
+    return Shortage{purpose, sum_of({beside_kv, plan.kv_bytes}),
+                    shorter_context(model, beside_kv, ceiling)};
+  };
   const auto finish = [&] {
     plan.ram_bytes =
         sum_of({plan.dense_bytes, plan.expert_bytes, plan.kv_bytes, model.reader, plan.step_bytes});
@@ -185,37 +208,44 @@ Trial try_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& 
     if (floor - saved > ceiling) {
       // No layer is streamed for the sake of a cache, so one that was asked for needs them all.
       const std::uint64_t cache = wished_slots(model, wishes) * model.expert_slot;
-      if (cache > 0) return Shortage{kCache, std::min(rest + staging + cache, whole)};
-      return Shortage{kFloor, std::min(rest + staging - saved, whole)};
+      if (cache > 0) return lacks(kCache, std::min(rest + staging + cache, whole));
+      return lacks(kFloor, std::min(rest + staging - saved, whole));
     }
   }
   plan.dense_bytes -= saved;
   if (plan.tiered) {
     auto lacking = place_slots(model, wishes, sum_of({rest, plan.kv_bytes}) - saved, ceiling, plan);
     if (lacking) {  // with more memory no layer would be streamed
-      lacking->beside_kv = std::min(lacking->beside_kv + saved, whole);
+      lacking->needed = std::min(lacking->needed + saved, sum_of({whole, plan.kv_bytes}));
       return *lacking;
     }
   }
   return finish();
 }
 
-Plan plan_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
-  const Trial first = try_in_ram(model, budgets, wishes, model.steps.front());
-  if (const auto* shortage = std::get_if<Shortage>(&first)) {
-    refuse(*shortage, model, budgets, kv_bytes(model, wishes.max_context));
-  }
+using Attempt = Trial (*)(const ModelBytes&, const Budgets&, const Wishes&,
+                          const ModelBytes::Step&);
+
+// The plan that `attempt` makes with the chunks that pay.
+Plan best_plan(Attempt attempt, const ModelBytes& model, const Budgets& budgets,
+               const Wishes& wishes) {
+  const Trial first = attempt(model, budgets, wishes, model.steps.front());
+  if (const auto* shortage = std::get_if<Shortage>(&first)) refuse(*shortage, budgets, wishes);
   const Plan& shortest = std::get<Plan>(first);
   if (!shortest.tiered) return shortest;
   // Longer chunks read less, so they come before a larger cache, up to a point.
   for (std::size_t i = model.steps.size(); i-- > 1;) {
     const ModelBytes::Step& step = model.steps[i];
     if (step.bytes > kActivationBytes) continue;
-    const Trial trial = try_in_ram(model, budgets, wishes, step);
+    const Trial trial = attempt(model, budgets, wishes, step);
     const auto* plan = std::get_if<Plan>(&trial);
     if (plan == nullptr) continue;
-    const std::size_t price = shortest.cache_slots / (step.bytes > kSmallActivationBytes ? 8 : 2);
-    if (plan->cache_slots + price >= shortest.cache_slots &&
+    const std::size_t share = step.bytes > kSmallActivationBytes ? 8 : 2;
+    const auto leaves_most = [&](std::size_t before, std::size_t after) {
+      return after + before / share >= before;
+    };
+    if (leaves_most(shortest.cache_slots, plan->cache_slots) &&
+        leaves_most(shortest.device_cache_slots, plan->device_cache_slots) &&
         plan->streamed_layers() <= shortest.streamed_layers()) {
       return *plan;
     }
@@ -225,29 +255,106 @@ Plan plan_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& 
 
 // ---- a model in VRAM
 
-// Of which `vram` bytes are left.
-Plan plan_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes,
-                  std::uint64_t vram) {
-  const ModelBytes::Step& step = model.steps.front();
-  Plan plan = whole_plan(model, wishes, step);
+// All of it, with what loading takes of RAM.
+Plan whole_in_vram(const ModelBytes& model, const Wishes& wishes) {
+  Plan plan = whole_plan(model, wishes, model.steps.front());
   plan.load_bytes = sum_of({model.reader, model.load_buffer});
-  const std::uint64_t ram =
-      sum_of({budgets.machine.process, memory::kUncountedBytes, plan.load_bytes});
-  if (ram > ram_ceiling(budgets)) {
-    refuse({"what this process has already and the buffers that weights are loaded through", ram},
-           {}, budgets, 0);
-  }
-  const std::uint64_t beside_kv = sum_of({model.dense, model.expert_bytes, step.bytes});
-  plan.vram_bytes = sum_of({beside_kv, plan.kv_bytes});
-  if (plan.vram_bytes > vram) {
-    const std::string lower = shorter_context(model, beside_kv, vram);
-    throw MemoryLimitError("the whole model with its KV cache and its buffers", plan.vram_bytes,
-                           vram,
-                           lower.empty() ? "device cpu leaves on the SSD what does not fit"
-                                         : "raise memory_limit, or lower " + lower,
-                           "VRAM");
-  }
+  plan.vram_bytes = sum_of({plan.dense_bytes, plan.expert_bytes, plan.kv_bytes, plan.step_bytes});
   return plan;
+}
+
+// Bytes of the experts that are to be cached in VRAM.
+std::uint64_t wished_device_bytes(const ModelBytes& model, const Wishes& wishes) {
+  return std::min(wishes.max_experts.value_or(0), model.experts) * model.device_slot;
+}
+
+// Gives the VRAM slots what `others` leave of `ceiling`. Returns what is lacking.
+std::optional<Shortage> place_device_slots(const ModelBytes& model, const Wishes& wishes,
+                                           std::uint64_t others, std::uint64_t ceiling,
+                                           Plan& plan) {
+  const std::uint64_t floor =
+      sum_of({wishes.gpu_reserved, others, kDeviceRing * model.device_slot});
+  const std::uint64_t wished = wished_device_bytes(model, wishes);
+  const std::uint64_t needed = sum_of({floor, wished});
+  if (floor > ceiling) return Shortage{wished > 0 ? kDeviceCache : kDeviceFloor, needed, "", true};
+  std::uint64_t cached = (ceiling - floor) / model.device_slot;
+  if (needed > ceiling) {
+    return Shortage{kDeviceCache, needed, "max_experts to " + std::to_string(cached), true};
+  }
+  if (wishes.max_experts) cached = *wishes.max_experts;
+  plan.device_cache_slots = static_cast<std::size_t>(std::min(cached, model.experts));
+  plan.device_slots = plan.device_cache_slots + kDeviceRing;
+  plan.device_expert_bytes = plan.device_slots * model.device_slot;
+  return std::nullopt;
+}
+
+// `lacking` of place_device_slots() for a model that is being loaded, with what could be lowered.
+Shortage device_shortage(const ModelBytes& model, const Wishes& wishes, std::uint64_t vram,
+                         const Plan& plan, Shortage lacking) {
+  const std::uint64_t least = sum_of(
+      {wishes.gpu_reserved, plan.dense_bytes, plan.step_bytes, kDeviceRing * model.device_slot});
+  const std::uint64_t wished = wished_device_bytes(model, wishes);
+  // A few slots may take more than all experts of a tiny model.
+  const std::uint64_t whole =
+      wants_all(model, wishes)
+          ? sum_of({wishes.gpu_reserved, model.dense, model.expert_bytes, plan.step_bytes})
+          : kMost;
+  lacking.needed = std::min(lacking.needed, sum_of({whole, plan.kv_bytes}));
+  if (!lacking.lower.empty()) return lacking;
+  lacking.lower = shorter_context(model, std::min(sum_of({least, wished}), whole), vram);
+  if (lacking.lower.empty() && wished > 0) {
+    const std::string shorter = shorter_context(model, least, vram);
+    if (!shorter.empty()) lacking.lower = "max_experts to 0 and " + shorter;
+  }
+  return lacking;
+}
+
+// In VRAM, RAM and the files, with chunks of `step.rows`.
+Trial try_tiers(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes,
+                const ModelBytes::Step& step) {
+  Plan plan = whole_plan(model, wishes, step);
+  plan.tiered = true;
+  plan.embedding_in_ram = model.embedding > 0;
+  plan.dense_bytes -= model.embedding;
+  plan.embedding_bytes = plan.embedding_in_ram ? model.host_embedding : 0;
+  plan.host_step_bytes = step.host_bytes;
+  const std::uint64_t in_vram = sum_of({plan.dense_bytes, plan.kv_bytes, plan.step_bytes});
+  if (auto lacking = place_device_slots(model, wishes, in_vram, vram_of(budgets), plan)) {
+    return device_shortage(model, wishes, vram_of(budgets), plan, std::move(*lacking));
+  }
+  plan.vram_bytes = in_vram + plan.device_expert_bytes;
+
+  const std::uint64_t ceiling = ram_ceiling(budgets);
+  const std::uint64_t always = sum_of({plan.embedding_bytes, model.reader});
+  const std::uint64_t rest = sum_of({budgets.machine.process, memory::kUncountedBytes, always});
+  const std::uint64_t loading = sum_of({rest, model.load_buffer});
+  if (auto lacking = place_slots(model, wishes, sum_of({rest, step.host_bytes}), ceiling, plan)) {
+    lacking->needed = std::max(lacking->needed, loading);
+    return *lacking;
+  }
+  if (loading > ceiling) return Shortage{kLoading, loading, ""};
+  const std::uint64_t later = plan.expert_bytes + plan.host_step_bytes;
+  plan.ram_bytes = always + later;
+  plan.load_bytes = model.load_buffer - std::min(model.load_buffer, later);
+  return plan;
+}
+
+Plan plan_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
+  Plan whole = whole_in_vram(model, wishes);
+  const std::uint64_t needed = sum_of({wishes.gpu_reserved, whole.vram_bytes});
+  if (needed <= vram_of(budgets) && wants_all(model, wishes)) {
+    const std::uint64_t ram =
+        sum_of({budgets.machine.process, memory::kUncountedBytes, whole.load_bytes});
+    if (ram > ram_ceiling(budgets)) refuse({kLoading, ram, ""}, budgets, wishes);
+    return whole;
+  }
+  if (model.experts == 0) {
+    const std::uint64_t beside_kv =
+        sum_of({wishes.gpu_reserved, whole.dense_bytes, whole.step_bytes});
+    refuse({kDeviceWhole, needed, shorter_context(model, beside_kv, vram_of(budgets)), true},
+           budgets, wishes);
+  }
+  return best_plan(try_tiers, model, budgets, wishes);
 }
 
 std::vector<std::string> warnings_of(const Plan& plan, const Budgets& budgets) {
@@ -277,8 +384,8 @@ std::size_t Plan::streamed_layers() const {
 }
 
 Plan make_plan(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
-  Plan plan = budgets.vram ? plan_in_vram(model, budgets, wishes, *budgets.vram)
-                           : plan_in_ram(model, budgets, wishes);
+  Plan plan = budgets.vram ? plan_in_vram(model, budgets, wishes)
+                           : best_plan(try_in_ram, model, budgets, wishes);
   plan.warnings = warnings_of(plan, budgets);
   return plan;
 }
@@ -286,11 +393,16 @@ Plan make_plan(const ModelBytes& model, const Budgets& budgets, const Wishes& wi
 Plan with_slots(const Plan& plan, const ModelBytes& model, const Budgets& budgets,
                 const Wishes& wishes) {
   Plan next = plan;
+  if (budgets.vram) {
+    const std::uint64_t others = plan.vram_bytes - plan.device_expert_bytes;
+    const auto lacking = place_device_slots(model, wishes, others, vram_of(budgets), next);
+    if (lacking) refuse(*lacking, budgets, wishes);
+    next.vram_bytes = others + next.device_expert_bytes;
+  }
   const std::uint64_t others = plan.ram_bytes - plan.expert_bytes;
   const std::uint64_t taken = sum_of({budgets.machine.process, memory::kUncountedBytes, others});
-  if (const auto lacking = place_slots(model, wishes, taken, ram_ceiling(budgets), next)) {
-    refuse(*lacking, model, budgets, plan.kv_bytes);
-  }
+  const auto lacking = place_slots(model, wishes, taken, ram_ceiling(budgets), next);
+  if (lacking) refuse(*lacking, budgets, wishes);
   next.ram_bytes = others + next.expert_bytes;
   return next;
 }

@@ -18,14 +18,19 @@ struct ModelBytes {
   struct Step {
     std::int64_t rows = 0;
     std::uint64_t bytes = 0;  // activations, and what ops work in
+    /// Of RAM, where experts of a model on a GPU are computed by the host.
+    std::uint64_t host_bytes = 0;
   };
 
   std::uint64_t dense = 0;              // all weights but the routed experts
+  std::uint64_t embedding = 0;          // of those, the embedding, if it is not the head as well
+  std::uint64_t host_embedding = 0;     // of the same, laid out as in the files
   std::vector<std::uint64_t> layers;    // of those, what a layer would not need if it were streamed
   std::uint64_t layer_buffer = 0;       // holds what is streamed of any layer
   std::uint64_t experts = 0;            // how many there are, in all layers
   std::uint64_t expert_bytes = 0;       // of all routed experts, loaded whole
   std::uint64_t expert_slot = 0;        // of one in an ExpertStore
+  std::uint64_t device_slot = 0;        // of one in VRAM
   std::uint64_t experts_per_token = 0;  // of a layer
   std::uint64_t kv_block = 0;           // of the cached latents of ops::kKvBlockTokens tokens
   std::vector<Step> steps;        // chunks that a prompt may be cut into, ascending; at least one
@@ -44,33 +49,47 @@ struct Budgets {
 
 /// The user's wishes.
 struct Wishes {
-  std::int64_t max_context = 0;                 // tokens
-  std::int64_t prefetch_layers = 1;             // streamed layers that are read ahead, at least 1
-  std::optional<std::uint64_t> cpu_cache_size;  // bytes of cached experts
-  std::optional<std::uint64_t> prefetch_size;   // of slots for reads in flight and speculation
+  std::int64_t max_context = 0;                   // tokens
+  std::int64_t prefetch_layers = 1;               // streamed layers that are read ahead, at least 1
+  std::optional<std::uint64_t> cpu_cache_size;    // bytes of cached experts
+  std::optional<std::uint64_t> prefetch_size;     // of slots for reads in flight and speculation
+  std::optional<std::uint64_t> max_experts = {};  // cached in VRAM
+  std::uint64_t gpu_reserved = 0;                 // bytes of Budgets::vram that others get
 };
+
+/// VRAM slots for experts that only pass through, beside the cached ones.
+inline constexpr std::size_t kDeviceRing = 4;
 
 /// A chunk's activations may be so large, in bytes; beyond the smaller amount they take an eighth
 /// of what the experts' cache would have at most, below it a half.
 inline constexpr std::uint64_t kActivationBytes = std::uint64_t{2} << 30;
 inline constexpr std::uint64_t kSmallActivationBytes = std::uint64_t{1} << 30;
 
+/// The memory of a model is VRAM if a GPU holds it, else RAM.
 struct Plan {
   std::int64_t chunk = 0;         // rows of a prompt that pass the layers together
-  bool tiered = false;            // experts stay in the files; else all are loaded
+  bool tiered = false;            // experts stay in the files; else all are in the model's memory
+  bool embedding_in_ram = false;  // in RAM as in the files, while the model's memory is VRAM
   std::vector<bool> streamed;     // by layer: its dense weights stay there, too; empty: none
   std::size_t layer_buffers = 0;  // that those go round through
-  std::size_t slots = 0;          // for experts
+  std::size_t slots = 0;          // for experts, in RAM: an ExpertStore's; 0: not tiered
   std::size_t cache_slots = 0;    // of those
+  std::size_t device_slots = 0;   // for experts, in VRAM; 0: not tiered, or no GPU
+  std::size_t device_cache_slots = 0;  // of those; the others are kDeviceRing
 
-  // In bytes, all in VRAM if the model is there.
-  std::uint64_t dense_bytes = 0;   // layer buffers, too
-  std::uint64_t expert_bytes = 0;  // of slots, or of all experts
+  // Bytes in the model's memory.
+  std::uint64_t dense_bytes = 0;  // layer buffers, too; without the embedding_in_ram
   std::uint64_t kv_bytes = 0;
   std::uint64_t step_bytes = 0;
+  std::uint64_t expert_bytes = 0;  // of all experts; tiered: of `slots`, which are always in RAM
+  // Bytes in RAM, of a tiered model on a GPU.
+  std::uint64_t embedding_bytes = 0;
+  std::uint64_t host_step_bytes = 0;
+  // Bytes in VRAM, of the same.
+  std::uint64_t device_expert_bytes = 0;  // of `device_slots`
 
-  // In all, in bytes.
-  std::uint64_t ram_bytes = 0;   // as long as the model lives
+  // Bytes in all.
+  std::uint64_t ram_bytes = 0;   // as long as the model lives; the reader's, too
   std::uint64_t load_bytes = 0;  // of RAM, besides, while it is loaded
   std::uint64_t vram_bytes = 0;
 
@@ -87,14 +106,19 @@ std::uint64_t most_ram(const memory::MachineMemory& machine);
 /// default what is left. Where the rest does not fit beside the staging, as few layers as possible
 /// are streamed, evenly spread, so that each is read while those between are computed. Chunks are
 /// as long as kActivationBytes allow where experts are read once for each, else the shortest.
-/// A GPU gets the whole model.
+///
+/// A GPU gets the whole model if it fits into VRAM and neither max_experts nor cpu_cache_size is
+/// below all experts. Else one with routed experts gets three tiers: VRAM has the dense weights,
+/// the KV cache, a step and slots, of which max_experts are cached, by default as many as fit; RAM
+/// has slots as above, and the embedding, of which a token needs one row; the files have the rest.
+/// Chunks are as long as above. No dense weights are streamed to VRAM.
 ///
 /// Throws MemoryLimitError where not even that is there, with the bytes from which on it loads and
-/// a max_context that would fit, if there is one; ParameterError for a prefetch_size below one
-/// expert.
+/// what would fit if it were lowered (a max_context, max_experts), if there is something;
+/// ParameterError for a prefetch_size below one expert.
 Plan make_plan(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes);
 
-/// `plan`, which is tiered, with slots as `wishes` say; the rest stays where it is. Throws as
+/// `plan`, which is tiered, with slots of RAM and VRAM as `wishes` say; the rest stays. Throws as
 /// make_plan().
 Plan with_slots(const Plan& plan, const ModelBytes& model, const Budgets& budgets,
                 const Wishes& wishes);

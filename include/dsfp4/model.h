@@ -47,12 +47,18 @@ struct MemoryConfig {
   double expert_threshold = 0.0;
 };
 
-/// Where RAM goes. GB are 10^9 bytes. Nothing given: planned from what the machine has.
+/// Where RAM and VRAM go. GB are 10^9 bytes. Nothing given: planned from what the machine has.
 struct MemoryStrategy {
-  /// GB for cached experts. A model whose experts all fit is loaded whole.
+  /// GB of RAM for cached experts. A model whose experts all fit is loaded whole.
   std::optional<double> cpu_cache_size;
-  /// GB for experts that are being read, or pass by the cache; at least one expert.
+  /// GB of RAM for experts that are being read, or pass by the cache; at least one expert.
   std::optional<double> prefetch_size;
+  /// Experts that may stay in VRAM, 0 (none) to 2^31 - 1; a few more pass through. Device "cuda"
+  /// only, as the next. Not given: as many as fit.
+  std::optional<std::int64_t> max_experts;
+  /// GB of VRAM, within LoadOptions::memory_limit, that are left to others. Not given: as before,
+  /// at first 0.
+  std::optional<double> gpu_reserved;
 };
 
 /// Counted since the model was loaded; bytes and seconds.
@@ -84,8 +90,8 @@ struct ModelStats {
 };
 
 struct LoadOptions {
-  /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; all weights must fit in its memory) or "reference"
-  /// (scalar, FP32 with FP64 sums; for checking, slow).
+  /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; its memory must hold all weights but the routed
+  /// experts and the embedding) or "reference" (scalar, FP32 with FP64 sums; for checking, slow).
   std::string device = "cpu";
   /// Compute threads, 1 to 1024; 0 means one for each core that the process may use, fewer where a
   /// CPU quota is less.

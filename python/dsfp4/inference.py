@@ -43,6 +43,8 @@ class Memory(TypedDict, total=False):
 
     cpu_cache_size: float | None
     prefetch_size: float | None
+    max_experts: int | None
+    gpu_reserved: float | None
     prefetch_layers: int | None
     expert_threshold: float
     cache_policy: str
@@ -60,11 +62,11 @@ class DeepseekInference:
     `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision;
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included, and None is what is
     free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
-    `progress` is called with the bytes loaded and the bytes in all. For a model that does not fit
-    into RAM, `cpu_cache_size` and `prefetch_size` in GB, `prefetch_layers`, `expert_threshold`,
-    `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of Model, and so is `trace`.
-    Raises the errors of `dsfp4.errors`. May be used by several threads: generations run one after
-    the other. Is a context manager.
+    `progress` is called with the bytes loaded and the bytes in all. For a model that does not fit,
+    `cpu_cache_size`, `prefetch_size` and `gpu_reserved` in GB, `max_experts`, `prefetch_layers`,
+    `expert_threshold`, `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of
+    Model, and so is `trace`. Raises the errors of `dsfp4.errors`. May be used by several threads:
+    generations run one after the other. Is a context manager.
 
     generate() and chat() take these options:
 
@@ -138,7 +140,7 @@ class DeepseekInference:
         )
 
     def set_memory_strategy(self, strategy: Mapping[str, float]) -> None:
-        """Change where RAM goes; see Model.set_memory_strategy()."""
+        """Change where RAM and VRAM go; see Model.set_memory_strategy()."""
         self.model.set_memory_strategy(strategy)
 
     def stats(self) -> dict[str, Any]:

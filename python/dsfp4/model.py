@@ -48,9 +48,10 @@ class Model:
     """A checkpoint, loaded on one device.
 
     `path` is a checkpoint folder or "demo"; `device` is "cpu", "cuda" (an NVIDIA GPU whose memory
-    holds all weights), "reference" (scalar and slow: the truth that the others are compared with)
-    or "auto", the fastest present: a GPU that is too small is passed over with a warning;
-    `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit;
+    holds at least all weights but the routed experts and the embedding), "reference" (scalar and
+    slow: the truth that the others are compared with) or "auto", the fastest present: a GPU that is
+    too small is passed over with a warning; `threads` 0 is one for each core; `max_context` is in
+    tokens, 0 is the model's own limit;
     `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included; None is what is free;
@@ -60,8 +61,10 @@ class Model:
 
     A model whose experts do not fit into RAM is run from its files, and so are the dense weights of
     as many layers as must. `cpu_cache_size` is what cached
-    experts may take, `prefetch_size` the memory for reads in flight, both in GB; None is planned
-    from what is available. `prefetch_layers` and `expert_threshold` are as in
+    experts may take, `prefetch_size` the memory for reads in flight, both in GB of RAM; on a GPU,
+    `max_experts` is how many experts may stay in VRAM (0: none) and `gpu_reserved` the GB of VRAM,
+    within `memory_limit`, that are left to others; None is planned from what is available, and no
+    `gpu_reserved`. `prefetch_layers` and `expert_threshold` are as in
     `set_memory_config()`; `prefetch_layers` None is 1 for a prompt, whose tokens need most experts
     between them, and while the cache has room, else 0. `cache_policy` is "default", "lru", "lfu",
     "lrfu" or "router". `warm_start` remembers how experts were used in a small file, so that the
@@ -83,6 +86,8 @@ class Model:
         memory_limit: float | None = None,
         cpu_cache_size: float | None = None,
         prefetch_size: float | None = None,
+        max_experts: int | None = None,
+        gpu_reserved: float | None = None,
         prefetch_layers: int | None = None,
         expert_threshold: float = 0.0,
         cache_policy: str = "default",
@@ -107,6 +112,8 @@ class Model:
             "memory_limit": check_limit(memory_limit),
             "cpu_cache_size": check_optional("cpu_cache_size", cpu_cache_size),
             "prefetch_size": check_optional("prefetch_size", prefetch_size),
+            "max_experts": check_experts(max_experts),
+            "gpu_reserved": check_optional("gpu_reserved", gpu_reserved),
             "prefetch_layers": check_layers(prefetch_layers),
             "expert_threshold": check_real("expert_threshold", expert_threshold),
             "cache_policy": check_text("cache_policy", cache_policy),
@@ -121,7 +128,8 @@ class Model:
         try:
             self._core = _core.Model(folder, device=chosen, **options)
         except MemoryLimitError as error:
-            if device != "auto" or chosen != "cuda" or memory_limit is not None:
+            of_vram = (memory_limit, max_experts, gpu_reserved)
+            if device != "auto" or chosen != "cuda" or any(given is not None for given in of_vram):
                 raise
             warnings.warn(f"using the CPU: {error}", stacklevel=2)
             self._core = _core.Model(folder, device="cpu", **options)
@@ -169,22 +177,24 @@ class Model:
         self._memory_config = wanted
 
     def set_memory_strategy(self, strategy: Mapping[str, float]) -> None:
-        """Change where RAM goes, from the next call on: what fits stays.
+        """Change where RAM and VRAM go, from the next call on: what fits stays.
 
-        Keys, in GB: `cpu_cache_size`, for cached experts, and `prefetch_size`, for reads in flight;
-        what is not named is planned. Raises ParameterError, and MemoryLimitError where there is not
-        so much.
+        Keys: `cpu_cache_size`, GB for cached experts, and `prefetch_size`, GB for reads in flight;
+        on a GPU `max_experts`, a number of experts that may stay in VRAM, and `gpu_reserved`, GB of
+        VRAM left to others. What is not named is planned, but `gpu_reserved` stays as it is. Raises
+        ParameterError, and MemoryLimitError where there is not so much.
         """
         if not isinstance(strategy, Mapping):
-            raise parameter_error("strategy", f"must map names to GB, not be {strategy!r}")
-        for name in strategy:
-            if name not in ("cpu_cache_size", "prefetch_size"):
-                raise parameter_error(
-                    "strategy", f"has {name!r}; it may have cpu_cache_size and prefetch_size"
-                )
-        self._core.set_memory_strategy(
-            **{name: check_optional(name, value) for name, value in strategy.items()}
-        )
+            raise parameter_error("strategy", f"must map names to numbers, not be {strategy!r}")
+        known = ("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved")
+        wanted: dict[str, Any] = {}
+        for name, value in strategy.items():
+            if name not in known:
+                raise parameter_error("strategy", f"has {name!r}; it may have {', '.join(known)}")
+            wanted[name] = (
+                check_experts(value) if name == "max_experts" else check_optional(name, value)
+            )
+        self._core.set_memory_strategy(**wanted)
 
     def stats(self) -> dict[str, Any]:
         """Return what was counted since loading: hits, misses, bytes and seconds by name.
@@ -327,6 +337,11 @@ def check_layers(prefetch_layers: int | None) -> int | None:
 def check_optional(name: str, value: float | None) -> float | None:
     """Return `value` as a float, or None. Raises ParameterError for what is no number."""
     return None if value is None else check_real(name, value)
+
+
+def check_experts(max_experts: float | None) -> int | None:
+    """Return `max_experts`, or None. Raises ParameterError for what is no number of experts."""
+    return None if max_experts is None else check_integer("max_experts", max_experts)
 
 
 def warm_start_folder(warm_start: bool | str | os.PathLike[str]) -> str:

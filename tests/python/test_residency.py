@@ -243,6 +243,15 @@ def test_threshold_leaves_out_light_experts_and_says_so(folder: Path, whole: dsf
         ({"cpu_cache_size": float("nan")}, "cpu_cache_size"),
         ({"cpu_cache_size": "many"}, "cpu_cache_size"),
         ({"cpu_cache_size": 0, "prefetch_size": 0}, "prefetch_size"),
+        ({"max_experts": -1}, "max_experts"),
+        ({"max_experts": 2**31}, "max_experts"),
+        ({"max_experts": 1.5}, "max_experts"),
+        ({"max_experts": True}, "max_experts"),
+        ({"max_experts": 0}, "max_experts': limits VRAM, and device 'cpu' uses none"),
+        ({"gpu_reserved": -1}, "gpu_reserved"),
+        ({"gpu_reserved": float("nan")}, "gpu_reserved"),
+        ({"gpu_reserved": "1"}, "gpu_reserved"),
+        ({"gpu_reserved": 0}, "gpu_reserved': limits VRAM, and device 'cpu' uses none"),
         ({"prefetch_layers": -1}, "prefetch_layers"),
         ({"prefetch_layers": 17}, "prefetch_layers"),
         ({"expert_threshold": 1.5}, "expert_threshold"),
@@ -258,7 +267,10 @@ def test_bad_options_are_named(folder: Path, options: dict[str, Any], name: str)
 
 def test_bad_settings_are_named_and_change_nothing(folder: Path, whole: dsfp4.Model) -> None:
     model = tiered(folder)
-    for bad in ({"cpu_cache": 1}, {"cpu_cache_size": -1}, {"prefetch_size": 0}, [1]):
+    for bad in (
+        *({"cpu_cache": 1}, {"cpu_cache_size": -1}, {"prefetch_size": 0}, [1]),
+        *({"max_experts": 1}, {"max_experts": 1.0}, {"gpu_reserved": 0.0}, {"gpu_reserved": "1"}),
+    ):
         with pytest.raises(ParameterError):
             model.set_memory_strategy(bad)  # type: ignore[arg-type]
     with pytest.raises(MemoryLimitError):

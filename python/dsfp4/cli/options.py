@@ -116,13 +116,25 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what decides where a model lies that does not fit into RAM."""
+    """Add what decides where a model lies that does not fit."""
     group = parser.add_argument_group("memory, for models that do not fit")
     group.add_argument(
         "--cpu-cache-size", type=real(0, 1e6), metavar="GB", help="RAM for cached experts"
     )
     group.add_argument(
         "--prefetch-size", type=real(0, 1e6), metavar="GB", help="RAM for reads in flight"
+    )
+    group.add_argument(
+        "--max-experts",
+        type=integer(0, _MOST),
+        metavar="N",
+        help="experts that may stay in VRAM, 0 is none; default: as many as fit",
+    )
+    group.add_argument(
+        "--gpu-reserved",
+        type=real(0, 1e6),
+        metavar="GB",
+        help="VRAM that is left to others, within --memory-limit; default: none",
     )
     group.add_argument(
         "--prefetch-layers",
@@ -149,8 +161,8 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of a load that the memory flags gave."""
     names = (
-        *("cpu_cache_size", "prefetch_size", "prefetch_layers"),
-        *("expert_threshold", "warm_start"),
+        *("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved"),
+        *("prefetch_layers", "expert_threshold", "warm_start"),
     )
     return {name: getattr(arguments, name) for name in names}
 

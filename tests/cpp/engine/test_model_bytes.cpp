@@ -1,9 +1,14 @@
 #include <gtest/gtest.h>
 
 #include "checkpoint/config.h"
+#include "emulated/emulated_ops.h"
 #include "engine/model_bytes.h"
 #include "model/decoder.h"
 #include "model/spec.h"
+<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
+=======
+#include "ops/host_routing.h"
+>>>>>>> ca5a0f8
 #include "ops/ops.h"
 #include "residency/plan.h"
 
@@ -61,6 +66,25 @@ TEST(ModelBytes, NoChunkIsLongerThanTheContext) {
   EXPECT_EQ(rows(100), (std::vector<std::int64_t>{100}));
   EXPECT_EQ(rows(256), (std::vector<std::int64_t>{256}));
   EXPECT_EQ(rows(1000), (std::vector<std::int64_t>{256, 512, 1000}));
+}
+
+TEST(ModelBytes, WhatTheHostComputesIsCountedOnAGpuOnly) {
+  const model::ModelSpec spec = model::make_spec(r1());
+  ops::testing::EmulatedOps gpu;
+  WeightSizes sizes;
+  sizes.embedding_bytes = 10;
+  sizes.embedding_host_bytes = 20;
+  sizes.device_slot_bytes = 30;
+  const residency::ModelBytes bytes = model_bytes({spec, gpu, ops::KvFormat::kBf16, 1000}, sizes);
+  EXPECT_EQ(bytes.embedding, 10u);
+  EXPECT_EQ(bytes.host_embedding, 20u);
+  EXPECT_EQ(bytes.device_slot, 30u);
+  // Of 16 rows: 8 inputs and 8 outputs of 7168 values, and 8 times 2048 between them.
+  const std::uint64_t experts = 16 * 4 * (2 * 8 * 7168 + 8 * 2048);
+  for (const residency::ModelBytes::Step& step : bytes.steps) {
+    EXPECT_EQ(step.host_bytes, experts + ops::routing_bytes(step.rows, spec.router));
+  }
+  EXPECT_EQ(bytes_with(1000).steps.back().host_bytes, 0u);
 }
 
 // Predicting the next layer's experts takes more than computing such small ones does.

@@ -1,4 +1,5 @@
 // Models of one process share its RAM; and what a load may take is decided before it takes it.
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -94,6 +95,105 @@ TEST_F(PlannedModels, WhatOnlyLoadingTakesIsGivenBack) {
   EXPECT_EQ(account_.committed(boundless()).process, 5000 + memory::kUncountedBytes);
   planned.loaded();
   EXPECT_EQ(account_.committed(boundless()).process, memory::kUncountedBytes);
+}
+
+// The same on a GPU that does not hold it whole.
+constexpr std::uint64_t kVram = 6000;
+
+residency::ModelBytes in_tiers(residency::ModelBytes model) {
+  model.device_slot = 128;
+  model.embedding = model.host_embedding = 200;
+  return model;
+}
+
+TEST_F(PlannedModels, AGpusSlotsChangeAndWhatIsReservedStays) {
+  LoadOptions options = within(20'000);
+  options.strategy.max_experts = 5;
+  options.strategy.gpu_reserved = 1000 / 1e9;
+  Planned planned(in_tiers(model()), options, 64, machine_, kVram);
+  EXPECT_TRUE(planned.plan().tiered);
+  EXPECT_EQ(planned.plan().device_slots, 5 + residency::kDeviceRing);
+  const auto nothing = [](const residency::Plan&) {};
+  planned.change({}, nothing);
+  // 800 dense, 100 a step, 4 slots of 128 that are not cached.
+  EXPECT_EQ(planned.plan().device_cache_slots, (5000u - 900 - 512) / 128);
+  MemoryStrategy wanted;
+  wanted.gpu_reserved = 0.0;
+  planned.change(wanted, nothing);
+  EXPECT_EQ(planned.plan().device_cache_slots, (6000u - 900 - 512) / 128);
+  planned.change({}, nothing);
+  EXPECT_EQ(planned.plan().device_cache_slots, (6000u - 900 - 512) / 128);
+  wanted.max_experts = 1000;
+  EXPECT_THROW(planned.change(wanted, nothing), MemoryLimitError);
+  wanted.max_experts = 0;
+  planned.change(wanted, [](const residency::Plan& next) {
+    EXPECT_EQ(next.device_slots, residency::kDeviceRing);
+  });
+  EXPECT_EQ(planned.plan().device_cache_slots, 0u);
+}
+
+TEST_F(PlannedModels, AChangeThatFailsKeepsWhatWasReserved) {
+  Planned planned(in_tiers(model()), within(20'000), 64, machine_, kVram);
+  const std::size_t before = planned.plan().device_cache_slots;
+  MemoryStrategy wanted;
+  wanted.gpu_reserved = 1000 / 1e9;
+  const auto fail = [](const residency::Plan&) { throw std::runtime_error("no"); };
+  EXPECT_THROW(planned.change(wanted, fail), std::runtime_error);
+  planned.change({}, [](const residency::Plan&) {});
+  EXPECT_EQ(planned.plan().device_cache_slots, before);
+}
+
+// The parameter that `call` refuses, and what it says.
+template <typename Call>
+std::string refused(const Call& call) {
+  try {
+    call();
+  } catch (const ParameterError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST_F(PlannedModels, WishesOfVramNeedVram) {
+  MemoryStrategy experts;
+  experts.max_experts = 0;
+  MemoryStrategy reserved;
+  reserved.gpu_reserved = 0.0;
+  Planned on_cpu(model(), within(3000), 64, machine_, std::nullopt);
+  ASSERT_TRUE(on_cpu.plan().tiered);
+  const Planned on_gpu(in_tiers(model()), within(20'000 + memory::kUncountedBytes), 64, machine_,
+                       kVram);
+  for (const auto& [strategy, name] :
+       {std::pair(experts, "max_experts"), std::pair(reserved, "gpu_reserved")}) {
+    on_gpu.check(strategy);
+    LoadOptions options = within(3000);
+    options.strategy = strategy;
+    const std::string at_load =
+        refused([&] { Planned(model(), options, 64, machine_, std::nullopt); });
+    const std::string later =
+        refused([&] { on_cpu.change(strategy, [](const residency::Plan&) { FAIL(); }); });
+    for (const std::string& sentence : {at_load, later}) {
+      EXPECT_NE(sentence.find(name), std::string::npos) << sentence;
+      EXPECT_NE(sentence.find("limits VRAM, and device 'cpu' uses none"), std::string::npos);
+    }
+  }
+}
+
+TEST(CheckMemoryStrategy, TakesWhatIsInRange) {
+  const auto with = [](std::int64_t max_experts, double gpu_reserved) {
+    MemoryStrategy strategy;
+    strategy.max_experts = max_experts;
+    strategy.gpu_reserved = gpu_reserved;
+    return refused([&] { check_memory_strategy(strategy); });
+  };
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  EXPECT_EQ(with(0, 0.0), "");
+  EXPECT_EQ(with(kMost, 1e6), "");
+  EXPECT_NE(with(-1, 0.0).find("max_experts"), std::string::npos);
+  EXPECT_NE(with(kMost + 1, 0.0).find("2147483647"), std::string::npos);
+  for (const double bad : {-1e-9, 1.1e6, std::numeric_limits<double>::quiet_NaN()}) {
+    EXPECT_NE(with(0, bad).find("gpu_reserved"), std::string::npos) << bad;
+  }
 }
 
 TEST_F(PlannedModels, TwoEnginesUnderOneLimit) {

@@ -185,29 +185,6 @@ TEST(Plan, ChunksAreLongerWhereTheyCostLittleOfTheCache) {
   EXPECT_EQ(plan(model, kRest + kStaging).chunk, 256);  // longer ones do not fit
 }
 
-TEST(Plan, AGpuHasTheWholeModelOrRefusesBeforeAnythingIsLoaded) {
-  ModelBytes model = small_model();
-  model.load_buffer = 700;
-  Budgets budgets = room_for(750);
-  budgets.vram = 10'950;
-  const Plan on_gpu = make_plan(model, budgets, wishes_of());
-  EXPECT_EQ(on_gpu.vram_bytes, 10'950u);
-  EXPECT_EQ(on_gpu.kv_bytes, 200u);
-  EXPECT_EQ(on_gpu.ram_bytes, 0u);
-  EXPECT_EQ(on_gpu.load_bytes, 750u);
-  budgets.vram = 10'949;
-  const auto error = refusal(model, budgets);
-  ASSERT_TRUE(error);
-  EXPECT_EQ(error->needed(), 10'950u);
-  EXPECT_TRUE(says(error, "of VRAM"));
-  EXPECT_TRUE(says(error, "lower max_context to 192"));
-  budgets = room_for(749);
-  budgets.vram = kUnbounded;
-  const auto of_ram = refusal(model, budgets);
-  ASSERT_TRUE(of_ram);
-  EXPECT_EQ(of_ram->needed(), budgets.ram_limit + 1);
-}
-
 TEST(Plan, SlotsChangeAndTheRestStays) {
   const Budgets budgets = room_for(5000);
   const Plan before = make_plan(small_model(), budgets, wishes_of());

@@ -1,0 +1,333 @@
+// A model over VRAM, RAM and the files, in numbers that are worked out by hand.
+#include <limits>
+#include <optional>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "dsfp4/error.h"
+#include "memory/limits.h"
+#include "residency/plan.h"
+
+namespace dsfp4::residency {
+namespace {
+
+constexpr std::uint64_t kUnbounded = std::numeric_limits<std::uint64_t>::max();
+constexpr std::uint64_t kEnough = 1'000'000;  // of either memory
+constexpr std::uint64_t kProcess = 3000;
+
+ModelBytes small_model() {
+  ModelBytes model;
+  model.dense = 600;
+  model.embedding = 100;
+  model.host_embedding = 110;
+  model.experts = 100;
+  model.expert_bytes = 10'000;
+  model.expert_slot = 120;
+  model.device_slot = 130;
+  model.experts_per_token = 4;
+  model.kv_block = 50;
+  model.steps = {{256, 150, 30}};
+  model.reader = 50;
+  model.load_buffer = 700;
+  return model;
+}
+
+// With 256 tokens, 4 blocks, 200 bytes.
+constexpr std::uint64_t kWhole = 600 + 10'000 + 200 + 150;       // of VRAM
+constexpr std::uint64_t kVram = 600 - 100 + 200 + 150;           // but slots
+constexpr std::uint64_t kVramFloor = kVram + kDeviceRing * 130;  // 1370
+constexpr std::uint64_t kRam = 110 + 50 + 30;                    // but slots
+constexpr std::uint64_t kRamFloor = kRam + 8 * 120;              // two layers' choices: 1150
+
+Wishes wishes_of(std::optional<std::uint64_t> max_experts = {}, std::uint64_t gpu_reserved = 0) {
+  Wishes wishes;
+  wishes.max_context = 256;
+  wishes.max_experts = max_experts;
+  wishes.gpu_reserved = gpu_reserved;
+  return wishes;
+}
+
+Wishes with_cache(std::uint64_t bytes) {
+  Wishes wishes = wishes_of();
+  wishes.cpu_cache_size = bytes;
+  return wishes;
+}
+
+// So much VRAM, and so much RAM beside what the process has and what is not counted.
+Budgets budgets_of(std::uint64_t vram, std::uint64_t ram = kEnough) {
+  return {.ram_limit = kProcess + memory::kUncountedBytes + ram,
+          .machine = {kUnbounded, kUnbounded, kProcess},
+          .vram = vram};
+}
+
+Plan plan(std::uint64_t vram, std::uint64_t ram = kEnough, const Wishes& wishes = wishes_of(),
+          const ModelBytes& model = small_model()) {
+  return make_plan(model, budgets_of(vram, ram), wishes);
+}
+
+std::optional<MemoryLimitError> refusal(const ModelBytes& model, const Budgets& budgets,
+                                        const Wishes& wishes) {
+  try {
+    make_plan(model, budgets, wishes);
+    return std::nullopt;
+  } catch (const MemoryLimitError& error) {
+    return error;
+  }
+}
+
+bool says(const std::optional<MemoryLimitError>& error, const std::string& words) {
+  return error && std::string(error->what()).find(words) != std::string::npos;
+}
+
+// Checks that the model loads with `vram` bytes, but not with one less; returns that refusal.
+std::optional<MemoryLimitError> floor_is(std::uint64_t vram, const Wishes& wishes = wishes_of(),
+                                         const ModelBytes& model = small_model()) {
+  EXPECT_FALSE(refusal(model, budgets_of(vram), wishes));
+  const auto error = refusal(model, budgets_of(vram - 1), wishes);
+  EXPECT_TRUE(says(error, "of VRAM"));
+  EXPECT_EQ(error ? error->needed() : 0, vram);
+  EXPECT_EQ(error ? error->available() : 0, vram - 1);
+  EXPECT_TRUE(says(error, "raise memory_limit"));
+  EXPECT_TRUE(says(error, "device cpu leaves on the SSD what does not fit"));
+  return error;
+}
+
+TEST(PlanInVram, AModelThatFitsIsThereWhole) {
+  const Plan whole = plan(kWhole, 750);
+  EXPECT_FALSE(whole.tiered);
+  EXPECT_FALSE(whole.embedding_in_ram);
+  EXPECT_EQ(whole.slots + whole.device_slots, 0u);
+  EXPECT_EQ(whole.dense_bytes, 600u);
+  EXPECT_EQ(whole.expert_bytes, 10'000u);
+  EXPECT_EQ(whole.kv_bytes, 200u);
+  EXPECT_EQ(whole.vram_bytes, kWhole);
+  EXPECT_EQ(whole.ram_bytes, 0u);
+  EXPECT_EQ(whole.load_bytes, 750u);  // reader and buffer
+  const auto error = refusal(small_model(), budgets_of(kWhole, 749), wishes_of());
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->needed(), error->available() + 1);
+  EXPECT_FALSE(says(error, "VRAM"));
+}
+
+TEST(PlanInVram, OneByteLessMakesThreeTiers) {
+  const Plan tiers = plan(kWhole - 1);
+  EXPECT_TRUE(tiers.tiered);
+  EXPECT_TRUE(tiers.embedding_in_ram);
+  EXPECT_EQ(tiers.device_cache_slots, 73u);  // (10949 - 1370) / 130
+  EXPECT_EQ(tiers.device_slots, 77u);
+  EXPECT_EQ(tiers.device_expert_bytes, 77u * 130);
+  EXPECT_EQ(tiers.dense_bytes, 500u);
+  EXPECT_EQ(tiers.vram_bytes, kVram + 77 * 130);
+  EXPECT_EQ(tiers.cache_slots, 100u);
+  EXPECT_EQ(tiers.slots, 108u);
+  EXPECT_EQ(tiers.expert_bytes, 108u * 120);
+  EXPECT_EQ(tiers.embedding_bytes, 110u);
+  EXPECT_EQ(tiers.host_step_bytes, 30u);
+  EXPECT_EQ(tiers.ram_bytes, kRam + 108 * 120);
+  EXPECT_EQ(tiers.streamed_layers(), 0u);
+}
+
+TEST(PlanInVram, EitherCacheMayAskForTiers) {
+  EXPECT_FALSE(plan(kEnough, kEnough, wishes_of(100)).tiered);
+  EXPECT_FALSE(plan(kEnough, kEnough, with_cache(12'000)).tiered);
+  const Plan few = plan(kEnough, kEnough, wishes_of(7));
+  EXPECT_TRUE(few.tiered);
+  EXPECT_EQ(few.device_cache_slots, 7u);
+  EXPECT_EQ(few.device_slots, 11u);
+  EXPECT_EQ(plan(kEnough, kEnough, wishes_of(0)).device_slots, kDeviceRing);
+  const Plan small = plan(kEnough, kEnough, with_cache(11'999));
+  EXPECT_TRUE(small.tiered);
+  EXPECT_EQ(small.cache_slots, 99u);
+  EXPECT_EQ(small.device_cache_slots, 100u);  // never more than there are
+  EXPECT_EQ(small.device_slots, 104u);
+}
+
+TEST(PlanInVram, ASlotIsCachedFromItsLastByteOn) {
+  EXPECT_EQ(plan(kVramFloor + 129).device_cache_slots, 0u);
+  EXPECT_EQ(plan(kVramFloor + 130).device_cache_slots, 1u);
+}
+
+TEST(PlanInVram, BelowTheFloorTheNumberAndAContextAreNamed) {
+  // 200 bytes are KV, so one byte less leaves 199: 3 blocks.
+  EXPECT_TRUE(says(floor_is(kVramFloor), "or lower max_context to 192;"));
+  // Nothing is left for a block.
+  const auto error = refusal(small_model(), budgets_of(kVramFloor - 200 + 49), wishes_of());
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->needed(), kVramFloor);
+  EXPECT_FALSE(says(error, "max_context"));
+  EXPECT_FALSE(says(error, "or lower"));
+}
+
+TEST(PlanInVram, TooManyExpertsAreNamedWithHowManyFit) {
+  EXPECT_TRUE(says(floor_is(kVramFloor + 20 * 130, wishes_of(20)), "lower max_experts to 19"));
+  EXPECT_TRUE(says(refusal(small_model(), budgets_of(kWhole - 1), wishes_of(1'000)),
+                   "lower max_experts to 73"));
+  EXPECT_TRUE(says(refusal(small_model(), budgets_of(kVramFloor - 1), wishes_of(20)),
+                   "lower max_experts to 0 and max_context to 192"));
+}
+
+TEST(PlanInVram, WhatIsReservedIsTakenFirst) {
+  EXPECT_FALSE(plan(kWhole + 500, kEnough, wishes_of({}, 500)).tiered);
+  const Plan tiers = plan(kWhole + 499, kEnough, wishes_of({}, 500));
+  EXPECT_EQ(tiers.device_cache_slots, 73u);
+  EXPECT_LE(tiers.vram_bytes, kWhole - 1);
+  EXPECT_TRUE(says(floor_is(kVramFloor + 500, wishes_of({}, 500)),
+                   "lower max_context to 192 or gpu_reserved"));
+  // Without it the model would not load either.
+  EXPECT_TRUE(
+      says(refusal(small_model(), budgets_of(1000), wishes_of({}, 1)), "raise memory_limit;"));
+}
+
+TEST(PlanInVram, AnEmbeddingThatIsTheHeadStaysThere) {
+  ModelBytes model = small_model();
+  model.embedding = model.host_embedding = 0;
+  const Plan tiers = plan(kVramFloor + 100, kRamFloor - 110, wishes_of(), model);
+  EXPECT_FALSE(tiers.embedding_in_ram);
+  EXPECT_EQ(tiers.dense_bytes, 600u);
+  EXPECT_EQ(tiers.embedding_bytes, 0u);
+  floor_is(kVramFloor + 100, wishes_of(), model);
+}
+
+TEST(PlanInVram, ATinyModelTakesLessWholeThanInTiers) {
+  ModelBytes model = small_model();
+  model.experts = 2;
+  model.expert_bytes = 240;
+  const std::uint64_t whole = 600 + 240 + 200 + 150;
+  ASSERT_LT(whole, kVramFloor);
+  EXPECT_FALSE(plan(whole, kEnough, wishes_of(), model).tiered);
+  EXPECT_TRUE(says(floor_is(whole, wishes_of(), model), "lower max_context to 192"));
+}
+
+TEST(PlanInVram, AModelWithoutExpertsIsWholeOrRefused) {
+  ModelBytes model = small_model();
+  model.experts = model.expert_bytes = model.expert_slot = model.device_slot = 0;
+  const auto error = floor_is(600 + 200 + 150, wishes_of(), model);
+  EXPECT_TRUE(says(error, "the whole model"));
+  EXPECT_TRUE(says(error, "lower max_context to 192"));
+}
+
+TEST(PlanInVram, RamHoldsTheEmbeddingAndTheStaging) {
+  const Plan least = plan(kVramFloor, kRamFloor);
+  EXPECT_EQ(least.slots, 8u);
+  EXPECT_EQ(least.cache_slots, 0u);
+  EXPECT_EQ(least.ram_bytes, kRamFloor);
+  EXPECT_EQ(least.load_bytes, 0u);  // the slots are taken when the buffer has gone
+  EXPECT_EQ(plan(kVramFloor, kRamFloor + 120).cache_slots, 1u);
+  auto error = refusal(small_model(), budgets_of(kVramFloor, kRamFloor - 1), wishes_of());
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->needed(), error->available() + 1);
+  EXPECT_TRUE(says(error, "of RAM"));
+  EXPECT_TRUE(says(error, "raise ram_limit, or lower prefetch_size"));
+  EXPECT_FALSE(says(error, "max_context"));  // the KV cache is in VRAM
+  error = refusal(small_model(), budgets_of(kVramFloor, kRam + 119), wishes_of());
+  EXPECT_FALSE(says(error, "prefetch_size"));  // not even one slot fits
+  error = refusal(small_model(), budgets_of(kVramFloor, kEnough / 100), with_cache(10'000));
+  ASSERT_TRUE(error);  // 83 slots
+  EXPECT_EQ(error->needed(), kProcess + memory::kUncountedBytes + kRamFloor + 83 * 120);
+  EXPECT_TRUE(says(error, "lower cpu_cache_size"));
+  error = refusal(small_model(), budgets_of(kVramFloor, kRamFloor - 1), with_cache(10'000));
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->needed(), kProcess + memory::kUncountedBytes + kRamFloor + 83 * 120);
+  EXPECT_TRUE(says(error, "lower prefetch_size and cpu_cache_size"));
+}
+
+TEST(PlanInVram, RamHoldsTheBufferThatWeightsAreLoadedThrough) {
+  ModelBytes model = small_model();
+  model.load_buffer = 2000;
+  const std::uint64_t floor = 110 + 50 + 2000;
+  const Plan least = plan(kVramFloor, floor, wishes_of(), model);
+  EXPECT_EQ(least.slots, 16u);  // (2160 - 190) / 120
+  EXPECT_EQ(least.load_bytes, 2000u - 16 * 120 - 30);
+  EXPECT_EQ(least.ram_bytes + least.load_bytes, floor);
+  const auto error = refusal(model, budgets_of(kVramFloor, floor - 1), wishes_of());
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->needed(), error->available() + 1);
+}
+
+TEST(PlanInVram, ChunksAreLongerWhereTheyCostLittleOfTheCache) {
+  ModelBytes model = small_model();
+  model.steps = {{256, 150, 30}, {512, 300, 60}, {1000, 5000, 90}};
+  const Plan made = plan(10'000, kEnough, wishes_of(), model);
+  EXPECT_EQ(made.chunk, 512);  // 66 cached experts, 65 so; 1000 rows leave less than half
+  EXPECT_EQ(made.step_bytes, 300u);
+  EXPECT_EQ(made.host_step_bytes, 60u);
+  EXPECT_EQ(plan(10'000, kEnough, wishes_of(20), model).chunk, 1000);  // they fit beside it
+  EXPECT_EQ(plan(kEnough, kEnough, wishes_of(), model).chunk, 256);    // whole: nothing is read
+  EXPECT_EQ(plan(kVramFloor, kEnough, wishes_of(), model).chunk, 256);
+}
+
+TEST(PlanInVram, SlotsOfBothMemoriesChangeAndTheRestStays) {
+  const Budgets budgets = budgets_of(5000, 5000);
+  const ModelBytes model = small_model();
+  const Plan before = make_plan(model, budgets, wishes_of());
+  EXPECT_EQ(before.device_cache_slots, 27u);  // (5000 - 1370) / 130
+  EXPECT_EQ(before.cache_slots, 32u);         // (5000 - 1150) / 120
+  Wishes wishes = wishes_of(3);
+  wishes.cpu_cache_size = 1200;
+  const Plan after = with_slots(before, model, budgets, wishes);
+  EXPECT_EQ(after.device_cache_slots, 3u);
+  EXPECT_EQ(after.device_slots, 7u);
+  EXPECT_EQ(after.vram_bytes, kVram + 7 * 130);
+  EXPECT_EQ(after.cache_slots, 10u);
+  EXPECT_EQ(after.ram_bytes, kRam + 18 * 120);
+  EXPECT_EQ(after.chunk, before.chunk);
+  const Plan again = with_slots(after, model, budgets, wishes_of());  // planned, as at first
+  EXPECT_EQ(again.device_slots, before.device_slots);
+  EXPECT_EQ(again.slots, before.slots);
+  EXPECT_EQ(with_slots(before, model, budgets, wishes_of({}, 130)).device_cache_slots, 26u);
+  const auto refused = [&](const Wishes& wanted) -> std::optional<MemoryLimitError> {
+    try {
+      with_slots(before, model, budgets, wanted);
+      return std::nullopt;
+    } catch (const MemoryLimitError& error) {
+      return error;
+    }
+  };
+  EXPECT_TRUE(says(refused(wishes_of(28)), "lower max_experts to 27"));
+  EXPECT_TRUE(says(refused(wishes_of({}, 3631)), "lower gpu_reserved"));
+  EXPECT_TRUE(says(refused(with_cache(4000)), "lower cpu_cache_size"));
+}
+
+// DeepSeek-R1 in FP4: 12.5 GB of dense weights and head, 1.85 GB of embedding, 14,848 experts of
+// 24.8 MB, and 61 layers' latents.
+TEST(PlanInVram, R1On16Gb) {
+  ModelBytes model;
+  model.embedding = model.host_embedding = 1'850'000'000;
+  model.dense = 12'500'000'000 + model.embedding;
+  model.experts = 14'848;
+  model.expert_slot = model.device_slot = 24'800'000;
+  model.expert_bytes = model.experts * model.device_slot;
+  model.experts_per_token = 8;
+  model.kv_block = 61 * 64 * 576 * 2;
+  model.steps = {{256, 1'200'000'000, 8'000'000}};
+  model.reader = 64'000'000;
+  model.load_buffer = 1'850'000'000;
+  Wishes wishes;
+  wishes.max_context = 4096;
+  Budgets budgets{.ram_limit = 48'000'000'000,
+                  .machine = {64'000'000'000, 60'000'000'000, 0},
+                  .vram = 16'000'000'000};
+  // 12.5 GB + 64 blocks of 4,497,408 bytes + 1.2 GB + 4 slots.
+  const std::uint64_t floor = 14'087'034'112;
+  const Plan r1 = make_plan(model, budgets, wishes);
+  EXPECT_TRUE(r1.tiered);
+  EXPECT_TRUE(r1.embedding_in_ram);
+  EXPECT_EQ(r1.kv_bytes, 287'834'112u);
+  EXPECT_EQ(r1.device_cache_slots, 77u);  // 1,912,965,888 bytes are left
+  EXPECT_EQ(r1.vram_bytes, floor + 77 * model.device_slot);
+  EXPECT_EQ(r1.slots, 1852u);  // 48 - 0.128 - 1.85 - 0.064 - 0.008 = 45.95 GB
+  EXPECT_EQ(r1.cache_slots, 1836u);
+  EXPECT_EQ(r1.load_bytes, 0u);
+  budgets.vram = 14'000'000'000;
+  const auto error = refusal(model, budgets, wishes);
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->needed(), floor);
+  EXPECT_TRUE(says(error, "need 14.087 GB of VRAM and 14.000 GB are available")) << error->what();
+  EXPECT_TRUE(says(error, "max_context to 2816"));  // 44 blocks in 200.8 MB
+  wishes.max_context = 2816;
+  EXPECT_EQ(make_plan(model, budgets, wishes).device_cache_slots, 0u);
+}
+
+}  // namespace
+}  // namespace dsfp4::residency
