@@ -1,8 +1,10 @@
 """Writes a checkpoint of real width with few layers and random weights, for benchmarks.
 
 Names, shapes, formats and the order of bytes are those of NVIDIA's NVFP4 checkpoints of
-DeepSeek-R1: attention, router, embedding and head in BF16, every MLP in NVFP4. There is no
-tokenizer. The residual stream keeps a known size from layer to layer, from which follow two things
+DeepSeek-R1: attention, router, embedding and head in BF16, every MLP in NVFP4; with `--attention
+fp8-nvfp4`, attention's inputs are FP8 in blocks and its output NVFP4. There is no tokenizer. With
+`--sparse`, routed experts are holes in their files: they read as zeros, without a disk behind
+them. The residual stream keeps a known size from layer to layer, from which follow two things
 that caches and prefetch live on:
 - `--skew Z`: expert r of a layer's ranking is used in proportion to r^-Z (at most once a token).
   The routers' e_score_correction_bias is fitted to that.
@@ -15,6 +17,7 @@ and, with --measure, by running the model.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -40,6 +43,7 @@ HEAD_GAIN = 2.0
 # Mean squares of a random E2M1 code and of the block scales that are used (E4M3 0.5 to 1.875).
 _E2M1_SQUARE = 68.5 / 8
 _SCALE_CODES = (0x30, 0x3F)
+_FP8_SCALE_TILE = 128
 _ORDER = ("F32", "BF16", "F8_E4M3", "U8")  # in a file
 # E[silu(g)^2] u^2 for standard normal g and u: what an MLP of gain 1 gives its down-projection.
 _MLP_SQUARE = 0.3557
@@ -93,20 +97,24 @@ def r1_config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-QUANT_CONFIG = {
-    "producer": {"name": "modelopt", "version": "0.29.0"},
-    "quantization": {
-        "quant_algo": "NVFP4",
-        "kv_cache_quant_algo": None,
-        "group_size": 16,
-        "exclude_modules": [
-            "lm_head",
-            "model.embed_tokens",
-            "model.layers.*.self_attn*",
-            "model.layers.*.mlp.gate",
-        ],
-    },
-}
+def quant_config(attention: str) -> dict[str, Any]:
+    """Return hf_quant_config.json."""
+    inputs = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    kept = ["*"] if attention == "bf16" else [f".{name}" for name in inputs]
+    return {
+        "producer": {"name": "modelopt", "version": "0.29.0"},
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": [
+                "lm_head",
+                "model.embed_tokens",
+                *(f"model.layers.*.self_attn{name}" for name in kept),
+                "model.layers.*.mlp.gate",
+            ],
+        },
+    }
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
@@ -127,6 +135,9 @@ class Source:
         codes = np.arange(_SCALE_CODES[0], _SCALE_CODES[1] + 1)
         values = 2.0 ** (codes // 8 - 7) * (1 + codes % 8 / 8)
         self.nvfp4_rms = math.sqrt(_E2M1_SQUARE * float(np.mean(values**2)))
+        self.fp8_rms = math.sqrt(float(np.mean(values**2)))
+        signs = self._random.integers(0, 2, 1 << 22, np.uint8) << 7
+        self._fp8 = (np.frombuffer(self._scales, np.uint8) | signs).tobytes()
         self._normal = self._random.standard_normal(1 << 22, np.float32)
         self._pools: dict[float, bytes] = {}
 
@@ -135,6 +146,9 @@ class Source:
 
     def scales(self, size: int) -> Iterator[memoryview]:
         return self._cut(self._scales, size, 1)
+
+    def fp8(self, size: int) -> Iterator[memoryview]:
+        return self._cut(self._fp8, size, 1)
 
     def bf16(self, size: int, std: float) -> Iterator[memoryview]:
         if std not in self._pools:
@@ -158,11 +172,25 @@ class Source:
             size -= take
 
 
-class Checkpoint:
-    """The tensors in the order of the layers, each with a function that gives its bytes."""
+class HoleWriter(ShardWriter):
+    """A ShardWriter that can leave tensors out, as holes of a sparse file."""
 
-    def __init__(self, config: dict[str, Any], source: Source) -> None:
-        self.config, self.source = config, source
+    def __init__(self, path: Path, tensors: list[TensorSpec]) -> None:
+        super().__init__(path, tensors)
+        os.ftruncate(self._fd, self._data + self._missing)
+
+    def leave(self, spec: TensorSpec) -> None:
+        self._missing -= spec.size
+
+
+class Checkpoint:
+    """The tensors in the order of the layers, each with a function that gives its bytes.
+
+    Instead of one, a hole has None.
+    """
+
+    def __init__(self, config: dict[str, Any], source: Source, attention: str) -> None:
+        self.config, self.source, self.form = config, source, attention
         self.tensors: list[tuple[TensorSpec, Any]] = []
 
     def bf16(self, module: str, rows: int, cols: int, gain: float) -> None:
@@ -178,33 +206,42 @@ class Checkpoint:
     def norm(self, module: str, width: int) -> None:
         self.array(f"{module}.weight", "BF16", np.full(width, 0x3F80, np.uint16))
 
-    def nvfp4(self, module: str, rows: int, cols: int, gain: float) -> None:
+    def fp8(self, module: str, rows: int, cols: int, gain: float) -> None:
+        size = rows * cols
+        self._add(f"{module}.weight", "F8_E4M3", (rows, cols), size,
+                  lambda: self.source.fp8(size))  # fmt: skip
+        tiles = (-(-rows // _FP8_SCALE_TILE), -(-cols // _FP8_SCALE_TILE))
+        scale = gain / math.sqrt(cols) / self.source.fp8_rms
+        self.array(f"{module}.weight_scale_inv", "F32", np.full(tiles, scale, np.float32))
+
+    def nvfp4(self, module: str, rows: int, cols: int, gain: float, hole: bool = False) -> None:
         size, scales = rows * cols // 2, rows * cols // 16
         self._add(f"{module}.weight", "U8", (rows, cols // 2), size,
-                  lambda: self.source.packed(size))  # fmt: skip
+                  None if hole else lambda: self.source.packed(size))  # fmt: skip
         self._add(f"{module}.weight_scale", "F8_E4M3", (rows, cols // 16), scales,
-                  lambda: self.source.scales(scales))  # fmt: skip
+                  None if hole else lambda: self.source.scales(scales))  # fmt: skip
         scale = gain / math.sqrt(cols) / self.source.nvfp4_rms
         self.array(f"{module}.weight_scale_2", "F32", np.array(scale, np.float32))
         self.array(f"{module}.input_scale", "F32", np.array(1 / 448, np.float32))
 
-    def mlp(self, prefix: str, width: int, down_gain: float) -> None:
+    def mlp(self, prefix: str, width: int, down_gain: float, hole: bool = False) -> None:
         hidden = self.config["hidden_size"]
-        self.nvfp4(f"{prefix}.gate_proj", width, hidden, 1.0)
-        self.nvfp4(f"{prefix}.up_proj", width, hidden, 1.0)
-        self.nvfp4(f"{prefix}.down_proj", hidden, width, down_gain)
+        self.nvfp4(f"{prefix}.gate_proj", width, hidden, 1.0, hole)
+        self.nvfp4(f"{prefix}.up_proj", width, hidden, 1.0, hole)
+        self.nvfp4(f"{prefix}.down_proj", hidden, width, down_gain, hole)
 
     def attention(self, prefix: str, gain: float) -> None:
         c = self.config
         hidden, heads, lora = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"]
         nope, rope, v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
-        self.bf16(f"{prefix}.q_a_proj", c["q_lora_rank"], hidden, 1.0)
+        linear, output = (self.bf16,) * 2 if self.form == "bf16" else (self.fp8, self.nvfp4)
+        linear(f"{prefix}.q_a_proj", c["q_lora_rank"], hidden, 1.0)
         self.norm(f"{prefix}.q_a_layernorm", c["q_lora_rank"])
-        self.bf16(f"{prefix}.q_b_proj", heads * (nope + rope), c["q_lora_rank"], 1.0)
-        self.bf16(f"{prefix}.kv_a_proj_with_mqa", lora + rope, hidden, 1.0)
+        linear(f"{prefix}.q_b_proj", heads * (nope + rope), c["q_lora_rank"], 1.0)
+        linear(f"{prefix}.kv_a_proj_with_mqa", lora + rope, hidden, 1.0)
         self.norm(f"{prefix}.kv_a_layernorm", lora)
-        self.bf16(f"{prefix}.kv_b_proj", heads * (nope + v), lora, 1.0)
-        self.bf16(f"{prefix}.o_proj", hidden, heads * v, gain)
+        linear(f"{prefix}.kv_b_proj", heads * (nope + v), lora, 1.0)
+        output(f"{prefix}.o_proj", hidden, heads * v, gain)
 
     def _add(self, name: str, dtype: str, shape: tuple[int, ...], size: int, data: Any) -> None:
         self.tensors.append((TensorSpec(name, dtype, tuple(shape), size), data))
@@ -218,7 +255,7 @@ def added_square(cosine: float) -> float:
 def build(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Checkpoint, list, float]:
     """Lay out all tensors; return them, the routers (gate, bias) and their inputs' cosine."""
     source = Source(args.seed)
-    out = Checkpoint(config, source)
+    out = Checkpoint(config, source, args.attention)
     hidden, experts = config["hidden_size"], config["n_routed_experts"]
     bias_by_rank = fit_bias(experts, args.skew, ROUTER_GAIN)
     cosine = cosine_for_recall(bias_by_rank, ROUTER_GAIN, args.predictability)
@@ -236,8 +273,9 @@ def build(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Checkpoint,
         if layer < config["first_k_dense_replace"]:
             out.mlp(f"{prefix}.mlp", config["intermediate_size"], math.sqrt(rest / _MLP_SQUARE))
         else:
-            # Eight weights of about 2.5 / 8 each, and the shared expert.
+            # Eight weights of about 2.5 / 8 each, unless they are zeros, and the shared expert.
             routed = config["routed_scaling_factor"] ** 2 / config["num_experts_per_tok"]
+            routed *= not args.sparse
             gain = math.sqrt(rest / _MLP_SQUARE / (1 + routed))
             gate = source.matrix(experts, hidden, ROUTER_GAIN / math.sqrt(hidden))
             bias = bias_by_rank[source.ranking(experts)]
@@ -246,7 +284,7 @@ def build(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Checkpoint,
             out.array(f"{prefix}.mlp.gate.e_score_correction_bias", "F32", bias)
             for expert in range(experts):
                 width = config["moe_intermediate_size"]
-                out.mlp(f"{prefix}.mlp.experts.{expert}", width, gain)
+                out.mlp(f"{prefix}.mlp.experts.{expert}", width, gain, args.sparse)
             out.mlp(f"{prefix}.mlp.shared_experts", config["moe_intermediate_size"], gain)
         square *= 1 + added
     out.norm("model.norm", hidden)
@@ -255,7 +293,7 @@ def build(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Checkpoint,
 
 
 def write(out: Checkpoint, folder: Path) -> int:
-    """Write shards, index and configurations; return the bytes of the shards."""
+    """Write shards, index and configurations; return the bytes of the tensors."""
     shards: list[list[tuple[TensorSpec, Any]]] = [[]]
     filled = 0
     for tensor in out.tensors:
@@ -267,13 +305,15 @@ def write(out: Checkpoint, folder: Path) -> int:
     weight_map, total = {}, 0
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        with ShardWriter(folder / name, [spec for spec, _ in tensors]) as writer:
+        with HoleWriter(folder / name, [spec for spec, _ in tensors]) as writer:
             # In the order of the file, so that the disk sees one stream.
             for spec, data in sorted(tensors, key=lambda t: (_ORDER.index(t[0].dtype), t[0].name)):
                 at = 0
-                for chunk in data():
+                for chunk in data() if data else ():
                     writer.write(spec.name, at, chunk)
                     at += len(chunk)
+                if not data:
+                    writer.leave(spec)
                 weight_map[spec.name] = name
                 total += spec.size
             writer.commit()
@@ -281,7 +321,7 @@ def write(out: Checkpoint, folder: Path) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     for file, value in (
         ("model.safetensors.index.json", index),
-        ("hf_quant_config.json", QUANT_CONFIG),
+        ("hf_quant_config.json", quant_config(out.form)),
         ("config.json", out.config),
     ):
         (folder / file).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -329,6 +369,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--moe-layers", type=int, required=True)
     parser.add_argument("--vocab", type=int, default=129280)
     parser.add_argument("--experts", type=int, default=256, help="a multiple of 8, at least 16")
+    parser.add_argument("--sparse", action="store_true", help="routed experts are holes")
+    parser.add_argument("--attention", choices=["bf16", "fp8-nvfp4"], default="bf16")
     parser.add_argument("--skew", type=float, default=0.5, metavar="Z", help="0 is uniform")
     parser.add_argument("--predictability", type=float, default=0.5, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
@@ -354,7 +396,11 @@ def main() -> None:
     start = time.perf_counter()
     total = write(out, args.out)
     seconds = time.perf_counter() - start
-    print(f"{args.out}: {total / 1e9:.2f} GB in {seconds:.0f} s, {total / 1e9 / seconds:.2f} GB/s")
+    disk = sum(512 * file.stat().st_blocks for file in args.out.iterdir())
+    print(
+        f"{args.out}: {total / 1e9:.2f} GB, {disk / 1e9:.2f} GB of them on the disk, in "
+        f"{seconds:.0f} s, {disk / 1e9 / seconds:.2f} GB/s"
+    )
     skew, recall = measure_routers(routers, cosine)
     print(f"skew: asked {args.skew:.2f}, measured {skew:.2f} (routers on a simulated stream)")
     found = "one MoE layer alone has none" if recall is None else f"measured {recall:.2f}"

@@ -125,7 +125,8 @@ Handle load(const std::string& path, const std::string& device, int threads,
             std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
             std::optional<std::int64_t> max_experts, std::optional<double> gpu_reserved,
             const std::string& cache_policy, const std::string& warm_start_folder,
-            const std::string& reader, bool direct_reads, const std::string& trace_file) {
+            const std::string& reader, bool direct_reads, const std::string& trace_file,
+            std::uint64_t ssd_rate) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
@@ -138,6 +139,7 @@ Handle load(const std::string& path, const std::string& device, int threads,
   options.warm_start_folder = warm_start_folder;
   options.reader = reader;
   options.direct_reads = direct_reads;
+  options.ssd_rate = ssd_rate;
   options.trace_file = trace_file;
   options.ram_limit = ram_limit;
   if (progress) {
@@ -347,7 +349,7 @@ void bind_model(nb::module_& m) {
            nb::arg("prefetch_size") = nb::none(), nb::arg("max_experts") = nb::none(),
            nb::arg("gpu_reserved") = nb::none(), nb::arg("cache_policy") = "default",
            nb::arg("warm_start_folder") = "", nb::arg("reader") = "auto",
-           nb::arg("direct_reads") = true, nb::arg("trace_file") = "")
+           nb::arg("direct_reads") = true, nb::arg("trace_file") = "", nb::arg("ssd_rate") = 0)
       .def(
           "set_memory_config",
           [](const Handle& model, std::optional<std::int64_t> prefetch_layers,

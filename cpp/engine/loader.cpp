@@ -92,6 +92,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.weight_bytes = placement.weight_bytes();
   loaded.sizes = placement.sizes(device);
   loaded.sizes.staging = loaded.reader->staging_bytes();
+<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
 <<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
   loaded.arena =
       placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
@@ -101,6 +102,10 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.arena = arenas.device;
   loaded.host_arena = arenas.host;
 >>>>>>> ca5a0f8
+=======
+  loaded.arena =
+      placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
+>>>>>>> dc63341
 
   std::uint64_t total = placement.loaded_bytes();
   for (const storage::Extent& extent : placement.staged()) total += extent.bytes;
@@ -115,7 +120,10 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
         options.poll);
     for (const storage::Extent& extent : extents) before += extent.bytes;
   };
+<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
 <<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
+=======
+>>>>>>> dc63341
   if (device.host_visible()) {
     std::vector<storage::Extent> extents = placement.staged();
     std::vector<ReadTensor> tensors;
@@ -141,6 +149,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   } else {
     loaded.fingerprint = fingerprint(catalogue);
   }
+<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
 =======
   std::vector<storage::Extent> extents = placement.staged();
   std::vector<ReadTensor> tensors;
@@ -171,6 +180,8 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
     loaded.fingerprint = fingerprint(catalogue);
   }
 >>>>>>> ca5a0f8
+=======
+>>>>>>> dc63341
   return loaded;
 }
 

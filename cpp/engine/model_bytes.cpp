@@ -64,7 +64,10 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
   bytes.kv_block =
       KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
   bytes.reader = sizes.staging;
+<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
 <<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
+=======
+>>>>>>> dc63341
   if (!running.ops.device().host_visible()) bytes.load_buffer = sizes.load_buffer;
   for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
     const std::int64_t chunk = std::min(rows, running.max_context);
@@ -72,6 +75,7 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
     bytes.steps.push_back(
         {chunk, scratch_bytes(spec, chunk) + logit_bytes(spec, running.ops.device()) +
                     running.ops.working_bytes(largest_step(running, sizes, chunk))});
+<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
 =======
   if (!device.host_visible()) bytes.load_buffer = sizes.load_buffer;
   for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
@@ -85,6 +89,8 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
     step.host_bytes =
         ops::RoutingReader::staging_bytes(device, chunk, spec.router) + host_expert_bytes(spec);
 >>>>>>> ca5a0f8
+=======
+>>>>>>> dc63341
   }
   return bytes;
 }

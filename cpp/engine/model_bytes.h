@@ -33,11 +33,14 @@ ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
 std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows);
 /// Of an arena for logits on their way to the host; 0 where they need none.
 std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device);
+<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
 <<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
 =======
 /// Of RAM for kHostExpertRows: their inputs, and what experts make of them.
 std::size_t host_expert_bytes(const model::ModelSpec& spec);
 >>>>>>> ca5a0f8
+=======
+>>>>>>> dc63341
 
 residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes);
 

@@ -33,6 +33,13 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
     throw ParameterError("reader", "'" + options.reader + "' is not one of auto, io_uring, pread");
   }
   reading.direct = options.direct_reads;
+  if (options.ssd_rate != 0 &&
+      (options.ssd_rate < storage::kSlowestRate || options.ssd_rate > storage::kFastestRate)) {
+    throw ParameterError("ssd_rate",
+                         "must be 0.001 to 1000 GB/s, not " +
+                             std::to_string(static_cast<double>(options.ssd_rate) * 1e-9));
+  }
+  reading.bytes_per_second = options.ssd_rate;
   reading.log = [](std::string_view message) { log(LogLevel::kWarning, message); };
   return reading;
 }

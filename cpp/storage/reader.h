@@ -116,6 +116,7 @@ struct ReaderStats {
   std::uint64_t stalls = 0;     // reads that were warned about
   std::uint64_t in_flight = 0;  // reads with the system now
   std::uint64_t in_flight_bytes = 0;
+  std::uint64_t held = 0;  // of those, over and held back by bytes_per_second
   std::uint64_t peak_speculative_in_flight_bytes = 0;
   std::uint64_t speculative_beside_demand = 0;  // speculative reads submitted while a demand was
                                                 // unfinished: stays 0
@@ -160,6 +161,9 @@ class Reader {
             const ReadProgress& progress = {}, const Poll& poll = {});
 };
 
+/// What ReaderOptions::bytes_per_second may be.
+inline constexpr std::uint64_t kSlowestRate = 1'000'000, kFastestRate = 1'000'000'000'000;
+
 enum class ReaderKind : std::uint8_t { kAutomatic, kUring, kPread };
 
 struct ReaderOptions {
@@ -171,6 +175,9 @@ struct ReaderOptions {
   std::uint64_t piece_bytes = std::uint64_t{512} << 10;
   /// Most bytes of speculative reads in flight for each device; a single read may exceed it.
   std::uint64_t speculative_bytes = std::uint64_t{8} << 20;
+  /// Reads are given back no faster than a disk of this rate would make them, those of demands
+  /// first; 0: as they come, else 10^6 to 10^12. For measuring (pace.h).
+  std::uint64_t bytes_per_second = 0;
   /// Empty, or what each file must be: one that was replaced or changed since is refused.
   std::vector<FileIdentity> expected;
   /// Pass by the page cache where the file system can.

@@ -15,7 +15,7 @@ constexpr std::size_t kMaxStagingBuffers = 64;
 
 std::size_t index(Priority priority) { return static_cast<std::size_t>(priority); }
 
-void check_options(const ReaderOptions& options) {
+ReaderOptions checked(const ReaderOptions& options) {
   if (options.depth < 1 || options.depth > 1024) {
     throw ParameterError("depth", "must be 1 to 1024, not " + std::to_string(options.depth));
   }
@@ -25,10 +25,11 @@ void check_options(const ReaderOptions& options) {
                                             " up to 2^30, not " +
                                             std::to_string(options.piece_bytes));
   }
-}
-
-ReaderOptions checked(const ReaderOptions& options) {
-  check_options(options);
+  if (options.bytes_per_second != 0 &&
+      (options.bytes_per_second < kSlowestRate || options.bytes_per_second > kFastestRate)) {
+    throw ParameterError("bytes_per_second", "must be 0 or 10^6 to 10^12, not " +
+                                                 std::to_string(options.bytes_per_second));
+  }
   return options;
 }
 
@@ -42,11 +43,13 @@ RequestQueue::RequestQueue(const std::vector<std::filesystem::path>& paths,
       staging_(std::min(static_cast<std::size_t>(options.depth), kMaxStagingBuffers),
                options.piece_bytes),
       jobs_(static_cast<std::size_t>(options.depth) * files_.lanes()),
-      lanes_(files_.lanes()) {
+      lanes_(files_.lanes()),
+      pace_(options_.bytes_per_second) {
   free_jobs_.reserve(jobs_.size());
   retries_.reserve(jobs_.size());
   for (std::size_t i = jobs_.size(); i > 0; --i) free_jobs_.push_back(i - 1);
   watcher_ = start_thread([this] { watch(); });
+  if (pace_.limits()) start_giving_back();
 }
 
 std::thread RequestQueue::start_thread(std::function<void()> body) {
@@ -228,6 +231,7 @@ void RequestQueue::end(Lock& lock, const std::shared_ptr<RequestState>& request,
   bool demand_is_over = false;
   if (request->priority == Priority::kDemand) demand_is_over = --open_demands_ == 0;
   finished_.notify_all();
+  give_.notify_one();
   if (demand_is_over) work_.notify_one();  // speculation may go on
   if (request->in_flight == 0) become_quiet(lock, request);
 }
@@ -267,31 +271,18 @@ void RequestQueue::shut_down() noexcept {
   shut_down_.store(true);
   work_.notify_all();
   watch_.notify_all();
+  give_.notify_all();
   lock.unlock();
   if (wake_) wake_();
   watcher_.join();
-}
-
-bool RequestQueue::only_abandoned() const noexcept {
-  return std::ranges::all_of(jobs_, [](const Job& job) {
-    return !job.request || (job.given_up && job.request->owner != nullptr);
-  });
-}
-
-bool RequestQueue::has_jobs() const noexcept {
-  const Lock lock(mutex_);
-  return free_jobs_.size() < jobs_.size();
-}
-
-bool RequestQueue::is_given_up(const Job& job) const noexcept {
-  const Lock lock(mutex_);
-  return job.given_up;
+  if (giver_.joinable()) giver_.join();
 }
 
 // ---- taking ----
 
 void RequestQueue::wake() noexcept {
   work_.notify_one();  // whoever takes a job wakes the next
+  give_.notify_one();
   if (wake_) wake_();
 }
 
@@ -406,6 +397,7 @@ void RequestQueue::start(Job& job, Lane& lane, Line& line, int staging) noexcept
   job.speculative = line.request->priority == Priority::kSpeculative;
   job.warned = false;
   job.given_up = false;
+  job.begun = now;
   job.started.store(now.time_since_epoch().count());
   job.direct = files_.direct(job.piece.file);
   job.done = 0;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "storage/file_set.h"
+#include "storage/pace.h"
 #include "storage/pieces.h"
 #include "storage/reader.h"
 #include "storage/staging.h"
@@ -60,6 +61,7 @@ struct Job {
   bool warned = false;                    // took longer than the limit of the warning
   bool given_up = false;                  // its request has completed without it
   System::Clock::time_point due;          // of the next attempt
+  System::Clock::time_point begun;        // when the system was first asked
   std::atomic<std::int64_t> started = 0;  // in the clock's ticks; 0 if not with the system
 
   // Of the thread that has the job.
@@ -156,6 +158,12 @@ class RequestQueue {
   void copy_out(const Job& job) noexcept;
   Next fail(Job& job, int error, const char* problem) noexcept;
   Next fail(Job& job, ReadResult&& result) noexcept;
+  void count_useful(const Job& job) noexcept;
+  void start_giving_back();
+  Next hold(Job& job) noexcept;
+  std::vector<std::size_t>::iterator next_held() noexcept;
+  std::optional<System::Clock::time_point> give_back_one(Lock& lock) noexcept;
+  void give_back_held() noexcept;
   void retire(Lock& lock, Job& job) noexcept;
   void wake() noexcept;
   void watch() noexcept;
@@ -182,9 +190,12 @@ class RequestQueue {
   std::condition_variable work_;      // something to take
   std::condition_variable finished_;  // a request has completed or become quiet
   std::condition_variable watch_;     // something is in flight, or the end
+  std::condition_variable give_;      // another job is held back, or one need not be any more
   std::vector<Lane> lanes_;
   std::vector<std::size_t> free_jobs_;
   std::vector<std::size_t> retries_;  // jobs that wait for their time
+  std::vector<std::size_t> held_;     // jobs that are over and held back
+  Pace pace_;
   std::size_t next_lane_ = 0;
   std::size_t open_demands_ = 0;  // not yet completed
   ReaderStats stats_;
@@ -193,6 +204,7 @@ class RequestQueue {
   System::Clock::time_point leaving_since_;
   std::atomic<bool> shut_down_ = false;
   std::thread watcher_;
+  std::thread giver_;  // if there is a pace
 };
 
 }  // namespace dsfp4::storage

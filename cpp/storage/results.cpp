@@ -40,6 +40,7 @@ bool RequestQueue::settle(Job& job, int result, bool was_made) noexcept {
     if (next == Next::kLater) return false;
   }
   Lock lock(mutex_);
+  if (result > 0) pace_.spend(job.begun, job.piece.bytes);
   retire(lock, job);
   return false;
 }
@@ -57,12 +58,18 @@ RequestQueue::Next RequestQueue::advance(Job& job, int result) noexcept {
     return Next::kRead;
   }
   copy_out(job);
-  job.request->bytes_done.fetch_add(piece.useful);
+  if (pace_.limits()) return hold(job);
   const Lock lock(mutex_);
-  stats_.bytes_useful += piece.useful;
-  if (job.staging >= 0) stats_.bytes_copied += piece.useful;
-  if (job.speculative) stats_.bytes_speculative += piece.useful;
+  count_useful(job);
   return Next::kOver;
+}
+
+void RequestQueue::count_useful(const Job& job) noexcept {
+  const std::uint64_t useful = job.piece.useful;
+  job.request->bytes_done.fetch_add(useful);
+  stats_.bytes_useful += useful;
+  if (job.staging >= 0) stats_.bytes_copied += useful;
+  if (job.speculative) stats_.bytes_speculative += useful;
 }
 
 void RequestQueue::copy_out(const Job& job) noexcept {
@@ -164,6 +171,7 @@ RequestQueue::Next RequestQueue::fail(Job& job, ReadResult&& result) noexcept {
   request.result.status = ReadStatus::kFailed;
   request.stopping.store(true);
   drop_pending(request);
+  give_.notify_one();
   return Next::kOver;
 }
 

@@ -88,6 +88,22 @@ bool RequestQueue::is_left_behind(const Job& job, System::Clock::time_point now)
   return leaving_ && now - leaving_since_ > kLeavingLimit && job.request->owner != nullptr;
 }
 
+bool RequestQueue::only_abandoned() const noexcept {
+  return std::ranges::all_of(jobs_, [](const Job& job) {
+    return !job.request || (job.given_up && job.request->owner != nullptr);
+  });
+}
+
+bool RequestQueue::has_jobs() const noexcept {
+  const Lock lock(mutex_);
+  return free_jobs_.size() < jobs_.size();
+}
+
+bool RequestQueue::is_given_up(const Job& job) const noexcept {
+  const Lock lock(mutex_);
+  return job.given_up;
+}
+
 // One warning for a device, however many of its reads have stalled, and one line when all are back.
 void RequestQueue::warn_of_stalls(Lock& lock) noexcept {
   const auto now = system_.now();

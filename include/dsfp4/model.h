@@ -118,6 +118,9 @@ struct LoadOptions {
   /// "auto", "io_uring" or "pread", and whether reads pass by the page cache.
   std::string reader = "auto";
   bool direct_reads = true;
+  /// Bytes per second that reads are held to, for measuring as if the disk were that slow, 10^6 to
+  /// 10^12; 0: as fast as it is.
+  std::uint64_t ssd_rate = 0;
   /// Most RAM of the process in bytes: weights, KV cache, buffers and what the process has already
   /// or has promised to its other models. 0: what the machine, or the control group, can spare. A
   /// limit below what is needed is refused with MemoryLimitError, which gives the number; so is one

@@ -97,6 +97,7 @@ class Model:
         trace: str | os.PathLike[str] | None = None,
         ram_limit: float | None = None,
         progress: Progress | None = None,
+        ssd_rate: float | None = None,  # GB/s that reads are held to, for `dsfp4 bench decode`
     ) -> None:
         folder = str(resolve_model(path))
         self._config: dict[str, Any] = _core.read_config(folder)
@@ -123,6 +124,7 @@ class Model:
             "trace_file": "" if trace is None else os.fspath(trace),
             "ram_limit": self._ram_limit,
             "progress": progress,
+            "ssd_rate": check_gigabytes("ssd_rate", ssd_rate),
         }
         chosen = resolve_device(check_text("device", device))
         try:

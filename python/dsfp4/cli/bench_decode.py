@@ -55,6 +55,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--reader", default="auto", choices=["auto", "io_uring", "pread"], help="%(default)s"
     )
+    parser.add_argument(
+        "--ssd-rate",
+        type=real(0.001, 1000),
+        metavar="GB/S",
+        help="hold reads to this rate, as if the disk were that slow",
+    )
     parser.add_argument("--ram-limit", type=real(1e-9, 1e9), metavar="GB", help="of the process")
     parser.add_argument("--trace", metavar="FILE", help="a timeline for ui.perfetto.dev")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
@@ -75,13 +81,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = resolve_model(arguments.model)
     files = sorted(folder.glob("*.safetensors"))
     prompts = [_prefill(arguments, folder, tokens) for tokens in arguments.prompt]
-    before = _raw_rate(files, arguments.reader)
+    before = _raw_rate(files, arguments)
     model = _load(arguments, folder, 2 * arguments.tokens + 2)
     ids = np.random.default_rng(0).integers(2, model.config["vocab_size"], 2 * arguments.tokens)
     cold = _decode(model, ids[: arguments.tokens])
     warm = _decode(model, ids[arguments.tokens :])
     compute = _compute_seconds(model, ids[:1])
-    raw = (before + _raw_rate(files, arguments.reader)) / 2
+    raw = (before + _raw_rate(files, arguments)) / 2
     runs = {name: _judge(run, raw, compute) for name, run in (("cold", cold), ("warm", warm))}
     for prompt in prompts:
         floor = {"ssd": prompt["needed_bytes"] / raw / 1e9, "compute": prompt.pop("compute")}
@@ -95,6 +101,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "streamed_layers": model.stats()["streamed_layers"],
         "cache_policy": arguments.cache_policy,
         "raw_ssd_gb_s": raw,
+        "ssd_rate": arguments.ssd_rate,
         "compute_seconds_per_token": compute,
         **runs,
         "prefill": prompts,
@@ -116,6 +123,7 @@ def _load(arguments: argparse.Namespace, folder: Path, max_context: int) -> Mode
         reader=arguments.reader,
         ram_limit=arguments.ram_limit,
         trace=arguments.trace,
+        ssd_rate=arguments.ssd_rate,
         warm_start=False,
     )
 
@@ -146,7 +154,13 @@ def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[s
     }
 
 
-def _raw_rate(files: list[Path], reader: str) -> float:
+def _raw_rate(files: list[Path], arguments: argparse.Namespace) -> float:
+    """Return GB/s of random reads as the engine makes them, --ssd-rate at most."""
+    measured = _measured_rate(files, arguments.reader)
+    return min(measured, arguments.ssd_rate or measured)
+
+
+def _measured_rate(files: list[Path], reader: str) -> float:
     """Return GB/s of random reads with the block size and depth of the engine."""
     kind = "io_uring" if reader == "auto" else reader
     try:
@@ -156,7 +170,7 @@ def _raw_rate(files: list[Path], reader: str) -> float:
     except UnsupportedError:
         if reader != "auto":
             raise
-        return _raw_rate(files, "pread")
+        return _measured_rate(files, "pread")
     return float(rate["gb_per_second"])
 
 

@@ -5,10 +5,13 @@
 #include "engine/model_bytes.h"
 #include "model/decoder.h"
 #include "model/spec.h"
+<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
 <<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
 =======
 #include "ops/host_routing.h"
 >>>>>>> ca5a0f8
+=======
+>>>>>>> dc63341
 #include "ops/ops.h"
 #include "residency/plan.h"
 

@@ -256,10 +256,12 @@ class FewThreads final : public FaultSystem {
 TEST_P(ReaderBasics, ASystemThatStartsNoThreadsIsAnErrorThatSaysWhatToDo) {
   const auto before = ReaderFiles::open_descriptors();
   const auto path = files_.write("a", 20'000, 1);
-  for (const int threads : {0, 1}) {  // not even the watcher, and nobody who reads
+  // Not even the watcher; nobody who reads, or gives back what is held to a rate; nobody who reads.
+  for (const int threads : {0, 1, 2}) {
     FewThreads system(threads);
     ReaderOptions few = options();
     few.system = &system;
+    few.bytes_per_second = threads == 0 ? 0 : kSlowestRate;
     try {
       make_reader({path}, few);
       FAIL() << threads;
