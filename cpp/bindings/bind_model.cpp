@@ -64,8 +64,9 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
   return narrow;
 }
 
-MemoryConfig memory_config(std::optional<std::int64_t> prefetch_layers, double expert_threshold) {
-  return {prefetch_layers, expert_threshold};
+MemoryConfig memory_config(std::optional<std::int64_t> prefetch_layers, double expert_threshold,
+                           std::optional<double> cpu_share) {
+  return {prefetch_layers, expert_threshold, cpu_share};
 }
 
 MemoryStrategy memory_strategy(std::optional<double> cpu_cache_size,
@@ -115,6 +116,15 @@ nb::dict stats(const Handle& model) {
   put("read_stalls", s.read_stalls);
   put("reads_in_flight", s.reads_in_flight);
   put("ssd_busy_seconds", s.ssd_busy_seconds);
+  put("device_slots", s.device_slots);
+  put("device_cache_slots", s.device_cache_slots);
+  put("device_slot_bytes", s.device_slot_bytes);
+  put("device_hits", s.device_hits);
+  put("uploads", s.uploads);
+  put("uploaded_bytes", s.uploaded_bytes);
+  put("device_evictions", s.device_evictions);
+  put("cpu_bytes", s.cpu_bytes);
+  put("cpu_seconds", s.cpu_seconds);
   return d;
 }
 
@@ -122,18 +132,18 @@ Handle load(const std::string& path, const std::string& device, int threads,
             std::int64_t max_context, const std::string& kv_cache_dtype, double memory_limit,
             std::uint64_t ram_limit, const std::optional<nb::callable>& progress,
             std::optional<std::int64_t> prefetch_layers, double expert_threshold,
-            std::optional<double> cpu_cache_size, std::optional<double> prefetch_size,
-            std::optional<std::int64_t> max_experts, std::optional<double> gpu_reserved,
-            const std::string& cache_policy, const std::string& warm_start_folder,
-            const std::string& reader, bool direct_reads, const std::string& trace_file,
-            std::uint64_t ssd_rate) {
+            std::optional<double> cpu_share, std::optional<double> cpu_cache_size,
+            std::optional<double> prefetch_size, std::optional<std::int64_t> max_experts,
+            std::optional<double> gpu_reserved, const std::string& cache_policy,
+            const std::string& warm_start_folder, const std::string& reader, bool direct_reads,
+            const std::string& trace_file, std::uint64_t ssd_rate) {
   LoadOptions options;
   options.device = device;
   options.threads = threads;
   options.max_context = max_context;
   options.kv_cache_dtype = kv_cache_dtype;
   options.memory_limit = memory_limit;
-  options.memory = memory_config(prefetch_layers, expert_threshold);
+  options.memory = memory_config(prefetch_layers, expert_threshold, cpu_share);
   options.strategy = memory_strategy(cpu_cache_size, prefetch_size, max_experts, gpu_reserved);
   options.cache_policy = cache_policy;
   options.warm_start_folder = warm_start_folder;
@@ -345,20 +355,23 @@ void bind_model(nb::module_& m) {
            nb::arg("max_context") = 0, nb::arg("kv_cache_dtype") = "bf16",
            nb::arg("memory_limit") = 0.0, nb::arg("ram_limit") = 0,
            nb::arg("progress") = nb::none(), nb::arg("prefetch_layers") = nb::none(),
-           nb::arg("expert_threshold") = 0.0, nb::arg("cpu_cache_size") = nb::none(),
-           nb::arg("prefetch_size") = nb::none(), nb::arg("max_experts") = nb::none(),
-           nb::arg("gpu_reserved") = nb::none(), nb::arg("cache_policy") = "default",
-           nb::arg("warm_start_folder") = "", nb::arg("reader") = "auto",
-           nb::arg("direct_reads") = true, nb::arg("trace_file") = "", nb::arg("ssd_rate") = 0)
+           nb::arg("expert_threshold") = 0.0, nb::arg("cpu_share") = nb::none(),
+           nb::arg("cpu_cache_size") = nb::none(), nb::arg("prefetch_size") = nb::none(),
+           nb::arg("max_experts") = nb::none(), nb::arg("gpu_reserved") = nb::none(),
+           nb::arg("cache_policy") = "default", nb::arg("warm_start_folder") = "",
+           nb::arg("reader") = "auto", nb::arg("direct_reads") = true, nb::arg("trace_file") = "",
+           nb::arg("ssd_rate") = 0)
       .def(
           "set_memory_config",
           [](const Handle& model, std::optional<std::int64_t> prefetch_layers,
-             double expert_threshold) {
+             double expert_threshold, std::optional<double> cpu_share) {
             const KeepGoing go_on = keep_going();
             const ReleasedGil released;
-            model->set_memory_config(memory_config(prefetch_layers, expert_threshold), go_on);
+            model->set_memory_config(memory_config(prefetch_layers, expert_threshold, cpu_share),
+                                     go_on);
           },
-          nb::arg("prefetch_layers").none(), nb::arg("expert_threshold"))
+          nb::arg("prefetch_layers").none(), nb::arg("expert_threshold"),
+          nb::arg("cpu_share").none())
       .def(
           "set_memory_strategy",
           [](const Handle& model, std::optional<double> cpu_cache_size,

@@ -186,7 +186,8 @@ class Bench {
       return std::span<const ops::ExpertView>(
           weights.layers[static_cast<std::size_t>(layer)].experts);
     });
-    const model::Decoder decoder(spec, weights, backend_, experts, nullptr, ops::KvFormat::kBf16);
+    const model::Decoder decoder(spec, weights, backend_, experts, nullptr, nullptr,
+                                 ops::KvFormat::kBf16);
     const std::size_t layer_bytes = model::kv_layer_bytes(spec, ops::KvFormat::kBf16);
     KvCache cache(context + 1, layers, layer_bytes, ops::KvFormat::kBf16,
                   backend_.device().memory());
@@ -194,7 +195,7 @@ class Bench {
     fill_cache(sequence.next_rows(0, context), static_cast<int>(layers), layer_bytes);
     sequence.advance(context);
     bytes += static_cast<double>(context * layers * kMla.cache_width() * 2);
-    ops::RoutingReader routings(backend_.device(), 1, spec.router);
+    ops::RoutingReader routings(backend_.device(), 1, spec.router, kHidden);
     const Matrix logits = ops::scratch_matrix(arena_, 1, spec.vocab_size);
     std::vector<float> on_host(static_cast<std::size_t>(spec.vocab_size));
     std::vector<double> times;

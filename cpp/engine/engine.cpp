@@ -1,10 +1,13 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
+#include <cstdio>
 #include <string>
 #include <utility>
 
+#include "base/checked.h"
 #include "base/cores.h"
 #include "base/log.h"
 #include "dsfp4/error.h"
@@ -24,6 +27,12 @@ int thread_count(int threads) {
   return threads == 0 ? available_cores() : threads;
 }
 
+// In bytes; 0 is no limit, and however small a given one is, it is one.
+std::uint64_t vram_limit(double gigabytes) {
+  if (gigabytes == 0.0) return 0;
+  return std::max<std::uint64_t>(1, static_cast<std::uint64_t>(gigabytes * 1e9));
+}
+
 std::unique_ptr<ops::Ops> make_ops(const LoadOptions& options) {
   const std::string& device = options.device;
   const int threads = thread_count(options.threads);
@@ -32,7 +41,7 @@ std::unique_ptr<ops::Ops> make_ops(const LoadOptions& options) {
     throw ParameterError("memory_limit", "must be over 0 and at most 1000000 GB of VRAM");
   }
   if (device == "cuda") {
-    return ops::make_cuda_ops(0, static_cast<std::uint64_t>(options.memory_limit * 1e9));
+    return ops::make_cuda_ops(0, vram_limit(options.memory_limit));
   }
   if (options.memory_limit != 0.0) {
     throw ParameterError("memory_limit", "limits VRAM, and device '" + device + "' uses none");
@@ -40,6 +49,13 @@ std::unique_ptr<ops::Ops> make_ops(const LoadOptions& options) {
   if (device == "cpu") return ops::make_cpu_ops(threads);
   if (device == "reference") return ops::make_reference_ops(threads);
   throw ParameterError("device", "'" + device + "' is not one of cpu, cuda, reference");
+}
+
+// The processor's, beside a GPU's.
+std::unique_ptr<ops::Ops> make_host_ops(const LoadOptions& options) {
+  const int threads = thread_count(options.threads);
+  return options.device == "reference" ? ops::make_reference_ops(threads)
+                                       : ops::make_cpu_ops(threads);
 }
 
 ops::KvFormat kv_format(const std::string& dtype, const ops::Ops& ops) {
@@ -55,6 +71,43 @@ std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
                                             std::to_string(wanted));
   }
   return wanted == 0 ? model_limit : wanted;
+}
+
+// A context that the user did not choose is not made shorter than this.
+constexpr std::int64_t kLeastContext = 4096;
+
+std::int64_t next_shorter(std::int64_t context) {
+  return static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(context - 1)));
+}
+
+// A context that takes at most an eighth of the memory: all of the model's, or a power of two.
+std::int64_t affordable_context(std::int64_t model_limit, std::uint64_t block_bytes,
+                                std::uint64_t memory) {
+  const auto bytes = [&](std::int64_t tokens) {
+    return static_cast<std::uint64_t>(ceil_div(tokens, ops::kKvBlockTokens)) * block_bytes;
+  };
+  std::int64_t tokens = model_limit;
+  while (tokens > kLeastContext && bytes(tokens) > memory / 8) tokens = next_shorter(tokens);
+  return tokens;
+}
+
+// Of `available` bytes of VRAM, what a plan may share out: a block takes whole pages of 2 MiB, and
+// a model takes about a dozen.
+std::uint64_t without_rounding(std::uint64_t available) {
+  constexpr std::uint64_t kRounding = 16 * (std::uint64_t{2} << 20);
+  return available - std::min(available, kRounding);
+}
+
+// That a model may take of RAM.
+std::uint64_t ram_for(const LoadOptions& options, const Machine& machine) {
+  if (options.ram_limit > 0) return options.ram_limit;
+  return memory::default_ram_limit(machine.memory());
+}
+
+std::string gigabytes(std::uint64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f GB", static_cast<double>(bytes) * 1e-9);
+  return text;
 }
 
 Poll polling(const KeepGoing& keep_going) {
@@ -104,18 +157,33 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
            .progress = options.progress,
            .poll = polling(options.keep_going),
            .plan = [&](const WeightSizes& sizes) { return plan(options, machine, sizes); }})),
-      tiers_(*ops_, spec_, loaded_, *planned_, options, trace_.get()),
-      decoder_(spec_, loaded_.weights, *ops_, tiers_.runner(), tiers_.layers(), kv_format_),
+      tiers_(*ops_, host_ops_.get(), spec_, loaded_, *planned_, options, trace_.get()),
+      embedding_(planned_->plan().embedding_in_ram
+                     ? std::make_unique<model::HostEmbedding>(*host_ops_, spec_.hidden_size)
+                     : nullptr),
+      decoder_(spec_, loaded_.weights, *ops_, tiers_.runner(), tiers_.layers(), embedding_.get(),
+               kv_format_),
       scratch_(scratch_bytes(spec_, prefill_chunk_), "the activations", ops_->device().memory()),
       logits_(logit_bytes(spec_, ops_->device()), "the logits", ops_->device().memory()),
-      routings_(ops_->device(), prefill_chunk_, spec_.router),
+      routings_(ops_->device(), prefill_chunk_, spec_.router, spec_.hidden_size),
       cache_(max_context_, spec_.layers, model::kv_layer_bytes(spec_, kv_format_), kv_format_,
              ops_->device().memory()) {
-  for (const model::LayerWeights& layer : loaded_.weights.layers) {
-    ops_->prepare_experts(layer.experts);
+  if (!tiers_.tiered()) {
+    for (const model::LayerWeights& layer : loaded_.weights.layers) {
+      ops_->prepare_experts(layer.experts);
+    }
   }
   ops_->reserve(largest_step(running(), loaded_.sizes, prefill_chunk_));
+  if (host_ops_) host_ops_->reserve(largest_host_step(running(), loaded_.sizes));
   planned_->loaded();
+}
+
+Engine::~Engine() {
+  try {
+    ops_->device().synchronize();
+  } catch (const std::exception& error) {  // it computes nothing any more
+    log(LogLevel::kInfo, error.what());
+  }
 }
 
 void Engine::head(ops::ConstMatrix hidden, model::Phase phase, float* logits) {
@@ -134,15 +202,47 @@ void Engine::head(ops::ConstMatrix hidden, model::Phase phase, float* logits) {
   }
 }
 
+void Engine::make_planned(const LoadOptions& options, const Machine& machine,
+                          const WeightSizes& sizes, std::optional<std::uint64_t> vram) {
+  const auto make = [&] {
+    planned_ = std::make_unique<Planned>(model_bytes(running(), sizes), options, max_context_,
+                                         machine, vram);
+  };
+  if (options.max_context != 0) {
+    make();
+    return;
+  }
+  const std::int64_t most = max_context_;
+  const std::size_t block =
+      KvCache::block_bytes(spec_.layers, model::kv_layer_bytes(spec_, kv_format_));
+  max_context_ = affordable_context(most, block, vram ? *vram : ram_for(options, machine));
+  for (;;) {
+    try {
+      make();
+      break;
+    } catch (const MemoryLimitError&) {
+      if (max_context_ <= kLeastContext) throw;
+      max_context_ = std::max(kLeastContext, next_shorter(max_context_));
+    }
+  }
+  if (max_context_ == most) return;
+  log(LogLevel::kInfo,
+      "max_context is " + std::to_string(max_context_) + " tokens; the model could " +
+          std::to_string(most) + ", whose cache would take " +
+          gigabytes(static_cast<std::uint64_t>(ceil_div(most, ops::kKvBlockTokens)) * block) +
+          ": give max_context for more");
+}
+
 residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,
                              const WeightSizes& sizes) {
   const bool in_ram = ops_->device().host_visible();
   std::optional<std::uint64_t> vram;
-  if (!in_ram) vram = ops_->device().memory().available();
-  planned_ = std::make_unique<Planned>(model_bytes(running(), sizes), options, max_context_,
-                                       machine, vram);
+  if (!in_ram) vram = without_rounding(ops_->device().memory().available());
+  if (!in_ram && spec_.moe_layers() > 0) host_ops_ = make_host_ops(options);
+  make_planned(options, machine, sizes, vram);
   residency::Plan plan = planned_->plan();
   prefill_chunk_ = plan.chunk;
+  if (!plan.tiered) host_ops_.reset();
   for (const std::string& warning : plan.warnings) log(LogLevel::kWarning, warning);
   const char* why = in_ram ? memory::why_no_huge_pages() : "";
   if (*why != '\0') log(LogLevel::kInfo, why);

@@ -30,6 +30,11 @@ class Engine {
   /// On a machine of its own kind, for tests.
   Engine(const std::filesystem::path& folder, const LoadOptions& options, const Machine& machine);
 
+  /// Waits for what a device still computes, as it reads what goes next.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
   const checkpoint::ModelConfig& config() const noexcept { return config_; }
   const model::ModelSpec& spec() const noexcept { return spec_; }
   std::int64_t max_context() const noexcept { return max_context_; }
@@ -47,7 +52,10 @@ class Engine {
   /// Decides where the weights go, reserves the memory and logs what is to be said about it.
   residency::Plan plan(const LoadOptions& options, const Machine& machine,
                        const WeightSizes& sizes);
-  Running running() const { return {spec_, *ops_, kv_format_, max_context_}; }
+  /// Plans, with a context that memory can be asked to spare where the user named none.
+  void make_planned(const LoadOptions& options, const Machine& machine, const WeightSizes& sizes,
+                    std::optional<std::uint64_t> vram);
+  Running running() const { return {spec_, *ops_, host_ops_.get(), kv_format_, max_context_}; }
   /// Runs the batch's ids as the sequence's next tokens, and `use` with the pass that is done.
   /// False: `keep_going`, asked before each piece of it, said no, and `use` was not called.
   template <typename Use>
@@ -73,12 +81,14 @@ class Engine {
   std::int64_t max_context_;
   std::unique_ptr<Trace> trace_;  // null: none was asked for
   std::unique_ptr<ops::Ops> ops_;
+  std::unique_ptr<ops::Ops> host_ops_;  // beside those of a GPU that does not hold everything
   ops::KvFormat kv_format_;
   model::ModelSpec spec_;
   std::unique_ptr<Planned> planned_;  // once the headers have been read
   std::int64_t prefill_chunk_ = 0;
   LoadedWeights loaded_;
   Tiers tiers_;
+  std::unique_ptr<model::HostEmbedding> embedding_;  // null: the ops reach it
   model::Decoder decoder_;
   memory::Arena scratch_;
   memory::Arena logits_;  // where the device's memory is not the host's

@@ -1,6 +1,7 @@
 #include "engine/loader.h"
 
 #include <span>
+#include <stdexcept>
 #include <utility>
 
 #include "checkpoint/catalogue.h"
@@ -30,7 +31,7 @@ void add_group(const Placement::Group& group, std::byte* slot,
 // which are checked there.
 template <typename Read>
 void read_through_host(Groups groups, std::size_t buffer_bytes, ops::Device& device,
-                       WeightCheck& check, const Read& read) {
+                       WeightCheck& check, const Poll& poll, const Read& read) {
   const auto buffer = std::make_shared<Arena>(buffer_bytes, "the weights on their way");
   while (!groups.empty()) {
     std::vector<storage::Extent> extents;
@@ -43,8 +44,9 @@ void read_through_host(Groups groups, std::size_t buffer_bytes, ops::Device& dev
       slots.push_back(memory::on_host(memory::host_memory(), buffer->take(bytes)));
       add_group(*group, slots.back(), extents, tensors);
     }
+    if (slots.empty()) throw std::logic_error("the buffer of weights on their way is too small");
     read(extents, buffer);
-    check.check(tensors);
+    check.check(tensors, poll);
     for (std::size_t i = 0; i < slots.size(); ++i) {
       auto to = groups[i]->to.begin();
       for (const residency::FileMatrix& matrix : groups[i]->from.matrices) {
@@ -92,20 +94,10 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.weight_bytes = placement.weight_bytes();
   loaded.sizes = placement.sizes(device);
   loaded.sizes.staging = loaded.reader->staging_bytes();
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-  loaded.arena =
-      placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
-=======
   const Placement::Arenas arenas =
       placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
   loaded.arena = arenas.device;
   loaded.host_arena = arenas.host;
->>>>>>> ca5a0f8
-=======
-  loaded.arena =
-      placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
->>>>>>> dc63341
 
   std::uint64_t total = placement.loaded_bytes();
   for (const storage::Extent& extent : placement.staged()) total += extent.bytes;
@@ -120,37 +112,6 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
         options.poll);
     for (const storage::Extent& extent : extents) before += extent.bytes;
   };
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-=======
->>>>>>> dc63341
-  if (device.host_visible()) {
-    std::vector<storage::Extent> extents = placement.staged();
-    std::vector<ReadTensor> tensors;
-    for (const Placement::Group* group : placement.loaded()) {
-      add_group(*group, device.on_host(group->to.front()), extents, tensors);
-    }
-    using Owners = std::pair<std::shared_ptr<void>, std::shared_ptr<void>>;
-    read(extents, std::make_shared<Owners>(loaded.arena, placement.staging()));
-    check.check(tensors, options.poll);
-  } else {
-    read_through_host(placement.loaded(), loaded.sizes.load_buffer, device, check, read);
-    read(placement.staged(), placement.staging());
-  }
-  check.check(placement.staged_tensors());
-  placement.convert_staged(device);
-
-  loaded.images = placement.images();
-  loaded.streamed = placement.streamed();
-  if (loaded.images.empty() && loaded.streamed.empty()) {  // nobody reads later
-    loaded.reader.reset();
-    loaded.layout.reset();
-    loaded.check.reset();
-  } else {
-    loaded.fingerprint = fingerprint(catalogue);
-  }
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-=======
   std::vector<storage::Extent> extents = placement.staged();
   std::vector<ReadTensor> tensors;
   std::vector<const Placement::Group*> uploaded;
@@ -162,7 +123,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
     }
   }
   if (!uploaded.empty()) {
-    read_through_host(uploaded, loaded.sizes.load_buffer, device, check, read);
+    read_through_host(uploaded, loaded.sizes.load_buffer, device, check, options.poll, read);
   }
   using Owners = std::pair<Placement::Arenas, std::shared_ptr<void>>;
   read(extents, std::make_shared<Owners>(arenas, placement.staging()));
@@ -179,9 +140,6 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   } else {
     loaded.fingerprint = fingerprint(catalogue);
   }
->>>>>>> ca5a0f8
-=======
->>>>>>> dc63341
   return loaded;
 }
 

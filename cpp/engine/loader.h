@@ -51,16 +51,8 @@ struct LoadWeightsOptions {
   std::function<residency::Plan(const WeightSizes& sizes)> plan;
 };
 
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-=======
->>>>>>> dc63341
-/// Brings the weights into the device's memory. Throws CheckpointError, IoError, and
-/// MemoryLimitError when the system does not have the memory.
-=======
 /// Brings the weights into the device's memory, or where the plan says. Throws CheckpointError,
 /// IoError, and MemoryLimitError when the system does not have the memory.
->>>>>>> ca5a0f8
 LoadedWeights load_weights(const std::filesystem::path& folder,
                            const checkpoint::ModelConfig& config, ops::Device& device,
                            const LoadWeightsOptions& options);

@@ -6,6 +6,7 @@
 #include "engine/kv_cache.h"
 #include "model/decoder.h"
 #include "ops/host_routing.h"
+#include "residency/device_tier.h"
 
 namespace dsfp4::engine {
 
@@ -41,10 +42,21 @@ std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device) {
   return static_cast<std::size_t>(kLogitRows * spec.vocab_size) * sizeof(float);
 }
 
-std::size_t host_expert_bytes(const model::ModelSpec& spec) {
-  const std::int64_t values =
-      spec.router.top_k * (2 * spec.hidden_size + spec.moe_intermediate_size);
-  return static_cast<std::size_t>(kHostExpertRows * values) * sizeof(float);
+ops::Ops::Largest largest_host_step(const Running& running, const WeightSizes& sizes) {
+  ops::Ops::Largest largest = largest_step(running, sizes, ops::kMostHostRows);
+  largest.context = 1;  // attention is the GPU's
+  return largest;
+}
+
+std::size_t host_step_bytes(const Running& running, const WeightSizes& sizes, std::int64_t rows) {
+  const model::ModelSpec& spec = running.spec;
+  ops::Device& device = running.ops.device();
+  const std::uint64_t working =
+      running.host == nullptr ? 0 : running.host->working_bytes(largest_host_step(running, sizes));
+  return working + ops::RoutingReader::staging_bytes(device, rows, spec.router, spec.hidden_size) +
+         model::HostEmbedding::bytes(spec.hidden_size) +
+         residency::DeviceTier::staging_bytes(
+             {spec.router.top_k, spec.hidden_size, spec.moe_intermediate_size});
 }
 
 residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes) {
@@ -64,19 +76,6 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
   bytes.kv_block =
       KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
   bytes.reader = sizes.staging;
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-=======
->>>>>>> dc63341
-  if (!running.ops.device().host_visible()) bytes.load_buffer = sizes.load_buffer;
-  for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
-    const std::int64_t chunk = std::min(rows, running.max_context);
-    if (!bytes.steps.empty() && chunk == bytes.steps.back().rows) break;
-    bytes.steps.push_back(
-        {chunk, scratch_bytes(spec, chunk) + logit_bytes(spec, running.ops.device()) +
-                    running.ops.working_bytes(largest_step(running, sizes, chunk))});
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-=======
   if (!device.host_visible()) bytes.load_buffer = sizes.load_buffer;
   for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
     const std::int64_t chunk = std::min(rows, running.max_context);
@@ -86,11 +85,7 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
     step.bytes = scratch_bytes(spec, chunk) + logit_bytes(spec, device) +
                  running.ops.working_bytes(largest_step(running, sizes, chunk));
     if (device.host_visible()) continue;
-    step.host_bytes =
-        ops::RoutingReader::staging_bytes(device, chunk, spec.router) + host_expert_bytes(spec);
->>>>>>> ca5a0f8
-=======
->>>>>>> dc63341
+    step.host_bytes = host_step_bytes(running, sizes, chunk);
   }
   return bytes;
 }

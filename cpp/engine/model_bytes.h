@@ -16,31 +16,25 @@ inline constexpr std::int64_t kPrefillChunk = 256;
 /// And at most, where experts are read from the SSD, once for each chunk.
 inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 
-/// Rows of a step whose experts the host computes, of a model on a GPU that is tiered.
-inline constexpr std::int64_t kHostExpertRows = 16;
-
 /// How a model is run.
 struct Running {
   const model::ModelSpec& spec;
   ops::Ops& ops;
+  const ops::Ops* host;  // the processor's, beside a GPU that perhaps does not hold everything
   ops::KvFormat kv_format;
   std::int64_t max_context;  // tokens
 };
 
 /// The largest step with `rows` rows of a prompt; `sizes` must outlive it.
 ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes, std::int64_t rows);
+/// Of those that the processor computes experts in, beside a GPU.
+ops::Ops::Largest largest_host_step(const Running& running, const WeightSizes& sizes);
 /// Arena bytes of a step with `rows` rows of a prompt, and of a decode step.
 std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows);
 /// Of an arena for logits on their way to the host; 0 where they need none.
 std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device);
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-=======
-/// Of RAM for kHostExpertRows: their inputs, and what experts make of them.
-std::size_t host_expert_bytes(const model::ModelSpec& spec);
->>>>>>> ca5a0f8
-=======
->>>>>>> dc63341
+/// Of RAM, in a step of so many rows of a model of which only a part is on a GPU.
+std::size_t host_step_bytes(const Running& running, const WeightSizes& sizes, std::int64_t rows);
 
 residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes);
 

@@ -104,17 +104,7 @@ Placement::Placement(const checkpoint::Catalogue& catalogue, const checkpoint::M
     add_layer(static_cast<std::int64_t>(i), layout.layers[i], weights.layers[i]);
   }
   add(layout.norm, weights.norm);
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-  const bool tied = layout.lm_head.data == layout.embed_tokens.data;
-  if (!tied) add({{&layout.lm_head, &weights.lm_head, {}}});
-=======
   if (!tied()) add({{&layout.lm_head, &weights.lm_head, {}}});
->>>>>>> ca5a0f8
-=======
-  const bool tied = layout.lm_head.data == layout.embed_tokens.data;
-  if (!tied) add({{&layout.lm_head, &weights.lm_head, {}}});
->>>>>>> dc63341
 }
 
 void Placement::add_layer(std::int64_t number, const checkpoint::LayerSource& source,
@@ -182,12 +172,6 @@ WeightSizes Placement::sizes(ops::Device& device) const {
     if (group.expert) {
       sizes.expert_bytes += bytes;
       sizes.slot_bytes = std::max(sizes.slot_bytes, slot);
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-      ++sizes.experts;
-    } else {
-      sizes.dense_bytes += bytes;
-=======
       sizes.device_slot_bytes = std::max(sizes.device_slot_bytes, arena_bytes(group.from, false));
       ++sizes.experts;
     } else {
@@ -196,12 +180,6 @@ WeightSizes Placement::sizes(ops::Device& device) const {
         sizes.embedding_bytes = bytes;
         sizes.embedding_host_bytes = slot;
       }
->>>>>>> ca5a0f8
-=======
-      ++sizes.experts;
-    } else {
-      sizes.dense_bytes += bytes;
->>>>>>> dc63341
       if (group.layer >= 0) {
         sizes.layer_bytes[static_cast<std::size_t>(group.layer)] = bytes;
         sizes.layer_slot_bytes = std::max(sizes.layer_slot_bytes, slot);
@@ -220,36 +198,6 @@ bool Placement::stays_in_files(const Group& group) const {
   return group.expert ? plan_.tiered : layer < plan_.streamed.size() && plan_.streamed[layer];
 }
 
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-=======
->>>>>>> dc63341
-std::shared_ptr<Arena> Placement::take(const residency::Plan& plan, ops::Device& device) {
-  plan_ = plan;
-  const bool in_host = device.host_visible();
-  std::size_t bytes = 0;
-  for (const Group& group : groups_) {
-    if (stays_in_files(group)) continue;
-    bytes += arena_bytes(group.from, in_host);
-    loaded_.push_back(&group);
-  }
-  for (const Vector& vector : vectors_) bytes += vector_bytes(*vector.tensor);
-  auto arena = std::make_shared<Arena>(bytes, "the weights", device.memory());
-  for (Group& group : groups_) {  // first, as slots are multiples of a block and begin at one
-    if (stays_in_files(group)) continue;
-    if (in_host) {
-      group.to.push_back(arena->take(group.from.files.slot_bytes));
-      group.from.point(device.on_host(group.to.front()));
-      continue;
-    }
-    for (const FileMatrix& matrix : group.from.matrices) {
-      group.to.push_back(arena->take(matrix.source->data->bytes));
-      matrix.view->data = group.to.back();
-      if (matrix.source->scales == nullptr) continue;
-      group.to.push_back(arena->take(matrix.source->scales->bytes));
-      matrix.view->scales = group.to.back();
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-=======
 void Placement::take_slot(Group& group, Arena& arena, memory::MemorySource& source) {
   group.slot = memory::on_host(source, arena.take(group.from.files.slot_bytes));
   group.from.point(group.slot);
@@ -288,30 +236,14 @@ Placement::Arenas Placement::take(const residency::Plan& plan, ops::Device& devi
       take_slot(group, *arenas.device, device.memory());
     } else {
       take_matrices(group, *arenas.device);
->>>>>>> ca5a0f8
-=======
->>>>>>> dc63341
     }
   }
   for (Vector& vector : vectors_) {
     const auto count = static_cast<std::size_t>(vector.tensor->shape.at(0));
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-=======
->>>>>>> dc63341
-    vector.values = arena->take_array<float>(count);
-    *vector.view = {vector.values, count};
-  }
-  return arena;
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-=======
     vector.values = arenas.device->take_array<float>(count);
     *vector.view = {vector.values, count};
   }
   return arenas;
->>>>>>> ca5a0f8
-=======
->>>>>>> dc63341
 }
 
 std::uint64_t Placement::loaded_bytes() const noexcept {
@@ -349,15 +281,7 @@ void Placement::convert_staged(ops::Device& device) {
     }
     *scale.value = scale.reciprocal ? inverse : value;
   }
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-  if (layout_.lm_head.data == layout_.embed_tokens.data) weights_.lm_head = weights_.embed_tokens;
-=======
   if (tied()) weights_.lm_head = weights_.embed_tokens;
->>>>>>> ca5a0f8
-=======
-  if (layout_.lm_head.data == layout_.embed_tokens.data) weights_.lm_head = weights_.embed_tokens;
->>>>>>> dc63341
 }
 
 std::vector<residency::ExpertImage> Placement::images() const {

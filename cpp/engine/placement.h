@@ -2,16 +2,8 @@
 //
 // In memory that the processor can touch, weights lie as in an expert's slot or a streamed layer's
 // buffer: group by group, each in its files' order, so that direct reads land in place. In other
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-// memory each matrix begins at an arena's boundary.
-=======
 // memory each matrix begins at an arena's boundary. The plan may keep the embedding in RAM where
 // the rest is in other memory.
->>>>>>> ca5a0f8
-=======
-// memory each matrix begins at an arena's boundary.
->>>>>>> dc63341
 #pragma once
 
 #include <cstddef>
@@ -35,11 +27,6 @@ namespace dsfp4::engine {
 struct WeightSizes {
   std::size_t dense_bytes = 0;   // of an arena that holds everything but the routed experts
   std::size_t expert_bytes = 0;  // and of the routed experts in it
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-  std::size_t slot_bytes = 0;    // of one routed expert in an ExpertStore; 0 if there are none
-  std::size_t experts = 0;       // in all layers
-=======
   /// Of dense_bytes, the embedding, and the same laid out as in the files; 0 if it is the head,
   /// too.
   std::size_t embedding_bytes = 0;
@@ -47,11 +34,6 @@ struct WeightSizes {
   std::size_t slot_bytes = 0;         // of one routed expert in an ExpertStore; 0 if there are none
   std::size_t device_slot_bytes = 0;  // of one with each matrix's data and scales in an arena
   std::size_t experts = 0;            // in all layers
->>>>>>> ca5a0f8
-=======
-  std::size_t slot_bytes = 0;    // of one routed expert in an ExpertStore; 0 if there are none
-  std::size_t experts = 0;       // in all layers
->>>>>>> dc63341
   /// Of dense_bytes, what goes where a layer is streamed, and the size of a buffer for one.
   std::vector<std::uint64_t> layer_bytes;
   std::size_t layer_slot_bytes = 0;
@@ -73,43 +55,21 @@ class Placement {
     std::int64_t layer = -1;  // the model's; -1: of none, or always in memory
     bool expert = false;
     bool finite = false;  // each value decides for a whole layer
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-    /// Where it goes: a slot in memory that the processor can touch; in other memory, each
-    /// matrix's data and, if it has them, scales.
-    std::vector<DevicePtr<std::byte>> to;
-=======
     // Where it goes: one of these.
     std::byte* slot = nullptr;             // in memory that the processor can touch
     std::vector<DevicePtr<std::byte>> to;  // each matrix's data and, if it has them, scales
->>>>>>> ca5a0f8
-=======
-    /// Where it goes: a slot in memory that the processor can touch; in other memory, each
-    /// matrix's data and, if it has them, scales.
-    std::vector<DevicePtr<std::byte>> to;
->>>>>>> dc63341
   };
 
   /// All but `staging`.
   WeightSizes sizes(ops::Device& device) const;
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
 
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-  /// Takes the memory of what the plan does not leave in the files, and points the weights there.
-  std::shared_ptr<memory::Arena> take(const residency::Plan& plan, ops::Device& device);
-=======
   /// Of the device's memory, and of RAM: null unless the plan has the embedding there.
   struct Arenas {
     std::shared_ptr<memory::Arena> device, host;
   };
   /// Takes the memory of what the plan does not leave in the files, and points the weights there.
   Arenas take(const residency::Plan& plan, ops::Device& device);
->>>>>>> ca5a0f8
-=======
-  /// Takes the memory of what the plan does not leave in the files, and points the weights there.
-  std::shared_ptr<memory::Arena> take(const residency::Plan& plan, ops::Device& device);
->>>>>>> dc63341
   /// The groups that take() found a place for.
   const std::vector<const Group*>& loaded() const noexcept { return loaded_; }
   /// The bytes that loaded() reads.
@@ -148,19 +108,11 @@ class Placement {
   void add(const checkpoint::TensorInfo* scalar, float& value, bool reciprocal = false);
   std::size_t read_later(const checkpoint::TensorInfo& tensor);
   const std::byte* bytes_at(std::size_t staged) const { return (*staging_)[staged].data(); }
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-  bool stays_in_files(const Group& group) const;
-=======
   bool tied() const { return layout_.lm_head.data == layout_.embed_tokens.data; }
   bool is_embedding(const Group& group) const { return &group == &groups_.front(); }
   bool stays_in_files(const Group& group) const;
   static void take_slot(Group& group, memory::Arena& arena, memory::MemorySource& source);
   static void take_matrices(Group& group, memory::Arena& arena);
->>>>>>> ca5a0f8
-=======
-  bool stays_in_files(const Group& group) const;
->>>>>>> dc63341
 
   const checkpoint::Catalogue& catalogue_;
   const checkpoint::ModelLayout& layout_;

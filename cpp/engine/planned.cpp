@@ -43,6 +43,9 @@ void check_memory_config(const MemoryConfig& config) {
     throw ParameterError("expert_threshold",
                          "must be 0 (exact) to 1, not " + std::to_string(config.expert_threshold));
   }
+  if (config.cpu_share && !(*config.cpu_share >= 0.0 && *config.cpu_share <= 1.0)) {
+    throw ParameterError("cpu_share", "must be 0 to 1, not " + std::to_string(*config.cpu_share));
+  }
 }
 
 void check_memory_strategy(const MemoryStrategy& strategy) {
@@ -105,20 +108,36 @@ void Planned::lease(std::uint64_t bytes) {
 
 void Planned::loaded() { lease(with_uncounted(plan_.ram_bytes)); }
 
+// Pinned memory cannot grow where it is: the old slots and the new ones lie side by side for a
+// moment.
+void Planned::check_both_fit(const residency::Budgets& budgets, const residency::Plan& next) const {
+  const std::uint64_t most = residency::most_ram(budgets.machine);
+  const std::uint64_t ceiling = budgets.ram_limit > 0 ? std::min(budgets.ram_limit, most) : most;
+  const std::uint64_t needed =
+      budgets.machine.process + with_uncounted(next.ram_bytes) + plan_.expert_bytes;
+  if (needed <= ceiling) return;
+  throw MemoryLimitError("the slots of experts in RAM, the old beside the new,", needed, ceiling,
+                         "load the model again with the sizes that are wanted");
+}
+
 void Planned::change(const MemoryStrategy& strategy,
-                     const std::function<void(const residency::Plan& next)>& apply) {
+                     const std::function<void(const residency::Plan& next)>& apply,
+                     std::uint64_t vram) {
   check(strategy);
   const residency::Wishes wishes = wishes_of(strategy);
   residency::Plan next;
   const std::uint64_t before = lease_.bytes();
   lease_.resize([&](std::uint64_t others) {
     residency::Budgets budgets = budgets_;
+    if (budgets.vram) budgets.vram = std::min(*budgets.vram, vram);
     memory::MachineMemory& machine = budgets.machine;
     const std::uint64_t both = residency::most_ram(machine);
     machine.process = outside_ + others;
     machine.available = both - std::min(both, machine.process);
     next = residency::with_slots(plan_, model_, budgets, wishes);
-    return std::max(before, with_uncounted(next.ram_bytes));
+    const bool moves = budgets.vram && next.slots != plan_.slots;
+    if (moves) check_both_fit(budgets, next);
+    return moves ? before + next.expert_bytes : std::max(before, with_uncounted(next.ram_bytes));
   });
   try {
     apply(next);

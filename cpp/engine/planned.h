@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -50,11 +51,14 @@ class Planned {
   /// Other slots of RAM and VRAM, within what this and the other models of the process leave now;
   /// what is not given is planned, but gpu_reserved stays. The model must be tiered. Calls `apply`
   /// with the new plan before it holds; what `apply` throws leaves everything as it was.
+  /// `vram`: what a GPU could give to the whole model now.
   void change(const MemoryStrategy& strategy,
-              const std::function<void(const residency::Plan& next)>& apply);
+              const std::function<void(const residency::Plan& next)>& apply,
+              std::uint64_t vram = std::numeric_limits<std::uint64_t>::max());
 
  private:
   residency::Wishes wishes_of(const MemoryStrategy& strategy) const;
+  void check_both_fit(const residency::Budgets& budgets, const residency::Plan& next) const;
   void lease(std::uint64_t bytes);
 
   std::string device_;  // LoadOptions::device

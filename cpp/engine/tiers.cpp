@@ -21,6 +21,26 @@ void count_reads(const storage::ReaderStats& reader, ModelStats& stats) {
   stats.ssd_busy_seconds = reader.busy_seconds;
 }
 
+// A VRAM slot is laid out for one kind of expert.
+void check_same_shape(const model::ModelWeights& weights) {
+  const ops::ExpertView* first = nullptr;
+  const auto same = [](const ops::WeightView& a, const ops::WeightView& b) {
+    return a.format == b.format && a.rows == b.rows && a.cols == b.cols;
+  };
+  for (std::size_t layer = 0; layer < weights.layers.size(); ++layer) {
+    for (const ops::ExpertView& expert : weights.layers[layer].experts) {
+      if (first == nullptr) first = &expert;
+      if (same(expert.gate_proj, first->gate_proj) && same(expert.up_proj, first->up_proj) &&
+          same(expert.down_proj, first->down_proj)) {
+        continue;
+      }
+      throw UnsupportedError("the routed experts of layer " + std::to_string(layer) +
+                             " are stored in other formats than those before; device cuda runs "
+                             "such a model only where all of it fits into VRAM; use device cpu");
+    }
+  }
+}
+
 }  // namespace
 
 storage::ReaderOptions reader_options(const LoadOptions& options) {
@@ -44,9 +64,10 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
   return reading;
 }
 
-Tiers::Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded, Planned& planned,
-             const LoadOptions& options, Trace* trace)
-    : loaded_(loaded),
+Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, LoadedWeights& loaded,
+             Planned& planned, const LoadOptions& options, Trace* trace)
+    : device_(ops.device()),
+      loaded_(loaded),
       planned_(planned),
       fingerprint_(loaded.fingerprint),
       policy_(options.cache_policy) {
@@ -65,7 +86,7 @@ Tiers::Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded,
         trace);
   }
   if (plan.tiered) {
-    make_store(ops, spec, plan, trace);
+    make_store(ops, host, spec, plan, trace);
     configure(options.memory);
     warm_start(options.warm_start_folder);
     return;
@@ -77,8 +98,8 @@ Tiers::Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded,
       });
 }
 
-void Tiers::make_store(ops::Ops& ops, const model::ModelSpec& spec, const residency::Plan& plan,
-                       Trace* trace) {
+void Tiers::make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec,
+                       const residency::Plan& plan, Trace* trace) {
   residency::ExpertStore::Options store;
   store.layers = spec.moe_layers();
   store.first_layer = spec.dense_layers;
@@ -86,6 +107,7 @@ void Tiers::make_store(ops::Ops& ops, const model::ModelSpec& spec, const reside
   store.slots = plan.slots;
   store.cache_slots = plan.cache_slots;
   store.trace = trace;
+  store.memory = &ops.device().staging();
   store.check = [this, first = spec.dense_layers, experts = spec.router.experts](
                     std::span<const residency::ExpertKey> keys,
                     std::span<const ops::HostExpertView> views) {
@@ -113,9 +135,22 @@ void Tiers::make_store(ops::Ops& ops, const model::ModelSpec& spec, const reside
     ops.device().download(bias.data, bias_on_host.data(), bias.size_bytes());
     routers.push_back({weights.gate, bias, std::move(bias_on_host)});
   }
+  if (host != nullptr) {
+    check_same_shape(loaded_.weights);
+    device_slot_bytes_ = residency::DeviceExperts::slot_bytes(loaded_.sizes.layer_experts.front());
+    device_experts_ = std::make_unique<residency::DeviceExperts>(
+        ops.device(), loaded_.sizes.layer_experts.front(), plan.device_slots,
+        plan.device_cache_slots,
+        static_cast<std::uint64_t>(spec.moe_layers() * spec.router.experts),
+        [this](residency::ExpertKey key) { return store_->worth(key); });
+    device_tier_ = std::make_unique<residency::DeviceTier>(
+        ops, *host, *device_experts_, *store_,
+        residency::DeviceTier::Shape{spec.router.top_k, spec.hidden_size,
+                                     spec.moe_intermediate_size});
+  }
   auto tiered = std::make_unique<residency::TieredExperts>(
       ops, *store_, spec.router, std::move(routers), spec.dense_layers, spec.hidden_size,
-      spec.moe_intermediate_size, trace);
+      spec.moe_intermediate_size, device_tier_.get(), trace);
   tiered_ = tiered.get();
   runner_ = std::move(tiered);
 }
@@ -146,22 +181,46 @@ void Tiers::save_warm_start(bool last) noexcept {
 
 void Tiers::configure(const MemoryConfig& config) {
   check_memory_config(config);
+  if (device_tier_ != nullptr && config.prefetch_layers.value_or(0) > 0) {
+    log(LogLevel::kWarning,
+        "prefetch_layers: beside a GPU nothing is predicted yet; only the experts of a prompt's "
+        "first MoE layer are read ahead");
+  }
   if (tiered_ != nullptr) {
-    tiered_->configure({config.prefetch_layers, static_cast<float>(config.expert_threshold)});
+    tiered_->configure(
+        {config.prefetch_layers, static_cast<float>(config.expert_threshold), config.cpu_share});
   }
 }
 
 void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
-  check_memory_strategy(strategy);
+  planned_.check(strategy);
   if (!tiered()) {
-    if (!strategy.cpu_cache_size && !strategy.prefetch_size) return;
-    throw ParameterError("cpu_cache_size",
-                         "the whole model was loaded into memory; give cpu_cache_size when the "
-                         "model is loaded, then it can be changed");
+    const bool of_vram = strategy.max_experts || strategy.gpu_reserved;
+    if (!of_vram && !strategy.cpu_cache_size && !strategy.prefetch_size) return;
+    const std::string name = of_vram ? "max_experts" : "cpu_cache_size";
+    throw ParameterError(name, "the whole model was loaded into memory; give " + name +
+                                   " when the model is loaded, then it can be changed");
   }
-  planned_.change(strategy, [&](const residency::Plan& next) {
-    store_->resize(next.slots, next.cache_slots, poll);
-  });
+  if (device_tier_ != nullptr) device_tier_->settle();
+  std::uint64_t vram = 0;  // that the whole model could have now
+  if (device_experts_ != nullptr) vram = device_.memory().available() + planned_.plan().vram_bytes;
+  const auto apply = [&](const residency::Plan& next) {
+    if (device_experts_ == nullptr) {
+      store_->resize(next.slots, next.cache_slots, poll);
+      return;
+    }
+    const std::size_t slots = device_experts_->slots();
+    const std::size_t cache_slots = device_experts_->cache_slots();
+    const bool changes = next.device_slots != slots || next.device_cache_slots != cache_slots;
+    if (changes) device_experts_->resize(next.device_slots, next.device_cache_slots);
+    try {
+      store_->resize(next.slots, next.cache_slots, poll);
+    } catch (...) {
+      if (changes) device_experts_->resize(slots, cache_slots);
+      throw;
+    }
+  };
+  planned_.change(strategy, apply, vram);
 }
 
 ModelStats Tiers::stats() const {
@@ -200,6 +259,17 @@ ModelStats Tiers::stats() const {
   stats.image_bytes = store_->image_bytes(0);
   stats.wait_seconds = runner.wait_seconds;
   stats.expert_seconds = runner.compute_seconds;
+  if (device_tier_ == nullptr) return stats;
+  const residency::DeviceStats& device = device_experts_->stats();
+  stats.device_slots = plan.device_slots;
+  stats.device_cache_slots = plan.device_cache_slots;
+  stats.device_slot_bytes = device_slot_bytes_;
+  stats.device_hits = device.hits;
+  stats.uploads = device.brought;
+  stats.uploaded_bytes = device.brought_bytes;
+  stats.device_evictions = device.evictions;
+  stats.cpu_bytes = device_tier_->stats().host_bytes;
+  stats.cpu_seconds = device_tier_->stats().host_seconds;
   return stats;
 }
 

@@ -11,6 +11,8 @@
 #include "engine/loader.h"
 #include "engine/planned.h"
 #include "model/spec.h"
+#include "residency/device_experts.h"
+#include "residency/device_tier.h"
 #include "residency/expert_store.h"
 #include "residency/layer_stream.h"
 #include "residency/resident_experts.h"
@@ -24,9 +26,10 @@ storage::ReaderOptions reader_options(const LoadOptions& options);
 
 class Tiers {
  public:
-  /// The ops, the weights, the plan and the trace (which may be null) must outlive this.
-  Tiers(ops::Ops& ops, const model::ModelSpec& spec, LoadedWeights& loaded, Planned& planned,
-        const LoadOptions& options, Trace* trace);
+  /// `host`: the processor's ops, where `ops` are a GPU's and experts lie in files; else null. All
+  /// must outlive this, and so must `trace`, which may be null.
+  Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, LoadedWeights& loaded,
+        Planned& planned, const LoadOptions& options, Trace* trace);
   /// Saves the warm-start file.
   ~Tiers();
   Tiers(const Tiers&) = delete;
@@ -49,18 +52,23 @@ class Tiers {
   ModelStats stats() const;
 
  private:
-  void make_store(ops::Ops& ops, const model::ModelSpec& spec, const residency::Plan& plan,
-                  Trace* trace);
+  void make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec,
+                  const residency::Plan& plan, Trace* trace);
   void warm_start(const std::string& folder);
   void save_warm_start(bool last) noexcept;
 
+  ops::Device& device_;
   LoadedWeights& loaded_;
   Planned& planned_;
   std::unique_ptr<residency::WarmStart> warm_start_;  // null: nothing is remembered
   std::uint64_t fingerprint_;
   std::uint64_t slot_bytes_ = 0;
+  std::uint64_t device_slot_bytes_ = 0;
   std::string policy_;
   std::unique_ptr<residency::ExpertStore> store_;
+  // Of a GPU's tier, else null.
+  std::unique_ptr<residency::DeviceExperts> device_experts_;
+  std::unique_ptr<residency::DeviceTier> device_tier_;
   std::unique_ptr<residency::ExpertRunner> runner_;
   residency::TieredExperts* tiered_ = nullptr;  // the runner, if it is one
   std::unique_ptr<residency::LayerStream> stream_;

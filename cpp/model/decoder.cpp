@@ -7,6 +7,32 @@
 
 namespace dsfp4::model {
 
+namespace {
+
+constexpr std::int64_t kEmbeddedRows = 64;  // that go to a device together
+
+}  // namespace
+
+HostEmbedding::HostEmbedding(ops::Ops& host, std::int64_t hidden_size)
+    : host_(host),
+      arena_(bytes(hidden_size), "the rows of the embedding"),
+      rows_(ops::scratch_matrix(arena_, kEmbeddedRows, hidden_size)) {}
+
+std::size_t HostEmbedding::bytes(std::int64_t hidden_size) {
+  return ops::scratch_bytes(kEmbeddedRows * hidden_size);
+}
+
+void HostEmbedding::embed(const WeightView& table, std::span<const std::int32_t> ids,
+                          ops::Device& device, ops::Matrix x) {
+  for (std::int64_t at = 0; at < x.rows; at += kEmbeddedRows) {
+    const std::int64_t rows = std::min(kEmbeddedRows, x.rows - at);
+    host_.embed(table, ids.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows)),
+                rows_.slice(0, rows));
+    device.upload(host_.device().on_host(rows_.data), x.row(at),
+                  static_cast<std::size_t>(rows * x.cols) * sizeof(float));
+  }
+}
+
 void Decoder::head(ops::ConstMatrix hidden, ops::Matrix logits, Phase phase) const {
   ops_.linear(weights_.lm_head, hidden, logits, phase);
 }

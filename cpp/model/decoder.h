@@ -33,18 +33,36 @@ std::size_t scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase)
 /// Bytes of one KV cache block in one layer; a block holds the layers one after the other.
 std::size_t kv_layer_bytes(const ModelSpec& spec, ops::KvFormat format);
 
+/// Looks tokens up in an embedding that lies in RAM, for a step whose activations do not.
+class HostEmbedding {
+ public:
+  /// `host` computes in RAM and must outlive this. Throws MemoryLimitError.
+  HostEmbedding(ops::Ops& host, std::int64_t hidden_size);
+  /// Bytes of RAM that it takes.
+  static std::size_t bytes(std::int64_t hidden_size);
+  /// x [ids, hidden] = the rows of `table`, before the ops of `device` that follow.
+  void embed(const WeightView& table, std::span<const std::int32_t> ids, ops::Device& device,
+             ops::Matrix x);
+
+ private:
+  ops::Ops& host_;
+  memory::Arena arena_;
+  ops::Matrix rows_;
+};
+
 class Decoder {
  public:
-  /// The weights, the ops, the experts and `streamed` (null where all layers' dense weights are
-  /// in memory) must outlive the decoder.
+  /// The weights, the ops, the experts, `streamed` (null where all layers' dense weights are in
+  /// memory) and `embedding` (null where the ops can reach it) must outlive the decoder.
   Decoder(ModelSpec spec, const ModelWeights& weights, ops::Ops& ops,
           residency::ExpertRunner& experts, residency::LayerStream* streamed,
-          ops::KvFormat kv_format)
+          HostEmbedding* embedding, ops::KvFormat kv_format)
       : spec_(std::move(spec)),
         weights_(weights),
         ops_(ops),
         experts_(experts),
         streamed_(streamed),
+        embedding_(embedding),
         kv_format_(kv_format) {}
 
   const ModelSpec& spec() const noexcept { return spec_; }
@@ -60,6 +78,7 @@ class Decoder {
   ops::Ops& ops_;
   residency::ExpertRunner& experts_;
   residency::LayerStream* streamed_;
+  HostEmbedding* embedding_;
   ops::KvFormat kv_format_;
 };
 

@@ -42,7 +42,8 @@ Pass::Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena,
 }
 
 bool Pass::in_pieces() const {
-  return decoder_.streamed_ != nullptr || decoder_.experts_.needs_host() || host_takes_part();
+  return decoder_.streamed_ != nullptr || decoder_.embedding_ != nullptr ||
+         decoder_.experts_.needs_host() || host_takes_part();
 }
 
 bool Pass::host_takes_part() const {
@@ -72,7 +73,12 @@ void Pass::advance() {
 }
 
 void Pass::embed() {
-  decoder_.ops_.embed(decoder_.weights_.embed_tokens, batch_.ids, x_);
+  const WeightView& table = decoder_.weights_.embed_tokens;
+  if (decoder_.embedding_ != nullptr) {
+    decoder_.embedding_->embed(table, batch_.ids, decoder_.ops_.device(), x_);
+  } else {
+    decoder_.ops_.embed(table, batch_.ids, x_);
+  }
   decoder_.experts_.begin_step(batch_.phase, x_.rows, ahead_);
 }
 
@@ -142,7 +148,8 @@ void Pass::start_experts(const LayerWeights& weights, const ops::Routing& routin
   const ModelSpec& spec = decoder_.spec_;
   ops::HostRouting on_host;
   if (decoder_.experts_.needs_host() || host_takes_part()) {
-    routings_.fetch(routing);
+    const bool with_x = decoder_.experts_.needs_x(batch_.phase, x_.rows);
+    routings_.fetch(routing, with_x ? normed_ : ops::ConstMatrix());
     on_host = routings_.get();
     tell_choice(on_host);
   }

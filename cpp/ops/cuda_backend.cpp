@@ -419,14 +419,15 @@ CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
   const auto blocks = static_cast<std::size_t>(largest.context / kKvBlockTokens + 1);
   return {bytes, std::max(rows * sizeof(std::int32_t), kSmallBuffer),
           std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer),
-          std::max(blocks * sizeof(std::byte*), kSmallBuffer)};
+          std::max(blocks * sizeof(std::byte*), kSmallBuffer),
+          rows * static_cast<std::size_t>(largest.top_k) * sizeof(std::int32_t)};
 }
 
 std::uint64_t CudaBackend::working_bytes(const Largest& largest) const {
   const StepMemory memory = step_memory(largest);
   const std::uint64_t tables = static_cast<std::uint64_t>(largest.moe_layers) *
                                largest.experts.size() * sizeof(raw::ExpertView);
-  return memory.workspace + memory.ids + memory.rows + memory.blocks + tables;
+  return memory.workspace + memory.ids + memory.rows + memory.blocks + memory.forced + tables;
 }
 
 void CudaBackend::reserve(const Largest& largest) {
@@ -435,6 +436,7 @@ void CudaBackend::reserve(const Largest& largest) {
   ids_.reserve(device_->memory(), memory.ids);
   rows_.reserve(device_->memory(), memory.rows);
   blocks_.reserve(device_->memory(), memory.blocks);
+  forced_.reserve(device_->memory(), memory.forced);
 }
 
 std::unique_ptr<Ops> make_cuda_ops(int index, std::uint64_t memory_limit) {

@@ -124,7 +124,7 @@ class CudaBackend final : public Ops {
   std::byte* workspace(std::size_t bytes);
   /// Of the largest step, in bytes.
   struct StepMemory {
-    std::size_t workspace, ids, rows, blocks;
+    std::size_t workspace, ids, rows, blocks, forced;
   };
   StepMemory step_memory(const Largest& largest) const;
   /// The rows of `batch` with their blocks on the device.

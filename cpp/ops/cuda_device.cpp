@@ -69,9 +69,10 @@ std::size_t CudaMemory::available_locked() const noexcept {
   std::uint64_t free = 0;
   std::uint64_t total = 0;
   if (!plugin_.memory(device_, &free, &total)) return 0;
-  if (limit_ == 0) return free > kDriverReserve ? free - kDriverReserve : 0;
+  const std::uint64_t left = free > kDriverReserve ? free - kDriverReserve : 0;
+  if (limit_ == 0) return left;
   const std::uint64_t taken = context_bytes_ + account_.used + kDriverReserve;
-  return std::min(free, limit_ > taken ? limit_ - taken : 0);
+  return std::min(left, limit_ > taken ? limit_ - taken : 0);
 }
 
 std::byte* CudaMemory::allocate(std::size_t bytes) noexcept {

@@ -1,5 +1,10 @@
 #include "ops/host_routing.h"
 
+#include <exception>
+
+#include "base/log.h"
+#include "ops/scratch.h"
+
 namespace dsfp4::ops {
 namespace {
 
@@ -44,18 +49,30 @@ std::size_t routing_bytes(std::int64_t tokens, const RouterSpec& spec) {
   return Layout(tokens, spec).bytes;
 }
 
-RoutingReader::RoutingReader(Device& device, std::int64_t tokens, const RouterSpec& spec)
+RoutingReader::RoutingReader(Device& device, std::int64_t tokens, const RouterSpec& spec,
+                             std::int64_t hidden_size)
     : device_(device),
-      staging_(staging_bytes(device, tokens, spec), "the routing on its way", device.staging()),
+      staging_(staging_bytes(device, tokens, spec, hidden_size), "the routing on its way",
+               device.staging()),
       event_(device.make_event()) {}
 
-std::size_t RoutingReader::staging_bytes(Device& device, std::int64_t tokens,
-                                         const RouterSpec& spec) {
-  return device.host_visible() ? 0 : routing_bytes(tokens, spec);
+RoutingReader::~RoutingReader() {
+  try {
+    device_.wait_for(event_);
+  } catch (const std::exception& error) {  // a device that has failed copies nothing any more
+    log(LogLevel::kInfo, error.what());
+  }
 }
 
-void RoutingReader::fetch(const Routing& routing) {
+std::size_t RoutingReader::staging_bytes(Device& device, std::int64_t tokens,
+                                         const RouterSpec& spec, std::int64_t hidden_size) {
+  if (device.host_visible()) return 0;
+  return routing_bytes(tokens, spec) + scratch_bytes(kMostHostRows * hidden_size);
+}
+
+void RoutingReader::fetch(const Routing& routing, const ConstMatrix& x) {
   routing_ = routing;
+  x_ = x;
   const DevicePtr<std::byte> from = routing.experts.data.as<std::byte>();
   if (device_.host_visible()) {
     host_ = device_.on_host(from);
@@ -65,6 +82,12 @@ void RoutingReader::fetch(const Routing& routing) {
   staging_.release(0);
   host_ = memory::on_host(device_.staging(), staging_.take(bytes));
   device_.copy_out(Queue::kCompute, from, host_, bytes);
+  if (x.rows > 0) {
+    const Matrix there = scratch_matrix(staging_, x.rows, x.cols);
+    device_.copy_out(Queue::kCompute, x.data, memory::on_host(device_.staging(), there.data),
+                     static_cast<std::size_t>(x.rows * x.cols) * sizeof(float));
+    x_ = there;
+  }
   device_.record(Queue::kCompute, event_);
 }
 
@@ -79,7 +102,8 @@ HostRouting RoutingReader::get() {
   return {{reinterpret_cast<const std::int32_t*>(there(routing_.experts.data)), pairs},
           {reinterpret_cast<const std::int32_t*>(there(routing_.used.data)), pairs},
           {reinterpret_cast<float*>(there(routing_.weights.data)), pairs},
-          {reinterpret_cast<const float*>(there(routing_.logits.data)), logits}};
+          {reinterpret_cast<const float*>(there(routing_.logits.data)), logits},
+          x_};
 }
 
 }  // namespace dsfp4::ops

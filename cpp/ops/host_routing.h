@@ -17,7 +17,11 @@ struct HostRouting {
   std::span<const std::int32_t> used;
   std::span<float> weights;
   std::span<const float> logits;  // [tokens, experts]
+  ConstMatrix x = {};             // the layer's input, on the host; empty where nobody asked for it
 };
+
+/// Most rows of a step whose x comes to the host.
+inline constexpr std::int64_t kMostHostRows = 16;
 
 /// Room for a routing, in one piece, from `arena`.
 Routing take_routing(memory::Arena& arena, std::int64_t tokens, const RouterSpec& spec);
@@ -28,15 +32,24 @@ std::size_t routing_bytes(std::int64_t tokens, const RouterSpec& spec);
 /// else one copy to staging memory and one event.
 class RoutingReader {
  public:
-  /// For up to `tokens` tokens. Throws MemoryLimitError if the device has no staging memory for it.
-  RoutingReader(Device& device, std::int64_t tokens, const RouterSpec& spec);
+  /// For up to `tokens` tokens, and x of `hidden_size` columns. Throws MemoryLimitError if the
+  /// device has no staging memory for it.
+  RoutingReader(Device& device, std::int64_t tokens, const RouterSpec& spec,
+                std::int64_t hidden_size);
 
-  /// Queues the copy of a routing of take_routing(), behind the ops so far.
-  void fetch(const Routing& routing);
+  /// Waits for a copy under way.
+  ~RoutingReader();
+  RoutingReader(const RoutingReader&) = delete;
+  RoutingReader& operator=(const RoutingReader&) = delete;
+
+  /// Queues the copy of a routing of take_routing(), and of `x` [up to kMostHostRows, hidden_size]
+  /// where it has rows, behind the ops so far.
+  void fetch(const Routing& routing, const ConstMatrix& x = {});
   /// The one that was fetched, after waiting for it; good until the next fetch().
   HostRouting get();
   /// Of staging memory.
-  static std::size_t staging_bytes(Device& device, std::int64_t tokens, const RouterSpec& spec);
+  static std::size_t staging_bytes(Device& device, std::int64_t tokens, const RouterSpec& spec,
+                                   std::int64_t hidden_size);
 
  private:
   Device& device_;
@@ -44,6 +57,7 @@ class RoutingReader {
   Event event_;
   Routing routing_;
   std::byte* host_ = nullptr;  // where the host sees it
+  ConstMatrix x_;              // and x
 };
 
 }  // namespace dsfp4::ops

@@ -1,9 +1,9 @@
 // The routed experts that lie in a device's memory, and the copies that bring them from RAM.
 //
 // The device's memory is a fixed number of equal slots. At most `cache_slots` hold cached experts;
-// the others are for those that only pass through. No call here but wait_copied(), resize() and the
-// destructor waits for the device: events order a slot's next copies behind the ops that read it,
-// and ops behind the copies of what they read.
+// the others are for those that only pass through. But for errors, no call here but
+// wait_copied(), resize() and the destructor waits for the device: events order a slot's next
+// copies behind the ops that read it, and ops behind the copies of what they read.
 //
 // Errors: after one of the device nobody knows which copies were made, so experts whose copies were
 // not known to be done are given up; see drop_uncopied().

@@ -34,7 +34,8 @@ class ExpertWork {
   ExpertWork& operator=(const ExpertWork&) = delete;
 
   /// Computes one group of experts, or waits for one to arrive, for kPollPeriod at most. False:
-  /// y is complete. Throws IoError and CheckpointError of experts that cannot be had; the work is
+  /// y is complete. Throws IoError and CheckpointError of experts that cannot be had,
+  /// and what a device throws; the work is
   /// to be destroyed then.
   virtual bool advance() = 0;
 
@@ -58,6 +59,11 @@ class ExpertRunner {
   /// Whether start() must know the choice on the host. Else it only queues ops, and its work is
   /// over at once.
   virtual bool needs_host() const = 0;
+  /// Whether it must know x there, too, in a step of so many rows.
+  virtual bool needs_x(ops::Phase phase, std::int64_t rows) const {
+    static_cast<void>(phase), static_cast<void>(rows);
+    return false;
+  }
   /// A step of `rows` tokens begins: time to read what its first MoE layer is sure to need.
   virtual void begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) {
     static_cast<void>(phase), static_cast<void>(rows), static_cast<void>(ahead);

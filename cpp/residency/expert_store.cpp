@@ -37,19 +37,9 @@ ExpertStore::ExpertStore(Options options, std::vector<ExpertImage> images, stora
       queued_(options_.slots, false) {
   check_counts(options_.slots, options_.cache_slots);
   passing_.reserve(slots_.size());
-  pool_ =
-      std::make_shared<memory::SlotPool>(slots_.size(), largest_slot(images_), "the expert slots");
+  pool_ = std::make_shared<memory::SlotPool>(slots_.size(), largest_slot(images_),
+                                             "the expert slots", *options_.memory);
   link_->store = this;
-}
-
-ExpertStore::~ExpertStore() {
-  {
-    const std::lock_guard lock(link_->mutex);
-    link_->store = nullptr;  // from here on nothing arrives
-  }
-  for (Slot& slot : slots_) {
-    if (slot.state == State::kReading) reader_.cancel(slot.ticket);
-  }
 }
 
 // A read may complete within cancel(), so this is done without the lock.
@@ -160,6 +150,11 @@ void ExpertStore::throw_failure(ExpertKey key, const Slot& slot) const {
   throw IoError(result.file, result.offset, result.error_number,
                 "expert " + std::to_string(key % experts) + " of layer " +
                     std::to_string(options_.first_layer + key / experts) + ": " + result.problem);
+}
+
+float ExpertStore::worth(ExpertKey key) const {
+  const std::lock_guard lock(mutex_);
+  return policy_->value(key);
 }
 
 ops::HostExpertView ExpertStore::view(ExpertKey key) const {

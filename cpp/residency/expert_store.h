@@ -59,11 +59,14 @@ class ExpertStore {
     std::function<void(std::span<const ExpertKey> keys, std::span<const ops::HostExpertView> views)>
         check;
     Trace* trace = nullptr;  // may be null
+    /// Where the slots lie: memory that the processor can touch.
+    memory::MemorySource* memory = &memory::host_memory();
   };
   /// `images`: by key. The reader must outlive the store. Throws MemoryLimitError.
   ExpertStore(Options options, std::vector<ExpertImage> images, storage::Reader& reader,
               std::unique_ptr<Policy> policy);
-  /// Cancels what is unfinished and waits for nothing: the reader keeps the slots.
+  /// Cancels what is unfinished and waits for nothing: the reader keeps the slots. But where they
+  /// are a device's, it waits for the system to let go of them, for two seconds.
   ~ExpertStore();
   ExpertStore(const ExpertStore&) = delete;
   ExpertStore& operator=(const ExpertStore&) = delete;
@@ -106,6 +109,8 @@ class ExpertStore {
   /// The experts of a MoE layer by the policy's value, the highest first.
   std::vector<ExpertKey> most_valued(std::int64_t layer) const;
 
+  /// The policy's value of an expert.
+  float worth(ExpertKey key) const;
   /// The policy's use(); then gives up cached experts beyond cache_slots.
   void note_use(std::int64_t layer, std::span<const std::int32_t> experts,
                 std::span<const float> scores);
@@ -130,6 +135,7 @@ class ExpertStore {
 
  private:
   static constexpr std::chrono::milliseconds kLookAgain{1};
+  static constexpr std::chrono::milliseconds kGiveUp{2000};
   static constexpr ExpertKey kNoKey = std::numeric_limits<ExpertKey>::max();
   enum class State : std::uint8_t { kFree, kReading, kReady, kFailed };
   struct Slot {

@@ -1,6 +1,8 @@
-// ExpertStore with another number of slots.
+// ExpertStore with another number of slots, and its end.
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -12,6 +14,29 @@ namespace dsfp4::residency {
 void ExpertStore::check_counts(std::size_t slots, std::size_t cache_slots) {
   if (slots == 0 || cache_slots >= slots) {
     throw ParameterError("prefetch_size", "must leave room for at least one expert to be read");
+  }
+}
+
+ExpertStore::~ExpertStore() {
+  {
+    const std::lock_guard lock(link_->mutex);
+    link_->store = nullptr;  // from here on nothing arrives
+  }
+  for (Slot& slot : slots_) {
+    if (slot.state == State::kReading) reader_.cancel(slot.ticket);
+  }
+  if (options_.memory == &memory::host_memory()) return;
+  // A device's memory goes with the device, which a read that the disk does not answer may outlive:
+  // then the slots stay for good.
+  const auto quiet = [](const Slot& slot) {
+    return slot.state == State::kFree || slot.state == State::kReady || slot.ticket.quiet();
+  };
+  for (auto waited = kLookAgain; !std::ranges::all_of(slots_, quiet); waited += kLookAgain) {
+    if (waited > kGiveUp) {
+      new std::shared_ptr<memory::SlotPool>(pool_);  // NOLINT: never deleted, as said above
+      return;
+    }
+    std::this_thread::sleep_for(kLookAgain);
   }
 }
 

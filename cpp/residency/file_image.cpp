@@ -73,6 +73,7 @@ FileImage file_image(std::span<const checkpoint::WeightSource* const> matrices,
 
 FileGroup file_group(std::vector<FileMatrix> matrices) {
   std::vector<const checkpoint::WeightSource*> sources;
+  sources.reserve(matrices.size());
   for (const FileMatrix& matrix : matrices) sources.push_back(matrix.source);
   std::vector<MatrixPlace> places(matrices.size());
   FileGroup group;

@@ -58,7 +58,7 @@ struct Wishes {
 };
 
 /// VRAM slots for experts that only pass through, beside the cached ones.
-inline constexpr std::size_t kDeviceRing = 4;
+inline constexpr std::size_t kDeviceRing = 8;
 
 /// A chunk's activations may be so large, in bytes; beyond the smaller amount they take an eighth
 /// of what the experts' cache would have at most, below it a half.

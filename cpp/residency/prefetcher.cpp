@@ -13,11 +13,13 @@ constexpr std::int64_t kPairsPerExpert = 8;
 
 }  // namespace
 
-void Prefetcher::expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step) {
+void Prefetcher::expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step,
+                        const std::function<bool(ExpertKey)>& elsewhere) {
   step.named.clear();
   if (rows * top_k < kPairsPerExpert * router_.experts) return;
   step.named = store_.most_valued(0);
   std::ranges::reverse(step.named);
+  if (elsewhere) std::erase_if(step.named, elsewhere);
   submit(step);
 }
 

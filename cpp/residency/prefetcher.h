@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -42,7 +43,9 @@ class Prefetcher {
 
   /// `rows` tokens are on their way to the first MoE layer: names its experts, the most valued
   /// first, if they are so many that next to all of them are needed.
-  void expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step);
+  /// Without those that `elsewhere`, if given, says to be in another memory.
+  void expect(std::int64_t rows, std::int64_t top_k, ReadAhead& step,
+              const std::function<bool(ExpertKey)>& elsewhere = {});
   /// Names what the next `ahead` layers will probably choose, from this one's input x. What was
   /// named before and not begun is forgotten.
   void predict(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t ahead,

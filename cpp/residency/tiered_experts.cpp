@@ -31,9 +31,13 @@ class TieredExperts::Work final : public ExpertWork {
         scope_(arena),
         ahead_(ahead),
         streams_(layer.phase == ops::Phase::kPrefill),
+        device_(runner.device_),
         order_(layer.on_host.used.size()),
-        chosen_(group_by_expert(layer.on_host.used, order_)) {}
-  // On a device, the slots and the scratch go to the last event that reads them.
+        chosen_(group_by_expert(layer.on_host.used, order_)) {
+    for (auto* list : {&ready_, &reading_, &missing_}) list->reserve(chosen_.size());
+  }
+  // What a GPU still reads: pins of experts that are being copied are the tier's, its slots go to
+  // events, and scratch is written behind the ops that read it.
   ~Work() override {
     for (const auto* list : {&ready_, &reading_}) {
       for (const std::size_t i : *list) store_.unpin(key(i));
@@ -46,6 +50,7 @@ class TieredExperts::Work final : public ExpertWork {
     const std::int64_t pairs = x.rows * layer_.top_k;
     runner_.stats_.total_pairs += order_.size();
     runner_.prefetcher_.chosen(moe_layer_, chosen_, ahead_);
+    if (device_ != nullptr) device_->reap();
     find();
     std::vector<std::int32_t> left_out;
     if (runner_.options_.expert_threshold > 0.0f) left_out = leave_out();
@@ -53,25 +58,36 @@ class TieredExperts::Work final : public ExpertWork {
     fetch();
     store_.drop_speculation(moe_layer_);
     runner_.note_use(moe_layer_, layer_);
-    runner_.prefetcher_.predict(moe_layer_, layer_, runner_.layers_ahead(layer_.phase), arena_,
-                                ahead_);
+    // A guess on a GPU would be one more wait of the host.
+    if (device_ == nullptr) {
+      runner_.prefetcher_.predict(moe_layer_, layer_, runner_.layers_ahead(layer_.phase), arena_,
+                                  ahead_);
+    }
     shared_into(layer_, runner_.ops_, arena_);
 
     hidden_ = ops::scratch_matrix(arena_, pairs, runner_.moe_intermediate_size_);
     routed_ = ops::scratch_matrix(arena_, pairs, runner_.hidden_size_);
+    if (device_ != nullptr) device_->compute_cached(in_vram_, target());
     for (const std::int32_t pair : left_out) runner_.ops_.zero(routed_.slice(pair, 1));
   }
 
   bool advance() override {
     if (over_) return false;
+    if (device_ != nullptr) device_->reap();
     if (!ready_.empty()) {
       compute_group();
       collect({});
       fetch();
     } else if (!reading_.empty()) {
       collect(kPollPeriod);
-    } else {
-      make_room();
+      fetch();
+    } else if (!missing_.empty()) {
+      if (copying() > 0) {
+        device_->wait_for_one();
+        fetch();
+      } else {
+        make_room();
+      }
     }
     if (!ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
     store_.trim();
@@ -86,10 +102,18 @@ class TieredExperts::Work final : public ExpertWork {
   }
   bool keep() const { return !streams_ || store_.cache_room() > 0; }
   std::size_t most_pins() const { return std::max<std::size_t>(2, store_.options().slots) - 1; }
+  std::size_t copying() const { return device_ != nullptr ? device_->copying() : 0; }
+  std::size_t pins() const { return ready_.size() + reading_.size() + copying(); }
+  DeviceTier::Target target() const { return {&layer_, hidden_, routed_}; }
 
-  // Pins what is there; what is not is left in missing_.
+  // Pins what is in RAM; what is in no memory is left in missing_.
   void find() {
     for (std::size_t i = 0; i < chosen_.size(); ++i) {
+      if (device_ != nullptr && device_->experts().has(key(i))) {
+        in_vram_.push_back({key(i), chosen_[i].pairs});
+        runner_.stats_.used_bytes += store_.image_bytes(key(i));
+        continue;
+      }
       switch (store_.pin(key(i), keep())) {
         case ExpertStore::Found::kReady:
           ready_.push_back(i);
@@ -105,7 +129,7 @@ class TieredExperts::Work final : public ExpertWork {
 
   // If every slot is pinned, one is enough to let another step go on.
   void leave_a_slot() {
-    while (ready_.size() + reading_.size() > most_pins()) {
+    while (pins() > most_pins() && !(ready_.empty() && reading_.empty())) {
       std::vector<std::size_t>& list = reading_.empty() ? ready_ : reading_;
       store_.unpin(key(list.back()));
       missing_.push_back(list.back());
@@ -118,7 +142,7 @@ class TieredExperts::Work final : public ExpertWork {
   // Submits reads of missing experts, as many as there are slots for.
   void fetch() {
     std::size_t done = 0;
-    while (done < missing_.size() && ready_.size() + reading_.size() < most_pins() &&
+    while (done < missing_.size() && pins() < most_pins() &&
            store_.fetch(key(missing_[done]), keep()) != ExpertStore::Found::kNoRoom) {
       reading_.push_back(missing_[done++]);  // ready or not: collect() finds out
     }
@@ -138,22 +162,38 @@ class TieredExperts::Work final : public ExpertWork {
 
   void compute_group() {
     const std::size_t count = streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
+    const auto start = Trace::Clock::now();
     std::vector<ExpertKey> keys;
-    std::vector<ops::ExpertView> views;
-    std::vector<ops::ExpertTask> tasks;
-    views.reserve(count);
+    std::vector<DeviceTier::Job> jobs;
     for (std::size_t n = 0; n < count; ++n) {
       keys.push_back(key(ready_[n]));
-      views.push_back(store_.view(keys.back()));
-      tasks.push_back({&views.back(), chosen_[ready_[n]].pairs});
+      jobs.push_back({keys.back(), chosen_[ready_[n]].pairs});
       runner_.stats_.used_bytes += store_.image_bytes(keys.back());
     }
-    const auto start = Trace::Clock::now();
     store_.check(keys);
-    runner_.ops_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
+    const auto done = [&] {
+      ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
+    };
+    if (device_ != nullptr) {
+      done();  // the tier has the pins from here on
+      device_->compute(jobs, target(), !streams_ || device_->experts().cache_room() > 0);
+    } else {
+      compute_where_they_lie(jobs);
+      for (const ExpertKey pinned : keys) store_.unpin(pinned);
+      done();
+    }
     runner_.stats_.compute_seconds += span(Trace::Track::kCompute, count, start);
-    for (std::size_t n = 0; n < count; ++n) store_.unpin(key(ready_[n]));
-    ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
+  }
+
+  void compute_where_they_lie(std::span<const DeviceTier::Job> jobs) {
+    std::vector<ops::ExpertView> views;
+    std::vector<ops::ExpertTask> tasks;
+    views.reserve(jobs.size());
+    for (const DeviceTier::Job& job : jobs) {
+      views.push_back(store_.view(job.key));
+      tasks.push_back({&views.back(), job.pairs});
+    }
+    runner_.ops_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
   }
 
   // Moves what has arrived to the ready ones, after waiting for the first for at most `wait`.
@@ -193,10 +233,12 @@ class TieredExperts::Work final : public ExpertWork {
   const ops::ScratchScope scope_;
   ReadAhead& ahead_;
   bool streams_;
+  DeviceTier* device_;
   bool over_ = false;
   ops::Matrix hidden_, routed_;
   std::vector<std::int32_t> order_;  // pairs, by expert
   std::vector<ChosenExpert> chosen_;
+  std::vector<DeviceTier::Job> in_vram_;
   // Indices into chosen_; the first two are pinned.
   std::vector<std::size_t> ready_, reading_, missing_;
 };
@@ -204,7 +246,7 @@ class TieredExperts::Work final : public ExpertWork {
 TieredExperts::TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec router,
                              std::vector<RouterView> routers, std::int64_t first_layer,
                              std::int64_t hidden_size, std::int64_t moe_intermediate_size,
-                             Trace* trace)
+                             DeviceTier* device, Trace* trace)
     : ops_(ops),
       store_(store),
       router_(router),
@@ -212,11 +254,20 @@ TieredExperts::TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec 
       first_layer_(first_layer),
       hidden_size_(hidden_size),
       moe_intermediate_size_(moe_intermediate_size),
+      device_(device),
       trace_(trace),
       prefetcher_(ops, store, router_, routers_) {}
 
+void TieredExperts::configure(const TieredOptions& options) {
+  options_ = options;
+  if (device_ != nullptr) device_->set_host_share(options.host_share);
+}
+
 void TieredExperts::begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) {
-  if (layers_ahead(phase) > 0) prefetcher_.expect(rows, router_.top_k, ahead);
+  if (layers_ahead(phase) == 0) return;
+  std::function<bool(ExpertKey)> in_vram;
+  if (device_ != nullptr) in_vram = [this](ExpertKey key) { return device_->experts().has(key); };
+  prefetcher_.expect(rows, router_.top_k, ahead, in_vram);
 }
 
 std::int64_t TieredExperts::layers_ahead(ops::Phase phase) const {

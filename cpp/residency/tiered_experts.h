@@ -4,7 +4,8 @@
 // For one layer: reads of missing experts are submitted first (as many as there are slots), then
 // what the next layers will probably need, then everything that is in RAM is computed, the shared
 // expert too, then what arrives, in whatever order; the results are summed in slot order at the
-// end. So neither the cache nor the disk can change a token's bits.
+// end. So neither the cache nor the disk can change a token's bits, but for a DeviceTier
+// that splits experts by measured rates.
 //
 // Work that is left for another step's keeps its pins, but never all of two or more slots,
 // so the other can go on.
@@ -16,6 +17,7 @@
 
 #include "base/counter.h"
 #include "base/trace.h"
+#include "residency/device_tier.h"
 #include "residency/expert_runner.h"
 #include "residency/expert_store.h"
 #include "residency/expert_tasks.h"
@@ -31,6 +33,8 @@ struct TieredOptions {
   /// A missing expert whose share of its token's routing weight is below this is left out; 0 is
   /// exact.
   float expert_threshold = 0.0f;
+  /// As DeviceTier::set_host_share().
+  std::optional<double> host_share = std::nullopt;
 };
 
 struct TieredStats {
@@ -44,13 +48,17 @@ struct TieredStats {
 
 class TieredExperts final : public ExpertRunner {
  public:
-  /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. The store
-  /// and the ops, whose device is the host's, must outlive this. `trace` may be null.
+  /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. `device`:
+  /// the GPU's part, if `ops` compute there; null on the host. All must outlive this, and so must
+  /// `trace`, which may be null.
   TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec router,
                 std::vector<RouterView> routers, std::int64_t first_layer, std::int64_t hidden_size,
-                std::int64_t moe_intermediate_size, Trace* trace = nullptr);
+                std::int64_t moe_intermediate_size, DeviceTier* device, Trace* trace);
 
   bool needs_host() const override { return true; }
+  bool needs_x(ops::Phase phase, std::int64_t rows) const override {
+    return device_ != nullptr && device_->uses_host(phase, rows);
+  }
   void begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) override;
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
@@ -58,7 +66,7 @@ class TieredExperts final : public ExpertRunner {
   static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
 
   /// Between steps only; the statistics may be read at any time.
-  void configure(const TieredOptions& options) { options_ = options; }
+  void configure(const TieredOptions& options);
   const TieredOptions& options() const noexcept { return options_; }
   const TieredStats& stats() const noexcept { return stats_; }
   const PrefetchStats& prefetch_stats() const noexcept { return prefetcher_.stats(); }
@@ -76,6 +84,7 @@ class TieredExperts final : public ExpertRunner {
   std::int64_t first_layer_;
   std::int64_t hidden_size_;
   std::int64_t moe_intermediate_size_;
+  DeviceTier* device_;
   Trace* trace_;
   TieredOptions options_;
   TieredStats stats_;

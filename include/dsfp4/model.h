@@ -35,16 +35,22 @@ namespace dsfp4 {
 /// it has, with FinishReason::kCancelled; others throw CancelledError. Empty: always true.
 using KeepGoing = std::function<bool()>;
 
-/// How experts and layers that lie on the SSD are brought in. Exact, but for expert_threshold.
+/// How experts and layers that lie on the SSD are brought in. Exact, but for expert_threshold;
+/// cpu_share may change the last bits.
 struct MemoryConfig {
   /// How many MoE layers ahead experts are predicted and read while the SSD is idle; 0 (off) to 16.
   /// Not given: 1 where it is sure to pay, for a prompt, whose tokens need most experts between
-  /// them, and while the cache has room; else 0. Dense weights that are streamed are read so many
-  /// layers ahead, at least one; that number is taken when the model is loaded.
+  /// them, and while the cache has room; else 0. Beside a GPU nothing is predicted yet: only the
+  /// experts of a prompt's first MoE layer are read ahead. Dense weights that are streamed are read
+  /// so many layers ahead, at least one; that number is taken when the model is loaded.
   std::optional<std::int64_t> prefetch_layers;
   /// An expert that would have to come from the SSD and has less than this share of its token's
   /// routing weight is left out, and the rest scaled to the original sum; 0 (exact) to 1.
   double expert_threshold = 0.0;
+  /// Of a token's experts that lie in RAM beside a GPU, the share that the processor computes; the
+  /// others are copied to the GPU. 0 to 1; not given: so that both end together, by measured rates.
+  /// With 0 neither time nor the place of an expert can change the text.
+  std::optional<double> cpu_share = std::nullopt;
 };
 
 /// Where RAM and VRAM go. GB are 10^9 bytes. Nothing given: planned from what the machine has.
@@ -87,6 +93,13 @@ struct ModelStats {
   double stream_wait_seconds = 0.0;   // for those
   std::uint64_t reads = 0, read_bytes = 0, read_retries = 0, read_stalls = 0, reads_in_flight = 0;
   double ssd_busy_seconds = 0.0;  // with at least one read in flight
+  // Of a model whose experts lie in VRAM, too:
+  std::uint64_t device_slots = 0, device_cache_slots = 0, device_slot_bytes = 0;
+  std::uint64_t device_hits = 0;  // chosen experts that were in VRAM; not among `hits`
+  std::uint64_t uploads = 0, uploaded_bytes = 0;  // of experts from RAM to VRAM
+  std::uint64_t device_evictions = 0;
+  std::uint64_t cpu_bytes = 0;  // of experts that the processor computed
+  double cpu_seconds = 0.0;
 };
 
 struct LoadOptions {
@@ -97,7 +110,8 @@ struct LoadOptions {
   /// CPU quota is less.
   int threads = 0;
   /// Longest sequence in tokens, prompt and answer together, 1 to the model's
-  /// max_position_embeddings; 0 means that.
+  /// max_position_embeddings; 0 means that, or the largest power of two from 4096 on whose KV cache
+  /// takes at most an eighth of the memory that holds it.
   std::int64_t max_context = 0;
   /// How the KV cache keeps latents: "bf16", or "fp8" (E4M3, half the memory, an error of about 3 %
   /// a value). The reference device computes with an FP32 cache where this says "bf16".
@@ -151,7 +165,7 @@ struct GenerateOptions {
   /// For each token, also report its log probability and those of the likeliest `logprobs` tokens;
   /// 0 (off) to 20.
   int logprobs = 0;
-  /// The same seed, prompt and options give the same tokens.
+  /// The same seed, prompt and options give the same tokens; beside a GPU with cpu_share 0 only.
   std::uint64_t seed = 0;
   /// Tokens that end the answer (and are not part of it); none given: the model's end tokens.
   std::optional<std::vector<std::int32_t>> stop_ids;

@@ -47,6 +47,7 @@ class Memory(TypedDict, total=False):
     gpu_reserved: float | None
     prefetch_layers: int | None
     expert_threshold: float
+    cpu_share: float | None
     cache_policy: str
     warm_start: bool | str | os.PathLike[str]
     reader: str
@@ -58,7 +59,8 @@ class DeepseekInference:
     """A checkpoint with its tokenizer, ready to write text.
 
     `model_path` is a checkpoint folder or "demo". `device` "auto" is the fastest backend present;
-    `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit;
+    `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit, or
+    less where its KV cache would take over an eighth of the memory;
     `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision;
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included, and None is what is
     free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
@@ -132,11 +134,15 @@ class DeepseekInference:
         return self._model
 
     def set_memory_config(
-        self, *, prefetch_layers: int | None = None, expert_threshold: float | None = None
+        self,
+        *,
+        prefetch_layers: int | None = None,
+        expert_threshold: float | None = None,
+        cpu_share: float | None = None,
     ) -> None:
-        """Change how experts are read from the SSD; see Model.set_memory_config()."""
+        """Change how experts are read and computed; see Model.set_memory_config()."""
         self.model.set_memory_config(
-            prefetch_layers=prefetch_layers, expert_threshold=expert_threshold
+            prefetch_layers=prefetch_layers, expert_threshold=expert_threshold, cpu_share=cpu_share
         )
 
     def set_memory_strategy(self, strategy: Mapping[str, float]) -> None:

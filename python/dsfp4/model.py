@@ -51,7 +51,8 @@ class Model:
     holds at least all weights but the routed experts and the embedding), "reference" (scalar and
     slow: the truth that the others are compared with) or "auto", the fastest present: a GPU that is
     too small is passed over with a warning; `threads` 0 is one for each core; `max_context` is in
-    tokens, 0 is the model's own limit;
+    tokens, 0 is the model's own limit, or less where its KV cache would take over an eighth of the
+    memory;
     `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included; None is what is free;
@@ -64,7 +65,7 @@ class Model:
     experts may take, `prefetch_size` the memory for reads in flight, both in GB of RAM; on a GPU,
     `max_experts` is how many experts may stay in VRAM (0: none) and `gpu_reserved` the GB of VRAM,
     within `memory_limit`, that are left to others; None is planned from what is available, and no
-    `gpu_reserved`. `prefetch_layers` and `expert_threshold` are as in
+    `gpu_reserved`. `prefetch_layers`, `expert_threshold` and `cpu_share` are as in
     `set_memory_config()`; `prefetch_layers` None is 1 for a prompt, whose tokens need most experts
     between them, and while the cache has room, else 0. `cache_policy` is "default", "lru", "lfu",
     "lrfu" or "router". `warm_start` remembers how experts were used in a small file, so that the
@@ -90,6 +91,7 @@ class Model:
         gpu_reserved: float | None = None,
         prefetch_layers: int | None = None,
         expert_threshold: float = 0.0,
+        cpu_share: float | None = None,
         cache_policy: str = "default",
         warm_start: bool | str | os.PathLike[str] = True,
         reader: str = "auto",
@@ -104,6 +106,7 @@ class Model:
         self._memory_config: dict[str, Any] = {
             "prefetch_layers": prefetch_layers,
             "expert_threshold": expert_threshold,
+            "cpu_share": cpu_share,
         }
         self._ram_limit = check_gigabytes("ram_limit", ram_limit)
         options: dict[str, Any] = {
@@ -117,6 +120,7 @@ class Model:
             "gpu_reserved": check_optional("gpu_reserved", gpu_reserved),
             "prefetch_layers": check_layers(prefetch_layers),
             "expert_threshold": check_real("expert_threshold", expert_threshold),
+            "cpu_share": check_optional("cpu_share", cpu_share),
             "cache_policy": check_text("cache_policy", cache_policy),
             "warm_start_folder": warm_start_folder(warm_start),
             "reader": check_text("reader", reader),
@@ -161,20 +165,28 @@ class Model:
         raise TypeError("a Model cannot be copied or pickled; load it once in each process")
 
     def set_memory_config(
-        self, *, prefetch_layers: int | None = None, expert_threshold: float | None = None
+        self,
+        *,
+        prefetch_layers: int | None = None,
+        expert_threshold: float | None = None,
+        cpu_share: float | None = None,
     ) -> None:
         """Change how experts are read from the SSD, from the next call on; None changes nothing.
 
         `prefetch_layers`, 0 (off) to 16: so many layers ahead, experts are predicted and read while
         the SSD is idle. `expert_threshold`, 0 (exact) to 1: an expert that would have to be read
         and has less than this share of its token's routing weight is left out and the rest scaled
-        up; `stats()` counts them. Raises ParameterError.
+        up; `stats()` counts them. `cpu_share`, 0 to 1: of a token's experts that lie in RAM beside
+        a GPU, the processor computes this share and the GPU, after a copy, the others; by default
+        so many that both end together. Raises ParameterError.
         """
         wanted = dict(self._memory_config)
         if prefetch_layers is not None:
             wanted["prefetch_layers"] = check_layers(prefetch_layers)
         if expert_threshold is not None:
             wanted["expert_threshold"] = check_real("expert_threshold", expert_threshold)
+        if cpu_share is not None:
+            wanted["cpu_share"] = check_real("cpu_share", cpu_share)
         self._core.set_memory_config(**wanted)
         self._memory_config = wanted
 

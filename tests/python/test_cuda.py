@@ -196,3 +196,41 @@ sys.stdin.read()
     finally:
         process.communicate("")
     assert 0 < taken <= limit * 1e9
+
+
+# Settings of the tiers: bytes of RAM for cached experts, experts that stay in VRAM.
+TIERS = [(0.0, 0), (0.0, 7), (0.0005, 0), (0.0005, 20), (0.001, 3), (0.002, 50), (1.0, 0), (1.0, 9)]
+
+
+@with_gpu
+def test_no_placement_changes_a_bit_where_the_gpu_computes_everything() -> None:
+    ids = np.arange(40) * 37 % 1000
+    right: tuple[Any, ...] | None = None
+    for cache, experts in TIERS:
+        model = dsfp4.Model(
+            "demo", device="cuda", cpu_cache_size=cache, max_experts=experts, cpu_share=0.0
+        )
+        for _ in range(2):
+            assert model.stats()["tiered"]
+            says = (
+                model.forward(ids).tobytes(),
+                model.forward(ids, decode=True).tobytes(),
+                model.generate(ids[:5], max_tokens=30, temperature=0.0, stop_ids=[]).tokens,
+            )
+            assert right is None or says == right
+            right = says
+
+
+@with_gpu
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, None])
+@PHASES
+def test_experts_beside_a_gpu_agree_with_the_oracle(share: float | None, decode: bool) -> None:
+    model = dsfp4.Model("demo", device="cuda", max_experts=10, cpu_share=share)
+    for golden in load_demo_golden(DEMO)[:2]:
+        forced = model.forward(golden.ids, experts=golden.experts, decode=decode)
+        error = relative_error(forced[golden.positions], golden.logits)
+        assert error <= 2 * golden.bf16_error, golden.name
+    stats = model.stats()
+    assert stats["tiered"]
+    if decode:
+        assert (stats["cpu_bytes"] > 0) == (share != 0.0)

@@ -73,13 +73,35 @@ def test_results_that_do_not_fit_are_refused_with_the_number(
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(MemoryLimitError) as refusal:
-        dsfp4.Model(tmp_path, ram_limit=0.01, warm_start=False)
-    model = dsfp4.Model(tmp_path, ram_limit=refusal.value.needed / 1e9 + 0.01, warm_start=False)
+        dsfp4.Model(tmp_path, max_context=tokens, ram_limit=0.01, warm_start=False)
+    model = dsfp4.Model(
+        tmp_path,
+        max_context=tokens,
+        ram_limit=refusal.value.needed / 1e9 + 0.01,
+        warm_start=False,
+    )
     ids = np.zeros(tokens, np.int64)
     with pytest.raises(MemoryLimitError, match="forward_windows") as error:
         model.forward(ids)
     assert error.value.needed >= tokens * 4096 * 4 > error.value.available
     assert model.forward(ids[:8]).shape == (8, 4096)
+
+
+def test_a_context_that_nobody_chose_is_no_reason_to_refuse(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    for path in demo_model.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((demo_model / "config.json").read_text())
+    config["max_position_embeddings"] = 1 << 20
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MemoryLimitError) as refusal:
+        dsfp4.Model(tmp_path, ram_limit=0.01, warm_start=False)
+    needed = refusal.value.needed / 1e9
+    model = dsfp4.Model(tmp_path, ram_limit=needed + 0.01, warm_start=False)
+    assert 4096 <= model.max_context < 1 << 20
+    model.forward(np.zeros(8, np.int64))
 
 
 @pytest.mark.parametrize("ids", [(1, 2), [1, 2], np.array([1, 2], np.uint16)])

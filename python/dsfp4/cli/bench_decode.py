@@ -22,6 +22,7 @@ from dsfp4.model import Model
 _BLOCK_BYTES = 512 << 10  # as the engine reads
 _DEPTH = 64
 _RATE_SECONDS = 1.5
+_GPU_COUNTS = ("device_hits", "uploads", "uploaded_bytes", "cpu_bytes", "cpu_seconds")
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,6 +40,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "model", metavar="MODEL", help="a checkpoint folder; no tokenizer is needed"
     )
     parser.add_argument("--cpu-cache-size", type=real(0, 1e6), required=True, metavar="GB")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
+    parser.add_argument("--memory-limit", type=real(1e-9, 1e6), metavar="GB", help="of VRAM")
+    parser.add_argument("--max-experts", type=integer(0, 1 << 30), metavar="N", help="in VRAM")
+    parser.add_argument("--cpu-share", type=real(0, 1), metavar="SHARE", help="beside a GPU")
     parser.add_argument("--prefetch-size", type=real(0, 1e6), metavar="GB")
     parser.add_argument("--prefetch-layers", type=integer(0, 16), metavar="N")
     parser.add_argument("--cache-policy", default="default", choices=_core.policy_names())
@@ -114,6 +119,10 @@ def _load(arguments: argparse.Namespace, folder: Path, max_context: int) -> Mode
     """Return the model with an empty cache."""
     return Model(
         folder,
+        arguments.device,
+        memory_limit=arguments.memory_limit,
+        max_experts=arguments.max_experts,
+        cpu_share=arguments.cpu_share,
         threads=arguments.threads,
         max_context=max_context,
         cpu_cache_size=arguments.cpu_cache_size,
@@ -148,7 +157,7 @@ def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[s
         "distinct_experts": distinct,
         "read_bytes": read,
         "needed_bytes": needed,
-        "read_over_needed": read / needed,
+        "read_over_needed": read / needed if needed > 0 else 0.0,  # all was in memory
         "wait_seconds": waited,
         "compute": seconds - waited,
     }
@@ -226,6 +235,7 @@ def _judge(run: Mapping[str, Any], raw: float, compute: float) -> dict[str, Any]
         "prediction_precision": run["predicted_used"] / max(run["predicted"], 1),
         "wait_seconds": run["wait_seconds"] + run["stream_wait_seconds"],
         "expert_seconds": run["expert_seconds"],
+        **{name: run[name] for name in _GPU_COUNTS},
     }
 
 
@@ -245,6 +255,12 @@ def _lines(report: Mapping[str, Any]) -> Iterable[str]:
             f"disk's rate; disk busy {100 * run['ssd_busy']:.0f} % of the time; hit rate "
             f"{100 * run['hit_rate']:.1f} %"
         )
+        if run["uploads"] + run["cpu_bytes"] + run["device_hits"] > 0:
+            yield (
+                f"  {run['device_hits']} experts were in VRAM, {run['uploads']} copied there "
+                f"({run['uploaded_bytes'] / 1e9:.1f} GB), {run['cpu_bytes'] / 1e9:.1f} GB computed "
+                f"by the processor in {run['cpu_seconds']:.2f} s"
+            )
     for prompt in report["prefill"]:
         floor = prompt["floor_seconds"]
         yield (

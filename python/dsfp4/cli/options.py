@@ -151,6 +151,13 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         help="leave out experts on the SSD with less of the routing weight; 0 is exact",
     )
     group.add_argument(
+        "--cpu-share",
+        type=real(0, 1),
+        metavar="SHARE",
+        help="of a token's experts in RAM beside a GPU, the processor computes so many; by default "
+        "so that both end together",
+    )
+    group.add_argument(
         "--no-warm-start",
         dest="warm_start",
         action="store_false",
@@ -162,7 +169,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of a load that the memory flags gave."""
     names = (
         *("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved"),
-        *("prefetch_layers", "expert_threshold", "warm_start"),
+        *("prefetch_layers", "expert_threshold", "cpu_share", "warm_start"),
     )
     return {name: getattr(arguments, name) for name in names}
 

@@ -5,13 +5,7 @@
 #include "engine/model_bytes.h"
 #include "model/decoder.h"
 #include "model/spec.h"
-<<<<<<< de1913be9ccec83ecc57a301a10f297d670294cc
-<<<<<<< a4b09579704617841537c50e07d5fc51ac3c9e05
-=======
 #include "ops/host_routing.h"
->>>>>>> ca5a0f8
-=======
->>>>>>> dc63341
 #include "ops/ops.h"
 #include "residency/plan.h"
 
@@ -46,7 +40,7 @@ checkpoint::ModelConfig r1() {
 residency::ModelBytes bytes_with(std::int64_t max_context) {
   const model::ModelSpec spec = model::make_spec(r1());
   const auto backend = ops::make_reference_ops(1);
-  return model_bytes({spec, *backend, ops::KvFormat::kBf16, max_context}, WeightSizes());
+  return model_bytes({spec, *backend, nullptr, ops::KvFormat::kBf16, max_context}, WeightSizes());
 }
 
 // A prompt that is cut into chunks reads most experts once for each of them.
@@ -78,12 +72,14 @@ TEST(ModelBytes, WhatTheHostComputesIsCountedOnAGpuOnly) {
   sizes.embedding_bytes = 10;
   sizes.embedding_host_bytes = 20;
   sizes.device_slot_bytes = 30;
-  const residency::ModelBytes bytes = model_bytes({spec, gpu, ops::KvFormat::kBf16, 1000}, sizes);
+  const residency::ModelBytes bytes =
+      model_bytes({spec, gpu, nullptr, ops::KvFormat::kBf16, 1000}, sizes);
   EXPECT_EQ(bytes.embedding, 10u);
   EXPECT_EQ(bytes.host_embedding, 20u);
   EXPECT_EQ(bytes.device_slot, 30u);
-  // Of 16 rows: 8 inputs and 8 outputs of 7168 values, and 8 times 2048 between them.
-  const std::uint64_t experts = 16 * 4 * (2 * 8 * 7168 + 8 * 2048);
+  // 16 rows of 7168 values and what 8 experts make of each, 7168 values and 2048 between; and 64
+  // rows of the embedding.
+  const std::uint64_t experts = 4 * (16 * (7168 + 8 * (7168 + 2048)) + 64 * 7168);
   for (const residency::ModelBytes::Step& step : bytes.steps) {
     EXPECT_EQ(step.host_bytes, experts + ops::routing_bytes(step.rows, spec.router));
   }

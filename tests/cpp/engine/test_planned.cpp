@@ -115,14 +115,14 @@ TEST_F(PlannedModels, AGpusSlotsChangeAndWhatIsReservedStays) {
   EXPECT_EQ(planned.plan().device_slots, 5 + residency::kDeviceRing);
   const auto nothing = [](const residency::Plan&) {};
   planned.change({}, nothing);
-  // 800 dense, 100 a step, 4 slots of 128 that are not cached.
-  EXPECT_EQ(planned.plan().device_cache_slots, (5000u - 900 - 512) / 128);
+  // 800 dense, 100 a step, 8 slots of 128 that are not cached.
+  EXPECT_EQ(planned.plan().device_cache_slots, (5000u - 900 - 1024) / 128);
   MemoryStrategy wanted;
   wanted.gpu_reserved = 0.0;
   planned.change(wanted, nothing);
-  EXPECT_EQ(planned.plan().device_cache_slots, (6000u - 900 - 512) / 128);
+  EXPECT_EQ(planned.plan().device_cache_slots, (6000u - 900 - 1024) / 128);
   planned.change({}, nothing);
-  EXPECT_EQ(planned.plan().device_cache_slots, (6000u - 900 - 512) / 128);
+  EXPECT_EQ(planned.plan().device_cache_slots, (6000u - 900 - 1024) / 128);
   wanted.max_experts = 1000;
   EXPECT_THROW(planned.change(wanted, nothing), MemoryLimitError);
   wanted.max_experts = 0;

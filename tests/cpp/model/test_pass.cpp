@@ -57,11 +57,11 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
       routers.push_back({weights.gate, bias, {values, values + bias.size}});
     }
     experts_.emplace(*ops_, *store_, spec.router, std::move(routers), spec.dense_layers,
-                     spec.hidden_size, spec.moe_intermediate_size);
+                     spec.hidden_size, spec.moe_intermediate_size, nullptr, nullptr);
     stream_ =
         std::make_unique<residency::LayerStream>(std::move(loaded_->streamed), 2, *loaded_->reader,
                                                  residency::LayerStream::Check(), nullptr);
-    decoder_.emplace(spec, loaded_->weights, *ops_, *experts_, stream_.get(), kFormat);
+    decoder_.emplace(spec, loaded_->weights, *ops_, *experts_, stream_.get(), nullptr, kFormat);
     cache_.emplace(1000, spec.layers, kv_layer_bytes(spec, kFormat), kFormat);
   }
 
@@ -75,7 +75,8 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
           arena_(scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kPrefill) +
                      scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kDecode),
                  "the scratch"),
-          routings_(test.ops_->device(), kMostRows, test.decoder_->spec().router) {
+          routings_(test.ops_->device(), kMostRows, test.decoder_->spec().router,
+                    test.decoder_->spec().hidden_size) {
       Batch batch;
       batch.phase = phase;
       batch.ids = ids_;

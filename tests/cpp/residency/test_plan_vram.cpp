@@ -36,7 +36,7 @@ ModelBytes small_model() {
 // With 256 tokens, 4 blocks, 200 bytes.
 constexpr std::uint64_t kWhole = 600 + 10'000 + 200 + 150;       // of VRAM
 constexpr std::uint64_t kVram = 600 - 100 + 200 + 150;           // but slots
-constexpr std::uint64_t kVramFloor = kVram + kDeviceRing * 130;  // 1370
+constexpr std::uint64_t kVramFloor = kVram + kDeviceRing * 130;  // 1890
 constexpr std::uint64_t kRam = 110 + 50 + 30;                    // but slots
 constexpr std::uint64_t kRamFloor = kRam + 8 * 120;              // two layers' choices: 1150
 
@@ -114,7 +114,7 @@ TEST(PlanInVram, OneByteLessMakesThreeTiers) {
   const Plan tiers = plan(kWhole - 1);
   EXPECT_TRUE(tiers.tiered);
   EXPECT_TRUE(tiers.embedding_in_ram);
-  EXPECT_EQ(tiers.device_cache_slots, 73u);  // (10949 - 1370) / 130
+  EXPECT_EQ(tiers.device_cache_slots, 69u);  // (10949 - 1890) / 130
   EXPECT_EQ(tiers.device_slots, 77u);
   EXPECT_EQ(tiers.device_expert_bytes, 77u * 130);
   EXPECT_EQ(tiers.dense_bytes, 500u);
@@ -134,13 +134,13 @@ TEST(PlanInVram, EitherCacheMayAskForTiers) {
   const Plan few = plan(kEnough, kEnough, wishes_of(7));
   EXPECT_TRUE(few.tiered);
   EXPECT_EQ(few.device_cache_slots, 7u);
-  EXPECT_EQ(few.device_slots, 11u);
+  EXPECT_EQ(few.device_slots, 15u);
   EXPECT_EQ(plan(kEnough, kEnough, wishes_of(0)).device_slots, kDeviceRing);
   const Plan small = plan(kEnough, kEnough, with_cache(11'999));
   EXPECT_TRUE(small.tiered);
   EXPECT_EQ(small.cache_slots, 99u);
   EXPECT_EQ(small.device_cache_slots, 100u);  // never more than there are
-  EXPECT_EQ(small.device_slots, 104u);
+  EXPECT_EQ(small.device_slots, 108u);
 }
 
 TEST(PlanInVram, ASlotIsCachedFromItsLastByteOn) {
@@ -162,7 +162,7 @@ TEST(PlanInVram, BelowTheFloorTheNumberAndAContextAreNamed) {
 TEST(PlanInVram, TooManyExpertsAreNamedWithHowManyFit) {
   EXPECT_TRUE(says(floor_is(kVramFloor + 20 * 130, wishes_of(20)), "lower max_experts to 19"));
   EXPECT_TRUE(says(refusal(small_model(), budgets_of(kWhole - 1), wishes_of(1'000)),
-                   "lower max_experts to 73"));
+                   "lower max_experts to 69"));
   EXPECT_TRUE(says(refusal(small_model(), budgets_of(kVramFloor - 1), wishes_of(20)),
                    "lower max_experts to 0 and max_context to 192"));
 }
@@ -170,7 +170,7 @@ TEST(PlanInVram, TooManyExpertsAreNamedWithHowManyFit) {
 TEST(PlanInVram, WhatIsReservedIsTakenFirst) {
   EXPECT_FALSE(plan(kWhole + 500, kEnough, wishes_of({}, 500)).tiered);
   const Plan tiers = plan(kWhole + 499, kEnough, wishes_of({}, 500));
-  EXPECT_EQ(tiers.device_cache_slots, 73u);
+  EXPECT_EQ(tiers.device_cache_slots, 69u);
   EXPECT_LE(tiers.vram_bytes, kWhole - 1);
   EXPECT_TRUE(says(floor_is(kVramFloor + 500, wishes_of({}, 500)),
                    "lower max_context to 192 or gpu_reserved"));
@@ -261,21 +261,21 @@ TEST(PlanInVram, SlotsOfBothMemoriesChangeAndTheRestStays) {
   const Budgets budgets = budgets_of(5000, 5000);
   const ModelBytes model = small_model();
   const Plan before = make_plan(model, budgets, wishes_of());
-  EXPECT_EQ(before.device_cache_slots, 27u);  // (5000 - 1370) / 130
+  EXPECT_EQ(before.device_cache_slots, 23u);  // (5000 - 1890) / 130
   EXPECT_EQ(before.cache_slots, 32u);         // (5000 - 1150) / 120
   Wishes wishes = wishes_of(3);
   wishes.cpu_cache_size = 1200;
   const Plan after = with_slots(before, model, budgets, wishes);
   EXPECT_EQ(after.device_cache_slots, 3u);
-  EXPECT_EQ(after.device_slots, 7u);
-  EXPECT_EQ(after.vram_bytes, kVram + 7 * 130);
+  EXPECT_EQ(after.device_slots, 11u);
+  EXPECT_EQ(after.vram_bytes, kVram + 11 * 130);
   EXPECT_EQ(after.cache_slots, 10u);
   EXPECT_EQ(after.ram_bytes, kRam + 18 * 120);
   EXPECT_EQ(after.chunk, before.chunk);
   const Plan again = with_slots(after, model, budgets, wishes_of());  // planned, as at first
   EXPECT_EQ(again.device_slots, before.device_slots);
   EXPECT_EQ(again.slots, before.slots);
-  EXPECT_EQ(with_slots(before, model, budgets, wishes_of({}, 130)).device_cache_slots, 26u);
+  EXPECT_EQ(with_slots(before, model, budgets, wishes_of({}, 130)).device_cache_slots, 22u);
   const auto refused = [&](const Wishes& wanted) -> std::optional<MemoryLimitError> {
     try {
       with_slots(before, model, budgets, wanted);
@@ -284,8 +284,8 @@ TEST(PlanInVram, SlotsOfBothMemoriesChangeAndTheRestStays) {
       return error;
     }
   };
-  EXPECT_TRUE(says(refused(wishes_of(28)), "lower max_experts to 27"));
-  EXPECT_TRUE(says(refused(wishes_of({}, 3631)), "lower gpu_reserved"));
+  EXPECT_TRUE(says(refused(wishes_of(24)), "lower max_experts to 23"));
+  EXPECT_TRUE(says(refused(wishes_of({}, 3111)), "lower gpu_reserved"));
   EXPECT_TRUE(says(refused(with_cache(4000)), "lower cpu_cache_size"));
 }
 
@@ -308,14 +308,14 @@ TEST(PlanInVram, R1On16Gb) {
   Budgets budgets{.ram_limit = 48'000'000'000,
                   .machine = {64'000'000'000, 60'000'000'000, 0},
                   .vram = 16'000'000'000};
-  // 12.5 GB + 64 blocks of 4,497,408 bytes + 1.2 GB + 4 slots.
-  const std::uint64_t floor = 14'087'034'112;
+  // 12.5 GB + 64 blocks of 4,497,408 bytes + 1.2 GB + 8 slots.
+  const std::uint64_t floor = 14'186'234'112;
   const Plan r1 = make_plan(model, budgets, wishes);
   EXPECT_TRUE(r1.tiered);
   EXPECT_TRUE(r1.embedding_in_ram);
   EXPECT_EQ(r1.kv_bytes, 287'834'112u);
-  EXPECT_EQ(r1.device_cache_slots, 77u);  // 1,912,965,888 bytes are left
-  EXPECT_EQ(r1.vram_bytes, floor + 77 * model.device_slot);
+  EXPECT_EQ(r1.device_cache_slots, 73u);  // 1,813,765,888 bytes are left
+  EXPECT_EQ(r1.vram_bytes, floor + 73 * model.device_slot);
   EXPECT_EQ(r1.slots, 1852u);  // 48 - 0.128 - 1.85 - 0.064 - 0.008 = 45.95 GB
   EXPECT_EQ(r1.cache_slots, 1836u);
   EXPECT_EQ(r1.load_bytes, 0u);
@@ -323,9 +323,9 @@ TEST(PlanInVram, R1On16Gb) {
   const auto error = refusal(model, budgets, wishes);
   ASSERT_TRUE(error);
   EXPECT_EQ(error->needed(), floor);
-  EXPECT_TRUE(says(error, "need 14.087 GB of VRAM and 14.000 GB are available")) << error->what();
-  EXPECT_TRUE(says(error, "max_context to 2816"));  // 44 blocks in 200.8 MB
-  wishes.max_context = 2816;
+  EXPECT_TRUE(says(error, "need 14.186 GB of VRAM and 14.000 GB are available")) << error->what();
+  EXPECT_TRUE(says(error, "max_context to 1408"));  // 22 blocks in 101.6 MB
+  wishes.max_context = 1408;
   EXPECT_EQ(make_plan(model, budgets, wishes).device_cache_slots, 0u);
 }
 

@@ -1,0 +1,259 @@
+#include "residency/device_tier.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "base/log.h"
+#include "ops/scratch.h"
+#include "residency/plan.h"
+
+namespace dsfp4::residency {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int kMeasuredCopies = 3;
+/// Calls without the processor after which it is tried again.
+constexpr int kLongIdle = 64;
+/// Experts that are computed together once they have been copied: half of the ring, so that others
+/// are copied meanwhile.
+constexpr std::size_t kTogether = kDeviceRing / 2;
+/// How much the newest measurement counts.
+constexpr double kNewest = 0.2;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+DeviceTier::DeviceTier(ops::Ops& ops, ops::Ops& host, DeviceExperts& experts, ExpertStore& store,
+                       const Shape& shape)
+    : ops_(ops),
+      host_(host),
+      experts_(experts),
+      store_(store),
+      shape_(shape),
+      staging_(staging_bytes(shape), "the processor's part of the experts", ops.device().staging()),
+      rows_copied_(ops.device().make_event()) {
+  const std::int64_t pairs = ops::kMostHostRows * shape.top_k;
+  host_hidden_ = ops::scratch_matrix(staging_, pairs, shape.moe_intermediate_size);
+  host_routed_ = ops::scratch_matrix(staging_, pairs, shape.hidden_size);
+  copying_.reserve(store.options().slots);
+  brought_.reserve(kTogether);
+  tasks_.reserve(kTogether);
+}
+
+DeviceTier::~DeviceTier() {
+  try {
+    settle();
+  } catch (const std::exception& error) {  // the pins are given back all the same
+    log(LogLevel::kInfo, error.what());
+  }
+}
+
+std::size_t DeviceTier::staging_bytes(const Shape& shape) {
+  const std::int64_t pairs = ops::kMostHostRows * shape.top_k;
+  return ops::scratch_bytes(pairs * shape.moe_intermediate_size) +
+         ops::scratch_bytes(pairs * shape.hidden_size);
+}
+
+bool DeviceTier::uses_host(ops::Phase phase, std::int64_t rows) const {
+  return phase == ops::Phase::kDecode && rows <= ops::kMostHostRows && share_ != 0.0;
+}
+
+void DeviceTier::compute_cached(std::span<const Job> jobs, const Target& target) {
+  if (jobs.empty()) return;
+  std::vector<ops::ExpertTask> tasks;
+  tasks.reserve(jobs.size());
+  for (const Job& job : jobs) tasks.push_back({experts_.find(job.key), job.pairs});
+  const auto release = [&] {
+    for (const Job& job : jobs) experts_.release(job.key);
+  };
+  try {
+    run(tasks, target);
+  } catch (...) {
+    release();
+    give_up();
+    throw;
+  }
+  release();
+}
+
+void DeviceTier::run(std::span<const ops::ExpertTask> tasks, const Target& target) {
+  const ExpertLayer& layer = *target.layer;
+  ops_.experts(tasks, layer.top_k, layer.x, target.hidden, target.routed, layer.phase);
+}
+
+void DeviceTier::compute(std::span<const Job> jobs, const Target& target, bool keep) {
+  if (jobs.empty()) return;
+  std::uint64_t bytes = 0;
+  for (const Job& job : jobs) bytes += store_.image_bytes(job.key);
+  const ExpertLayer& layer = *target.layer;
+  const bool may_use_host = layer.on_host.x.rows > 0;
+  const std::size_t on_host = may_use_host ? host_jobs(jobs.size(), bytes) : 0;
+  if (may_use_host) idle_host_ = on_host > 0 ? 0 : idle_host_ + 1;
+  std::size_t held = jobs.size();  // the last of them have their pins in copying_
+  try {
+    for (; held > on_host; --held) {
+      if (tasks_.size() == kTogether) run_copied(target);
+      copy(jobs[held - 1], target, keep);
+    }
+    run_copied(target);
+    compute_on_host(jobs.first(held), target);
+  } catch (...) {
+    release_copied();
+    for (const Job& job : jobs.first(held)) store_.unpin(job.key);
+    give_up();
+    throw;
+  }
+  for (const Job& job : jobs.first(held)) store_.unpin(job.key);
+}
+
+// Queues the ops of what has been brought.
+void DeviceTier::run_copied(const Target& target) {
+  if (!tasks_.empty()) run(tasks_, target);
+  release_copied();
+}
+
+void DeviceTier::release_copied() {
+  for (const ExpertKey key : brought_) experts_.release(key);
+  brought_.clear();
+  tasks_.clear();
+}
+
+// Where the device has failed nobody knows what was copied, so nothing of it is used.
+void DeviceTier::give_up() noexcept {
+  try {
+    ops_.device().synchronize();
+  } catch (const std::exception&) {
+    experts_.drop_uncopied();
+  }
+  for (const Copying& copy : copying_) store_.unpin(copy.key);
+  copying_.clear();
+}
+
+// So that the later of both ends as early as possible.
+std::size_t DeviceTier::host_jobs(std::size_t jobs, std::uint64_t bytes) {
+  if (share_) {
+    owed_ += *share_ * static_cast<double>(jobs);
+    const std::size_t count = std::min(jobs, static_cast<std::size_t>(std::max(0.0, owed_ + 0.5)));
+    owed_ -= static_cast<double>(count);
+    return count;
+  }
+  // Rates change, and that of a side that does nothing stays unknown.
+  if (copy_rate_ == 0.0 || host_rate_ == 0.0 || idle_host_ >= kLongIdle) return (jobs + 1) / 2;
+  const double each = static_cast<double>(bytes) / static_cast<double>(jobs);
+  const double copy = each / copy_rate_;
+  const double compute = each / host_rate_;
+  double backlog = 0.0;
+  for (const Copying& copying : copying_) {
+    backlog += static_cast<double>(copying.bytes) / copy_rate_;
+  }
+  std::size_t best = 0;
+  double least = 0.0;
+  for (std::size_t n = 0; n <= jobs; ++n) {
+    const double copied = n == jobs ? 0.0 : backlog + static_cast<double>(jobs - n) * copy;
+    const double end = std::max(static_cast<double>(n) * compute, copied);
+    if (n == 0 || end < least) {
+      least = end;
+      best = n;
+    }
+  }
+  return best;
+}
+
+void DeviceTier::compute_on_host(std::span<const Job> jobs, const Target& target) {
+  if (jobs.empty()) return;
+  const ExpertLayer& layer = *target.layer;
+  std::vector<ops::ExpertView> views;
+  std::vector<ops::ExpertTask> tasks;
+  views.reserve(jobs.size());
+  std::uint64_t bytes = 0;
+  for (const Job& job : jobs) {
+    views.push_back(store_.view(job.key));
+    tasks.push_back({&views.back(), job.pairs});
+    bytes += store_.image_bytes(job.key);
+  }
+  // Another step's rows may still be on their way; those of this step's layer before are not, as
+  // its routing came behind them.
+  if (rows_of_ != target.layer) ops_.device().wait_for(rows_copied_);
+  rows_of_ = target.layer;
+  const auto start = Clock::now();
+  host_.experts(tasks, layer.top_k, layer.on_host.x, host_hidden_, host_routed_, layer.phase);
+  const double seconds = seconds_since(start);
+  for (const Job& job : jobs) {
+    for (const std::int32_t pair : job.pairs) {
+      ops_.device().copy_in(
+          ops::Queue::kCompute, memory::on_host(ops_.device().staging(), host_routed_.row(pair)),
+          target.routed.row(pair), static_cast<std::size_t>(shape_.hidden_size) * sizeof(float));
+    }
+  }
+  ops_.device().record(ops::Queue::kCompute, rows_copied_);
+  const double rate = static_cast<double>(bytes) / std::max(seconds, 1e-9);
+  host_rate_ = host_rate_ == 0.0 ? rate : host_rate_ + kNewest * (rate - host_rate_);
+  stats_.host_bytes += bytes;
+  stats_.host_seconds += seconds;
+}
+
+void DeviceTier::copy(const Job& job, const Target& target, bool keep) {
+  if (const ops::ExpertView* const there = experts_.find(job.key)) {  // another step has brought it
+    brought_.push_back(job.key);
+    tasks_.push_back({there, job.pairs});
+    store_.unpin(job.key);
+    return;
+  }
+  const std::uint64_t bytes = store_.image_bytes(job.key);
+  const ops::HostExpertView from = store_.view(job.key);
+  const auto start = Clock::now();
+  const ops::ExpertView* view = experts_.bring(job.key, from, keep);
+  if (view == nullptr) {  // what was brought before has all slots
+    run_copied(target);
+    view = experts_.bring(job.key, from, keep);
+  }
+  brought_.push_back(job.key);
+  tasks_.push_back({view, job.pairs});
+  if (measured_copies_ < kMeasuredCopies) {
+    ++measured_copies_;
+    experts_.wait_copied(job.key);
+    copy_rate_ =
+        std::max(copy_rate_, static_cast<double>(bytes) / std::max(seconds_since(start), 1e-9));
+  }
+  copying_.push_back({job.key, bytes});
+}
+
+void DeviceTier::reap() {
+  std::size_t done = 0;  // copies are made in order
+  const auto forget = [&] {
+    copying_.erase(copying_.begin(), copying_.begin() + static_cast<std::ptrdiff_t>(done));
+  };
+  try {
+    while (done < copying_.size() && experts_.copied(copying_[done].key)) {
+      store_.unpin(copying_[done++].key);
+    }
+  } catch (...) {
+    forget();
+    give_up();
+    throw;
+  }
+  forget();
+}
+
+void DeviceTier::settle() {
+  while (!copying_.empty()) wait_for_one();
+  ops_.device().synchronize();  // rows of the processor's, and what was given up
+}
+
+void DeviceTier::wait_for_one() {
+  if (copying_.empty()) return;
+  try {
+    experts_.wait_copied(copying_.front().key);
+  } catch (...) {
+    give_up();
+    throw;
+  }
+  reap();
+}
+
+}  // namespace dsfp4::residency

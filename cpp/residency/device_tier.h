@@ -1,0 +1,120 @@
+// The part of TieredExperts that knows a GPU: which side computes an expert that lies in RAM, and
+// what is on its way over PCIe.
+//
+// An expert in VRAM is computed there. One in RAM is computed by the processor where it lies, or
+// copied and computed by the GPU: copies run while the processor computes, and the split is the one
+// that lets both end together, by rates measured while running. In a prompt the GPU computes all.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "base/counter.h"
+#include "memory/arena.h"
+#include "ops/ops.h"
+#include "residency/device_experts.h"
+#include "residency/expert_runner.h"
+#include "residency/expert_store.h"
+
+namespace dsfp4::residency {
+
+struct DeviceTierStats {
+  Counter<std::uint64_t> host_bytes;  // of experts that the processor computed
+  Counter<double> host_seconds;
+};
+
+/// Used by one thread.
+class DeviceTier {
+ public:
+  struct Shape {
+    std::int64_t top_k = 0;
+    std::int64_t hidden_size = 0;
+    std::int64_t moe_intermediate_size = 0;
+  };
+  /// `ops` compute on the GPU that `experts` lie on, `host` in RAM. All must outlive this. Throws
+  /// MemoryLimitError if there is no staging memory for staging_bytes().
+  DeviceTier(ops::Ops& ops, ops::Ops& host, DeviceExperts& experts, ExpertStore& store,
+             const Shape& shape);
+  /// Waits for copies under way.
+  ~DeviceTier();
+  DeviceTier(const DeviceTier&) = delete;
+  DeviceTier& operator=(const DeviceTier&) = delete;
+
+  static std::size_t staging_bytes(const Shape& shape);
+
+  /// One expert of a layer, and where its pairs' results go.
+  struct Job {
+    ExpertKey key = 0;
+    std::span<const std::int32_t> pairs;
+  };
+  struct Target {
+    const ExpertLayer* layer = nullptr;
+    ops::Matrix hidden, routed;  // scratch and results, on the device
+  };
+
+  /// Queues experts that are in VRAM.
+  void compute_cached(std::span<const Job> jobs, const Target& target);
+  /// Of `jobs` in RAM, pinned there and checked: the first go to the processor, the others to the
+  /// GPU. Takes the pins over, also where it throws; `keep`: what is copied may stay in VRAM.
+  void compute(std::span<const Job> jobs, const Target& target, bool keep);
+
+  /// Gives back the pins of what has been copied.
+  void reap();
+  /// Pins that are still held for copies.
+  std::size_t copying() const noexcept { return copying_.size(); }
+  /// Waits until the first of them has been copied; some milliseconds at most.
+  void wait_for_one();
+  /// Until none is left, and the device reads nothing of RAM any more.
+  void settle();
+
+  /// The share of a step's experts in RAM that the processor computes, 0 to 1; none: as said above.
+  void set_host_share(std::optional<double> share) {
+    share_ = share;
+    owed_ = 0.0;
+  }
+  /// Whether the processor may compute in a step of so many rows.
+  bool uses_host(ops::Phase phase, std::int64_t rows) const;
+  DeviceExperts& experts() noexcept { return experts_; }
+  const DeviceTierStats& stats() const noexcept { return stats_; }
+
+ private:
+  void run(std::span<const ops::ExpertTask> tasks, const Target& target);
+  void give_up() noexcept;
+  std::size_t host_jobs(std::size_t jobs, std::uint64_t bytes);
+  void compute_on_host(std::span<const Job> jobs, const Target& target);
+  void copy(const Job& job, const Target& target, bool keep);
+  void run_copied(const Target& target);
+  void release_copied();
+
+  struct Copying {
+    ExpertKey key;
+    std::uint64_t bytes;
+  };
+
+  ops::Ops& ops_;
+  ops::Ops& host_;
+  DeviceExperts& experts_;
+  ExpertStore& store_;
+  const Shape shape_;
+  memory::Arena staging_;
+  ops::Matrix host_hidden_, host_routed_;  // of kMostHostRows rows
+  const ExpertLayer* rows_of_ = nullptr;   // the last to compute there
+  ops::Event rows_copied_;
+  std::vector<Copying> copying_;
+  // Of compute(): pinned in VRAM, and still to be computed.
+  std::vector<ExpertKey> brought_;
+  std::vector<ops::ExpertTask> tasks_;
+  std::optional<double> share_;
+  double owed_ = 0.0;  // jobs that the share asks for, beyond those that the processor had
+  // Bytes a second; of copies the best of the first few, which are waited for.
+  double copy_rate_ = 0.0;
+  int measured_copies_ = 0;
+  double host_rate_ = 0.0;
+  int idle_host_ = 0;  // calls in a row
+  DeviceTierStats stats_;
+};
+
+}  // namespace dsfp4::residency

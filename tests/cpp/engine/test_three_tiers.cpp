@@ -1,0 +1,196 @@
+// A model whose dense weights lie on the emulated device, its experts there, in RAM and in files.
+// The device and the processor both compute as `reference` does, so every placement must give the
+// bits of a model that lies in RAM.
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <random>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "checkpoint/tiny_checkpoint.h"
+#include "dsfp4/error.h"
+#include "emulated/emulated_ops.h"
+#include "engine/engine.h"
+
+namespace dsfp4::engine {
+namespace {
+
+using ops::testing::EmulatedDevice;
+using ops::testing::EmulatedOps;
+using Floats = std::vector<float>;
+using Ids = std::vector<std::int32_t>;
+
+constexpr std::int64_t kModelLayers = 4;
+
+LoadOptions load_options() {
+  LoadOptions options;
+  options.threads = 1;
+  options.max_context = 64;
+  options.device = "reference";
+  return options;
+}
+
+// What a model says.
+struct Says {
+  Floats prompt, decode;
+  Ids text;
+
+  bool operator==(const Says&) const = default;
+};
+
+Says ask(Engine& engine) {
+  const Ids ids = {3, 10, 17, 24, 1, 8, 15, 22, 29, 6, 13, 20, 27, 4, 11, 18, 25, 2, 9, 16};
+  Says says;
+  says.prompt.resize(ids.size() * static_cast<std::size_t>(engine.spec().vocab_size));
+  says.decode.resize(says.prompt.size());
+  ForwardOptions forward;
+  engine.forward(ids, says.prompt, forward);
+  forward.decode = true;
+  engine.forward(ids, says.decode, forward);
+  GenerateOptions options;
+  options.max_tokens = 12;
+  options.stop_ids.emplace();
+  says.text = engine.generate(Ids{5, 3, 9}, options, {}).tokens;
+  return says;
+}
+
+class ThreeTiers : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
+ protected:
+  ThreeTiers() {
+    dsfp4::testing::make_tiny_checkpoint(GetParam(), kModelLayers).write(folder_.path());
+    Engine right(folder_.path(), load_options());
+    right_ = ask(right);
+  }
+  std::unique_ptr<Engine> load(const LoadOptions& options,
+                               const ops::testing::EmulatedOptions& device = {}) {
+    Machine machine;
+    machine.make_ops = [&] {
+      auto made = std::make_unique<EmulatedOps>(device);
+      device_ = made->emulated();
+      return made;
+    };
+    return std::make_unique<Engine>(folder_.path(), options, machine);
+  }
+  static ops::testing::EmulatedOptions as_a_gpu() { return {.routed_experts = true}; }
+
+  dsfp4::testing::ScratchFolder folder_;
+  std::shared_ptr<EmulatedDevice> device_;
+  Says right_;
+};
+
+TEST_P(ThreeTiers, AnySettingGivesTheSameBits) {
+  const int settings = std::getenv("DSFP4_FULL") != nullptr ? 170 : 12;  // of each kind
+  std::mt19937 random(7);
+  const auto up_to = [&](std::uint32_t most) { return random() % (most + 1); };
+  for (int n = 0; n < settings; ++n) {
+    LoadOptions options = load_options();
+    options.strategy.max_experts = up_to(9);
+    options.strategy.cpu_cache_size = up_to(4) * 20e3 * 1e-9;
+    options.memory.prefetch_layers = up_to(2);
+    if (up_to(2) > 0) options.memory.cpu_share = 0.25 * up_to(4);
+    ops::testing::EmulatedOptions device = as_a_gpu();
+    if (up_to(1) > 0) device.copy_bytes_per_second = 1e8;
+    const auto engine = load(options, device);
+    ASSERT_TRUE(engine->stats().tiered);
+    EXPECT_EQ(ask(*engine), right_) << n;
+    EXPECT_EQ(ask(*engine), right_) << n;
+    const ModelStats stats = engine->stats();
+    EXPECT_EQ(stats.device_cache_slots, static_cast<std::uint64_t>(*options.strategy.max_experts));
+    EXPECT_GT(stats.uploads + stats.cpu_bytes, 0u);
+  }
+}
+
+TEST_P(ThreeTiers, EachTierIsUsed) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 6;
+  options.memory.cpu_share = 0.5;
+  const auto engine = load(options, as_a_gpu());
+  EXPECT_EQ(ask(*engine), right_);
+  const ModelStats stats = engine->stats();
+  EXPECT_GT(stats.device_hits, 0u);
+  EXPECT_GT(stats.uploads, 0u);
+  EXPECT_GT(stats.cpu_bytes, 0u);
+  EXPECT_GT(stats.misses, 0u);
+}
+
+TEST_P(ThreeTiers, TheProcessorsShareIsWhatIsAskedFor) {
+  for (const double share : {0.0, 1.0}) {
+    LoadOptions options = load_options();
+    options.strategy.max_experts = 0;
+    options.memory.cpu_share = share;
+    const auto engine = load(options, as_a_gpu());
+    GenerateOptions generate;
+    generate.max_tokens = 5;
+    generate.stop_ids.emplace();
+    engine->generate(Ids{5}, generate, {});
+    const ModelStats before = engine->stats();
+    engine->generate(Ids{5}, generate, {});  // a prompt of one token, and four steps
+    const ModelStats after = engine->stats();
+    EXPECT_EQ(after.cpu_bytes > before.cpu_bytes, share == 1.0);
+    EXPECT_EQ(after.device_hits, 0u);
+  }
+}
+
+TEST_P(ThreeTiers, AnErrorOfTheDeviceLeavesEverythingInOrder) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  const auto engine = load(options, as_a_gpu());
+  ASSERT_EQ(ask(*engine), right_);
+  for (std::int64_t n = 1; n < 120; n += 7) {
+    for (const bool copy : {false, true}) {
+      if (copy) {
+        device_->fail_copy(ops::Queue::kUpload, n % 17 + 1);
+      } else {
+        device_->fail_op(n);
+      }
+      EXPECT_THROW(ask(*engine), CudaError) << n << copy;
+      device_->clear_error();
+      EXPECT_EQ(ask(*engine), right_) << n << copy;
+    }
+  }
+}
+
+TEST_P(ThreeTiers, AGenerationThatIsLeftLeavesEverythingInOrder) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  const auto engine = load(options, as_a_gpu());
+  for (int most = 0; most < 40; ++most) {
+    GenerateOptions generate;
+    generate.max_tokens = 6;
+    generate.stop_ids.emplace();
+    int asked = 0;
+    generate.keep_going = [&] { return asked++ < most; };
+    engine->generate(Ids{5, 3, 9}, generate, {});
+  }
+  EXPECT_EQ(ask(*engine), right_);
+}
+
+TEST_P(ThreeTiers, TheStrategyChangesBetweenGenerations) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  const auto engine = load(options, as_a_gpu());
+  for (const std::int64_t experts : {0, 7, 2, 5}) {
+    MemoryStrategy strategy;
+    strategy.max_experts = experts;
+    strategy.cpu_cache_size = static_cast<double>(experts) * 15e3 * 1e-9;
+    engine->set_memory_strategy(strategy);
+    EXPECT_EQ(ask(*engine), right_) << experts;
+    EXPECT_EQ(engine->stats().device_cache_slots, static_cast<std::uint64_t>(experts));
+  }
+}
+
+TEST_P(ThreeTiers, EverythingGoesBack) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  ask(*load(options, as_a_gpu()));
+  EXPECT_EQ(device_->memory().used(), 0u);
+  EXPECT_EQ(device_->staging().used(), 0u);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, ThreeTiers, ::testing::ValuesIn(dsfp4::testing::kTinyKinds));
+
+}  // namespace
+}  // namespace dsfp4::engine
