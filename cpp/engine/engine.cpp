@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <chrono>
-#include <cstdio>
 #include <string>
 #include <utility>
 
-#include "base/checked.h"
 #include "base/cores.h"
 #include "base/log.h"
 #include "dsfp4/error.h"
@@ -83,11 +81,10 @@ std::int64_t next_shorter(std::int64_t context) {
 // A context that takes at most an eighth of the memory: all of the model's, or a power of two.
 std::int64_t affordable_context(std::int64_t model_limit, std::uint64_t block_bytes,
                                 std::uint64_t memory) {
-  const auto bytes = [&](std::int64_t tokens) {
-    return static_cast<std::uint64_t>(ceil_div(tokens, ops::kKvBlockTokens)) * block_bytes;
-  };
+  const std::uint64_t blocks = memory / 8 / block_bytes;
+  const auto most = static_cast<std::int64_t>(blocks) * ops::kKvBlockTokens;
   std::int64_t tokens = model_limit;
-  while (tokens > kLeastContext && bytes(tokens) > memory / 8) tokens = next_shorter(tokens);
+  while (tokens > std::max(kLeastContext, most)) tokens = next_shorter(tokens);
   return tokens;
 }
 
@@ -102,12 +99,6 @@ std::uint64_t without_rounding(std::uint64_t available) {
 std::uint64_t ram_for(const LoadOptions& options, const Machine& machine) {
   if (options.ram_limit > 0) return options.ram_limit;
   return memory::default_ram_limit(machine.memory());
-}
-
-std::string gigabytes(std::uint64_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.1f GB", static_cast<double>(bytes) * 1e-9);
-  return text;
 }
 
 Poll polling(const KeepGoing& keep_going) {
@@ -226,11 +217,10 @@ void Engine::make_planned(const LoadOptions& options, const Machine& machine,
     }
   }
   if (max_context_ == most) return;
-  log(LogLevel::kInfo,
-      "max_context is " + std::to_string(max_context_) + " tokens; the model could " +
-          std::to_string(most) + ", whose cache would take " +
-          gigabytes(static_cast<std::uint64_t>(ceil_div(most, ops::kKvBlockTokens)) * block) +
-          ": give max_context for more");
+  log(LogLevel::kInfo, "max_context is " + std::to_string(max_context_) + " tokens of the " +
+                           std::to_string(most) +
+                           " that the model could, as their cache takes memory: give max_context "
+                           "for more");
 }
 
 residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,

@@ -23,7 +23,7 @@
 namespace dsfp4::engine {
 
 struct LoadedWeights {
-  // What `weights` points into: the device's memory, and RAM for plan.embedding_in_ram (else null).
+  // The memory of `weights`: the device's, and RAM for plan.embedding_in_ram (else null).
   std::shared_ptr<memory::Arena> arena;
   std::shared_ptr<memory::Arena> host_arena;
   model::ModelWeights weights;

@@ -27,7 +27,7 @@ struct Running {
 
 /// The largest step with `rows` rows of a prompt; `sizes` must outlive it.
 ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes, std::int64_t rows);
-/// Of those that the processor computes experts in, beside a GPU.
+/// The largest step in which the processor computes experts beside a GPU.
 ops::Ops::Largest largest_host_step(const Running& running, const WeightSizes& sizes);
 /// Arena bytes of a step with `rows` rows of a prompt, and of a decode step.
 std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows);

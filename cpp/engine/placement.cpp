@@ -28,8 +28,8 @@ void add_mlp(const checkpoint::MlpSource& from, model::MlpWeights& to,
   all.push_back({&from.down_proj, &to.down_proj, {}});
 }
 
-// What is streamed of a layer, if it is: all that each token needs, but the router, which is used
-// ahead of its layer.
+// The part of a layer that may be streamed: all that each token needs, but the router, which is
+// used ahead of its layer.
 std::vector<FileMatrix> dense_matrices(const checkpoint::LayerSource& source,
                                        model::LayerWeights& weights) {
   const checkpoint::AttentionSource& from = source.self_attn;
@@ -115,7 +115,7 @@ void Placement::add_layer(std::int64_t number, const checkpoint::LayerSource& so
   add(source.self_attn.kv_a_layernorm, weights.self_attn.kv_a_layernorm);
   add(source.self_attn.k_scale, weights.self_attn.k_scale);
   add(dense_matrices(source, weights)).layer = number;
-  // Where one value of a router is NaN, that expert is chosen or left out in silence.
+  // A router with one NaN chooses that expert, or leaves it out, in silence.
   if (source.gate.present()) add({{&source.gate, &weights.gate, {}}}).finite = true;
   add(source.e_score_correction_bias, weights.e_score_correction_bias);
   weights.experts.resize(source.experts.size());

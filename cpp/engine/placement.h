@@ -55,7 +55,7 @@ class Placement {
     std::int64_t layer = -1;  // the model's; -1: of none, or always in memory
     bool expert = false;
     bool finite = false;  // each value decides for a whole layer
-    // Where it goes: one of these.
+    // Its destination is one of these.
     std::byte* slot = nullptr;             // in memory that the processor can touch
     std::vector<DevicePtr<std::byte>> to;  // each matrix's data and, if it has them, scales
   };
@@ -82,7 +82,7 @@ class Placement {
   /// Once these are read and checked. Throws CheckpointError for a scale that is none.
   void convert_staged(ops::Device& device);
 
-  /// What stays in the files, for those who read it later.
+  /// Experts and layers that stay in the files, for those who read them later.
   std::vector<residency::ExpertImage> images() const;
   std::vector<residency::StreamedLayer> streamed() const;
 

@@ -43,7 +43,7 @@ class Pass {
   ops::Matrix hidden() const noexcept { return x_; }
 
  private:
-  /// Whether something is to be waited for between layers.
+  /// True if something is to be waited for between layers.
   bool in_pieces() const;
   bool host_takes_part() const;
   void embed();

@@ -146,7 +146,7 @@ void CudaBackend::run_segment(const SegmentKey& key, const std::function<void()>
 }
 
 void CudaBackend::keep(const SegmentKey& key, void* graph) {
-  // Those without a graph count, too: where more segments take turns than are kept, none of them is
+  // Keys without a graph count, too: where more segments take turns than are kept, none of them is
   // recorded over and over.
   if (recordings_.size() >= kMostRecordings) {
     forget(std::ranges::min_element(recordings_, {},

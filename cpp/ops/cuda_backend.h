@@ -87,7 +87,7 @@ class CudaBackend final : public Ops {
   class Buffer {
    public:
     explicit Buffer(const char* purpose) : purpose_(purpose) {}
-    /// Whether it lies elsewhere now.
+    /// True if it lies elsewhere now.
     bool reserve(CudaMemory& source, std::size_t bytes);
     std::byte* memory() const noexcept { return memory_; }
     std::size_t bytes() const noexcept { return bytes_; }
@@ -98,7 +98,7 @@ class CudaBackend final : public Ops {
     std::byte* memory_ = nullptr;
     std::size_t bytes_ = 0;
   };
-  /// What the host says of a step, on the device: uploaded unless it lies there already.
+  /// The host's part of a step, on the device: uploaded unless it lies there already.
   class Mirror {
    public:
     explicit Mirror(const char* purpose) : buffer_(purpose) {}

@@ -16,7 +16,7 @@ namespace {
 // Left for what the driver takes on its own: kernels loaded at their first use, local memory.
 constexpr std::uint64_t kDriverReserve = 64u << 20;
 
-// What this process's context on a device takes: measured when it is made, by the first device,
+// The bytes of this process's context on a device: measured when it is made, by the first device,
 // and kept as long as the process. Where that cannot be measured, a generous guess.
 std::uint64_t context_bytes(int index, std::uint64_t free_before, std::uint64_t free_after) {
   static std::mutex guard;

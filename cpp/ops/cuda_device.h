@@ -120,7 +120,7 @@ class CudaDevice final : public Device {
     ~Capture();
     Capture(const Capture&) = delete;
     Capture& operator=(const Capture&) = delete;
-    /// What was recorded, a cudaGraphExec_t; the caller frees it.
+    /// The recording, a cudaGraphExec_t; the caller frees it.
     void* end();
 
    private:
