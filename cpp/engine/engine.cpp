@@ -1,7 +1,6 @@
 #include "engine/engine.h"
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <string>
 #include <utility>
@@ -9,6 +8,7 @@
 #include "base/cores.h"
 #include "base/log.h"
 #include "dsfp4/error.h"
+#include "engine/context.h"
 #include "engine/sampler.h"
 #include "memory/source.h"
 
@@ -60,32 +60,6 @@ ops::KvFormat kv_format(const std::string& dtype, const ops::Ops& ops) {
   if (dtype == "bf16") return ops.default_kv_format();
   if (dtype == "fp8") return ops::KvFormat::kFp8;
   throw ParameterError("kv_cache_dtype", "'" + dtype + "' is not one of bf16, fp8");
-}
-
-std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit) {
-  if (wanted < 0 || wanted > model_limit) {
-    throw ParameterError("max_context", "must be 1 to " + std::to_string(model_limit) +
-                                            " tokens, or 0 for the most, not " +
-                                            std::to_string(wanted));
-  }
-  return wanted == 0 ? model_limit : wanted;
-}
-
-// A context that the user did not choose is not made shorter than this.
-constexpr std::int64_t kLeastContext = 4096;
-
-std::int64_t next_shorter(std::int64_t context) {
-  return static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(context - 1)));
-}
-
-// A context that takes at most an eighth of the memory: all of the model's, or a power of two.
-std::int64_t affordable_context(std::int64_t model_limit, std::uint64_t block_bytes,
-                                std::uint64_t memory) {
-  const std::uint64_t blocks = memory / 8 / block_bytes;
-  const auto most = static_cast<std::int64_t>(blocks) * ops::kKvBlockTokens;
-  std::int64_t tokens = model_limit;
-  while (tokens > std::max(kLeastContext, most)) tokens = next_shorter(tokens);
-  return tokens;
 }
 
 // Of `available` bytes of VRAM, what a plan may share out: a block takes whole pages of 2 MiB, and
@@ -271,12 +245,17 @@ bool Engine::step(Sequence& sequence, model::Batch batch, const KeepGoing& keep_
   const ops::SequenceRows part = sequence.next_rows(0, rows);
   batch.sequences = {&part, 1};
   const auto start = Trace::Clock::now();
-  model::Pass pass(decoder_, batch, scratch_, routings_);
-  while (!pass.done()) {
-    if (keep_going && !keep_going()) return false;
-    pass.advance();
+  try {
+    model::Pass pass(decoder_, batch, scratch_, routings_);
+    while (!pass.done()) {
+      if (keep_going && !keep_going()) return false;
+      pass.advance();
+    }
+    use(pass.hidden());
+  } catch (...) {
+    tiers_.runner().after_error();
+    throw;
   }
-  use(pass.hidden());
   sequence.advance(rows);
   if (trace_ == nullptr) return true;
   const char* phase = batch.phase == model::Phase::kPrefill ? "prefill " : "decode ";

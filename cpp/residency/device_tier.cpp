@@ -123,7 +123,6 @@ void DeviceTier::release_copied() {
   tasks_.clear();
 }
 
-// Where the device has failed nobody knows what was copied, so nothing of it is used.
 void DeviceTier::give_up() noexcept {
   try {
     ops_.device().synchronize();

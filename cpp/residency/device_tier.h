@@ -69,6 +69,9 @@ class DeviceTier {
   void wait_for_one();
   /// Until none is left, and the device reads nothing of RAM any more.
   void settle();
+  /// After an error: waits for the device, and where it has failed uses nothing whose copies are
+  /// not known to be made. Gives all pins back.
+  void give_up() noexcept;
 
   /// The share of a step's experts in RAM that the processor computes, 0 to 1; none: as said above.
   void set_host_share(std::optional<double> share) {
@@ -82,7 +85,6 @@ class DeviceTier {
 
  private:
   void run(std::span<const ops::ExpertTask> tasks, const Target& target);
-  void give_up() noexcept;
   std::size_t host_jobs(std::size_t jobs, std::uint64_t bytes);
   void compute_on_host(std::span<const Job> jobs, const Target& target);
   void copy(const Job& job, const Target& target, bool keep);

@@ -74,6 +74,10 @@ class ExpertRunner {
   /// meanwhile.
   virtual std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                             ReadAhead& ahead) = 0;
+
+  /// A step has thrown, wherever it was: what a device was still to do for it may not have been
+  /// done. Its work is gone by now.
+  virtual void after_error() noexcept {}
 };
 
 }  // namespace dsfp4::residency

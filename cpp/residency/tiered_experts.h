@@ -62,6 +62,9 @@ class TieredExperts final : public ExpertRunner {
   void begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) override;
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
+  void after_error() noexcept override {
+    if (device_ != nullptr) device_->give_up();
+  }
   /// Arena bytes that work takes for `tokens` tokens.
   static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
 

@@ -153,6 +153,27 @@ TEST_P(ThreeTiers, AnErrorOfTheDeviceLeavesEverythingInOrder) {
   }
 }
 
+// Copies are slow here, so that an op of another layer fails before they are made, and other tokens
+// want other experts in VRAM: those that were not copied must not be found there.
+TEST_P(ThreeTiers, AnErrorElsewhereLeavesNoExpertThatWasNotCopied) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 6;
+  options.memory.cpu_share = 0.0;
+  options.cache_policy = "lru";
+  ops::testing::EmulatedOptions device = as_a_gpu();
+  device.copy_bytes_per_second = 3e7;
+  const auto engine = load(options, device);
+  GenerateOptions generate;
+  generate.max_tokens = 30;
+  generate.stop_ids.emplace();
+  for (std::int32_t n = 0; n < 24; ++n) {
+    device_->fail_op(90 + 9 * n);
+    EXPECT_THROW(engine->generate(Ids{n}, generate, {}), CudaError) << n;
+    device_->clear_error();
+    EXPECT_EQ(ask(*engine), right_) << n;
+  }
+}
+
 TEST_P(ThreeTiers, AGenerationThatIsLeftLeavesEverythingInOrder) {
   LoadOptions options = load_options();
   options.strategy.max_experts = 3;

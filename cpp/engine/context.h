@@ -1,0 +1,20 @@
+// How many tokens of context a model has where the user does not say.
+#pragma once
+
+#include <cstdint>
+
+namespace dsfp4::engine {
+
+/// A context that the user did not choose is not made shorter than this.
+inline constexpr std::int64_t kLeastContext = 4096;
+
+/// Checks max_context: 0 is all of the model's. Throws ParameterError.
+std::int64_t context_limit(std::int64_t wanted, std::int64_t model_limit);
+/// The largest power of two below `context`.
+std::int64_t next_shorter(std::int64_t context);
+/// The longest context, all of the model's or a power of two, whose KV blocks of `block_bytes` take
+/// at most an eighth of the memory, but at least kLeastContext where the model has it.
+std::int64_t affordable_context(std::int64_t model_limit, std::uint64_t block_bytes,
+                                std::uint64_t memory);
+
+}  // namespace dsfp4::engine
