@@ -123,6 +123,7 @@ nb::dict stats(const Handle& model) {
   put("uploads", s.uploads);
   put("uploaded_bytes", s.uploaded_bytes);
   put("device_evictions", s.device_evictions);
+  put("device_returns", s.device_returns);
   put("cpu_bytes", s.cpu_bytes);
   put("cpu_seconds", s.cpu_seconds);
   return d;

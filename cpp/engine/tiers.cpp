@@ -21,26 +21,6 @@ void count_reads(const storage::ReaderStats& reader, ModelStats& stats) {
   stats.ssd_busy_seconds = reader.busy_seconds;
 }
 
-// A VRAM slot is laid out for one kind of expert.
-void check_same_shape(const model::ModelWeights& weights) {
-  const ops::ExpertView* first = nullptr;
-  const auto same = [](const ops::WeightView& a, const ops::WeightView& b) {
-    return a.format == b.format && a.rows == b.rows && a.cols == b.cols;
-  };
-  for (std::size_t layer = 0; layer < weights.layers.size(); ++layer) {
-    for (const ops::ExpertView& expert : weights.layers[layer].experts) {
-      if (first == nullptr) first = &expert;
-      if (same(expert.gate_proj, first->gate_proj) && same(expert.up_proj, first->up_proj) &&
-          same(expert.down_proj, first->down_proj)) {
-        continue;
-      }
-      throw UnsupportedError("the routed experts of layer " + std::to_string(layer) +
-                             " are stored in other formats than those before; device cuda runs "
-                             "such a model only where all of it fits into VRAM; use device cpu");
-    }
-  }
-}
-
 }  // namespace
 
 storage::ReaderOptions reader_options(const LoadOptions& options) {
@@ -136,13 +116,13 @@ void Tiers::make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& sp
     routers.push_back({weights.gate, bias, std::move(bias_on_host)});
   }
   if (host != nullptr) {
-    check_same_shape(loaded_.weights);
-    device_slot_bytes_ = residency::DeviceExperts::slot_bytes(loaded_.sizes.layer_experts.front());
+    device_slot_bytes_ = loaded_.sizes.device_slot_bytes;
     device_experts_ = std::make_unique<residency::DeviceExperts>(
-        ops.device(), loaded_.sizes.layer_experts.front(), plan.device_slots,
-        plan.device_cache_slots,
+        ops.device(), device_slot_bytes_, plan.device_slots, plan.device_cache_slots,
         static_cast<std::uint64_t>(spec.moe_layers() * spec.router.experts),
-        [this](residency::ExpertKey key) { return store_->worth(key); });
+        [this](std::span<const residency::ExpertKey> keys, std::span<float> worth) {
+          store_->worth(keys, worth);
+        });
     device_tier_ = std::make_unique<residency::DeviceTier>(
         ops, *host, *device_experts_, *store_,
         residency::DeviceTier::Shape{spec.router.top_k, spec.hidden_size,
@@ -268,6 +248,7 @@ ModelStats Tiers::stats() const {
   stats.uploads = device.brought;
   stats.uploaded_bytes = device.brought_bytes;
   stats.device_evictions = device.evictions;
+  stats.device_returns = device.sent_back;
   stats.cpu_bytes = device_tier_->stats().host_bytes;
   stats.cpu_seconds = device_tier_->stats().host_seconds;
   return stats;

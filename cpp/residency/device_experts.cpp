@@ -1,6 +1,7 @@
 #include "residency/device_experts.h"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -19,16 +20,23 @@ auto matrices(Expert& expert) {
   return std::array{&expert.gate_proj, &expert.up_proj, &expert.down_proj};
 }
 
-}  // namespace
+// Where a matrix lies in a slot.
+struct Place {
+  std::size_t data = 0;
+  std::size_t data_bytes = 0;
+  std::size_t scales = 0;
+  std::size_t scale_bytes = 0;  // 0: the format has none
+};
 
-std::array<DeviceExperts::Place, 3> DeviceExperts::places_of(const ops::ExpertView& shape) {
+template <typename Expert>
+std::array<Place, 3> places_of(const Expert& shape) {
   std::array<Place, 3> places;
   std::size_t end = 0;
   const auto take = [&](std::size_t bytes) {
     return std::exchange(end, end + memory::Arena::padded(bytes));
   };
   for (std::size_t i = 0; i < places.size(); ++i) {
-    const ops::WeightView& matrix = *matrices(shape)[i];
+    const auto& matrix = *matrices(shape)[i];
     Place& place = places[i];
     place.data_bytes = format::data_bytes(matrix.format, matrix.rows, matrix.cols);
     place.scale_bytes = format::scale_bytes(matrix.format, matrix.rows, matrix.cols);
@@ -38,22 +46,26 @@ std::array<DeviceExperts::Place, 3> DeviceExperts::places_of(const ops::ExpertVi
   return places;
 }
 
-std::size_t DeviceExperts::slot_bytes(const ops::ExpertView& shape) {
-  const Place last = places_of(shape).back();
-  return last.scales + memory::Arena::padded(last.scale_bytes);
+std::size_t end_of(const std::array<Place, 3>& places) {
+  return places.back().scales + memory::Arena::padded(places.back().scale_bytes);
 }
 
-DeviceExperts::DeviceExperts(ops::Device& device, const ops::ExpertView& shape, std::size_t slots,
+}  // namespace
+
+std::size_t DeviceExperts::slot_bytes(const ops::ExpertView& shape) {
+  return end_of(places_of(shape));
+}
+
+DeviceExperts::DeviceExperts(ops::Device& device, std::size_t slot_bytes, std::size_t slots,
                              std::size_t cache_slots, std::uint64_t experts, Worth worth)
     : device_(device),
-      shape_(shape),
-      places_(places_of(shape)),
-      slot_bytes_(slot_bytes(shape)),
+      slot_bytes_(slot_bytes),
       worth_(std::move(worth)),
       slot_of_(experts, -1),
       copy_of_(experts, 0) {
   check_counts(slots, cache_slots);
   for (std::size_t i = 0; i < kCopyEvents; ++i) copy_events_.push_back(device_.make_event());
+  for (std::size_t i = 0; i < kMostLeaving; ++i) leaving_events_.push_back(device_.make_event());
   take(slots, cache_slots);
 }
 
@@ -67,13 +79,20 @@ const ops::ExpertView* DeviceExperts::find(ExpertKey key) {
   return &slot(number).view;
 }
 
+bool DeviceExperts::is_cached(ExpertKey key) const {
+  const int number = slot_of_.at(key);
+  return number >= 0 && slots_[static_cast<std::size_t>(number)].cached;
+}
+
 const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpertView& from,
                                             bool keep) {
   if (has(key)) {
     throw std::logic_error("expert " + std::to_string(key) + " is brought, but is there");
   }
-  if (!has_shape(from)) {
-    throw std::logic_error("expert " + std::to_string(key) + " has another shape than its slots");
+  const std::size_t needed = end_of(places_of(from));
+  if (needed > slot_bytes_) {
+    throw std::logic_error("expert " + std::to_string(key) + " takes " + std::to_string(needed) +
+                           " bytes, a slot has " + std::to_string(slot_bytes_));
   }
   if (slots_.empty()) {
     throw MemoryLimitError(kPurpose, slot_bytes_, device_.memory().available(), "",
@@ -100,32 +119,58 @@ const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpert
   taken.cached = cached;
   if (cached) ++cached_;
   ++stats_.brought;
-  for (const Place& place : places_) stats_.brought_bytes += place.data_bytes + place.scale_bytes;
+  for (const Place& place : places_of(from)) {
+    stats_.brought_bytes += place.data_bytes + place.scale_bytes;
+  }
   return &taken.view;
-}
-
-bool DeviceExperts::has_shape(const ops::HostExpertView& from) const {
-  return std::ranges::equal(matrices(from), matrices(shape_), [](const auto* one, const auto* two) {
-    return one->format == two->format && one->rows == two->rows && one->cols == two->cols;
-  });
 }
 
 // Whether the expert may be cached; gives up a cached one for it where that is worth less.
 bool DeviceExperts::make_cache_room(ExpertKey key) {
   if (cached_ < cache_slots_) return true;
-  int least = -1;
-  float least_worth = 0.0f;
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (!slots_[i].cached || slots_[i].pins > 0) continue;
-    const float worth = worth_(slots_[i].key);
-    if (least >= 0 && !(worth < least_worth)) continue;
-    least = static_cast<int>(i);
-    least_worth = worth;
-  }
-  if (least < 0 || !(least_worth < worth_(key))) return false;
+  const std::optional<ExpertKey> least = victim(key);
+  if (!least) return false;
   ++stats_.evictions;
-  make_free(least);
+  make_free(slot_of_[*least]);
   return true;
+}
+
+std::optional<ExpertKey> DeviceExperts::victim(ExpertKey key) {
+  if (cached_ < cache_slots_) return std::nullopt;
+  if (!is_ranked_) rank();
+  // One that is pinned now may be worth least of all again, so it keeps its place.
+  for (std::size_t i = ranked_.size(); i-- > 0;) {
+    const auto [least, other] = ranked_[i];
+    if (!is_cached(other)) {
+      ranked_.erase(ranked_.begin() + static_cast<std::ptrdiff_t>(i));
+      continue;
+    }
+    if (slot(slot_of_[other]).pins > 0) continue;
+    if (!(least < worth(key))) return std::nullopt;
+    return other;
+  }
+  return std::nullopt;
+}
+
+float DeviceExperts::worth(ExpertKey key) const {
+  float worth = 0.0f;
+  worth_(std::span(&key, 1), std::span(&worth, 1));
+  return worth;
+}
+
+void DeviceExperts::rank() {
+  std::vector<ExpertKey> keys;
+  keys.reserve(cached_);
+  for (const Slot& slot : slots_) {
+    if (slot.cached) keys.push_back(slot.key);
+  }
+  std::vector<float> worth(keys.size());
+  worth_(keys, worth);
+  ranked_.clear();
+  ranked_.reserve(keys.size());
+  for (std::size_t i = 0; i < keys.size(); ++i) ranked_.emplace_back(worth[i], keys[i]);
+  std::ranges::sort(ranked_, std::greater());
+  is_ranked_ = true;
 }
 
 // Until the last call here succeeds the slot is nobody's.
@@ -135,13 +180,20 @@ void DeviceExperts::queue_copies(Slot& slot, const ops::HostExpertView& from) {
     slot.read_is_recorded = true;
   }
   device_.wait(ops::Queue::kUpload, slot.read);
-  const auto at = [&](std::size_t offset) {
-    return slot.memory + static_cast<std::ptrdiff_t>(offset);
-  };
-  for (std::size_t i = 0; i < places_.size(); ++i) {
-    const Place& place = places_[i];
+  const auto places = places_of(from);
+  for (std::size_t i = 0; i < places.size(); ++i) {
+    const Place& place = places[i];
     const format::WeightView& matrix = *matrices(from)[i];
-    matrices(slot.view)[i]->global_scale = matrix.global_scale;
+    const auto at = [&](std::size_t offset) {
+      return slot.memory + static_cast<std::ptrdiff_t>(offset);
+    };
+    ops::WeightView& there = *matrices(slot.view)[i];
+    there = {matrix.format,
+             matrix.rows,
+             matrix.cols,
+             at(place.data),
+             place.scale_bytes == 0 ? DevicePtr<std::byte>() : at(place.scales),
+             matrix.global_scale};
     device_.copy_in(ops::Queue::kUpload, matrix.data, at(place.data), place.data_bytes);
     if (place.scale_bytes == 0) continue;
     device_.copy_in(ops::Queue::kUpload, matrix.scales, at(place.scales), place.scale_bytes);
@@ -151,6 +203,68 @@ void DeviceExperts::queue_copies(Slot& slot, const ops::HostExpertView& from) {
   ++copies_;
   device_.wait(ops::Queue::kCompute, made);
 }
+
+// ---- back to RAM
+
+bool DeviceExperts::can_send_back(ExpertKey key) {
+  return is_cached(key) && slot(slot_of_[key]).pins == 0 && leaving_.size() < kMostLeaving &&
+         copied(key);
+}
+
+void DeviceExperts::send_back(ExpertKey key, const ExpertBytes& to) {
+  if (!can_send_back(key)) {
+    throw std::logic_error("expert " + std::to_string(key) + " cannot be sent back");
+  }
+  const int number = slot_of_[key];
+  const std::size_t event = left_++ % kMostLeaving;
+  Slot& left = slot(number);
+  const auto places = places_of(left.view);
+  ++stats_.evictions;
+  ++stats_.sent_back;
+  slot_of_[key] = -1;
+  left.key = kNoKey;
+  left.cached = false;
+  --cached_;
+  leaving_.push_back({number, key, event});
+  try {
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      const auto copy = [&](std::size_t offset, std::byte* there, std::size_t bytes) {
+        if (bytes == 0) return;
+        device_.copy_out(ops::Queue::kDownload, left.memory + static_cast<std::ptrdiff_t>(offset),
+                         there, bytes);
+      };
+      copy(places[i].data, matrices(to)[i]->data, places[i].data_bytes);
+      copy(places[i].scales, matrices(to)[i]->scales, places[i].scale_bytes);
+    }
+    device_.record(ops::Queue::kDownload, leaving_events_[event]);
+  } catch (...) {
+    settle();
+    leaving_.pop_back();
+    make_free(number);
+    throw;
+  }
+}
+
+std::optional<ExpertKey> DeviceExperts::sent_back() {
+  if (leaving_.empty() || !device_.passed(leaving_events_[leaving_.front().event])) {
+    return std::nullopt;
+  }
+  return drop_leaving();
+}
+
+void DeviceExperts::wait_sent_back() {
+  if (!leaving_.empty()) device_.wait_for(leaving_events_[leaving_.front().event]);
+}
+
+std::optional<ExpertKey> DeviceExperts::drop_leaving() noexcept {
+  if (leaving_.empty()) return std::nullopt;
+  const Leaving left = leaving_.front();
+  leaving_.pop_front();
+  make_free(left.slot);
+  return left.key;
+}
+
+// ---- the copies that were made
 
 bool DeviceExperts::copied(ExpertKey key) {
   const std::uint64_t number = copies_to_ask_for(key);
@@ -251,8 +365,9 @@ std::size_t DeviceExperts::bytes_of(std::size_t slots) const {
 
 void DeviceExperts::resize(std::size_t slots, std::size_t cache_slots) {
   check_counts(slots, cache_slots);
-  if (std::ranges::any_of(slots_, [](const Slot& slot) { return slot.pins > 0; })) {
-    throw std::logic_error("the expert slots change while experts are pinned");
+  if (!leaving_.empty() ||
+      std::ranges::any_of(slots_, [](const Slot& slot) { return slot.pins > 0; })) {
+    throw std::logic_error("the expert slots change while experts are pinned or on their way back");
   }
   device_.synchronize();
   made_ = copies_;
@@ -278,6 +393,7 @@ void DeviceExperts::take(std::size_t slots, std::size_t cache_slots) {
   cache_slots_ = 0;
   cached_ = 0;
   releases_ = 0;
+  is_ranked_ = false;
   const std::size_t bytes = bytes_of(slots);
   if (!memory_ || memory_->size() != bytes) {
     memory_.reset();
@@ -289,15 +405,6 @@ void DeviceExperts::take(std::size_t slots, std::size_t cache_slots) {
   for (std::size_t i = 0; i < slots; ++i) {
     made[i].read = device_.make_event();
     made[i].memory = memory_->take(slot_bytes_);
-    made[i].view = shape_;
-    const auto at = [&](std::size_t offset) {
-      return made[i].memory + static_cast<std::ptrdiff_t>(offset);
-    };
-    for (std::size_t m = 0; m < places_.size(); ++m) {
-      ops::WeightView& matrix = *matrices(made[i].view)[m];
-      matrix.data = at(places_[m].data);
-      matrix.scales = places_[m].scale_bytes == 0 ? nullptr : at(places_[m].scales);
-    }
   }
   for (std::size_t i = 0; i < slots; ++i) free_.push_back(static_cast<int>(i));
   slots_ = std::move(made);
@@ -310,16 +417,20 @@ bool DeviceExperts::is_consistent() const {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     const auto number = static_cast<int>(i);
-    const bool is_free = slot.key == kNoKey;
+    const auto leaves = [&](const Leaving& left) { return left.slot == number; };
+    const bool is_free = slot.key == kNoKey && std::ranges::none_of(leaving_, leaves);
     if (is_free != (std::ranges::count(free_, number) == 1)) return false;
-    if (is_free ? slot.cached || slot.pins != 0 : slot_of_[slot.key] != number) return false;
-    if (!is_free && !slot.cached && slot.pins <= 0) return false;
+    if (slot.key == kNoKey ? slot.cached || slot.pins != 0 : slot_of_[slot.key] != number) {
+      return false;
+    }
+    if (slot.key != kNoKey && !slot.cached && slot.pins <= 0) return false;
     free += is_free;
     cached += slot.cached;
   }
   const auto there = std::ranges::count_if(slot_of_, [](int number) { return number >= 0; });
   return free == free_.size() && cached == cached_ && cached <= cache_slots_ &&
-         free + static_cast<std::size_t>(there) == slots_.size() && made_ <= copies_;
+         free + static_cast<std::size_t>(there) + leaving_.size() == slots_.size() &&
+         made_ <= copies_;
 }
 
 }  // namespace dsfp4::residency

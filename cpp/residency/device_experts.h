@@ -5,22 +5,28 @@
 // wait_copied(), resize() and the destructor waits for the device: events order a slot's next
 // copies behind the ops that read it, and ops behind the copies of what they read.
 //
+// An expert that has to go may be copied back to RAM first; nobody finds it here from then on, but
+// its slot is free only once that has been done.
+//
 // Errors: after one of the device nobody knows which copies were made, so experts whose copies were
 // not known to be done are given up; see drop_uncopied().
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <optional>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "base/counter.h"
 #include "memory/arena.h"
 #include "ops/device.h"
 #include "ops/views.h"
+#include "residency/file_image.h"
 #include "residency/policy.h"
 
 namespace dsfp4::residency {
@@ -30,25 +36,27 @@ struct DeviceStats {
   Counter<std::uint64_t> brought;  // experts whose copies were queued
   Counter<std::uint64_t> brought_bytes;
   Counter<std::uint64_t> evictions;  // cached experts that made room for another
+  Counter<std::uint64_t> sent_back;  // of those, experts whose copies to RAM were queued
 };
 
 /// Used by one thread; the statistics may be read by any. Not while a segment is recorded. Keys
 /// that are too large are std::out_of_range.
 class DeviceExperts {
  public:
-  /// What an expert is worth keeping; only the order means something.
-  using Worth = std::function<float(ExpertKey)>;
-  /// `slots` >= 1 for experts of the formats and sizes of `shape`, of which at most `cache_slots`
-  /// < slots hold experts that stay when nobody uses them. Keys are below `experts`. The device
-  /// must outlive this. Throws ParameterError, MemoryLimitError.
-  DeviceExperts(ops::Device& device, const ops::ExpertView& shape, std::size_t slots,
+  /// What experts are worth keeping, one value for each key; only the order means something.
+  using Worth = std::function<void(std::span<const ExpertKey> keys, std::span<float> worth)>;
+  /// `slots` >= 1 of `slot_bytes` bytes, of which at most `cache_slots` < slots hold experts that
+  /// stay when nobody uses them. Keys are below `experts`. The device must outlive this. Throws
+  /// ParameterError, MemoryLimitError.
+  DeviceExperts(ops::Device& device, std::size_t slot_bytes, std::size_t slots,
                 std::size_t cache_slots, std::uint64_t experts, Worth worth);
   /// Waits until nothing reads or writes the slots any more.
   ~DeviceExperts();
   DeviceExperts(const DeviceExperts&) = delete;
   DeviceExperts& operator=(const DeviceExperts&) = delete;
 
-  /// Bytes of one slot: each matrix's data and scales begin at a multiple of Arena::kAlignment.
+  /// Bytes of a slot for experts of these formats and sizes: each matrix's data and scales begin at
+  /// a multiple of Arena::kAlignment.
   static std::size_t slot_bytes(const ops::ExpertView& shape);
 
   /// The expert if it is there, pinned until release() has been called as often as find() and
@@ -57,12 +65,15 @@ class DeviceExperts {
   const ops::ExpertView* find(ExpertKey key);
   /// Whether find() would find it.
   bool has(ExpertKey key) const { return slot_of_.at(key) >= 0; }
+  /// Whether it is there to stay.
+  bool is_cached(ExpertKey key) const;
   /// Brings an expert that is not there, pinned until release(): queues its copies from `from`, in
   /// the device's staging memory, and makes all ops that are queued from now on wait for them; so
   /// those that need others are best queued before. With `keep` it is cached from now on if there
   /// is room, or if it is worth more than the cached one of least worth, which goes then. Null: no
-  /// slot is free before something is released. Throws std::logic_error if it is there or has
-  /// another shape, and CudaError; then it is not there, and none of its copies is under way.
+  /// slot is free before something is released or has been sent back. Throws std::logic_error if it
+  /// is there or larger than a slot, and CudaError; then it is not there, and none of its copies is
+  /// under way.
   const ops::ExpertView* bring(ExpertKey key, const ops::HostExpertView& from, bool keep);
   /// Whether the last bring() of this expert has made its copies: until then `from` must stay, also
   /// where the expert was released or given up. Both throw CudaError.
@@ -72,6 +83,25 @@ class DeviceExperts {
   /// have run. One that is not cached cannot be found any more after its last release. Throws
   /// nothing of the device's, so that work which ends with an error can give back its pins.
   void release(ExpertKey key);
+  /// The cached expert that bring() of this one, to stay, would give up; none if there is room or
+  /// nothing that is worth less.
+  std::optional<ExpertKey> victim(ExpertKey key);
+  /// Until then victim() and bring() go by what cached experts were worth before, and do not see
+  /// those that came since.
+  void revalue() noexcept { is_ranked_ = false; }
+  /// Whether a cached expert may be sent back: nobody has it pinned, its own copies are known to be
+  /// made, and fewer than kMostLeaving are on their way. Throws CudaError.
+  bool can_send_back(ExpertKey key);
+  /// Gives it up and queues its copies to `to`, in the device's staging memory. Throws CudaError;
+  /// then it is given up all the same, and `to` is written no more.
+  void send_back(ExpertKey key, const ExpertBytes& to);
+  /// The first of the experts sent back that has not been named yet, if its copies have been made.
+  /// Throws CudaError.
+  std::optional<ExpertKey> sent_back();
+  /// Waits until sent_back() names one, if there is any. Throws CudaError.
+  void wait_sent_back();
+  /// After an error of the device: the same without asking it; those copies may not be whole.
+  std::optional<ExpertKey> drop_leaving() noexcept;
   /// After an error of the device: gives up the experts for which copied() has not said yes yet,
   /// those that are pinned when they are released.
   void drop_uncopied() noexcept;
@@ -81,7 +111,8 @@ class DeviceExperts {
   std::size_t cached() const noexcept { return cached_; }
   /// Cached experts that there is room for.
   std::size_t cache_room() const noexcept { return cache_slots_ - cached_; }
-  /// Forgets everything and takes that many slots; std::logic_error where something is pinned.
+  /// Forgets everything and takes that many slots; std::logic_error where something is pinned or on
+  /// its way back.
   /// Waits for the device. Throws ParameterError, CudaError and MemoryLimitError; then there are as
   /// many slots as before. If they are not to be had again either, there are none, and bring()
   /// throws MemoryLimitError until a resize() succeeds.
@@ -94,14 +125,9 @@ class DeviceExperts {
   static constexpr ExpertKey kNoKey = std::numeric_limits<ExpertKey>::max();
   /// Copies that copied() can tell apart; of older ones it learns a little late.
   static constexpr std::size_t kCopyEvents = 256;
+  /// Experts on their way back to RAM; more would take slots from those that pass through.
+  static constexpr std::size_t kMostLeaving = 2;
 
-  /// Where a matrix lies in a slot.
-  struct Place {
-    std::size_t data = 0;
-    std::size_t data_bytes = 0;
-    std::size_t scales = 0;
-    std::size_t scale_bytes = 0;  // 0: the format has none
-  };
   struct Slot {
     DevicePtr<std::byte> memory;
     ops::ExpertView view;
@@ -112,12 +138,17 @@ class DeviceExperts {
     bool read_is_recorded = true;      // else only an empty queue says that they have run
     std::uint64_t release_number = 0;  // 0: never released
   };
+  struct Leaving {
+    int slot = -1;
+    ExpertKey key = kNoKey;
+    std::size_t event = 0;
+  };
 
-  static std::array<Place, 3> places_of(const ops::ExpertView& shape);
   static void check_counts(std::size_t slots, std::size_t cache_slots);
   Slot& slot(int number) { return slots_[static_cast<std::size_t>(number)]; }
-  bool has_shape(const ops::HostExpertView& from) const;
   bool make_cache_room(ExpertKey key);
+  float worth(ExpertKey key) const;
+  void rank();
   void queue_copies(Slot& slot, const ops::HostExpertView& from);
   std::uint64_t copies_to_ask_for(ExpertKey key) const;
   ops::Event& copy_event(std::uint64_t number) { return copy_events_[number % kCopyEvents]; }
@@ -127,8 +158,6 @@ class DeviceExperts {
   void take(std::size_t slots, std::size_t cache_slots);
 
   ops::Device& device_;
-  const ops::ExpertView shape_;
-  const std::array<Place, 3> places_;  // gate, up, down
   const std::size_t slot_bytes_;
   const Worth worth_;
 
@@ -139,6 +168,12 @@ class DeviceExperts {
   std::size_t cache_slots_ = 0;
   std::size_t cached_ = 0;
   std::uint64_t releases_ = 0;
+  // Cached experts by worth, those worth most in front; some may be gone or pinned by now.
+  std::vector<std::pair<float, ExpertKey>> ranked_;
+  bool is_ranked_ = false;
+  std::deque<Leaving> leaving_;  // in the order of their copies
+  std::vector<ops::Event> leaving_events_;
+  std::size_t left_ = 0;  // that were ever sent back: chooses the event
 
   // Each bring()'s copies have a number, from 1 on; they are made in that order.
   std::vector<std::uint64_t> copy_of_;   // by key: of its last ones; 0 none

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 
 #include "base/log.h"
 #include "ops/scratch.h"
@@ -86,8 +87,24 @@ void DeviceTier::run(std::span<const ops::ExpertTask> tasks, const Target& targe
   ops_.experts(tasks, layer.top_k, layer.x, target.hidden, target.routed, layer.phase);
 }
 
-void DeviceTier::compute(std::span<const Job> jobs, const Target& target, bool keep) {
-  if (jobs.empty()) return;
+// Those that are worth least first: they are the processor's, and the others stay in VRAM.
+std::vector<DeviceTier::Job> DeviceTier::by_worth(std::span<const Job> jobs) const {
+  std::vector<ExpertKey> keys(jobs.size());
+  std::ranges::transform(jobs, keys.begin(), &Job::key);
+  std::vector<float> worth(jobs.size());
+  store_.worth(keys, worth);
+  std::vector<std::size_t> order(jobs.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::ranges::stable_sort(order, {}, [&](std::size_t i) { return worth[i]; });
+  std::vector<Job> sorted(jobs.size());
+  std::ranges::transform(order, sorted.begin(), [&](std::size_t i) { return jobs[i]; });
+  return sorted;
+}
+
+void DeviceTier::compute(std::span<const Job> given, const Target& target, bool keep) {
+  if (given.empty()) return;
+  const std::vector<Job> sorted = by_worth(given);
+  const std::span<const Job> jobs = sorted;
   std::uint64_t bytes = 0;
   for (const Job& job : jobs) bytes += store_.image_bytes(job.key);
   const ExpertLayer& layer = *target.layer;
@@ -102,6 +119,8 @@ void DeviceTier::compute(std::span<const Job> jobs, const Target& target, bool k
     }
     run_copied(target);
     compute_on_host(jobs.first(held), target);
+    reap();
+    if (held > 0 && copying_.empty() && promote(jobs[held - 1].key)) --held;
   } catch (...) {
     release_copied();
     for (const Job& job : jobs.first(held)) store_.unpin(job.key);
@@ -124,13 +143,16 @@ void DeviceTier::release_copied() {
 }
 
 void DeviceTier::give_up() noexcept {
+  bool whole = true;
   try {
     ops_.device().synchronize();
   } catch (const std::exception&) {
     experts_.drop_uncopied();
+    whole = false;
   }
   for (const Copying& copy : copying_) store_.unpin(copy.key);
   copying_.clear();
+  while (const auto key = experts_.drop_leaving()) store_.came_back(*key, whole);
 }
 
 // So that the later of both ends as early as possible.
@@ -205,6 +227,7 @@ void DeviceTier::copy(const Job& job, const Target& target, bool keep) {
   }
   const std::uint64_t bytes = store_.image_bytes(job.key);
   const ops::HostExpertView from = store_.view(job.key);
+  if (keep) keep = make_cache_room(job.key);
   const auto start = Clock::now();
   const ops::ExpertView* view = experts_.bring(job.key, from, keep);
   if (view == nullptr) {  // what was brought before has all slots
@@ -222,6 +245,38 @@ void DeviceTier::copy(const Job& job, const Target& target, bool keep) {
   copying_.push_back({job.key, bytes});
 }
 
+// Whether this expert may stay in VRAM now. The one that has to go is not lost if RAM has it still,
+// or room for it.
+bool DeviceTier::make_cache_room(ExpertKey key) {
+  if (experts_.cache_room() > 0) return true;
+  const std::optional<ExpertKey> victim = experts_.victim(key);
+  if (!victim) return false;
+  if (store_.take_back(*victim)) return true;
+  if (!experts_.can_send_back(*victim)) return false;  // another time
+  const std::optional<ExpertBytes> place = store_.make_room_for(*victim);
+  if (!place) return true;  // it is worth less than all that is in RAM
+  try {
+    experts_.send_back(*victim, *place);
+  } catch (...) {
+    store_.came_back(*victim, false);
+    throw;
+  }
+  return true;
+}
+
+// Copies an expert that is pinned in RAM to VRAM, to stay there, and takes the pin over.
+bool DeviceTier::promote(ExpertKey key) {
+  if (store_.cache_room() > 0 || experts_.has(key) || !make_cache_room(key)) return false;
+  if (experts_.bring(key, store_.view(key), true) == nullptr) return false;
+  experts_.release(key);
+  copying_.push_back({key, store_.image_bytes(key)});
+  return true;
+}
+
+void DeviceTier::take_returned() {
+  while (const auto key = experts_.sent_back()) store_.came_back(*key, true);
+}
+
 void DeviceTier::reap() {
   std::size_t done = 0;  // copies are made in order
   const auto forget = [&] {
@@ -229,8 +284,14 @@ void DeviceTier::reap() {
   };
   try {
     while (done < copying_.size() && experts_.copied(copying_[done].key)) {
-      store_.unpin(copying_[done++].key);
+      const ExpertKey key = copying_[done++].key;
+      if (experts_.is_cached(key)) {
+        store_.let_go(key);
+      } else {
+        store_.unpin(key);
+      }
     }
+    take_returned();
   } catch (...) {
     forget();
     give_up();
@@ -241,7 +302,8 @@ void DeviceTier::reap() {
 
 void DeviceTier::settle() {
   while (!copying_.empty()) wait_for_one();
-  ops_.device().synchronize();  // rows of the processor's, and what was given up
+  ops_.device().synchronize();  // rows of the processor's, what was given up, and what goes back
+  take_returned();
 }
 
 void DeviceTier::wait_for_one() {

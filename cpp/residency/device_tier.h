@@ -4,6 +4,10 @@
 // An expert in VRAM is computed there. One in RAM is computed by the processor where it lies, or
 // copied and computed by the GPU: copies run while the processor computes, and the split is the one
 // that lets both end together, by rates measured while running. In a prompt the GPU computes all.
+//
+// VRAM and RAM are one cache. An expert that VRAM keeps gives its place in RAM to others; one that
+// has to go from VRAM goes back to RAM, if it is worth more than what is there. Where experts are
+// read from files all the time PCIe is idle, and those that the processor computed are copied, too.
 #pragma once
 
 #include <cstddef>
@@ -67,7 +71,7 @@ class DeviceTier {
   std::size_t copying() const noexcept { return copying_.size(); }
   /// Waits until the first of them has been copied; some milliseconds at most.
   void wait_for_one();
-  /// Until none is left, and the device reads nothing of RAM any more.
+  /// Until none is left, and the device reads and writes nothing of RAM any more.
   void settle();
   /// After an error: waits for the device, and where it has failed uses nothing whose copies are
   /// not known to be made. Gives all pins back.
@@ -87,7 +91,11 @@ class DeviceTier {
   void run(std::span<const ops::ExpertTask> tasks, const Target& target);
   std::size_t host_jobs(std::size_t jobs, std::uint64_t bytes);
   void compute_on_host(std::span<const Job> jobs, const Target& target);
+  std::vector<Job> by_worth(std::span<const Job> jobs) const;
   void copy(const Job& job, const Target& target, bool keep);
+  bool make_cache_room(ExpertKey key);
+  bool promote(ExpertKey key);
+  void take_returned();
   void run_copied(const Target& target);
   void release_copied();
 

@@ -63,7 +63,7 @@ ExpertStore::Found ExpertStore::pin_locked(ExpertKey key, bool keep) {
     slot.key = kNoKey;
     return Found::kAbsent;
   }
-  if (slot.state == State::kReading) reader_.promote(slot.ticket);  // if it was speculative
+  if (slot.state == State::kReading && slot.ticket) reader_.promote(slot.ticket);
   if (slot.speculative) {
     ++stats_.prefetched;
     stats_.prefetched_bytes += image_bytes(key);
@@ -85,7 +85,7 @@ ExpertStore::Found ExpertStore::fetch(ExpertKey key, bool keep) {
   const std::lock_guard lock(mutex_);
   // Another thread may have begun to read it since pin().
   if (const Found found = pin_locked(key, keep); found != Found::kAbsent) return found;
-  const int number = find_slot(keep);
+  const int number = find_slot(keep ? kAny : kNone);
   if (number < 0) return Found::kNoRoom;
   read_into(number, key, storage::Priority::kDemand);
   Slot& slot = slots_[static_cast<std::size_t>(number)];
@@ -99,6 +99,10 @@ ExpertStore::Found ExpertStore::fetch(ExpertKey key, bool keep) {
 
 void ExpertStore::unpin(ExpertKey key) {
   const std::lock_guard lock(mutex_);
+  unpin_locked(key);
+}
+
+void ExpertStore::unpin_locked(ExpertKey key) {
   const int number = slot_of_[key];
   Slot& slot = slots_[static_cast<std::size_t>(number)];
   if (--slot.pins > 0) return;
@@ -152,9 +156,9 @@ void ExpertStore::throw_failure(ExpertKey key, const Slot& slot) const {
                     std::to_string(options_.first_layer + key / experts) + ": " + result.problem);
 }
 
-float ExpertStore::worth(ExpertKey key) const {
+void ExpertStore::worth(std::span<const ExpertKey> keys, std::span<float> worth) const {
   const std::lock_guard lock(mutex_);
-  return policy_->value(key);
+  std::ranges::transform(keys, worth.begin(), [&](ExpertKey key) { return policy_->value(key); });
 }
 
 ops::HostExpertView ExpertStore::view(ExpertKey key) const {
@@ -194,39 +198,6 @@ void ExpertStore::check(std::span<const ExpertKey> pinned) {
   }
   const std::lock_guard lock(mutex_);
   for (const ExpertKey key : keys) slot_of(key).checked = true;
-}
-
-ExpertStore::Found ExpertStore::prefetch(ExpertKey key) {
-  const std::lock_guard lock(mutex_);
-  if (slot_of_[key] >= 0) return Found::kReady;
-  const int number = free_or_passing();
-  if (number < 0) return Found::kNoRoom;
-  read_into(number, key, storage::Priority::kSpeculative);
-  slots_[static_cast<std::size_t>(number)].speculative = true;
-  stats_.speculative_bytes += image_bytes(key);
-  return Found::kReading;
-}
-
-void ExpertStore::drop_speculation(std::int64_t layer) {
-  Lock lock(mutex_);
-  std::vector<storage::ReadTicket> tickets;
-  const auto experts = static_cast<ExpertKey>(options_.experts);
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
-    if (!slot.speculative || slot.cancelled || slot.pins > 0 || slot.keep) continue;
-    if (static_cast<std::int64_t>(slot.key / experts) != layer) continue;
-    if (slot.state == State::kReading) {
-      slot.cancelled = true;
-      tickets.push_back(slot.ticket);
-    } else if (cached_ < options_.cache_slots) {
-      slot.keep = true;  // still unused, so the first to go
-      ++cached_;
-    } else {
-      give_up_speculation(slot);  // it may still be found until the slot is taken
-      pass_by(static_cast<int>(i));
-    }
-  }
-  cancel(lock, tickets);
 }
 
 // A slot that holds nothing worth keeping, or -1.
@@ -271,11 +242,12 @@ void ExpertStore::throw_if_stalled(const char* problem) const {
                 std::string(problem) + ": the disk does not answer this read into an expert slot");
 }
 
-int ExpertStore::find_slot(bool evict) {
+// Gives up a cached expert for it where one is worth less than `below`. -1: none is.
+int ExpertStore::find_slot(float below) {
   const int number = free_or_passing();
   if (number >= 0) return number;
   int best = -1;
-  float least = 0.0f;
+  float least = below;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     if (slot.state != State::kReady || slot.pins > 0) continue;
@@ -284,7 +256,7 @@ int ExpertStore::find_slot(bool evict) {
       break;
     }
     const float value = policy_->value(slot.key);
-    if (evict && (best < 0 || value < least)) {
+    if (value < least) {
       best = static_cast<int>(i);
       least = value;
     }
@@ -296,11 +268,6 @@ int ExpertStore::find_slot(bool evict) {
   slot_of_[slot.key] = -1;
   forget(slot);
   return best;
-}
-
-void ExpertStore::give_up_speculation(Slot& slot) noexcept {
-  if (slot.speculative) stats_.wasted_bytes += image_bytes(slot.key);
-  slot.speculative = false;
 }
 
 // The slot's content is no longer counted as cached.
@@ -399,21 +366,6 @@ void ExpertStore::trim() {
   }
 }
 
-std::vector<ExpertKey> ExpertStore::most_valued(std::int64_t layer) const {
-  const std::lock_guard lock(mutex_);
-  const auto experts = static_cast<ExpertKey>(options_.experts);
-  std::vector<std::pair<float, ExpertKey>> values;
-  values.reserve(experts);
-  for (ExpertKey e = 0; e < experts; ++e) {
-    const ExpertKey key = static_cast<ExpertKey>(layer) * experts + e;
-    values.emplace_back(-policy_->value(key), key);
-  }
-  std::ranges::sort(values);
-  std::vector<ExpertKey> keys(experts);
-  std::ranges::transform(values, keys.begin(), [](const auto& pair) { return pair.second; });
-  return keys;
-}
-
 std::size_t ExpertStore::cache_room() const {
   const std::lock_guard lock(mutex_);
   return options_.cache_slots - std::min(options_.cache_slots, cached_);
@@ -432,24 +384,6 @@ std::vector<float> ExpertStore::policy_state() const {
 bool ExpertStore::restore_policy(std::span<const float> state) {
   const std::lock_guard lock(mutex_);
   return policy_->restore(state);
-}
-
-void ExpertStore::warm_up() {
-  const std::lock_guard lock(mutex_);
-  std::vector<std::pair<float, ExpertKey>> values;
-  for (ExpertKey key = 0; key < images_.size(); ++key) {
-    if (slot_of_[key] < 0) values.emplace_back(-policy_->value(key), key);
-  }
-  std::ranges::sort(values);
-  for (const auto& [value, key] : values) {
-    if (cached_ >= options_.cache_slots) return;
-    const int number = pool_->acquire();
-    if (number < 0) return;
-    read_into(number, key, storage::Priority::kSpeculative);
-    slots_[static_cast<std::size_t>(number)].keep = true;
-    ++cached_;
-    stats_.warm_bytes += image_bytes(key);
-  }
 }
 
 bool ExpertStore::is_consistent() const {

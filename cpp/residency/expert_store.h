@@ -20,6 +20,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -86,6 +87,9 @@ class ExpertStore {
   /// by and takes only slots that hold nothing cached.
   Found fetch(ExpertKey key, bool keep);
   void unpin(ExpertKey key);
+  /// Unpins an expert that another memory keeps now: it is no cached one any more, and its slot is
+  /// among the first to be taken.
+  void let_go(ExpertKey key);
   /// The ready ones of `pinned`, after waiting for the first of them for at most `wait`.
   /// Throws the error of one whose read failed.
   std::vector<ExpertKey> ready_of(std::span<const ExpertKey> pinned,
@@ -109,8 +113,19 @@ class ExpertStore {
   /// The experts of a MoE layer by the policy's value, the highest first.
   std::vector<ExpertKey> most_valued(std::int64_t layer) const;
 
-  /// The policy's value of an expert.
-  float worth(ExpertKey key) const;
+  // Experts that another memory gives up.
+
+  /// If the expert is in RAM still, it is a cached one again.
+  bool take_back(ExpertKey key);
+  /// Of an absent expert: a slot that holds nothing worth more, where it is to be written until
+  /// came_back(). It is cached and pinned, and who asks for it waits as for a read. None: there is
+  /// no such slot, or it is there or on its way.
+  std::optional<ExpertBytes> make_room_for(ExpertKey key);
+  /// Unpins it. If it has not come `whole` it is absent.
+  void came_back(ExpertKey key, bool whole);
+
+  /// The policy's values of experts, one for each key.
+  void worth(std::span<const ExpertKey> keys, std::span<float> worth) const;
   /// The policy's use(); then gives up cached experts beyond cache_slots.
   void note_use(std::int64_t layer, std::span<const std::int32_t> experts,
                 std::span<const float> scores);
@@ -137,6 +152,9 @@ class ExpertStore {
   static constexpr std::chrono::milliseconds kLookAgain{1};
   static constexpr std::chrono::milliseconds kGiveUp{2000};
   static constexpr ExpertKey kNoKey = std::numeric_limits<ExpertKey>::max();
+  // For find_slot().
+  static constexpr float kAny = std::numeric_limits<float>::infinity();
+  static constexpr float kNone = -kAny;
   enum class State : std::uint8_t { kFree, kReading, kReady, kFailed };
   struct Slot {
     State state = State::kFree;
@@ -164,10 +182,11 @@ class ExpertStore {
   void trace_read(const Slot& slot) const noexcept;
   void cancel(Lock& lock, const std::vector<storage::ReadTicket>& tickets);
   Found pin_locked(ExpertKey key, bool keep);
+  void unpin_locked(ExpertKey key);
   int free_or_passing();
   void reclaim();
   void throw_if_stalled(const char* problem) const;
-  int find_slot(bool evict);
+  int find_slot(float below);
   void give_up_speculation(Slot& slot) noexcept;
   void forget(Slot& slot) noexcept;
   void pass_by(int slot);

@@ -32,16 +32,6 @@ std::vector<storage::Extent> FileImage::extents(std::byte* slot) const {
   return all;
 }
 
-format::WeightView MatrixPlace::in(const std::byte* slot,
-                                   const ops::WeightView& shape) const noexcept {
-  return {shape.format,
-          shape.rows,
-          shape.cols,
-          slot + data,
-          scales == kNone ? nullptr : slot + scales,
-          shape.global_scale};
-}
-
 FileImage file_image(std::span<const checkpoint::WeightSource* const> matrices,
                      std::span<MatrixPlace> places) {
   std::vector<Wanted> wanted;
@@ -85,11 +75,6 @@ FileGroup file_group(std::vector<FileMatrix> matrices) {
 
 void FileGroup::point(const std::byte* slot) const noexcept {
   for (const FileMatrix& matrix : matrices) *matrix.view = matrix.place.in(slot, *matrix.view);
-}
-
-ops::HostExpertView ExpertImage::view_in(const std::byte* slot) const noexcept {
-  return {places[0].in(slot, view->gate_proj), places[1].in(slot, view->up_proj),
-          places[2].in(slot, view->down_proj)};
 }
 
 ExpertImage expert_image(const checkpoint::MlpSource& source, const ops::ExpertView& view) {

@@ -16,6 +16,9 @@
 
 namespace dsfp4::residency {
 
+/// An expert in host memory, for those who write it there.
+using ExpertBytes = ops::ExpertViewOf<format::WeightViewOf<std::byte*>>;
+
 /// What is to be read into a slot, and how much room that takes.
 struct FileImage {
   struct Part {
@@ -40,8 +43,16 @@ struct MatrixPlace {
   std::uint64_t data = kNone;
   std::uint64_t scales = kNone;  // kNone where the format has none
 
-  /// The matrix of that format and shape in a slot.
-  format::WeightView in(const std::byte* slot, const ops::WeightView& shape) const noexcept;
+  /// The matrix of that format and shape in a slot of bytes, or of bytes that are only read.
+  template <typename Bytes>
+  format::WeightViewOf<Bytes*> in(Bytes* slot, const ops::WeightView& shape) const noexcept {
+    return {shape.format,
+            shape.rows,
+            shape.cols,
+            slot + data,
+            scales == kNone ? nullptr : slot + scales,
+            shape.global_scale};
+  }
 };
 
 /// A matrix, and the view of it that is to point to where it lies.
@@ -75,7 +86,11 @@ struct ExpertImage {
   const ops::ExpertView* view = nullptr;
   std::array<MatrixPlace, 3> places;  // gate, up, down
 
-  ops::HostExpertView view_in(const std::byte* slot) const noexcept;
+  template <typename Bytes>
+  ops::ExpertViewOf<format::WeightViewOf<Bytes*>> view_in(Bytes* slot) const noexcept {
+    return {places[0].in(slot, view->gate_proj), places[1].in(slot, view->up_proj),
+            places[2].in(slot, view->down_proj)};
+  }
 };
 
 /// `view` must outlive the image.

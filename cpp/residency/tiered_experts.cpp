@@ -58,6 +58,7 @@ class TieredExperts::Work final : public ExpertWork {
     fetch();
     store_.drop_speculation(moe_layer_);
     runner_.note_use(moe_layer_, layer_);
+    if (device_ != nullptr) device_->experts().revalue();
     // A guess on a GPU would be one more wait of the host.
     if (device_ == nullptr) {
       runner_.prefetcher_.predict(moe_layer_, layer_, runner_.layers_ahead(layer_.phase), arena_,

@@ -16,7 +16,7 @@ void ReadResult::throw_if_failed() const {
 }
 
 ReadStatus ReadTicket::status() const noexcept { return state_->status.load(); }
-bool ReadTicket::quiet() const noexcept { return state_->quiet.load(); }
+bool ReadTicket::quiet() const noexcept { return state_ == nullptr || state_->quiet.load(); }
 std::uint64_t ReadTicket::bytes_done() const noexcept { return state_->bytes_done.load(); }
 
 ReadResult Reader::wait(const ReadTicket& ticket, const Poll& poll) {

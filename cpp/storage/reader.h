@@ -93,7 +93,8 @@ class ReadTicket {
 
   explicit operator bool() const noexcept { return state_ != nullptr; }
   ReadStatus status() const noexcept;
-  /// No read of this request is with the system any more: its buffers are the caller's again.
+  /// No read of this request is with the system any more: its buffers are the caller's again. True
+  /// of a ticket for nothing.
   bool quiet() const noexcept;
   /// Useful bytes that have arrived so far.
   std::uint64_t bytes_done() const noexcept;

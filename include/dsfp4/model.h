@@ -98,6 +98,7 @@ struct ModelStats {
   std::uint64_t device_hits = 0;  // chosen experts that were in VRAM; not among `hits`
   std::uint64_t uploads = 0, uploaded_bytes = 0;  // of experts from RAM to VRAM
   std::uint64_t device_evictions = 0;
+  std::uint64_t device_returns = 0;  // of those, copied back to RAM
   std::uint64_t cpu_bytes = 0;  // of experts that the processor computed
   double cpu_seconds = 0.0;
 };

@@ -20,7 +20,6 @@ constexpr std::int64_t kRope = 4;
 constexpr std::int64_t kValue = 8;
 constexpr std::int64_t kDense = 32;
 constexpr std::int64_t kExpert = 16;
-constexpr std::int64_t kExperts = 4;
 
 using Shape = std::vector<std::int64_t>;
 
@@ -111,7 +110,7 @@ void write_mlp(Writer& writer, const std::string& prefix, std::int64_t width) {
   writer.matrix(prefix + "down_proj", kHidden, width, "nvfp4");
 }
 
-void write_layer(Writer& writer, std::int64_t layer, TinyKind kind) {
+void write_layer(Writer& writer, std::int64_t layer, TinyKind kind, std::int64_t experts) {
   const std::string prefix = "model.layers." + std::to_string(layer) + ".";
   writer.vector(prefix + "input_layernorm", kHidden);
   writer.vector(prefix + "post_attention_layernorm", kHidden);
@@ -120,17 +119,17 @@ void write_layer(Writer& writer, std::int64_t layer, TinyKind kind) {
     write_mlp(writer, prefix + "mlp.", kDense);
     return;
   }
-  writer.matrix(prefix + "mlp.gate", kExperts, kHidden, "bf16");
+  writer.matrix(prefix + "mlp.gate", experts, kHidden, "bf16");
   if (kind != TinyKind::kBf16) {
-    writer.tensor(prefix + "mlp.gate.e_score_correction_bias", "F32", {kExperts});
+    writer.tensor(prefix + "mlp.gate.e_score_correction_bias", "F32", {experts});
   }
-  for (std::int64_t expert = 0; expert < kExperts; ++expert) {
+  for (std::int64_t expert = 0; expert < experts; ++expert) {
     write_mlp(writer, prefix + "mlp.experts." + std::to_string(expert) + ".", kExpert);
   }
   write_mlp(writer, prefix + "mlp.shared_experts.", kExpert);
 }
 
-JsonNode make_config(TinyKind kind, std::int64_t layers) {
+JsonNode make_config(TinyKind kind, std::int64_t layers, std::int64_t experts) {
   const bool v2 = kind == TinyKind::kBf16;
   const auto number = [](std::int64_t value) { return JsonNode::number(value); };
   JsonNode config = JsonNode::object({
@@ -150,7 +149,7 @@ JsonNode make_config(TinyKind kind, std::int64_t layers) {
       {"v_head_dim", number(kValue)},
       {"intermediate_size", number(kDense)},
       {"moe_intermediate_size", number(kExpert)},
-      {"n_routed_experts", number(kExperts)},
+      {"n_routed_experts", number(experts)},
       {"n_shared_experts", number(1)},
       {"num_experts_per_tok", number(2)},
       {"n_group", number(v2 ? 1 : 2)},
@@ -316,19 +315,19 @@ void TinyCheckpoint::write(const std::filesystem::path& folder) const {
   for (const auto& [name, bytes] : files()) write_file(folder / name, bytes);
 }
 
-TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers) {
+TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers, std::int64_t experts) {
   TinyCheckpoint checkpoint;
   Writer writer(checkpoint, kind);
   const bool two_shards = kind == TinyKind::kNvfp4;
   writer.begin_shard(two_shards ? "model-00001-of-00002.safetensors" : "model.safetensors");
   writer.matrix("model.embed_tokens", kVocab, kHidden, "bf16");
-  write_layer(writer, 0, kind);
+  write_layer(writer, 0, kind, experts);
   if (two_shards) writer.begin_shard("model-00002-of-00002.safetensors");
-  for (std::int64_t layer = 1; layer < layers; ++layer) write_layer(writer, layer, kind);
+  for (std::int64_t layer = 1; layer < layers; ++layer) write_layer(writer, layer, kind, experts);
   writer.vector("model.norm", kHidden);
   if (kind != TinyKind::kBf16) writer.matrix("lm_head", kVocab, kHidden, "bf16");
 
-  checkpoint.config = make_config(kind, layers);
+  checkpoint.config = make_config(kind, layers, experts);
   checkpoint.generation = JsonNode::object({{"eos_token_id", JsonNode::array({1})}});
   const JsonNode none = JsonNode::raw("");
   if (kind != TinyKind::kBf16) {

@@ -70,7 +70,9 @@ enum class TinyKind : std::uint8_t {
 };
 inline constexpr TinyKind kTinyKinds[] = {TinyKind::kNvfp4, TinyKind::kCompressed, TinyKind::kBf16};
 
-TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers = 2);
+/// `experts`: routed ones, an even number.
+TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers = 2,
+                                    std::int64_t experts = 4);
 
 void write_file(const std::filesystem::path& path, std::string_view bytes);
 

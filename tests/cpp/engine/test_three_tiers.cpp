@@ -14,6 +14,7 @@
 #include "dsfp4/error.h"
 #include "emulated/emulated_ops.h"
 #include "engine/engine.h"
+#include "residency/policy.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -187,6 +188,58 @@ TEST_P(ThreeTiers, AGenerationThatIsLeftLeavesEverythingInOrder) {
     engine->generate(Ids{5, 3, 9}, generate, {});
   }
   EXPECT_EQ(ask(*engine), right_);
+}
+
+// VRAM and RAM hold what one cache as large as both would.
+TEST_P(ThreeTiers, TheyMissNoMoreThanOneCacheOfBothSizes) {
+  constexpr std::int64_t kExperts = 32, kParts = 4, kTokens = 60, kTopK = 2;
+  dsfp4::testing::make_tiny_checkpoint(GetParam(), kModelLayers, kExperts).write(folder_.path());
+  constexpr std::int64_t kLayers = kModelLayers - 1;
+  // Some experts are chosen more often than others.
+  std::mt19937 random(3);
+  const auto choose = [&] {
+    const double u = static_cast<double>(random()) / 4294967296.0;
+    return static_cast<std::int32_t>(u * u * static_cast<double>(kExperts));
+  };
+  Ids used(static_cast<std::size_t>(kLayers * kParts * kTokens * kTopK));
+  for (std::size_t i = 0; i < used.size(); i += kTopK) {
+    used[i] = choose();
+    do used[i + 1] = choose();
+    while (used[i + 1] == used[i]);
+  }
+  for (const char* policy : {"lru", "lfu"}) {
+    for (const std::optional<double> share : {std::optional<double>(), {0.0}, {0.5}, {1.0}}) {
+      LoadOptions options = load_options();
+      options.cache_policy = policy;
+      options.memory.cpu_share = share;
+      options.memory.prefetch_layers = 0;
+      options.strategy.max_experts = 20;
+      options.strategy.cpu_cache_size = 20 * 12e3 * 1e-9;
+      const auto engine = load(options, as_a_gpu());
+      const Ids ids(kTokens, 5);
+      Floats logits(ids.size() * static_cast<std::size_t>(engine->spec().vocab_size));
+      for (std::int64_t part = 0; part < kParts; ++part) {
+        Ids forced;
+        for (std::int64_t layer = 0; layer < kLayers; ++layer) {
+          const std::int64_t first = (layer * kParts + part) * kTokens * kTopK;
+          forced.insert(forced.end(), used.begin() + first, used.begin() + first + kTokens * kTopK);
+        }
+        ForwardOptions forward;
+        forward.decode = true;
+        forward.forced_experts = forced;
+        engine->forward(ids, logits, forward);
+      }
+      const ModelStats stats = engine->stats();
+      const auto values = residency::make_policy(policy, kLayers, kExperts);
+      const Floats scores(static_cast<std::size_t>(kLayers * kParts * kTokens * kExperts));
+      const std::int64_t least = residency::replay_misses(
+          *values, kLayers, kExperts, kTopK, used, scores,
+          static_cast<std::int64_t>(stats.cache_slots + stats.device_cache_slots), 0);
+      EXPECT_LE(static_cast<double>(stats.misses), 1.02 * static_cast<double>(least))
+          << policy << share.value_or(-1.0);
+      EXPECT_GT(stats.device_returns, 0u);
+    }
+  }
 }
 
 TEST_P(ThreeTiers, TheStrategyChangesBetweenGenerations) {

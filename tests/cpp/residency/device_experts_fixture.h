@@ -72,11 +72,36 @@ class DeviceExpertsTest : public testing::Test {
     return memory;
   }
 
-  void make(std::size_t slots, std::size_t cache_slots) {
-    experts.emplace(device, source[0], slots, cache_slots, kExperts,
-                    [this](ExpertKey key) { return worth[key]; });
+  // Room for such a matrix in staging memory.
+  format::WeightViewOf<std::byte*> blank(const format::WeightView& matrix) {
+    const auto take = [&](std::size_t bytes) {
+      return bytes == 0 ? nullptr : memory::on_host(device.staging(), staging.take(bytes));
+    };
+    return {matrix.format,
+            matrix.rows,
+            matrix.cols,
+            take(data_of(matrix).size()),
+            take(scales_of(matrix).size()),
+            matrix.global_scale};
+  }
+  static std::vector<std::byte> data_of(const format::WeightView& matrix) {
+    return {matrix.data, matrix.data + format::data_bytes(matrix.format, matrix.rows, matrix.cols)};
+  }
+  static std::vector<std::byte> scales_of(const format::WeightView& matrix) {
+    return {matrix.scales,
+            matrix.scales + format::scale_bytes(matrix.format, matrix.rows, matrix.cols)};
+  }
+
+  void make(std::size_t slots, std::size_t cache_slots) { make_on(device, slots, cache_slots); }
+  void make_on(ops::Device& on, std::size_t slots, std::size_t cache_slots) {
+    experts.emplace(on, DeviceExperts::slot_bytes(source[0]), slots, cache_slots, kExperts,
+                    [this](std::span<const ExpertKey> keys, std::span<float> values) {
+                      std::ranges::transform(keys, values.begin(),
+                                             [this](ExpertKey key) { return worth[key]; });
+                    });
   }
   const ops::ExpertView* bring(ExpertKey key, bool keep) {
+    experts->revalue();
     const ops::ExpertView* view = experts->bring(key, source[key], keep);
     EXPECT_TRUE(experts->is_consistent());
     return view;

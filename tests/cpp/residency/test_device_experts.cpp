@@ -65,7 +65,7 @@ TEST_F(DeviceExpertsTest, MatricesBeginOnABoundary) {
             static_cast<std::ptrdiff_t>(slot));
 }
 
-TEST_F(DeviceExpertsTest, OtherShapesAndMisuseAreErrors) {
+TEST_F(DeviceExpertsTest, LargerExpertsAndMisuseAreErrors) {
   make(2, 1);
   const auto refused = [&](auto change) {
     HostExpertView other = source[3];
@@ -74,9 +74,9 @@ TEST_F(DeviceExpertsTest, OtherShapesAndMisuseAreErrors) {
     EXPECT_FALSE(experts->has(3));
     EXPECT_TRUE(experts->is_consistent());
   };
-  refused([](HostExpertView& e) { e.down_proj.rows -= 1; });
-  refused([](HostExpertView& e) { e.up_proj.cols += 1; });
-  refused([](HostExpertView& e) { e.gate_proj.format = WeightFormat::kMxfp4; });
+  refused([](HostExpertView& e) { e.down_proj.rows *= 2; });
+  refused([](HostExpertView& e) { e.up_proj.cols *= 2; });
+  refused([](HostExpertView& e) { e.gate_proj.format = WeightFormat::kBF16; });
   pass(3, true);
   EXPECT_THROW(experts->bring(3, source[3], true), std::logic_error);
   EXPECT_THROW(experts->release(3), std::logic_error);
@@ -210,6 +210,67 @@ TEST_F(DeviceExpertsTest, TheLeastWorthGoes) {
   release(3);
   EXPECT_EQ(experts->stats().evictions, 2u);
   EXPECT_EQ(experts->stats().hits, 1u);
+}
+
+TEST_F(DeviceExpertsTest, AnExpertGoesBackWhole) {
+  for (const WeightFormat format : ops::testing::kAllFormats) {
+    use_format(format);
+    make(2, 1);
+    worth[1] = 1.0f;
+    pass(0, true);
+    experts->wait_copied(0);
+    ASSERT_EQ(experts->victim(1), std::optional<ExpertKey>(0));
+    EXPECT_EQ(experts->victim(2), std::nullopt);  // is worth no more
+    const HostExpertView& from = source[0];
+    const ExpertBytes to = {blank(from.gate_proj), blank(from.up_proj), blank(from.down_proj)};
+    device.hold(Queue::kDownload);
+    ASSERT_TRUE(experts->can_send_back(0));
+    experts->send_back(0, to);
+    EXPECT_FALSE(experts->has(0));
+    EXPECT_TRUE(experts->is_consistent());
+    // Another expert takes the other slot, and a third has none until the first has left.
+    ASSERT_NE(bring(1, true), nullptr);
+    EXPECT_EQ(bring(2, false), nullptr);
+    EXPECT_EQ(experts->sent_back(), std::nullopt);
+    EXPECT_THROW(experts->resize(4, 2), std::logic_error);
+    device.let_go(Queue::kDownload);
+    experts->wait_sent_back();
+    EXPECT_EQ(experts->sent_back(), std::optional<ExpertKey>(0));
+    EXPECT_EQ(experts->sent_back(), std::nullopt);
+    EXPECT_NE(bring(2, false), nullptr);
+    for (const auto& [a, b] : {std::pair(from.gate_proj, format::WeightView(to.gate_proj)),
+                               std::pair(from.up_proj, format::WeightView(to.up_proj)),
+                               std::pair(from.down_proj, format::WeightView(to.down_proj))}) {
+      EXPECT_EQ(data_of(a), data_of(b));
+      EXPECT_EQ(scales_of(a), scales_of(b));
+    }
+    EXPECT_EQ(experts->stats().sent_back, 1u);
+    release(1);
+    release(2);
+  }
+}
+
+TEST_F(DeviceExpertsTest, OnlyOneThatIsWholeAndUnusedGoesBackAndNotTooManyAtOnce) {
+  make(6, 5);
+  device.hold(Queue::kUpload);
+  ASSERT_NE(bring(0, true), nullptr);
+  EXPECT_FALSE(experts->can_send_back(0));  // pinned
+  release(0);
+  EXPECT_FALSE(experts->can_send_back(0));  // not there yet
+  device.let_go(Queue::kUpload);
+  for (ExpertKey key = 1; key < 4; ++key) pass(key, true);
+  experts->wait_copied(3);
+  device.hold(Queue::kDownload);
+  const HostExpertView& from = source[0];
+  const ExpertBytes to = {blank(from.gate_proj), blank(from.up_proj), blank(from.down_proj)};
+  experts->send_back(0, to);
+  experts->send_back(1, to);
+  EXPECT_FALSE(experts->can_send_back(2));
+  EXPECT_THROW(experts->send_back(2, to), std::logic_error);
+  EXPECT_EQ(experts->drop_leaving(), std::optional<ExpertKey>(0));
+  EXPECT_EQ(experts->drop_leaving(), std::optional<ExpertKey>(1));
+  EXPECT_EQ(experts->drop_leaving(), std::nullopt);
+  EXPECT_TRUE(experts->is_consistent());
 }
 
 TEST_F(DeviceExpertsTest, NoMoreThanCacheSlotsStay) {

@@ -100,7 +100,7 @@ TEST_F(DeviceExpertsFaults, ExpertsWhoseCopiesFailedAreGivenUp) {
 }
 
 TEST_F(DeviceExpertsFaults, AFailedCallLeavesNothingOfTheExpert) {
-  experts.emplace(failing, source[0], 2, 1, kExperts, [](ExpertKey key) { return float(key); });
+  make_on(failing, 2, 1);
   int failures = 0;
   for (int n = 1;; ++n) {
     device.delay_copies(Queue::kUpload, std::chrono::milliseconds(1));
@@ -128,7 +128,7 @@ TEST_F(DeviceExpertsFaults, AFailedCallLeavesNothingOfTheExpert) {
 }
 
 TEST_F(DeviceExpertsFaults, ReleasesAreOrderedEvenIfTheirEventFails) {
-  experts.emplace(failing, source[0], 1, 0, kExperts, [](ExpertKey) { return 0.0f; });
+  make_on(failing, 1, 0);
   compute(*bring(0, false), 0);
   failing.fail_call(1);
   release(0);
@@ -142,7 +142,8 @@ TEST_F(DeviceExpertsFaults, ReleasesAreOrderedEvenIfTheirEventFails) {
   EXPECT_EQ(result(1), expected[1]);
 
   // The next event of the same slot is behind those ops, too.
-  experts.emplace(failing, source[0], 2, 1, kExperts, [](ExpertKey key) { return float(key); });
+  make_on(failing, 2, 1);
+  worth[1] = 1.0f;
   ASSERT_NE(bring(0, true), nullptr);
   failing.fail_call(1);
   release(0);
@@ -312,6 +313,7 @@ TEST_F(DeviceExpertsFaults, AsAModelSays) {
         ++model.there[key].pins;
       } else {
         const bool keep = below(2) == 0;
+        experts->revalue();
         view = experts->bring(key, source[key], keep);
         ASSERT_EQ(view != nullptr, model.bring(key, keep, worth));
         refused += view == nullptr;

@@ -163,6 +163,69 @@ TEST_F(ExpertStoreTest, StreamsPastTheCache) {
   EXPECT_EQ(store.stats().evictions, 0u);
 }
 
+TEST_F(ExpertStoreTest, ThePlaceOfAnExpertThatAnotherMemoryKeepsIsTakenFirst) {
+  ExpertStore& store = make(3, 2);
+  bring(0, true);
+  bring(1, true);
+  use(0, 0);
+  use(0, 1);  // is worth more
+  EXPECT_EQ(store.pin(1, true), Found::kReady);
+  store.let_go(1);
+  EXPECT_EQ(store.cache_room(), 1u);
+  EXPECT_TRUE(store.take_back(1));  // it was there still
+  EXPECT_EQ(store.cache_room(), 0u);
+  EXPECT_EQ(store.pin(1, true), Found::kReady);
+  store.let_go(1);
+  bring(2, true);
+  bring(3, true);
+  EXPECT_FALSE(store.take_back(1));
+  EXPECT_EQ(store.pin(0, true), Found::kReady);
+  store.unpin(0);
+  EXPECT_TRUE(store.is_consistent());
+}
+
+TEST_F(ExpertStoreTest, AnExpertComesBackFromAnotherMemoryIfItIsWorthMore) {
+  ExpertStore& store = make(2, 1);
+  bring(0, true);
+  bring(4, false);  // passes by
+  use(0, 1);
+  use(0, 0);
+  use(0, 2);
+  EXPECT_FALSE(store.make_room_for(0));  // is there
+  const std::optional<ExpertBytes> first = store.make_room_for(1);
+  ASSERT_TRUE(first);  // the place of 4; 1 is worth less than 0, and trim() would find out
+  EXPECT_EQ(store.pin(1, true), Found::kReading);
+  EXPECT_TRUE(store.ready_of(std::vector<ExpertKey>{1}).empty());
+  first->gate_proj.data[0] = std::byte{201};
+  store.came_back(1, true);
+  EXPECT_EQ(store.ready_of(std::vector<ExpertKey>{1}), std::vector<ExpertKey>{1});
+  EXPECT_EQ(store.view(1).gate_proj.data[0], std::byte{201});
+  store.unpin(1);
+  EXPECT_FALSE(store.make_room_for(5));  // was never used
+  ASSERT_TRUE(store.make_room_for(2));   // is worth more than 1
+  EXPECT_EQ(store.pin(1, true), Found::kAbsent);
+  EXPECT_EQ(reader_.open(), 0u);
+  store.came_back(2, true);
+  store.trim();
+  EXPECT_TRUE(store.is_consistent());
+}
+
+TEST_F(ExpertStoreTest, AnExpertThatDoesNotComeBackIsAbsent) {
+  ExpertStore& store = make(2, 1);
+  ASSERT_TRUE(store.make_room_for(1));
+  store.came_back(1, false);
+  EXPECT_EQ(store.pin(1, true), Found::kAbsent);
+  ASSERT_TRUE(store.make_room_for(1));
+  EXPECT_EQ(store.pin(1, true), Found::kReading);
+  store.came_back(1, false);
+  EXPECT_THROW(store.ready_of(std::vector<ExpertKey>{1}), CudaError);  // who waits for it is told
+  store.unpin(1);
+  EXPECT_TRUE(store.is_consistent());
+  bring(1, true);
+  EXPECT_EQ(store.pin(1, true), Found::kReady);
+  store.unpin(1);
+}
+
 TEST_F(ExpertStoreTest, PromotesASpeculativeRead) {
   ExpertStore& store = make(4, 3);
   EXPECT_EQ(store.prefetch(9), Found::kReading);
