@@ -114,6 +114,12 @@ std::string read_whole_file(const std::filesystem::path& path) {
   return text;
 }
 
+void make_folder(const std::filesystem::path& folder) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  if (error) throw IoError(folder.string(), -1, error.value(), "the folder cannot be made");
+}
+
 void replace_file(const std::filesystem::path& path, std::string_view bytes) {
   remove_leftovers(path);
   Temporary temporary(path.string());

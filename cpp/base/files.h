@@ -25,6 +25,9 @@ struct FileIdentity {
 /// All bytes of a file, also of one of /proc or /sys; what there is where it cannot be read on.
 std::string read_whole_file(const std::filesystem::path& path);
 
+/// Makes the folder, and those above it, unless they are there. Throws IoError.
+void make_folder(const std::filesystem::path& folder);
+
 /// Makes `path` hold `bytes`, durably and in one step: whoever reads it, also after a crash, finds
 /// the old file or the new one. Several may do so at once, the last one's stays. Deletes what a
 /// writer that was killed has left beside it. Throws IoError.

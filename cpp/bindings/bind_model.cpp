@@ -76,6 +76,21 @@ MemoryStrategy memory_strategy(std::optional<double> cpu_cache_size,
   return {cpu_cache_size, prefetch_size, max_experts, gpu_reserved};
 }
 
+// GB/s; what is not known is left out.
+nb::dict rates(const Rates& r) {
+  nb::dict d;
+  const auto put = [&](const char* name, double rate) {
+    if (rate > 0.0) d[name] = rate * 1e-9;
+  };
+  put("ssd", r.ssd);
+  put("host_experts", r.host_experts);
+  put("copy_in", r.copy_in);
+  put("copy_out", r.copy_out);
+  put("both_host_experts", r.both_host_experts);
+  put("both_copy_in", r.both_copy_in);
+  return d;
+}
+
 nb::dict stats(const Handle& model) {
   ModelStats s;
   {
@@ -126,6 +141,7 @@ nb::dict stats(const Handle& model) {
   put("device_returns", s.device_returns);
   put("cpu_bytes", s.cpu_bytes);
   put("cpu_seconds", s.cpu_seconds);
+  put("rates", rates(s.rates));
   return d;
 }
 

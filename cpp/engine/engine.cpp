@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "dsfp4/error.h"
 #include "engine/context.h"
+#include "engine/kept_rates.h"
 #include "engine/sampler.h"
 #include "memory/source.h"
 
@@ -122,7 +123,10 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
            .progress = options.progress,
            .poll = polling(options.keep_going),
            .plan = [&](const WeightSizes& sizes) { return plan(options, machine, sizes); }})),
-      tiers_(*ops_, host_ops_.get(), spec_, loaded_, *planned_, options, trace_.get()),
+      rates_(known_rates(running(), loaded_, planned_->plan(), options,
+                         thread_count(options.threads), machine.rate_limits,
+                         polling(options.keep_going))),
+      tiers_(*ops_, host_ops_.get(), spec_, loaded_, *planned_, rates_, options, trace_.get()),
       embedding_(planned_->plan().embedding_in_ram
                      ? std::make_unique<model::HostEmbedding>(*host_ops_, spec_.hidden_size)
                      : nullptr),

@@ -10,6 +10,7 @@
 #include "base/trace.h"
 #include "checkpoint/config.h"
 #include "dsfp4/model.h"
+#include "dsfp4/rates.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "engine/model_bytes.h"
@@ -87,6 +88,7 @@ class Engine {
   std::unique_ptr<Planned> planned_;  // once the headers have been read
   std::int64_t prefill_chunk_ = 0;
   LoadedWeights loaded_;
+  Rates rates_;
   Tiers tiers_;
   std::unique_ptr<model::HostEmbedding> embedding_;  // null: the ops reach it
   model::Decoder decoder_;

@@ -7,6 +7,7 @@
 #include "model/decoder.h"
 #include "ops/host_routing.h"
 #include "residency/device_tier.h"
+#include "residency/prefetcher.h"
 
 namespace dsfp4::engine {
 
@@ -55,6 +56,7 @@ std::size_t host_step_bytes(const Running& running, const WeightSizes& sizes, st
       running.host == nullptr ? 0 : running.host->working_bytes(largest_host_step(running, sizes));
   return working + ops::RoutingReader::staging_bytes(device, rows, spec.router, spec.hidden_size) +
          model::HostEmbedding::bytes(spec.hidden_size) +
+         residency::Prefetcher::staging_bytes(rows, spec.router.top_k) +
          residency::DeviceTier::staging_bytes(
              {spec.router.top_k, spec.hidden_size, spec.moe_intermediate_size});
 }
@@ -84,8 +86,11 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
     step.rows = chunk;
     step.bytes = scratch_bytes(spec, chunk) + logit_bytes(spec, device) +
                  running.ops.working_bytes(largest_step(running, sizes, chunk));
-    if (device.host_visible()) continue;
-    step.host_bytes = host_step_bytes(running, sizes, chunk);
+    if (device.host_visible()) {
+      step.bytes += residency::Prefetcher::staging_bytes(chunk, spec.router.top_k);
+    } else {
+      step.host_bytes = host_step_bytes(running, sizes, chunk);
+    }
   }
   return bytes;
 }

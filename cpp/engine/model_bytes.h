@@ -20,7 +20,7 @@ inline constexpr std::int64_t kLongestPrefillChunk = 4096;
 struct Running {
   const model::ModelSpec& spec;
   ops::Ops& ops;
-  const ops::Ops* host;  // the processor's, beside a GPU that perhaps does not hold everything
+  ops::Ops* host;  // the processor's, beside a GPU that perhaps does not hold everything
   ops::KvFormat kv_format;
   std::int64_t max_context;  // tokens
 };

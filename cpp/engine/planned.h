@@ -11,6 +11,7 @@
 #include <string>
 
 #include "dsfp4/model.h"
+#include "engine/rates.h"
 #include "memory/account.h"
 #include "memory/limits.h"
 #include "ops/ops.h"
@@ -26,6 +27,7 @@ struct Machine {
   memory::Account* account = &memory::ram_account();
   /// None: what LoadOptions::device names.
   std::function<std::unique_ptr<ops::Ops>()> make_ops = nullptr;
+  RateLimits rate_limits = {};
 };
 
 /// Throws ParameterError for an option out of range.

@@ -45,10 +45,11 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
 }
 
 Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, LoadedWeights& loaded,
-             Planned& planned, const LoadOptions& options, Trace* trace)
+             Planned& planned, const Rates& rates, const LoadOptions& options, Trace* trace)
     : device_(ops.device()),
       loaded_(loaded),
       planned_(planned),
+      rates_(rates),
       fingerprint_(loaded.fingerprint),
       policy_(options.cache_policy) {
   const residency::Plan plan = planned_.plan();
@@ -127,10 +128,11 @@ void Tiers::make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& sp
         ops, *host, *device_experts_, *store_,
         residency::DeviceTier::Shape{spec.router.top_k, spec.hidden_size,
                                      spec.moe_intermediate_size});
+    device_tier_->start_rates(rates_.both_copy_in, rates_.both_host_experts);
   }
   auto tiered = std::make_unique<residency::TieredExperts>(
       ops, *store_, spec.router, std::move(routers), spec.dense_layers, spec.hidden_size,
-      spec.moe_intermediate_size, device_tier_.get(), trace);
+      spec.moe_intermediate_size, plan.chunk, device_tier_.get(), trace);
   tiered_ = tiered.get();
   runner_ = std::move(tiered);
 }
@@ -161,11 +163,6 @@ void Tiers::save_warm_start(bool last) noexcept {
 
 void Tiers::configure(const MemoryConfig& config) {
   check_memory_config(config);
-  if (device_tier_ != nullptr && config.prefetch_layers.value_or(0) > 0) {
-    log(LogLevel::kWarning,
-        "prefetch_layers: beside a GPU nothing is predicted yet; only the experts of a prompt's "
-        "first MoE layer are read ahead");
-  }
   if (tiered_ != nullptr) {
     tiered_->configure(
         {config.prefetch_layers, static_cast<float>(config.expert_threshold), config.cpu_share});
@@ -210,6 +207,7 @@ ModelStats Tiers::stats() const {
   stats.cache_slots = plan.cache_slots;
   stats.slots = plan.slots;
   stats.tiered = tiered();
+  stats.rates = rates_;
   if (stream_ != nullptr) {
     stats.streamed_layers = stream_->layers();
     stats.streamed_bytes = stream_->stats().bytes;

@@ -8,6 +8,7 @@
 
 #include "base/trace.h"
 #include "dsfp4/model.h"
+#include "dsfp4/rates.h"
 #include "engine/loader.h"
 #include "engine/planned.h"
 #include "model/spec.h"
@@ -29,7 +30,7 @@ class Tiers {
   /// `host`: the processor's ops, where `ops` are a GPU's and experts lie in files; else null. All
   /// must outlive this, and so must `trace`, which may be null.
   Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, LoadedWeights& loaded,
-        Planned& planned, const LoadOptions& options, Trace* trace);
+        Planned& planned, const Rates& rates, const LoadOptions& options, Trace* trace);
   /// Saves the warm-start file.
   ~Tiers();
   Tiers(const Tiers&) = delete;
@@ -60,6 +61,7 @@ class Tiers {
   ops::Device& device_;
   LoadedWeights& loaded_;
   Planned& planned_;
+  const Rates rates_;
   std::unique_ptr<residency::WarmStart> warm_start_;  // null: nothing is remembered
   std::uint64_t fingerprint_;
   std::uint64_t slot_bytes_ = 0;

@@ -60,6 +60,12 @@ std::size_t DeviceTier::staging_bytes(const Shape& shape) {
          ops::scratch_bytes(pairs * shape.hidden_size);
 }
 
+void DeviceTier::start_rates(double copy, double host) {
+  copy_rate_ = copy;
+  host_rate_ = host;
+  if (copy > 0.0) measured_copies_ = kMeasuredCopies;
+}
+
 bool DeviceTier::uses_host(ops::Phase phase, std::int64_t rows) const {
   return phase == ops::Phase::kDecode && rows <= ops::kMostHostRows && share_ != 0.0;
 }
@@ -112,6 +118,9 @@ void DeviceTier::compute(std::span<const Job> given, const Target& target, bool 
   const std::size_t on_host = may_use_host ? host_jobs(jobs.size(), bytes) : 0;
   if (may_use_host) idle_host_ = on_host > 0 ? 0 : idle_host_ + 1;
   std::size_t held = jobs.size();  // the last of them have their pins in copying_
+  const bool was_idle = copying_.empty();
+  if (was_idle) queued_ = 0;
+  const auto start = Clock::now();
   try {
     for (; held > on_host; --held) {
       if (tasks_.size() == kTogether) run_copied(target);
@@ -120,6 +129,7 @@ void DeviceTier::compute(std::span<const Job> given, const Target& target, bool 
     run_copied(target);
     compute_on_host(jobs.first(held), target);
     reap();
+    if (was_idle && held > 0) measure_copies(seconds_since(start));
     if (held > 0 && copying_.empty() && promote(jobs[held - 1].key)) --held;
   } catch (...) {
     release_copied();
@@ -185,6 +195,21 @@ std::size_t DeviceTier::host_jobs(std::size_t jobs, std::uint64_t bytes) {
   return best;
 }
 
+// What was queued `seconds` ago, with nothing before it, has been copied in part or whole. While
+// the processor computes, so the rate is that of both at once.
+void DeviceTier::measure_copies(double seconds) {
+  std::uint64_t left = 0;
+  for (const Copying& copying : copying_) left += copying.bytes;
+  const auto done = static_cast<double>(queued_ - left);
+  if (done == 0.0 || seconds <= 0.0) return;
+  if (copying_.empty()) {
+    copy_rate_ = std::max(copy_rate_, done / seconds);
+  } else {  // on average half of the next one is there, too
+    const double rate = (done + 0.5 * static_cast<double>(copying_.front().bytes)) / seconds;
+    copy_rate_ = copy_rate_ == 0.0 ? rate : copy_rate_ + kNewest * (rate - copy_rate_);
+  }
+}
+
 void DeviceTier::compute_on_host(std::span<const Job> jobs, const Target& target) {
   if (jobs.empty()) return;
   const ExpertLayer& layer = *target.layer;
@@ -243,6 +268,7 @@ void DeviceTier::copy(const Job& job, const Target& target, bool keep) {
         std::max(copy_rate_, static_cast<double>(bytes) / std::max(seconds_since(start), 1e-9));
   }
   copying_.push_back({job.key, bytes});
+  queued_ += bytes;
 }
 
 // Whether this expert may stay in VRAM now. The one that has to go is not lost if RAM has it still,
@@ -270,6 +296,7 @@ bool DeviceTier::promote(ExpertKey key) {
   if (experts_.bring(key, store_.view(key), true) == nullptr) return false;
   experts_.release(key);
   copying_.push_back({key, store_.image_bytes(key)});
+  queued_ += copying_.back().bytes;
   return true;
 }
 
@@ -285,7 +312,7 @@ void DeviceTier::reap() {
   try {
     while (done < copying_.size() && experts_.copied(copying_[done].key)) {
       const ExpertKey key = copying_[done++].key;
-      if (experts_.is_cached(key)) {
+      if (experts_.is_cached(key) && !store_.holds_all()) {
         store_.let_go(key);
       } else {
         store_.unpin(key);

@@ -82,6 +82,8 @@ class DeviceTier {
     share_ = share;
     owed_ = 0.0;
   }
+  /// Bytes a second of copies and of the processor, both at work, to start with; 0: not known.
+  void start_rates(double copy, double host);
   /// Whether the processor may compute in a step of so many rows.
   bool uses_host(ops::Phase phase, std::int64_t rows) const;
   DeviceExperts& experts() noexcept { return experts_; }
@@ -90,6 +92,7 @@ class DeviceTier {
  private:
   void run(std::span<const ops::ExpertTask> tasks, const Target& target);
   std::size_t host_jobs(std::size_t jobs, std::uint64_t bytes);
+  void measure_copies(double seconds);
   void compute_on_host(std::span<const Job> jobs, const Target& target);
   std::vector<Job> by_worth(std::span<const Job> jobs) const;
   void copy(const Job& job, const Target& target, bool keep);
@@ -114,12 +117,13 @@ class DeviceTier {
   const ExpertLayer* rows_of_ = nullptr;   // the last to compute there
   ops::Event rows_copied_;
   std::vector<Copying> copying_;
+  std::uint64_t queued_ = 0;  // bytes of them, since it was empty
   // Of compute(): pinned in VRAM, and still to be computed.
   std::vector<ExpertKey> brought_;
   std::vector<ops::ExpertTask> tasks_;
   std::optional<double> share_;
   double owed_ = 0.0;  // jobs that the share asks for, beyond those that the processor had
-  // Bytes a second; of copies the best of the first few, which are waited for.
+  // Bytes a second. Where no rate is known the first few copies are waited for.
   double copy_rate_ = 0.0;
   int measured_copies_ = 0;
   double host_rate_ = 0.0;

@@ -130,6 +130,8 @@ class ExpertStore {
   void note_use(std::int64_t layer, std::span<const std::int32_t> experts,
                 std::span<const float> scores);
   void trim();
+  /// Whether the cache is as large as all experts.
+  bool holds_all() const noexcept { return options_.cache_slots >= images_.size(); }
   /// Cached experts that there is room for.
   std::size_t cache_room() const;
 

@@ -59,11 +59,8 @@ class TieredExperts::Work final : public ExpertWork {
     store_.drop_speculation(moe_layer_);
     runner_.note_use(moe_layer_, layer_);
     if (device_ != nullptr) device_->experts().revalue();
-    // A guess on a GPU would be one more wait of the host.
-    if (device_ == nullptr) {
-      runner_.prefetcher_.predict(moe_layer_, layer_, runner_.layers_ahead(layer_.phase), arena_,
-                                  ahead_);
-    }
+    runner_.prefetcher_.predict(moe_layer_, layer_, runner_.layers_ahead(layer_.phase), arena_,
+                                ahead_);
     shared_into(layer_, runner_.ops_, arena_);
 
     hidden_ = ops::scratch_matrix(arena_, pairs, runner_.moe_intermediate_size_);
@@ -75,6 +72,7 @@ class TieredExperts::Work final : public ExpertWork {
   bool advance() override {
     if (over_) return false;
     if (device_ != nullptr) device_->reap();
+    runner_.prefetcher_.take(ahead_);
     if (!ready_.empty()) {
       compute_group();
       collect({});
@@ -247,7 +245,7 @@ class TieredExperts::Work final : public ExpertWork {
 TieredExperts::TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec router,
                              std::vector<RouterView> routers, std::int64_t first_layer,
                              std::int64_t hidden_size, std::int64_t moe_intermediate_size,
-                             DeviceTier* device, Trace* trace)
+                             std::int64_t most_rows, DeviceTier* device, Trace* trace)
     : ops_(ops),
       store_(store),
       router_(router),
@@ -257,7 +255,10 @@ TieredExperts::TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec 
       moe_intermediate_size_(moe_intermediate_size),
       device_(device),
       trace_(trace),
-      prefetcher_(ops, store, router_, routers_) {}
+      prefetcher_(
+          ops, store, router_, routers_, most_rows,
+          device == nullptr ? Prefetcher::Elsewhere()
+                            : [device](ExpertKey key) { return device->experts().has(key); }) {}
 
 void TieredExperts::configure(const TieredOptions& options) {
   options_ = options;
@@ -266,9 +267,7 @@ void TieredExperts::configure(const TieredOptions& options) {
 
 void TieredExperts::begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) {
   if (layers_ahead(phase) == 0) return;
-  std::function<bool(ExpertKey)> in_vram;
-  if (device_ != nullptr) in_vram = [this](ExpertKey key) { return device_->experts().has(key); };
-  prefetcher_.expect(rows, router_.top_k, ahead, in_vram);
+  prefetcher_.expect(rows, ahead);
 }
 
 std::int64_t TieredExperts::layers_ahead(ops::Phase phase) const {

@@ -48,12 +48,14 @@ struct TieredStats {
 
 class TieredExperts final : public ExpertRunner {
  public:
-  /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. `device`:
+  /// `routers`: one for each MoE layer, the first of which is the model's `first_layer`. Steps have
+  /// at most `most_rows` rows. `device`:
   /// the GPU's part, if `ops` compute there; null on the host. All must outlive this, and so must
   /// `trace`, which may be null.
   TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec router,
                 std::vector<RouterView> routers, std::int64_t first_layer, std::int64_t hidden_size,
-                std::int64_t moe_intermediate_size, DeviceTier* device, Trace* trace);
+                std::int64_t moe_intermediate_size, std::int64_t most_rows, DeviceTier* device,
+                Trace* trace);
 
   bool needs_host() const override { return true; }
   bool needs_x(ops::Phase phase, std::int64_t rows) const override {

@@ -74,11 +74,7 @@ void save_warm_start(const std::filesystem::path& path, std::uint64_t fingerprin
   const std::uint64_t sum = checksum(bytes);
   append(bytes, &sum, sizeof(sum));
 
-  std::error_code error;
-  std::filesystem::create_directories(path.parent_path(), error);
-  if (error) {
-    throw IoError(path.parent_path().string(), -1, error.value(), "the folder cannot be made");
-  }
+  make_folder(path.parent_path());
   replace_file(path, bytes);
 }
 

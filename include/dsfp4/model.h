@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "dsfp4/api.h"
+#include "dsfp4/rates.h"
 
 namespace dsfp4 {
 
@@ -40,9 +41,8 @@ using KeepGoing = std::function<bool()>;
 struct MemoryConfig {
   /// How many MoE layers ahead experts are predicted and read while the SSD is idle; 0 (off) to 16.
   /// Not given: 1 where it is sure to pay, for a prompt, whose tokens need most experts between
-  /// them, and while the cache has room; else 0. Beside a GPU nothing is predicted yet: only the
-  /// experts of a prompt's first MoE layer are read ahead. Dense weights that are streamed are read
-  /// so many layers ahead, at least one; that number is taken when the model is loaded.
+  /// them, and while the cache has room; else 0. Dense weights that are streamed are read so many
+  /// layers ahead, at least one; that number is taken when the model is loaded.
   std::optional<std::int64_t> prefetch_layers;
   /// An expert that would have to come from the SSD and has less than this share of its token's
   /// routing weight is left out, and the rest scaled to the original sum; 0 (exact) to 1.
@@ -101,6 +101,7 @@ struct ModelStats {
   std::uint64_t device_returns = 0;  // of those, copied back to RAM
   std::uint64_t cpu_bytes = 0;  // of experts that the processor computed
   double cpu_seconds = 0.0;
+  Rates rates;  // of the machine, measured before; 0: not known
 };
 
 struct LoadOptions {
@@ -124,8 +125,9 @@ struct LoadOptions {
   MemoryStrategy strategy;
   /// Which experts stay in RAM: "default", "lru", "lfu", "lrfu" or "router".
   std::string cache_policy = "default";
-  /// A folder for a small file that remembers how experts were used, so that the next load caches
-  /// them at once; empty: nothing is remembered.
+  /// A folder for small files. One remembers how experts were used, so that the next load caches
+  /// them at once. One keeps the machine's Rates: the first load of a model whose experts lie on
+  /// the SSD takes some seconds to measure them. Empty: nothing is remembered or measured.
   std::string warm_start_folder;
   /// A file for a timeline that Perfetto (ui.perfetto.dev) opens: steps, computing, waits and
   /// reads. Replaced; written while the Model lives. Empty: none.

@@ -69,8 +69,9 @@ class Model:
     `set_memory_config()`; `prefetch_layers` None is 1 for a prompt, whose tokens need most experts
     between them, and while the cache has room, else 0. `cache_policy` is "default", "lru", "lfu",
     "lrfu" or "router". `warm_start` remembers how experts were used in a small file, so that the
-    next load caches them at once: False turns it off, a path is the folder to use, True is
-    `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
+    next load caches them at once, and in another one the machine's rates, which the first load of
+    such a model measures in some seconds: False turns both off, a path is the folder to use, True
+    is `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
     `direct_reads` False goes through the page cache. `trace` is a file for a timeline that Perfetto
     (ui.perfetto.dev) opens: steps, computing, waits and reads; it is whole once the model is gone.
     Raises the errors of `dsfp4.errors`.
@@ -213,7 +214,8 @@ class Model:
     def stats(self) -> dict[str, Any]:
         """Return what was counted since loading: hits, misses, bytes and seconds by name.
 
-        `include/dsfp4/model.h` (ModelStats) says what each is.
+        `include/dsfp4/model.h` (ModelStats) says what each is. `rates` is a dict of GB/s by the
+        names of `include/dsfp4/rates.h`; what is not known is not in it.
         """
         return self._core.stats()
 

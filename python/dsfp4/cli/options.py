@@ -161,7 +161,7 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         "--no-warm-start",
         dest="warm_start",
         action="store_false",
-        help="do not remember in ~/.cache/dsfp4 how experts were used",
+        help="do not remember in ~/.cache/dsfp4 how experts were used, nor measure the machine",
     )
 
 

@@ -104,10 +104,11 @@ void write_attention(Writer& writer, const std::string& prefix, TinyKind kind) {
   if (kind == TinyKind::kCompressed) writer.tensor(prefix + "k_proj.k_scale", "F32", {});
 }
 
-void write_mlp(Writer& writer, const std::string& prefix, std::int64_t width) {
-  writer.matrix(prefix + "gate_proj", width, kHidden, "nvfp4");
-  writer.matrix(prefix + "up_proj", width, kHidden, "nvfp4");
-  writer.matrix(prefix + "down_proj", kHidden, width, "nvfp4");
+void write_mlp(Writer& writer, const std::string& prefix, std::int64_t width,
+               std::string_view format = "nvfp4") {
+  writer.matrix(prefix + "gate_proj", width, kHidden, format);
+  writer.matrix(prefix + "up_proj", width, kHidden, format);
+  writer.matrix(prefix + "down_proj", kHidden, width, format);
 }
 
 void write_layer(Writer& writer, std::int64_t layer, TinyKind kind, std::int64_t experts) {
@@ -123,8 +124,10 @@ void write_layer(Writer& writer, std::int64_t layer, TinyKind kind, std::int64_t
   if (kind != TinyKind::kBf16) {
     writer.tensor(prefix + "mlp.gate.e_score_correction_bias", "F32", {experts});
   }
+  const bool fp8 = kind == TinyKind::kMixed && layer % 2 == 0;
   for (std::int64_t expert = 0; expert < experts; ++expert) {
-    write_mlp(writer, prefix + "mlp.experts." + std::to_string(expert) + ".", kExpert);
+    write_mlp(writer, prefix + "mlp.experts." + std::to_string(expert) + ".", kExpert,
+              fp8 ? "fp8" : "nvfp4");
   }
   write_mlp(writer, prefix + "mlp.shared_experts.", kExpert);
 }
@@ -178,8 +181,12 @@ JsonNode make_config(TinyKind kind, std::int64_t layers, std::int64_t experts) {
   return config;
 }
 
+bool has_modelopt_names(TinyKind kind) {
+  return kind == TinyKind::kNvfp4 || kind == TinyKind::kMixed;
+}
+
 JsonNode make_quantization_config(TinyKind kind) {
-  if (kind == TinyKind::kNvfp4) {
+  if (has_modelopt_names(kind)) {
     const JsonNode scheme = JsonNode::object(
         {{"quant_algo", JsonNode::text("NVFP4")}, {"group_size", JsonNode::number(16)}});
     return JsonNode::object({{"quant_method", JsonNode::text("modelopt")},
@@ -318,7 +325,7 @@ void TinyCheckpoint::write(const std::filesystem::path& folder) const {
 TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers, std::int64_t experts) {
   TinyCheckpoint checkpoint;
   Writer writer(checkpoint, kind);
-  const bool two_shards = kind == TinyKind::kNvfp4;
+  const bool two_shards = has_modelopt_names(kind);
   writer.begin_shard(two_shards ? "model-00001-of-00002.safetensors" : "model.safetensors");
   writer.matrix("model.embed_tokens", kVocab, kHidden, "bf16");
   write_layer(writer, 0, kind, experts);
@@ -334,7 +341,7 @@ TinyCheckpoint make_tiny_checkpoint(TinyKind kind, std::int64_t layers, std::int
     checkpoint.config.set("quantization_config", make_quantization_config(kind));
   }
   checkpoint.quantization =
-      kind != TinyKind::kNvfp4
+      !has_modelopt_names(kind)
           ? none
           : JsonNode::object(
                 {{"quantization", JsonNode::object({{"quant_algo", JsonNode::text("NVFP4")},

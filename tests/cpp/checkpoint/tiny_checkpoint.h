@@ -67,7 +67,9 @@ enum class TinyKind : std::uint8_t {
   kNvfp4,       // V3: FP8 attention, NVFP4 experts in ModelOpt's names, two shards and an index
   kCompressed,  // V3: NVFP4 in compressed-tensors' names, FP8 KV scale, one shard, no index
   kBf16,        // V2: BF16, plain q_proj, tied head, one shard and an index
+  kMixed,       // as kNvfp4, but from the third layer on every other one's routed experts are FP8
 };
+/// Those whose routed experts are all alike.
 inline constexpr TinyKind kTinyKinds[] = {TinyKind::kNvfp4, TinyKind::kCompressed, TinyKind::kBf16};
 
 /// `experts`: routed ones, an even number.

@@ -68,5 +68,26 @@ TEST(Engine, AForwardThatIsLeftSaysSo) {
   }
 }
 
+// An export may leave some layers' experts in another format.
+TEST(Engine, LayersMayHaveExpertsOfSeveralFormats) {
+  const dsfp4::testing::ScratchFolder folder;
+  dsfp4::testing::make_tiny_checkpoint(dsfp4::testing::TinyKind::kMixed, kModelLayers)
+      .write(folder.path());
+  for (const char* const device : {"reference", "cpu"}) {
+    std::vector<float> logits[2];
+    for (const bool tiered : {false, true}) {
+      LoadOptions options = load_options(tiered);
+      options.device = device;
+      Engine engine(folder.path(), options);
+      EXPECT_EQ(engine.stats().tiered, tiered);
+      logits[tiered ? 1 : 0].resize(std::size(kPrompt) *
+                                    static_cast<std::size_t>(engine.spec().vocab_size));
+      engine.forward(kPrompt, logits[tiered ? 1 : 0], {});
+    }
+    EXPECT_EQ(logits[0], logits[1]) << device;
+    EXPECT_NE(logits[0], std::vector<float>(logits[0].size(), logits[0][0])) << device;
+  }
+}
+
 }  // namespace
 }  // namespace dsfp4::engine

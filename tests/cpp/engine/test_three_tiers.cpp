@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -114,7 +115,20 @@ TEST_P(ThreeTiers, EachTierIsUsed) {
   EXPECT_GT(stats.device_hits, 0u);
   EXPECT_GT(stats.uploads, 0u);
   EXPECT_GT(stats.cpu_bytes, 0u);
-  EXPECT_GT(stats.misses, 0u);
+  EXPECT_GT(stats.misses + stats.prefetched, 0u);
+}
+
+TEST_P(ThreeTiers, TheNextLayersExpertsArePredicted) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  for (const std::int64_t layers : {0, 1, 2}) {
+    options.memory.prefetch_layers = layers;
+    const auto engine = load(options, as_a_gpu());
+    EXPECT_EQ(ask(*engine), right_);
+    const ModelStats stats = engine->stats();
+    EXPECT_EQ(stats.prefetched > 0, layers > 0);
+    EXPECT_EQ(stats.predicted_used > 0, layers > 0);
+  }
 }
 
 TEST_P(ThreeTiers, TheProcessorsShareIsWhatIsAskedFor) {
@@ -265,6 +279,8 @@ TEST_P(ThreeTiers, EverythingGoesBack) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, ThreeTiers, ::testing::ValuesIn(dsfp4::testing::kTinyKinds));
+// Experts of several formats in one model.
+INSTANTIATE_TEST_SUITE_P(Mixed, ThreeTiers, ::testing::Values(dsfp4::testing::TinyKind::kMixed));
 
 }  // namespace
 }  // namespace dsfp4::engine

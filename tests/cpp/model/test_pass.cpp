@@ -57,7 +57,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
       routers.push_back({weights.gate, bias, {values, values + bias.size}});
     }
     experts_.emplace(*ops_, *store_, spec.router, std::move(routers), spec.dense_layers,
-                     spec.hidden_size, spec.moe_intermediate_size, nullptr, nullptr);
+                     spec.hidden_size, spec.moe_intermediate_size, 64, nullptr, nullptr);
     stream_ =
         std::make_unique<residency::LayerStream>(std::move(loaded_->streamed), 2, *loaded_->reader,
                                                  residency::LayerStream::Check(), nullptr);

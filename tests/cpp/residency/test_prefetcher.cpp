@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include "emulated/emulated_ops.h"
+#include "emulated/room.h"
 #include "residency/prefetcher.h"
 #include "residency/tiny_experts.h"
 
@@ -16,7 +18,7 @@ class PrefetcherTest : public TinyExpertsTest {
  protected:
   Prefetcher& make(std::size_t slots) {
     make_store(slots, slots - 1);
-    prefetcher_.emplace(*ops_, *store_, router_, routers_);
+    prefetcher_.emplace(*ops_, *store_, router_, routers_, 128);
     return *prefetcher_;
   }
   static constexpr std::int64_t kManyRows = 3;  // of two experts each, of eight
@@ -44,9 +46,9 @@ TEST_F(PrefetcherTest, APromptIsSureToNeedTheFirstLayersExpertsAndAFewTokensAreN
   Prefetcher& prefetcher = make(16);
   const std::vector<float> scores(kExperts, 0.0f);
   for (const std::int32_t e : {5, 2}) store_->note_use(0, std::span(&e, 1), scores);
-  prefetcher.expect(8 * kExperts / kTopK - 1, kTopK, step_);
+  prefetcher.expect(8 * kExperts / kTopK - 1, step_);
   EXPECT_TRUE(reader_.reads.empty());
-  prefetcher.expect(8 * kExperts / kTopK, kTopK, step_);
+  prefetcher.expect(8 * kExperts / kTopK, step_);
   const Keys order = ahead();
   ASSERT_EQ(order.size(), static_cast<std::size_t>(kExperts));  // the most valued first
   EXPECT_EQ(order[0], 2u);
@@ -132,6 +134,106 @@ TEST_F(PrefetcherTest, StepsThatTakeTurnsKeepTheirPredictionsApart) {
   prefetcher.chosen(1, {}, other);
   EXPECT_EQ(step_.named, named);
   EXPECT_EQ(step_.predicted, preferred(1, x.view()));
+}
+
+// ---- beside a GPU
+
+// The routers lie on the emulated device, which answers when it comes to it.
+class PrefetcherOnADevice : public PrefetcherTest {
+ protected:
+  PrefetcherOnADevice() {
+    for (std::size_t layer = 0; layer < gates_.size(); ++layer) use_gate(layer);
+    make_store(16, 15);
+    prefetcher_.emplace(compute_, *store_, router_, routers_, 2, [this](ExpertKey key) {
+      return std::ranges::find(in_vram_, key) != in_vram_.end();
+    });
+    x_ = room_.matrix(1, kHidden, 7);
+    device_.synchronize();
+  }
+  void TearDown() override {
+    device_.run_empty();
+    prefetcher_.reset();
+  }
+  void use_gate(std::size_t layer) {
+    routers_[layer].gate = room_.weight(format::WeightFormat::kF32, kExperts, kHidden,
+                                        static_cast<std::uint32_t>(layer + 1));
+  }
+  void predict(std::int64_t moe_layer, std::int64_t ahead, ReadAhead& step) {
+    ExpertLayer layer;
+    layer.phase = ops::Phase::kDecode;
+    layer.x = x_;
+    layer.top_k = kTopK;
+    prefetcher_->predict(moe_layer, layer, ahead, scratch_, step);
+  }
+  Keys right(std::int64_t moe_layer) {
+    OwnedMatrix x(1, kHidden, 7);
+    for (std::size_t layer = 0; layer < gates_.size(); ++layer) {
+      routers_[layer].gate = gates_[layer].view();
+    }
+    return keys_of(moe_layer, preferred(moe_layer, x.view()));
+  }
+
+  ops::testing::EmulatedOps compute_;
+  ops::testing::EmulatedDevice& device_ = *compute_.emulated();
+  ops::testing::Room room_{device_};
+  memory::Arena scratch_{1 << 16, "the scratch", device_.memory()};
+  ops::Matrix x_;
+  Keys in_vram_;
+};
+
+TEST_F(PrefetcherOnADevice, NobodyWaitsForTheAnswer) {
+  device_.hold(ops::Queue::kCompute);
+  predict(0, 2, step_);
+  prefetcher_->take(step_);
+  EXPECT_TRUE(ahead().empty());
+  device_.let_go(ops::Queue::kCompute);
+  device_.synchronize();
+  prefetcher_->take(step_);
+  Keys both = right(1);
+  for (const ExpertKey key : right(2)) both.push_back(key);
+  EXPECT_EQ(ahead(), both);
+}
+
+TEST_F(PrefetcherOnADevice, AnotherStepsAnswerIsNotTaken) {
+  device_.hold(ops::Queue::kCompute);
+  ReadAhead other;
+  predict(0, 1, step_);
+  predict(1, 1, other);
+  device_.let_go(ops::Queue::kCompute);
+  device_.synchronize();
+  prefetcher_->take(step_);
+  EXPECT_TRUE(ahead().empty());
+  prefetcher_->take(other);
+  EXPECT_EQ(ahead(), right(2));
+}
+
+TEST_F(PrefetcherOnADevice, AnAnswerThatComesTooLateNamesNothing) {
+  device_.hold(ops::Queue::kCompute);
+  predict(0, 1, step_);
+  prefetcher_->chosen(1, {}, step_);
+  device_.let_go(ops::Queue::kCompute);
+  device_.synchronize();
+  prefetcher_->take(step_);
+  EXPECT_TRUE(ahead().empty());
+}
+
+TEST_F(PrefetcherOnADevice, NothingIsReadThatLiesInVram) {
+  const Keys all = right(1);
+  use_gate(1);
+  in_vram_ = {all[0]};
+  predict(0, 1, step_);
+  device_.synchronize();
+  prefetcher_->take(step_);
+  EXPECT_EQ(ahead(), Keys{all[1]});
+}
+
+TEST_F(PrefetcherOnADevice, AsManyLayersAsTheAnswerHasRoomFor) {
+  x_ = room_.matrix(40, kHidden, 7);  // of 64 rows in all
+  predict(0, 2, step_);
+  device_.synchronize();
+  prefetcher_->take(step_);
+  for (const ExpertKey key : ahead()) EXPECT_EQ(key / kExperts, 1);
+  EXPECT_FALSE(ahead().empty());
 }
 
 }  // namespace

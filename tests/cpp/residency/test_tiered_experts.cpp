@@ -57,8 +57,8 @@ class TieredExpertsTest : public TinyExpertsTest {
  protected:
   TieredExperts& make(std::size_t slots, std::size_t cache_slots, const TieredOptions& options) {
     make_store(slots, cache_slots);
-    runner_.emplace(*ops_, *store_, router_, routers_, kFirstLayer, kHidden, kIntermediate, nullptr,
-                    nullptr);
+    runner_.emplace(*ops_, *store_, router_, routers_, kFirstLayer, kHidden, kIntermediate, 64,
+                    nullptr, nullptr);
     runner_->configure(options);
     return *runner_;
   }

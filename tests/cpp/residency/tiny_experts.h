@@ -103,6 +103,7 @@ class TinyExpertsTest : public testing::Test {
   memory::Arena arena_;
   FakeReader reader_;
   ops::RouterSpec router_;
+  std::vector<format::EncodedMatrix> gates_;  // of seeds 1, 2, 3
   std::vector<RouterView> routers_;
   std::vector<ops::ExpertView> views_;  // by key
   std::unique_ptr<ExpertStore> store_;
@@ -132,7 +133,7 @@ class TinyExpertsTest : public testing::Test {
   }
 
   std::uint32_t seed_ = 1;
-  std::vector<format::EncodedMatrix> gates_, matrices_;
+  std::vector<format::EncodedMatrix> matrices_;
 };
 
 }  // namespace dsfp4::residency
