@@ -64,9 +64,9 @@ ops::KvFormat kv_format(const std::string& dtype, const ops::Ops& ops) {
 }
 
 // Of `available` bytes of VRAM, what a plan may share out: a block takes whole pages of 2 MiB, and
-// a model takes about a dozen.
+// a model takes about twenty, expert slots included.
 std::uint64_t without_rounding(std::uint64_t available) {
-  constexpr std::uint64_t kRounding = 16 * (std::uint64_t{2} << 20);
+  constexpr std::uint64_t kRounding = 24 * (std::uint64_t{2} << 20);
   return available - std::min(available, kRounding);
 }
 

@@ -189,13 +189,16 @@ void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
     const std::size_t slots = device_experts_->slots();
     const std::size_t cache_slots = device_experts_->cache_slots();
     const bool changes = next.device_slots != slots || next.device_cache_slots != cache_slots;
-    if (changes) device_experts_->resize(next.device_slots, next.device_cache_slots);
+    const bool shrinks = next.device_slots < slots;
+    if (changes && !shrinks) device_tier_->resize(next.device_slots, next.device_cache_slots);
     try {
       store_->resize(next.slots, next.cache_slots, poll);
     } catch (...) {
-      if (changes) device_experts_->resize(slots, cache_slots);
+      if (changes && !shrinks) device_tier_->resize(slots, cache_slots);
       throw;
     }
+    // What goes from VRAM finds its place in RAM, which has its new size now.
+    if (shrinks) device_tier_->resize(next.device_slots, next.device_cache_slots);
   };
   planned_.change(strategy, apply, vram);
 }

@@ -13,8 +13,6 @@
 namespace dsfp4::residency {
 namespace {
 
-constexpr const char* kPurpose = "the expert slots";
-
 template <typename Expert>
 auto matrices(Expert& expert) {
   return std::array{&expert.gate_proj, &expert.up_proj, &expert.down_proj};
@@ -66,7 +64,8 @@ DeviceExperts::DeviceExperts(ops::Device& device, std::size_t slot_bytes, std::s
   check_counts(slots, cache_slots);
   for (std::size_t i = 0; i < kCopyEvents; ++i) copy_events_.push_back(device_.make_event());
   for (std::size_t i = 0; i < kMostLeaving; ++i) leaving_events_.push_back(device_.make_event());
-  take(slots, cache_slots);
+  add_slots(slots);
+  cache_slots_ = cache_slots;
 }
 
 DeviceExperts::~DeviceExperts() { settle(); }
@@ -95,13 +94,13 @@ const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpert
                            " bytes, a slot has " + std::to_string(slot_bytes_));
   }
   if (slots_.empty()) {
-    throw MemoryLimitError(kPurpose, slot_bytes_, device_.memory().available(), "",
+    throw MemoryLimitError("the expert slots", slot_bytes_, device_.memory().available(), "",
                            device_.memory().name());
   }
   // A passing expert never takes a cached one's place.
   const bool cached = keep && make_cache_room(key);
   if (free_.empty()) return nullptr;
-  std::ranges::pop_heap(free_, std::greater(), [&](int n) { return slot(n).release_number; });
+  std::ranges::pop_heap(free_, std::greater(), [this](int n) { return order_of(n); });
   const int number = free_.back();
   free_.pop_back();
   Slot& taken = slot(number);
@@ -335,7 +334,7 @@ void DeviceExperts::make_free(int number) noexcept {
   if (freed.cached) --cached_;
   freed.cached = false;
   free_.push_back(number);
-  std::ranges::push_heap(free_, std::greater(), [&](int n) { return slot(n).release_number; });
+  std::ranges::push_heap(free_, std::greater(), [this](int n) { return order_of(n); });
 }
 
 // Waits until the device is done, even if that is due to an error.
@@ -346,91 +345,6 @@ void DeviceExperts::settle() noexcept {
   } catch (...) {
     drop_uncopied();
   }
-}
-
-// ---- the slots
-
-void DeviceExperts::check_counts(std::size_t slots, std::size_t cache_slots) {
-  if (cache_slots < slots) return;
-  throw ParameterError("cache_slots", "is " + std::to_string(cache_slots) + " of " +
-                                          std::to_string(slots) +
-                                          " slots, but at least one must be left for experts that "
-                                          "pass through");
-}
-
-// What does not fit into a number is more than there is.
-std::size_t DeviceExperts::bytes_of(std::size_t slots) const {
-  return checked_mul(slots, slot_bytes_).value_or(std::numeric_limits<std::size_t>::max());
-}
-
-void DeviceExperts::resize(std::size_t slots, std::size_t cache_slots) {
-  check_counts(slots, cache_slots);
-  if (!leaving_.empty() ||
-      std::ranges::any_of(slots_, [](const Slot& slot) { return slot.pins > 0; })) {
-    throw std::logic_error("the expert slots change while experts are pinned or on their way back");
-  }
-  device_.synchronize();
-  made_ = copies_;
-  memory::MemorySource& source = device_.memory();
-  const std::size_t room = source.available() + (memory_ ? memory_->size() : 0);
-  if (bytes_of(slots) > room) {
-    throw MemoryLimitError(kPurpose, bytes_of(slots), room, "", source.name());
-  }
-  const std::pair before(slots_.size(), cache_slots_);
-  try {
-    take(slots, cache_slots);
-  } catch (...) {
-    if (before.first > 0) take(before.first, before.second);
-    throw;
-  }
-}
-
-// All are free. If it throws there are none.
-void DeviceExperts::take(std::size_t slots, std::size_t cache_slots) {
-  slots_.clear();
-  free_.clear();
-  std::ranges::fill(slot_of_, -1);
-  cache_slots_ = 0;
-  cached_ = 0;
-  releases_ = 0;
-  is_ranked_ = false;
-  const std::size_t bytes = bytes_of(slots);
-  if (!memory_ || memory_->size() != bytes) {
-    memory_.reset();
-    memory_.emplace(bytes, kPurpose, device_.memory());
-  }
-  memory_->release(0);
-  std::vector<Slot> made(slots);
-  free_.reserve(slots);
-  for (std::size_t i = 0; i < slots; ++i) {
-    made[i].read = device_.make_event();
-    made[i].memory = memory_->take(slot_bytes_);
-  }
-  for (std::size_t i = 0; i < slots; ++i) free_.push_back(static_cast<int>(i));
-  slots_ = std::move(made);
-  cache_slots_ = cache_slots;
-}
-
-bool DeviceExperts::is_consistent() const {
-  std::size_t free = 0;
-  std::size_t cached = 0;
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    const Slot& slot = slots_[i];
-    const auto number = static_cast<int>(i);
-    const auto leaves = [&](const Leaving& left) { return left.slot == number; };
-    const bool is_free = slot.key == kNoKey && std::ranges::none_of(leaving_, leaves);
-    if (is_free != (std::ranges::count(free_, number) == 1)) return false;
-    if (slot.key == kNoKey ? slot.cached || slot.pins != 0 : slot_of_[slot.key] != number) {
-      return false;
-    }
-    if (slot.key != kNoKey && !slot.cached && slot.pins <= 0) return false;
-    free += is_free;
-    cached += slot.cached;
-  }
-  const auto there = std::ranges::count_if(slot_of_, [](int number) { return number >= 0; });
-  return free == free_.size() && cached == cached_ && cached <= cache_slots_ &&
-         free + static_cast<std::size_t>(there) + leaving_.size() == slots_.size() &&
-         made_ <= copies_;
 }
 
 }  // namespace dsfp4::residency

@@ -17,6 +17,7 @@
 #include <deque>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <span>
 #include <utility>
@@ -111,12 +112,14 @@ class DeviceExperts {
   std::size_t cached() const noexcept { return cached_; }
   /// Cached experts that there is room for.
   std::size_t cache_room() const noexcept { return cache_slots_ - cached_; }
-  /// Forgets everything and takes that many slots; std::logic_error where something is pinned or on
-  /// its way back.
+  /// Takes or gives back slots. Of the cached experts those that are worth most stay, but for some
+  /// that lie beside free slots. std::logic_error where something is pinned or on its way back.
   /// Waits for the device. Throws ParameterError, CudaError and MemoryLimitError; then there are as
-  /// many slots as before. If they are not to be had again either, there are none, and bring()
-  /// throws MemoryLimitError until a resize() succeeds.
+  /// many slots as before, which may hold less. If they are not to be had again either, there are
+  /// fewer, and bring() throws MemoryLimitError while there are none.
   void resize(std::size_t slots, std::size_t cache_slots);
+  /// The cached experts that resize() would give up now, those worth most first.
+  std::vector<ExpertKey> going(std::size_t slots, std::size_t cache_slots);
   const DeviceStats& stats() const noexcept { return stats_; }
   /// Every slot is free, cached or pinned, and counted as that: for tests.
   bool is_consistent() const;
@@ -138,6 +141,13 @@ class DeviceExperts {
     bool read_is_recorded = true;      // else only an empty queue says that they have run
     std::uint64_t release_number = 0;  // 0: never released
   };
+  struct Block {
+    std::unique_ptr<memory::Arena> memory;
+    std::size_t slots = 0;
+  };
+  struct Staying {
+    std::vector<bool> blocks, slots;  // by number
+  };
   struct Leaving {
     int slot = -1;
     ExpertKey key = kNoKey;
@@ -152,17 +162,22 @@ class DeviceExperts {
   void queue_copies(Slot& slot, const ops::HostExpertView& from);
   std::uint64_t copies_to_ask_for(ExpertKey key) const;
   ops::Event& copy_event(std::uint64_t number) { return copy_events_[number % kCopyEvents]; }
+  std::pair<std::uint64_t, int> order_of(int number) {
+    return {slot(number).release_number, number};
+  }
   void make_free(int number) noexcept;
   void settle() noexcept;
   std::size_t bytes_of(std::size_t slots) const;
-  void take(std::size_t slots, std::size_t cache_slots);
+  void add_slots(std::size_t count);
+  Staying staying(std::size_t slots, std::size_t cache_slots);
+  void drop_others(const Staying& staying);
 
   ops::Device& device_;
   const std::size_t slot_bytes_;
   const Worth worth_;
 
-  std::optional<memory::Arena> memory_;
-  std::vector<Slot> slots_;
+  std::vector<Block> blocks_;
+  std::vector<Slot> slots_;   // block by block
   std::vector<int> slot_of_;  // by key; -1 absent
   std::vector<int> free_;     // a heap: the one released first is in front; has room for all
   std::size_t cache_slots_ = 0;

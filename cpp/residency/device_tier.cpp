@@ -281,13 +281,37 @@ bool DeviceTier::make_cache_room(ExpertKey key) {
   if (!experts_.can_send_back(*victim)) return false;  // another time
   const std::optional<ExpertBytes> place = store_.make_room_for(*victim);
   if (!place) return true;  // it is worth less than all that is in RAM
+  send_back(*victim, *place);
+  return true;
+}
+
+void DeviceTier::send_back(ExpertKey key, const ExpertBytes& to) {
   try {
-    experts_.send_back(*victim, *place);
+    experts_.send_back(key, to);
   } catch (...) {
-    store_.came_back(*victim, false);
+    store_.came_back(key, false);
     throw;
   }
-  return true;
+}
+
+void DeviceTier::resize(std::size_t slots, std::size_t cache_slots) {
+  settle();
+  try {
+    for (const ExpertKey key : experts_.going(slots, cache_slots)) {
+      if (store_.take_back(key)) continue;
+      if (!experts_.can_send_back(key)) {  // as many are on their way as may be
+        experts_.wait_sent_back();
+        take_returned();
+      }
+      if (const auto place = store_.make_room_for(key)) send_back(key, *place);
+    }
+  } catch (...) {
+    give_up();
+    throw;
+  }
+  settle();
+  store_.trim();
+  experts_.resize(slots, cache_slots);
 }
 
 // Copies an expert that is pinned in RAM to VRAM, to stay there, and takes the pin over.

@@ -77,6 +77,10 @@ class DeviceTier {
   /// not known to be made. Gives all pins back.
   void give_up() noexcept;
 
+  /// Another number of slots in VRAM. Experts that lose theirs go back to RAM if they are worth
+  /// more than what is there. Throws what DeviceExperts::resize() does.
+  void resize(std::size_t slots, std::size_t cache_slots);
+
   /// The share of a step's experts in RAM that the processor computes, 0 to 1; none: as said above.
   void set_host_share(std::optional<double> share) {
     share_ = share;
@@ -97,6 +101,7 @@ class DeviceTier {
   std::vector<Job> by_worth(std::span<const Job> jobs) const;
   void copy(const Job& job, const Target& target, bool keep);
   bool make_cache_room(ExpertKey key);
+  void send_back(ExpertKey key, const ExpertBytes& to);
   bool promote(ExpertKey key);
   void take_returned();
   void run_copied(const Target& target);

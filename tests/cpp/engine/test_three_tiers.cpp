@@ -270,6 +270,26 @@ TEST_P(ThreeTiers, TheStrategyChangesBetweenGenerations) {
   }
 }
 
+// Experts in VRAM stay, or go back to RAM: nothing is read again.
+TEST_P(ThreeTiers, AnotherNumberOfExpertsInVramReloadsNothing) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 5;
+  options.memory.prefetch_layers = 0;
+  const auto engine = load(options, as_a_gpu());
+  EXPECT_EQ(ask(*engine), right_);
+  EXPECT_EQ(ask(*engine), right_);
+  const auto read = [&] { return engine->stats().read_bytes; };
+  const std::uint64_t before = read();
+  for (const std::int64_t experts : {9, 2, 7}) {
+    MemoryStrategy strategy;
+    strategy.max_experts = experts;
+    engine->set_memory_strategy(strategy);
+    EXPECT_EQ(ask(*engine), right_);
+    EXPECT_EQ(read(), before) << experts;
+  }
+  EXPECT_GT(engine->stats().device_hits, 0u);
+}
+
 TEST_P(ThreeTiers, EverythingGoesBack) {
   LoadOptions options = load_options();
   options.strategy.max_experts = 3;

@@ -187,21 +187,56 @@ TEST_F(DeviceExpertsFaults, AnotherNumberOfSlots) {
   device.delay_copies(Queue::kUpload, std::chrono::milliseconds(2));
   compute(*bring(1, true), 1);
   release(1);
+  std::size_t before_that = 3;
   for (const std::size_t slots : {5u, 2u, 2u}) {
     experts->resize(slots, slots - 1);
     EXPECT_EQ(result(1), expected[1]);
     EXPECT_EQ(experts->slots(), slots);
     EXPECT_EQ(experts->cache_slots(), slots - 1);
-    EXPECT_EQ(experts->cached(), 0u);
+    // They are one block, which stays or goes.
+    EXPECT_EQ(experts->cached(), slots < before_that ? 0u : std::min<std::size_t>(2, slots - 1));
+    before_that = slots;
     EXPECT_TRUE(experts->copied(1));
     EXPECT_EQ(device.memory().used() - before, slots * slot);
     EXPECT_TRUE(experts->is_consistent());
-    compute(*bring(1, true), 1);
+    if (experts->has(1)) {
+      compute(*experts->find(1), 1);
+    } else {
+      compute(*bring(1, true), 1);
+    }
     ASSERT_NE(bring(2, false), nullptr);
     release(1);
     release(2);
   }
   EXPECT_EQ(result(1), expected[1]);
+}
+
+TEST_F(DeviceExpertsFaults, ThoseWorthMostStayWhereTheirBlockDoes) {
+  make(40, 16);  // 16, 16 and 8 slots
+  for (ExpertKey key = 0; key < kExperts; ++key) {
+    worth[key] = static_cast<float>(key);
+    pass(key, true);
+  }
+  for (ExpertKey key = 0; key < kExperts; ++key) experts->wait_copied(key);
+  EXPECT_TRUE(experts->going(60, 17).empty());
+  experts->resize(60, 17);
+  EXPECT_EQ(experts->cached(), 16u);
+  // The block that holds them stays.
+  EXPECT_EQ(experts->going(20, 6), (std::vector<ExpertKey>{9, 8, 7, 6, 5, 4, 3, 2, 1, 0}));
+  experts->resize(20, 6);
+  EXPECT_EQ(experts->cached(), 6u);
+  EXPECT_EQ(experts->slots(), 20u);
+  for (ExpertKey key = 10; key < kExperts; ++key) {
+    const ops::ExpertView* view = experts->find(key);
+    ASSERT_NE(view, nullptr) << key;
+    compute(*view, key - 10);
+    release(key);
+    EXPECT_EQ(result(key - 10), expected[key]);
+  }
+  EXPECT_TRUE(experts->is_consistent());
+  experts->resize(8, 7);  // no block is so small
+  EXPECT_EQ(experts->cached(), 0u);
+  EXPECT_TRUE(experts->is_consistent());
 }
 
 TEST_F(DeviceExpertsFaults, WhereThereIsNoRoomForMoreSlotsTheyStay) {
@@ -216,7 +251,7 @@ TEST_F(DeviceExpertsFaults, WhereThereIsNoRoomForMoreSlotsTheyStay) {
   EXPECT_EQ(experts->slots(), 3u);
   EXPECT_EQ(experts->cache_slots(), 2u);
   EXPECT_EQ(device.memory().used(), used);
-  compute(*bring(0, true), 0);
+  compute(*experts->find(0), 0);
   EXPECT_EQ(result(0), expected[0]);
   EXPECT_TRUE(experts->is_consistent());
 }
@@ -330,10 +365,18 @@ TEST_F(DeviceExpertsFaults, AsAModelSays) {
       experts->wait_copied(key);
       ASSERT_TRUE(experts->copied(key));
     } else if (below(10) == 0) {
-      for (const ExpertKey pin : std::exchange(pinned, {})) experts->release(pin);
+      for (const ExpertKey pin : std::exchange(pinned, {})) {
+        experts->release(pin);
+        model.release(pin);
+      }
       const std::size_t slots = 2 + below(6);
-      model = {slots, below(slots), {}, model.evictions};
-      experts->resize(model.slots, model.cache_slots);
+      const std::size_t cache_slots = below(slots);
+      const std::vector<ExpertKey> going = experts->going(slots, cache_slots);
+      experts->resize(slots, cache_slots);
+      model.slots = slots;
+      model.cache_slots = cache_slots;
+      for (const ExpertKey gone : going) ASSERT_EQ(model.there.erase(gone), 1u);
+      for (const auto& [there, entry] : model.there) ASSERT_TRUE(experts->has(there));
     }
     ASSERT_EQ(experts->cached(), model.cached());
     ASSERT_EQ(experts->cache_room(), model.cache_slots - model.cached());
