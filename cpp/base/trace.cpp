@@ -13,7 +13,7 @@ namespace dsfp4 {
 namespace {
 
 constexpr std::size_t kWriteBytes = std::size_t{256} << 10;
-constexpr std::string_view kTrackNames[] = {"steps", "compute", "waits", "reads"};
+constexpr std::string_view kTrackNames[] = {"steps", "CPU", "waits", "SSD", "PCIe", "GPU"};
 
 }  // namespace
 

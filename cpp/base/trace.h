@@ -17,7 +17,8 @@ class Trace {
  public:
   using Clock = std::chrono::steady_clock;
   /// Spans of kReads may overlap each other; those of another track come from one thread at a time.
-  enum class Track : std::uint8_t { kSteps, kCompute, kWaits, kReads };
+  /// kCompute is the processor's, kReads are the SSD's, kCopies go over PCIe, kDevice is a GPU's.
+  enum class Track : std::uint8_t { kSteps, kCompute, kWaits, kReads, kCopies, kDevice };
 
   /// Replaces the file. Throws IoError.
   explicit Trace(const std::filesystem::path& path);

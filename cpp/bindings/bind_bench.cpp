@@ -1,4 +1,4 @@
-// Timings of ops, for `dsfp4 bench kernels`.
+// Timings for `dsfp4 bench kernels` and the wires of `dsfp4 bench decode`.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -14,6 +14,7 @@
 #include "bindings/bindings.h"
 #include "bindings/gil.h"
 #include "dsfp4/error.h"
+#include "engine/bench_wires.h"
 #include "ops/measure/kernel_bench.h"
 
 namespace dsfp4::bindings {
@@ -103,6 +104,36 @@ nb::list profile(KernelBench& bench, std::int64_t position, std::int64_t rows, b
   return list;
 }
 
+nb::dict measure_wires(const std::string& device, const std::string& format,
+                       std::int64_t hidden_size, std::int64_t moe_intermediate_size,
+                       std::int64_t top_k, int threads, std::uint64_t memory_limit,
+                       double seconds) {
+  engine::WireOptions options;
+  options.format = format_named(format);
+  options.hidden_size = hidden_size;
+  options.moe_intermediate_size = moe_intermediate_size;
+  options.top_k = top_k;
+  options.seconds = seconds;
+  if (device != "cuda") {
+    throw ParameterError("device",
+                         "'" + device + "' has no wire to the processor; it must be cuda");
+  }
+  engine::WireRates rates;
+  {
+    const ReleasedGil released;
+    const auto ops = ops::make_cuda_ops(0, memory_limit);
+    const auto host = ops::make_cpu_ops(threads == 0 ? available_cores() : threads);
+    rates = engine::measure_wires(*ops, *host, options);
+  }
+  nb::dict result;
+  result["copies"] = rates.copies;
+  result["host"] = rates.host;
+  result["copies_beside"] = rates.copies_beside;
+  result["host_beside"] = rates.host_beside;
+  result["together"] = rates.together();
+  return result;
+}
+
 }  // namespace
 
 void bind_bench(nb::module_& m) {
@@ -148,6 +179,12 @@ void bind_bench(nb::module_& m) {
           nb::arg("rows"), nb::arg("copies"), nb::arg("runs"), unlocked)
       .def("profile", &profile, nb::arg("position"), nb::arg("rows"), nb::arg("decode"),
            nb::arg("slots"), nb::arg("expert"), nb::arg("runs"));
+  m.def("measure_wires", &measure_wires, nb::arg("device"), nb::kw_only(), nb::arg("format"),
+        nb::arg("hidden_size"), nb::arg("moe_intermediate_size"), nb::arg("top_k"),
+        nb::arg("threads") = 0, nb::arg("memory_limit") = 0, nb::arg("seconds") = 1.0,
+        "Bytes/s of experts in 1 GiB of pinned RAM: `copies` to the device and `host`, computed by "
+        "the processor, alone; `copies_beside` and `host_beside`, both at once; `together`, their "
+        "sum. memory_limit: bytes of VRAM, 0 for what is free.");
   m.def("available_cores", &available_cores,
         "Threads by default: physical cores in the affinity mask, or the CPU quota.");
 }

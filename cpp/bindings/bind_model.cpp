@@ -1,4 +1,5 @@
 // dsfp4.Model's C++ side.
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <span>
@@ -237,6 +238,26 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
                         own_array(std::move(routers), {router_layers, tokens.size(), width}));
 }
 
+std::vector<double> dense_seconds(const Handle& model, const Ids& ids) {
+  using Clock = std::chrono::steady_clock;
+  const std::vector<std::int32_t> tokens = ids_of(ids);
+  std::vector<double> seconds;
+  seconds.reserve(tokens.size());
+  ForwardOptions options;
+  options.decode = true;
+  options.routed_experts = false;
+  options.keep_going = keep_going();
+  const ReleasedGil released;
+  auto start = Clock::now();
+  options.on_logits = [&](std::int64_t, std::span<const float>) {
+    const auto end = Clock::now();
+    seconds.push_back(std::chrono::duration<double>(end - start).count());
+    start = end;
+  };
+  model->forward(tokens, {}, options);
+  return seconds;
+}
+
 GenerationResult generate(const Handle& model, const Ids& ids, std::int64_t max_tokens,
                           double temperature, std::int64_t top_k, double top_p, double min_p,
                           double repetition_penalty,
@@ -412,6 +433,7 @@ void bind_model(nb::module_& m) {
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
            nb::arg("decode") = false, nb::arg("return_router_logits") = false,
            nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
+      .def("dense_seconds", &dense_seconds, nb::arg("ids"))
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

@@ -9,6 +9,8 @@
 #include <random>
 
 #include "base/device_access.h"
+#include "engine/bench_timer.h"
+#include "engine/bench_weights.h"
 #include "engine/kv_cache.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
@@ -26,7 +28,6 @@ using format::WeightFormat;
 using ops::Matrix;
 using ops::WeightView;
 
-constexpr std::size_t kPool = std::size_t{4400} << 20;
 constexpr std::int64_t kHidden = 7168;
 constexpr std::int64_t kExpert = 2048;
 constexpr std::int64_t kTopK = 8;
@@ -38,10 +39,9 @@ class Bench {
       : only_(std::move(only)),
         plugin_(ops::cuda_plugin()),
         backend_(plugin_, index, 0),
-        pool_(kPool, "the benchmark's weights", backend_.device().memory()),
-        scales_(3 * kScaleBytes, "the benchmark's scales", backend_.device().memory()),
+        timer_(plugin_, backend_.device()),
+        weights_(backend_.device(), random_),
         arena_(std::size_t{2000} << 20, "the benchmark's activations", backend_.device().memory()) {
-    fill();
     read_rate_ = measure_reads();
     flop_rate_ = measure_products();
   }
@@ -121,9 +121,9 @@ class Bench {
     });
     const std::string name = "expert tasks " + of;
     if (!wanted(name)) return;
-    add(name, seconds_queued([&] {
-          backend_.experts(tasks, kTopK, x, hidden, routed, ops::Phase::kDecode);
-        }),
+    add(name, timer_.seconds_queued([&] {
+      backend_.experts(tasks, kTopK, x, hidden, routed, ops::Phase::kDecode);
+    }),
         bytes, flops);
   }
 
@@ -296,52 +296,15 @@ class Bench {
     return weights;
   }
 
-  static constexpr std::size_t kScaleBytes = std::size_t{64} << 20;
-
   bool wanted(const std::string& name) const { return name.find(only_) != std::string::npos; }
 
   int rotations(double bytes) const {
-    return static_cast<int>(std::clamp(static_cast<double>(kPool) * 0.5 / bytes, 1.0, 64.0));
+    return static_cast<int>(
+        std::clamp(static_cast<double>(RandomWeights::kBytes) * 0.5 / bytes, 1.0, 64.0));
   }
 
-  void fill() {
-    constexpr std::size_t kPiece = std::size_t{32} << 20;
-    std::vector<std::uint32_t> words(kPiece / 4);
-    for (auto& word : words) word = random_() & 0xbfffbfffu;  // finite as BF16, too
-    pool_base_ = pool_.take(kPool);
-    for (std::size_t at = 0; at < kPool; at += kPiece) {
-      backend_.device().upload(words.data(), pool_base_ + static_cast<std::ptrdiff_t>(at),
-                               std::min(kPiece, kPool - at));
-    }
-    scale_base_ = scales_.take(3 * kScaleBytes);
-    std::vector<std::uint8_t> codes(kScaleBytes);
-    for (auto& code : codes) code = static_cast<std::uint8_t>(0x28 + random_() % 16);  // E4M3
-    backend_.device().upload(codes.data(), scale_base_, kScaleBytes);
-    for (auto& code : codes) code = static_cast<std::uint8_t>(118 + random_() % 4);  // E8M0
-    backend_.device().upload(codes.data(), scale_base_ + kScaleBytes, kScaleBytes);
-    std::vector<float> floats(kScaleBytes / 4);
-    for (auto& v : floats) v = 1e-3f * static_cast<float>(1 + random_() % 8);
-    backend_.device().upload(floats.data(), scale_base_ + 2 * kScaleBytes, kScaleBytes);
-  }
-
-  // The next matrix of the pool; it begins again where the pool ends.
   WeightView weight(WeightFormat format, std::int64_t rows, std::int64_t cols) {
-    const std::size_t data = memory::Arena::padded(format::data_bytes(format, rows, cols));
-    const std::size_t scale = memory::Arena::padded(format::scale_bytes(format, rows, cols));
-    if (pool_at_ + data > kPool) pool_at_ = 0;
-    if (scale_at_ + scale > kScaleBytes) scale_at_ = 0;
-    const std::size_t kind = format == WeightFormat::kNvfp4   ? 0
-                             : format == WeightFormat::kMxfp4 ? 1
-                                                              : 2;
-    const WeightView view{format,
-                          rows,
-                          cols,
-                          pool_base_ + static_cast<std::ptrdiff_t>(pool_at_),
-                          scale_base_ + static_cast<std::ptrdiff_t>(kind * kScaleBytes + scale_at_),
-                          1e-2f};
-    pool_at_ += data;
-    scale_at_ += scale;
-    return view;
+    return weights_.next(format, rows, cols);
   }
 
   std::vector<ops::ExpertView> make_experts(WeightFormat format, std::int64_t experts) {
@@ -378,64 +341,10 @@ class Bench {
     }
   }
 
-  // Seconds of one call: the median over nine runs of a graph of `rotate` calls, after 0.1 s of
-  // them.
-  double seconds_of(int rotate, const std::function<void(int)>& call) {
-    const auto check = [&](bool ok) { ops::cuda_check(plugin_, ok); };
-    ops::cuda::Device* device = backend_.device().opened();
-    float milliseconds = 0.0f;
-    check(plugin_.synchronize(device));
-    for (int i = 0; i < rotate; ++i) call(i);
-    check(plugin_.mark(device, 0));
-    call(0);
-    check(plugin_.mark(device, 1));
-    check(plugin_.elapsed(device, 0, 1, &milliseconds));
-    if (milliseconds > 200.0f) return milliseconds * 1e-3;  // too slow to be worth repeating
-    const int repeat =
-        std::clamp(static_cast<int>(4.0f / (milliseconds * static_cast<float>(rotate))), 1, 8);
-    check(plugin_.begin_capture(device));
-    for (int r = 0; r < repeat; ++r) {
-      for (int i = 0; i < rotate; ++i) call(i);
-    }
-    void* graph = nullptr;
-    check(plugin_.end_capture(device, &graph));
-    const double seconds = median_seconds([&] { check(plugin_.launch_graph(device, graph)); });
-    check(plugin_.free_graph(device, graph));
-    return seconds / (rotate * repeat);
-  }
-
-  // The same of a call that cannot be recorded.
-  double seconds_queued(const std::function<void()>& call) {
-    constexpr int kCalls = 8;
-    const double seconds = median_seconds([&] {
-      for (int i = 0; i < kCalls; ++i) call();
-    });
-    return seconds / kCalls;
-  }
-
-  double median_seconds(const std::function<void()>& queue) {
-    const auto check = [&](bool ok) { ops::cuda_check(plugin_, ok); };
-    ops::cuda::Device* device = backend_.device().opened();
-    const auto run = [&] {
-      float milliseconds = 0.0f;
-      check(plugin_.mark(device, 0));
-      queue();
-      check(plugin_.mark(device, 1));
-      check(plugin_.elapsed(device, 0, 1, &milliseconds));
-      return milliseconds;
-    };
-    // Until the clock is the one that this case runs at, not what the case before left.
-    for (float warm = 0.0f; warm < 100.0f;) warm += run();
-    std::vector<float> times(9);
-    for (float& time : times) time = run();
-    std::nth_element(times.begin(), times.begin() + 4, times.end());
-    return times[4] * 1e-3;
-  }
-
   void time(const std::string& name, int rotate, double bytes, double flops,
             const std::function<void(int)>& call) {
     if (!wanted(name)) return;
-    add(name, seconds_of(rotate, call), bytes, flops);
+    add(name, timer_.seconds_of(rotate, call), bytes, flops);
   }
 
   void add(const std::string& name, double seconds, double bytes, double flops) {
@@ -445,18 +354,20 @@ class Bench {
 
   double measure_reads() {
     std::byte* sink = DeviceAccess::address(arena_.take(256));
-    const double seconds = seconds_of(1, [&](int) {
+    const double seconds = timer_.seconds_of(1, [&](int) {
       ops::cuda_check(plugin_, plugin_.read_all(backend_.device().opened(),
-                                                DeviceAccess::address(pool_base_), kPool, sink));
+                                                DeviceAccess::address(weights_.memory()),
+                                                RandomWeights::kBytes, sink));
     });
-    results.push_back({"read rate", seconds, static_cast<double>(kPool), 0.0, seconds});
-    return static_cast<double>(kPool) / seconds;
+    results.push_back(
+        {"read rate", seconds, static_cast<double>(RandomWeights::kBytes), 0.0, seconds});
+    return static_cast<double>(RandomWeights::kBytes) / seconds;
   }
 
   double measure_products() {
     std::byte* sink = DeviceAccess::address(arena_.take(256));
     double flops = 0.0;
-    const double seconds = seconds_of(1, [&](int) {
+    const double seconds = timer_.seconds_of(1, [&](int) {
       ops::cuda_check(plugin_,
                       plugin_.multiply_loop(backend_.device().opened(), 2000, sink, &flops));
     });
@@ -468,12 +379,9 @@ class Bench {
   std::mt19937 random_{1};
   const ops::cuda::Plugin& plugin_;
   ops::CudaBackend backend_;
-  memory::Arena pool_;
-  memory::Arena scales_;
+  CudaTimer timer_;
+  RandomWeights weights_;
   memory::Arena arena_;
-  DevicePtr<std::byte> pool_base_, scale_base_;
-  std::size_t pool_at_ = 0;
-  std::size_t scale_at_ = 0;
   double read_rate_ = 1.0;
   double flop_rate_ = 1.0;
 };

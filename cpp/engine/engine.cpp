@@ -126,12 +126,19 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
       rates_(known_rates(running(), loaded_, planned_->plan(), options,
                          thread_count(options.threads), machine.rate_limits,
                          polling(options.keep_going))),
-      tiers_(*ops_, host_ops_.get(), spec_, loaded_, *planned_, rates_, options, trace_.get()),
+      device_trace_(residency::DeviceTrace::make(
+          trace_.get(), ops_->device(),
+          {.first_layer = spec_.dense_layers, .per_layer = spec_.router.experts})),
+      tiers_(*ops_, host_ops_.get(), spec_, loaded_, *planned_, rates_, options,
+             {trace_.get(), device_trace_.get()}),
       embedding_(planned_->plan().embedding_in_ram
                      ? std::make_unique<model::HostEmbedding>(*host_ops_, spec_.hidden_size)
                      : nullptr),
       decoder_(spec_, loaded_.weights, *ops_, tiers_.runner(), tiers_.layers(), embedding_.get(),
-               kv_format_),
+               kv_format_, device_trace_.get()),
+      shared_only_(*ops_),
+      dense_decoder_(spec_, loaded_.weights, *ops_, shared_only_, tiers_.layers(), embedding_.get(),
+                     kv_format_),
       scratch_(scratch_bytes(spec_, prefill_chunk_), "the activations", ops_->device().memory()),
       logits_(logit_bytes(spec_, ops_->device()), "the logits", ops_->device().memory()),
       routings_(ops_->device(), prefill_chunk_, spec_.router, spec_.hidden_size),
@@ -243,14 +250,14 @@ void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter)
 }
 
 template <typename Use>
-bool Engine::step(Sequence& sequence, model::Batch batch, const KeepGoing& keep_going,
-                  const Use& use) {
+bool Engine::step(const model::Decoder& decoder, Sequence& sequence, model::Batch batch,
+                  const KeepGoing& keep_going, const Use& use) {
   const auto rows = static_cast<std::int64_t>(batch.ids.size());
   const ops::SequenceRows part = sequence.next_rows(0, rows);
   batch.sequences = {&part, 1};
   const auto start = Trace::Clock::now();
   try {
-    model::Pass pass(decoder_, batch, scratch_, routings_);
+    model::Pass pass(decoder, batch, scratch_, routings_);
     while (!pass.done()) {
       if (keep_going && !keep_going()) return false;
       pass.advance();
@@ -262,6 +269,7 @@ bool Engine::step(Sequence& sequence, model::Batch batch, const KeepGoing& keep_
   }
   sequence.advance(rows);
   if (trace_ == nullptr) return true;
+  if (device_trace_ != nullptr) device_trace_->poll();
   const char* phase = batch.phase == model::Phase::kPrefill ? "prefill " : "decode ";
   trace_->span(Trace::Track::kSteps,
                phase + std::to_string(rows) + " at " + std::to_string(part.position), start,
@@ -296,6 +304,14 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
     throw ParameterError("router_logits", "must be [moe_layers, tokens, experts]");
   }
 
+  if (!options.routed_experts && !tiers_.tiered()) {
+    // Their recorded steps have the routed experts in them.
+    throw ParameterError("routed_experts",
+                         "can be left out only of a model whose experts are not "
+                         "all in memory");
+  }
+  const model::Decoder& decoder = options.routed_experts ? decoder_ : dense_decoder_;
+
   const Turns::Turn turn(turns_, options.keep_going);
   if (!turn.came()) throw CancelledError();
   Sequence sequence(cache_);
@@ -317,14 +333,15 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
       batch.router_logits = options.router_logits.data() + at * spec().router.experts;
       batch.logits_layer_stride = logits_stride;
     }
-    const bool ran = step(sequence, batch, options.keep_going, [&](ops::ConstMatrix hidden) {
-      if (!options.on_logits) head(hidden, batch.phase, logits.data() + at * spec().vocab_size);
-      for (std::int64_t row = 0; options.on_logits && row < rows; row += kLogitRows) {
-        const std::int64_t some = std::min(kLogitRows, rows - row);
-        head(hidden.slice(row, some), batch.phase, window.data());
-        options.on_logits(at + row, {window.data(), static_cast<std::size_t>(some) * vocab});
-      }
-    });
+    const bool ran =
+        step(decoder, sequence, batch, options.keep_going, [&](ops::ConstMatrix hidden) {
+          if (!options.on_logits) head(hidden, batch.phase, logits.data() + at * spec().vocab_size);
+          for (std::int64_t row = 0; options.on_logits && row < rows; row += kLogitRows) {
+            const std::int64_t some = std::min(kLogitRows, rows - row);
+            head(hidden.slice(row, some), batch.phase, window.data());
+            options.on_logits(at + row, {window.data(), static_cast<std::size_t>(some) * vocab});
+          }
+        });
     if (!ran) throw CancelledError();
   }
 }
@@ -337,7 +354,7 @@ bool Engine::last_logits(Sequence& sequence, model::Phase phase, std::span<const
   batch.phase = phase;
   batch.ids = ids;
   sampled.reset();
-  const bool ran = step(sequence, batch, keep_going, [&](ops::Matrix hidden) {
+  const bool ran = step(decoder_, sequence, batch, keep_going, [&](ops::Matrix hidden) {
     const ops::Matrix last = hidden.slice(hidden.rows - 1, 1);
     if (draw) {
       const ops::ScratchScope scope(logits_);

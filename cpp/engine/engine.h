@@ -21,6 +21,8 @@
 #include "model/decoder.h"
 #include "model/pass.h"
 #include "ops/ops.h"
+#include "residency/device_trace.h"
+#include "residency/shared_experts.h"
 
 namespace dsfp4::engine {
 
@@ -60,7 +62,8 @@ class Engine {
   /// Runs the batch's ids as the sequence's next tokens, and `use` with the pass that is done.
   /// False: `keep_going`, asked before each piece of it, said no, and `use` was not called.
   template <typename Use>
-  bool step(Sequence& sequence, model::Batch batch, const KeepGoing& keep_going, const Use& use);
+  bool step(const model::Decoder& decoder, Sequence& sequence, model::Batch batch,
+            const KeepGoing& keep_going, const Use& use);
   /// Runs the prompt. False: it was cancelled.
   bool prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                const GenerateOptions& options, std::span<float> logits);
@@ -89,9 +92,12 @@ class Engine {
   std::int64_t prefill_chunk_ = 0;
   LoadedWeights loaded_;
   Rates rates_;
+  std::unique_ptr<residency::DeviceTrace> device_trace_;  // of a GPU's part of trace_
   Tiers tiers_;
   std::unique_ptr<model::HostEmbedding> embedding_;  // null: the ops reach it
   model::Decoder decoder_;
+  residency::SharedExperts shared_only_;
+  model::Decoder dense_decoder_;  // leaves the routed experts out
   memory::Arena scratch_;
   memory::Arena logits_;  // where the device's memory is not the host's
   ops::RoutingReader routings_;

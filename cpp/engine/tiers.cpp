@@ -45,7 +45,7 @@ storage::ReaderOptions reader_options(const LoadOptions& options) {
 }
 
 Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, LoadedWeights& loaded,
-             Planned& planned, const Rates& rates, const LoadOptions& options, Trace* trace)
+             Planned& planned, const Rates& rates, const LoadOptions& options, const Traces& traces)
     : device_(ops.device()),
       loaded_(loaded),
       planned_(planned),
@@ -64,10 +64,10 @@ Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, Loaded
           }
           check->check(tensors);
         },
-        trace);
+        traces.host);
   }
   if (plan.tiered) {
-    make_store(ops, host, spec, plan, trace);
+    make_store(ops, host, spec, plan, traces);
     configure(options.memory);
     warm_start(options.warm_start_folder);
     return;
@@ -80,14 +80,14 @@ Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, Loaded
 }
 
 void Tiers::make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec,
-                       const residency::Plan& plan, Trace* trace) {
+                       const residency::Plan& plan, const Traces& traces) {
   residency::ExpertStore::Options store;
   store.layers = spec.moe_layers();
   store.first_layer = spec.dense_layers;
   store.experts = spec.router.experts;
   store.slots = plan.slots;
   store.cache_slots = plan.cache_slots;
-  store.trace = trace;
+  store.trace = traces.host;
   store.memory = &ops.device().staging();
   store.check = [this, first = spec.dense_layers, experts = spec.router.experts](
                     std::span<const residency::ExpertKey> keys,
@@ -123,16 +123,18 @@ void Tiers::make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& sp
         static_cast<std::uint64_t>(spec.moe_layers() * spec.router.experts),
         [this](std::span<const residency::ExpertKey> keys, std::span<float> worth) {
           store_->worth(keys, worth);
-        });
+        },
+        traces.device);
     device_tier_ = std::make_unique<residency::DeviceTier>(
         ops, *host, *device_experts_, *store_,
         residency::DeviceTier::Shape{spec.router.top_k, spec.hidden_size,
-                                     spec.moe_intermediate_size});
+                                     spec.moe_intermediate_size},
+        traces.device);
     device_tier_->start_rates(rates_.both_copy_in, rates_.both_host_experts);
   }
   auto tiered = std::make_unique<residency::TieredExperts>(
       ops, *store_, spec.router, std::move(routers), spec.dense_layers, spec.hidden_size,
-      spec.moe_intermediate_size, plan.chunk, device_tier_.get(), trace);
+      spec.moe_intermediate_size, plan.chunk, device_tier_.get(), traces.host);
   tiered_ = tiered.get();
   runner_ = std::move(tiered);
 }

@@ -14,6 +14,7 @@
 #include "model/spec.h"
 #include "residency/device_experts.h"
 #include "residency/device_tier.h"
+#include "residency/device_trace.h"
 #include "residency/expert_store.h"
 #include "residency/layer_stream.h"
 #include "residency/resident_experts.h"
@@ -25,12 +26,18 @@ namespace dsfp4::engine {
 /// How the files are read.
 storage::ReaderOptions reader_options(const LoadOptions& options);
 
+/// Timelines of what the host and a device do; null where none is asked for.
+struct Traces {
+  Trace* host = nullptr;
+  residency::DeviceTrace* device = nullptr;
+};
+
 class Tiers {
  public:
   /// `host`: the processor's ops, where `ops` are a GPU's and experts lie in files; else null. All
-  /// must outlive this, and so must `trace`, which may be null.
+  /// must outlive this, and so must the traces, which may be null.
   Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, LoadedWeights& loaded,
-        Planned& planned, const Rates& rates, const LoadOptions& options, Trace* trace);
+        Planned& planned, const Rates& rates, const LoadOptions& options, const Traces& traces);
   /// Saves the warm-start file.
   ~Tiers();
   Tiers(const Tiers&) = delete;
@@ -54,7 +61,7 @@ class Tiers {
 
  private:
   void make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec,
-                  const residency::Plan& plan, Trace* trace);
+                  const residency::Plan& plan, const Traces& traces);
   void warm_start(const std::string& folder);
   void save_warm_start(bool last) noexcept;
 

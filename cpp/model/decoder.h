@@ -8,6 +8,7 @@
 #include "model/spec.h"
 #include "model/weights.h"
 #include "ops/ops.h"
+#include "residency/device_trace.h"
 #include "residency/expert_runner.h"
 #include "residency/layer_stream.h"
 
@@ -53,17 +54,20 @@ class HostEmbedding {
 class Decoder {
  public:
   /// The weights, the ops, the experts, `streamed` (null where all layers' dense weights are in
-  /// memory) and `embedding` (null where the ops can reach it) must outlive the decoder.
+  /// memory), `embedding` (null where the ops can reach it) and `trace` (null: none was asked for)
+  /// must outlive the decoder.
   Decoder(ModelSpec spec, const ModelWeights& weights, ops::Ops& ops,
           residency::ExpertRunner& experts, residency::LayerStream* streamed,
-          HostEmbedding* embedding, ops::KvFormat kv_format)
+          HostEmbedding* embedding, ops::KvFormat kv_format,
+          residency::DeviceTrace* trace = nullptr)
       : spec_(std::move(spec)),
         weights_(weights),
         ops_(ops),
         experts_(experts),
         streamed_(streamed),
         embedding_(embedding),
-        kv_format_(kv_format) {}
+        kv_format_(kv_format),
+        trace_(trace) {}
 
   const ModelSpec& spec() const noexcept { return spec_; }
 
@@ -80,6 +84,7 @@ class Decoder {
   residency::LayerStream* streamed_;
   HostEmbedding* embedding_;
   ops::KvFormat kv_format_;
+  residency::DeviceTrace* trace_;
 };
 
 }  // namespace dsfp4::model

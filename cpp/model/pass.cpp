@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <string>
 
 #include "model/rope.h"
 #include "ops/mlp.h"
@@ -64,11 +65,13 @@ void Pass::advance() {
     embed();
     return;
   }
+  if (decoder_.trace_ != nullptr) decoder_.trace_->begin_ops();
   decoder_.ops_.segment({kWholeStep, batch_.ids, sequences_}, [this] {
     in_segment_ = true;
     embed();
     while (!done_) piece();
   });
+  if (decoder_.trace_ != nullptr) decoder_.trace_->end_ops("all layers");
   done_ = true;
 }
 
@@ -121,11 +124,14 @@ void Pass::run_layer() {
 void Pass::run_ops(const std::function<void()>& body) {
   // The experts to use come from the host, and no segment names them.
   const bool forced = batch_.forced_experts != nullptr;
+  residency::DeviceTrace* const trace = in_segment_ ? nullptr : decoder_.trace_;
+  if (trace != nullptr) trace->begin_ops();
   if (in_segment_ || forced || batch_.phase == Phase::kPrefill) {
     body();
   } else {
     decoder_.ops_.segment({kFirstLayer + layer_, batch_.ids, sequences_}, body);
   }
+  if (trace != nullptr) trace->end_ops("layer " + std::to_string(layer_) + " dense");
 }
 
 // Attention, and the MLP or the router.

@@ -16,6 +16,9 @@ namespace {
 // Left for what the driver takes on its own: kernels loaded at their first use, local memory.
 constexpr std::uint64_t kDriverReserve = 64u << 20;
 
+// The device's clock and the host's drift apart, and times are floats of the milliseconds between.
+constexpr std::chrono::seconds kClockLasts{1};
+
 // The bytes of this process's context on a device: measured when it is made, by the first device,
 // and kept as long as the process. Where that cannot be measured, a generous guess.
 std::uint64_t context_bytes(int index, std::uint64_t free_before, std::uint64_t free_after) {
@@ -157,8 +160,28 @@ void CudaDevice::copy_out(Queue queue, DevicePtr<const void> from, void* staged,
 
 Event CudaDevice::make_event() {
   void* event = nullptr;
-  check(plugin_.make_event(device_, &event));
+  check(plugin_.make_event(device_, false, &event));
   return {*this, event};
+}
+
+Event CudaDevice::make_timed_event() {
+  void* event = nullptr;
+  check(plugin_.make_event(device_, true, &event));
+  return {*this, event};
+}
+
+Device::Clock::time_point CudaDevice::time_of(const Event& event) {
+  refuse_capture("time_of()");
+  if (event.handle() == nullptr) throw std::logic_error("time_of() no event");
+  const std::lock_guard lock(clock_);
+  const auto before = Clock::now();
+  if (clock_set_ == Clock::time_point() || before - clock_set_ > kClockLasts) {
+    check(plugin_.set_clock(device_));
+    clock_set_ = before + (Clock::now() - before) / 2;
+  }
+  double seconds = 0.0;
+  check(plugin_.event_time(device_, event.handle(), &seconds));
+  return clock_set_ + std::chrono::round<Clock::duration>(std::chrono::duration<double>(seconds));
 }
 
 void CudaDevice::free_event(void* handle) noexcept { plugin_.free_event(device_, handle); }

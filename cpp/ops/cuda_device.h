@@ -103,6 +103,8 @@ class CudaDevice final : public Device {
   void record(Queue queue, const Event& event) override;
   void wait(Queue queue, const Event& event) override;
   bool passed(const Event& event) override;
+  Event make_timed_event() override;
+  Clock::time_point time_of(const Event& event) override;
   void wait_for(const Event& event) override;
   void synchronize() override;
 
@@ -148,6 +150,8 @@ class CudaDevice final : public Device {
   PinnedMemory staging_;
   std::mutex compute_;  // a call in that queue would end another thread's recording in an error
   std::atomic<std::thread::id> capturing_{};
+  std::mutex clock_;
+  Clock::time_point clock_set_{};  // the host's time of the device's last set_clock()
 };
 
 }  // namespace dsfp4::ops

@@ -1,6 +1,7 @@
 // A device: its memory, its queues, and how bytes get in and out. What it computes is Ops' part.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -75,6 +76,14 @@ class Device {
   /// caller. Not inside a segment.
   virtual void wait(Queue queue, const Event& event) = 0;
   virtual bool passed(const Event& event) = 0;
+
+  using Clock = std::chrono::steady_clock;
+  /// An event that also notes when it passes, for time_of(). It costs more than another.
+  virtual Event make_timed_event() = 0;
+  /// When a timed event passed, by the host's clock, to some 10 microseconds. It has been recorded,
+  /// and passed() has said so.
+  virtual Clock::time_point time_of(const Event& event) = 0;
+
   /// Holds up the caller until `event` has passed.
   virtual void wait_for(const Event& event) = 0;
   /// Until all queues are empty.

@@ -48,6 +48,13 @@ std::size_t end_of(const std::array<Place, 3>& places) {
   return places.back().scales + memory::Arena::padded(places.back().scale_bytes);
 }
 
+// Without what lies between them.
+std::uint64_t bytes_in(const std::array<Place, 3>& places) {
+  std::uint64_t bytes = 0;
+  for (const Place& place : places) bytes += place.data_bytes + place.scale_bytes;
+  return bytes;
+}
+
 }  // namespace
 
 std::size_t DeviceExperts::slot_bytes(const ops::ExpertView& shape) {
@@ -55,10 +62,12 @@ std::size_t DeviceExperts::slot_bytes(const ops::ExpertView& shape) {
 }
 
 DeviceExperts::DeviceExperts(ops::Device& device, std::size_t slot_bytes, std::size_t slots,
-                             std::size_t cache_slots, std::uint64_t experts, Worth worth)
+                             std::size_t cache_slots, std::uint64_t experts, Worth worth,
+                             DeviceTrace* trace)
     : device_(device),
       slot_bytes_(slot_bytes),
       worth_(std::move(worth)),
+      trace_(trace),
       slot_of_(experts, -1),
       copy_of_(experts, 0) {
   check_counts(slots, cache_slots);
@@ -105,7 +114,7 @@ const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpert
   free_.pop_back();
   Slot& taken = slot(number);
   try {
-    queue_copies(taken, from);
+    queue_copies(key, taken, from);
   } catch (...) {
     settle();
     make_free(number);
@@ -118,9 +127,7 @@ const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpert
   taken.cached = cached;
   if (cached) ++cached_;
   ++stats_.brought;
-  for (const Place& place : places_of(from)) {
-    stats_.brought_bytes += place.data_bytes + place.scale_bytes;
-  }
+  stats_.brought_bytes += bytes_in(places_of(from));
   return &taken.view;
 }
 
@@ -173,13 +180,14 @@ void DeviceExperts::rank() {
 }
 
 // Until the last call here succeeds the slot is nobody's.
-void DeviceExperts::queue_copies(Slot& slot, const ops::HostExpertView& from) {
+void DeviceExperts::queue_copies(ExpertKey key, Slot& slot, const ops::HostExpertView& from) {
   if (!slot.read_is_recorded) {
     device_.synchronize();
     slot.read_is_recorded = true;
   }
   device_.wait(ops::Queue::kUpload, slot.read);
   const auto places = places_of(from);
+  if (trace_ != nullptr) trace_->begin_copy();
   for (std::size_t i = 0; i < places.size(); ++i) {
     const Place& place = places[i];
     const format::WeightView& matrix = *matrices(from)[i];
@@ -197,6 +205,7 @@ void DeviceExperts::queue_copies(Slot& slot, const ops::HostExpertView& from) {
     if (place.scale_bytes == 0) continue;
     device_.copy_in(ops::Queue::kUpload, matrix.scales, at(place.scales), place.scale_bytes);
   }
+  if (trace_ != nullptr) trace_->end_copy(key, bytes_in(places));
   const ops::Event& made = copy_event(copies_ + 1);
   device_.record(ops::Queue::kUpload, made);
   ++copies_;

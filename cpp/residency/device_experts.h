@@ -27,6 +27,7 @@
 #include "memory/arena.h"
 #include "ops/device.h"
 #include "ops/views.h"
+#include "residency/device_trace.h"
 #include "residency/file_image.h"
 #include "residency/policy.h"
 
@@ -47,10 +48,11 @@ class DeviceExperts {
   /// What experts are worth keeping, one value for each key; only the order means something.
   using Worth = std::function<void(std::span<const ExpertKey> keys, std::span<float> worth)>;
   /// `slots` >= 1 of `slot_bytes` bytes, of which at most `cache_slots` < slots hold experts that
-  /// stay when nobody uses them. Keys are below `experts`. The device must outlive this. Throws
-  /// ParameterError, MemoryLimitError.
+  /// stay when nobody uses them. Keys are below `experts`. The device must outlive this, and so
+  /// must `trace`, if there is one. Throws ParameterError, MemoryLimitError.
   DeviceExperts(ops::Device& device, std::size_t slot_bytes, std::size_t slots,
-                std::size_t cache_slots, std::uint64_t experts, Worth worth);
+                std::size_t cache_slots, std::uint64_t experts, Worth worth,
+                DeviceTrace* trace = nullptr);
   /// Waits until nothing reads or writes the slots any more.
   ~DeviceExperts();
   DeviceExperts(const DeviceExperts&) = delete;
@@ -159,7 +161,7 @@ class DeviceExperts {
   bool make_cache_room(ExpertKey key);
   float worth(ExpertKey key) const;
   void rank();
-  void queue_copies(Slot& slot, const ops::HostExpertView& from);
+  void queue_copies(ExpertKey key, Slot& slot, const ops::HostExpertView& from);
   std::uint64_t copies_to_ask_for(ExpertKey key) const;
   ops::Event& copy_event(std::uint64_t number) { return copy_events_[number % kCopyEvents]; }
   std::pair<std::uint64_t, int> order_of(int number) {
@@ -175,6 +177,7 @@ class DeviceExperts {
   ops::Device& device_;
   const std::size_t slot_bytes_;
   const Worth worth_;
+  DeviceTrace* const trace_;  // null: none was asked for
 
   std::vector<Block> blocks_;
   std::vector<Slot> slots_;   // block by block

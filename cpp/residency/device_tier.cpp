@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <string>
 
 #include "base/log.h"
 #include "ops/scratch.h"
@@ -30,12 +31,13 @@ double seconds_since(Clock::time_point start) {
 }  // namespace
 
 DeviceTier::DeviceTier(ops::Ops& ops, ops::Ops& host, DeviceExperts& experts, ExpertStore& store,
-                       const Shape& shape)
+                       const Shape& shape, DeviceTrace* trace)
     : ops_(ops),
       host_(host),
       experts_(experts),
       store_(store),
       shape_(shape),
+      trace_(trace),
       staging_(staging_bytes(shape), "the processor's part of the experts", ops.device().staging()),
       rows_copied_(ops.device().make_event()) {
   const std::int64_t pairs = ops::kMostHostRows * shape.top_k;
@@ -90,7 +92,9 @@ void DeviceTier::compute_cached(std::span<const Job> jobs, const Target& target)
 
 void DeviceTier::run(std::span<const ops::ExpertTask> tasks, const Target& target) {
   const ExpertLayer& layer = *target.layer;
+  if (trace_ != nullptr) trace_->begin_ops();
   ops_.experts(tasks, layer.top_k, layer.x, target.hidden, target.routed, layer.phase);
+  if (trace_ != nullptr) trace_->end_ops("layer " + std::to_string(layer.layer) + " experts");
 }
 
 // Those that are worth least first: they are the processor's, and the others stay in VRAM.

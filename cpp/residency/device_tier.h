@@ -38,10 +38,11 @@ class DeviceTier {
     std::int64_t hidden_size = 0;
     std::int64_t moe_intermediate_size = 0;
   };
-  /// `ops` compute on the GPU that `experts` lie on, `host` in RAM. All must outlive this. Throws
-  /// MemoryLimitError if there is no staging memory for staging_bytes().
+  /// `ops` compute on the GPU that `experts` lie on, `host` in RAM. All must outlive this, and so
+  /// must `trace`, if there is one. Throws MemoryLimitError if there is no staging memory for
+  /// staging_bytes().
   DeviceTier(ops::Ops& ops, ops::Ops& host, DeviceExperts& experts, ExpertStore& store,
-             const Shape& shape);
+             const Shape& shape, DeviceTrace* trace = nullptr);
   /// Waits for copies under way.
   ~DeviceTier();
   DeviceTier(const DeviceTier&) = delete;
@@ -117,6 +118,7 @@ class DeviceTier {
   DeviceExperts& experts_;
   ExpertStore& store_;
   const Shape shape_;
+  DeviceTrace* const trace_;  // null: none was asked for
   memory::Arena staging_;
   ops::Matrix host_hidden_, host_routed_;  // of kMostHostRows rows
   const ExpertLayer* rows_of_ = nullptr;   // the last to compute there

@@ -129,8 +129,8 @@ struct LoadOptions {
   /// them at once. One keeps the machine's Rates: the first load of a model whose experts lie on
   /// the SSD takes some seconds to measure them. Empty: nothing is remembered or measured.
   std::string warm_start_folder;
-  /// A file for a timeline that Perfetto (ui.perfetto.dev) opens: steps, computing, waits and
-  /// reads. Replaced; written while the Model lives. Empty: none.
+  /// A file for a timeline that Perfetto (ui.perfetto.dev) opens: steps, waits, and what SSD, PCIe,
+  /// CPU and GPU do, on one clock. Replaced; written while the Model lives. Empty: none.
   std::string trace_file;
   /// "auto", "io_uring" or "pread", and whether reads pass by the page cache.
   std::string reader = "auto";
@@ -217,6 +217,9 @@ struct ForwardOptions {
   std::span<float> router_logits;
   /// Run the tokens one by one through the decode path.
   bool decode = false;
+  /// False leaves the routed experts out, to measure the time of all else. Only of a model whose
+  /// experts are not all in memory (ModelStats::tiered).
+  bool routed_experts = true;
   KeepGoing keep_going;
   /// Receives the logits of all tokens in order, some rows at a time, in place of forward()'s span:
   /// [rows, vocab_size()] for the tokens from `first` on, valid during the call. That takes memory

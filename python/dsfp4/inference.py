@@ -138,7 +138,7 @@ class DeepseekInference:
         *,
         prefetch_layers: int | None = None,
         expert_threshold: float | None = None,
-        cpu_share: float | None = None,
+        cpu_share: float | Literal["auto"] | None = None,
     ) -> None:
         """Change how experts are read and computed; see Model.set_memory_config()."""
         self.model.set_memory_config(

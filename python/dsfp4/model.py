@@ -73,7 +73,8 @@ class Model:
     such a model measures in some seconds: False turns both off, a path is the folder to use, True
     is `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
     `direct_reads` False goes through the page cache. `trace` is a file for a timeline that Perfetto
-    (ui.perfetto.dev) opens: steps, computing, waits and reads; it is whole once the model is gone.
+    (ui.perfetto.dev) opens: steps, waits, and what SSD, PCIe, CPU and GPU do; it is whole once the
+    model is gone.
     Raises the errors of `dsfp4.errors`.
     """
 
@@ -170,7 +171,7 @@ class Model:
         *,
         prefetch_layers: int | None = None,
         expert_threshold: float | None = None,
-        cpu_share: float | None = None,
+        cpu_share: float | Literal["auto"] | None = None,
     ) -> None:
         """Change how experts are read from the SSD, from the next call on; None changes nothing.
 
@@ -178,8 +179,8 @@ class Model:
         the SSD is idle. `expert_threshold`, 0 (exact) to 1: an expert that would have to be read
         and has less than this share of its token's routing weight is left out and the rest scaled
         up; `stats()` counts them. `cpu_share`, 0 to 1: of a token's experts that lie in RAM beside
-        a GPU, the processor computes this share and the GPU, after a copy, the others; by default
-        so many that both end together. Raises ParameterError.
+        a GPU, the processor computes this share and the GPU, after a copy, the others; "auto", as
+        at first: so many that both end together. Raises ParameterError.
         """
         wanted = dict(self._memory_config)
         if prefetch_layers is not None:
@@ -187,7 +188,8 @@ class Model:
         if expert_threshold is not None:
             wanted["expert_threshold"] = check_real("expert_threshold", expert_threshold)
         if cpu_share is not None:
-            wanted["cpu_share"] = check_real("cpu_share", cpu_share)
+            is_auto = cpu_share == "auto"
+            wanted["cpu_share"] = None if is_auto else check_real("cpu_share", cpu_share)
         self._core.set_memory_config(**wanted)
         self._memory_config = wanted
 
@@ -281,6 +283,14 @@ class Model:
         """
         _, chosen, logits = self._forward(ids, None, decode, return_router_logits=True)
         return chosen, logits
+
+    def dense_seconds(self, ids: Ids) -> list[float]:
+        """Return the seconds of each of `ids`, one by one, without the routed experts.
+
+        For `dsfp4 bench decode`; only of a model whose experts are not all in memory. The first
+        tokens also pay for what is new.
+        """
+        return self._core.dense_seconds(check_integers("ids", ids))
 
     def _forward(
         self, ids: Ids, experts: npt.ArrayLike | None, decode: bool, **wanted: Any

@@ -191,8 +191,8 @@ def test_a_trace(demo_model: Path, tmp_path: Path) -> None:
     assert sum(span["dur"] for span in spans["waits"]) / 1e6 == pytest.approx(
         stats["wait_seconds"] + stats["stream_wait_seconds"], rel=0.1, abs=2e-3
     )
-    assert {span["name"].split()[0] for span in spans["compute"]} == {"layer"}
-    read = sum(span["args"]["bytes"] for span in spans["reads"] if "args" in span)
+    assert {span["name"].split()[0] for span in spans["CPU"]} == {"layer"}
+    read = sum(span["args"]["bytes"] for span in spans["SSD"] if "args" in span)
     assert read >= stats["demand_bytes"] + stats["streamed_bytes"]
     begun = {event["id"] for event in events if event["ph"] == "b"}
     assert begun == {event["id"] for event in events if event["ph"] == "e"}

@@ -31,7 +31,7 @@ using raw::ExpertView;
 using raw::Matrix;
 
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 6;
+inline constexpr std::uint32_t kAbiVersion = 7;
 
 struct Device;  // the plugin's own
 
@@ -122,12 +122,17 @@ struct Plugin {
   /// has passed. `wait` holds up the queue, `wait_event` the caller. Another thread may call these
   /// and copies of pinned memory while ops are queued, but none of kCompute between begin_capture()
   /// and end_capture(), nor synchronize().
-  bool (*make_event)(Device*, void** event);
+  bool (*make_event)(Device*, bool timed, void** event);
   bool (*free_event)(Device*, void* event);
   bool (*record)(Device*, Queue queue, void* event);
   bool (*wait)(Device*, Queue queue, void* event);
   bool (*event_passed)(Device*, void* event, bool* passed);
   bool (*wait_event)(Device*, void* event);
+  /// Seconds from the device's last set_clock() to when an event passed, less than 0 if it was
+  /// before. The event is a timed one that has passed. set_clock() waits for no queue; two threads
+  /// may not be in these at once.
+  bool (*set_clock)(Device*);
+  bool (*event_time)(Device*, void* event, double* seconds);
   /// The stream of the compute queue, a cudaStream_t.
   void* (*stream)(Device*);
 

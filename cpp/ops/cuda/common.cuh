@@ -28,6 +28,8 @@ struct Device {
   std::size_t ring_at = 0;
   cudaEvent_t ring_left[2] = {};  // recorded as a half has been handed out
   cudaEvent_t marks[kMarks] = {};
+  cudaStream_t clock_stream = nullptr;  // of set_clock(), like the next; null before its first call
+  cudaEvent_t clock = nullptr;
 };
 
 constexpr std::size_t kRingHalf = kMostTaskBytes;

@@ -80,7 +80,9 @@ void close(Device* device) {
     if (event != nullptr) cudaEventDestroy(event);
   }
   if (device->ring != nullptr) cudaFreeHost(device->ring);
-  for (cudaStream_t stream : {device->stream, device->uploads, device->downloads}) {
+  if (device->clock != nullptr) cudaEventDestroy(device->clock);
+  for (cudaStream_t stream :
+       {device->stream, device->uploads, device->downloads, device->clock_stream}) {
     if (stream != nullptr) cudaStreamDestroy(stream);
   }
   delete device;
@@ -211,9 +213,10 @@ bool synchronize(Device* device) {
   return true;
 }
 
-bool make_event(Device*, void** event) {
+bool make_event(Device*, bool timed, void** event) {
   cudaEvent_t made = nullptr;
-  DSFP4_TRY(cudaEventCreateWithFlags(&made, cudaEventDisableTiming));
+  DSFP4_TRY(
+      cudaEventCreateWithFlags(&made, timed ? cudaEventDefault : cudaEventDisableTiming));
   *event = made;
   return true;
 }
@@ -244,6 +247,25 @@ bool event_passed(Device*, void* event, bool* passed) {
 
 bool wait_event(Device*, void* event) {
   DSFP4_TRY(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
+  return true;
+}
+
+// In a stream of its own, which is always empty.
+bool set_clock(Device* device) {
+  if (device->clock_stream == nullptr) {
+    DSFP4_TRY(cudaStreamCreateWithFlags(&device->clock_stream, cudaStreamNonBlocking));
+  }
+  if (device->clock == nullptr) DSFP4_TRY(cudaEventCreate(&device->clock));
+  DSFP4_TRY(cudaEventRecord(device->clock, device->clock_stream));
+  DSFP4_TRY(cudaEventSynchronize(device->clock));
+  return true;
+}
+
+bool event_time(Device* device, void* event, double* seconds) {
+  float milliseconds = 0.0f;
+  DSFP4_TRY(
+      cudaEventElapsedTime(&milliseconds, device->clock, static_cast<cudaEvent_t>(event)));
+  *seconds = milliseconds * 1e-3;
   return true;
 }
 
@@ -302,6 +324,8 @@ constexpr Plugin kPlugin{
     .wait = with<wait>,
     .event_passed = with<event_passed>,
     .wait_event = with<wait_event>,
+    .set_clock = with<set_clock>,
+    .event_time = with<event_time>,
     .stream = stream,
     .embed = with<embed>,
     .rms_norm = with<rms_norm>,

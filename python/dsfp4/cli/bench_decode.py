@@ -7,22 +7,19 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsfp4 import _core
+from dsfp4.cli import decode_floor, decode_report
 from dsfp4.cli.options import integer, real
 from dsfp4.demo import resolve_model
-from dsfp4.errors import UnsupportedError
 from dsfp4.model import Model
 
-_BLOCK_BYTES = 512 << 10  # as the engine reads
-_DEPTH = 64
-_RATE_SECONDS = 1.5
-_GPU_COUNTS = ("device_hits", "uploads", "uploaded_bytes", "cpu_bytes", "cpu_seconds")
+_WARM_UP = 4  # tokens, after a change of cpu_share
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,7 +30,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Decodes random text from an empty cache, then again from the cache as that "
         "left it. The raw rate of the disk is measured before and after, with the same blocks and "
         "depth. The floor is what the bytes and the arithmetic need at least; for a prompt, the "
-        "latter is the time in which it did not wait for reads.",
+        "latter is the time in which it did not wait for reads. Beside a GPU it is the dense part, "
+        "then the chosen experts in RAM at the rate at which processor and PCIe take them at once.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -43,7 +41,22 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
     parser.add_argument("--memory-limit", type=real(1e-9, 1e6), metavar="GB", help="of VRAM")
     parser.add_argument("--max-experts", type=integer(0, 1 << 30), metavar="N", help="in VRAM")
-    parser.add_argument("--cpu-share", type=real(0, 1), metavar="SHARE", help="beside a GPU")
+    parser.add_argument(
+        "--cpu-share",
+        type=share,
+        action="append",
+        default=[],
+        metavar="SHARE",
+        help="beside a GPU: 0 to 1, or auto, the default; given several times, a table compares "
+        "them",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=integer(1, 1000),
+        default=1,
+        metavar="N",
+        help="measure each cpu-share N times in turn, and show medians; %(default)s",
+    )
     parser.add_argument("--prefetch-size", type=real(0, 1e6), metavar="GB")
     parser.add_argument("--prefetch-layers", type=integer(0, 16), metavar="N")
     parser.add_argument("--cache-policy", default="default", choices=_core.policy_names())
@@ -55,6 +68,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=[],
         metavar="N",
         help="also prefill N tokens with an empty cache; may be given several times",
+    )
+    parser.add_argument(
+        "--max-context",
+        type=integer(1, 1 << 20),
+        default=1,
+        metavar="TOKENS",
+        help="reserve a KV cache of so many tokens; default: as many as are decoded",
     )
     parser.add_argument("--threads", type=integer(0, 1024), default=0, metavar="N")
     parser.add_argument(
@@ -72,13 +92,25 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(execute=execute)
 
 
+def share(text: str) -> float | None:
+    """Parse a --cpu-share, auto is None: an argparse type."""
+    if text == "auto":
+        return None
+    try:
+        return real(0, 1)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a number from 0 to 1 nor auto"
+        ) from None
+
+
 def execute(arguments: argparse.Namespace) -> None:
     """Measure and print."""
     report = measure(arguments)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
-        print("\n".join(_lines(report)))
+        print("\n".join(decode_report.lines(report)))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,18 +118,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = resolve_model(arguments.model)
     files = sorted(folder.glob("*.safetensors"))
     prompts = [_prefill(arguments, folder, tokens) for tokens in arguments.prompt]
-    before = _raw_rate(files, arguments)
-    model = _load(arguments, folder, 2 * arguments.tokens + 2)
-    ids = np.random.default_rng(0).integers(2, model.config["vocab_size"], 2 * arguments.tokens)
-    cold = _decode(model, ids[: arguments.tokens])
-    warm = _decode(model, ids[arguments.tokens :])
-    compute = _compute_seconds(model, ids[:1])
-    raw = (before + _raw_rate(files, arguments)) / 2
-    runs = {name: _judge(run, raw, compute) for name, run in (("cold", cold), ("warm", warm))}
-    for prompt in prompts:
-        floor = {"ssd": prompt["needed_bytes"] / raw / 1e9, "compute": prompt.pop("compute")}
-        prompt["floor_seconds"] = floor
-        prompt["time_over_floor"] = prompt["seconds"] / max(floor.values())
+    disk = [decode_floor.ssd_rate(files, arguments.reader)]
+    wires = None
+    if arguments.device == "cuda":
+        wires = decode_floor.wire_rates(folder, arguments.threads, arguments.memory_limit)
+    model = _load(arguments, folder, _context(arguments.tokens, _core.read_config(str(folder))))
+    draw = np.random.default_rng(0)
+    cold, warm = (_decode(model, _ids(draw, model, arguments.tokens)) for _ in range(2))
+    shares = _decode_shares(model, arguments, draw)
+    one_id = int(_ids(draw, model, 1)[0])
+    compute = dense = 0.0
+    if wires is not None and model.stats()["tiered"]:
+        dense = decode_floor.dense_seconds(model, one_id)
+    else:
+        wires = None  # nothing crosses them
+        compute = _compute_seconds(model, one_id)
+    disk.append(decode_floor.ssd_rate(files, arguments.reader))
+    measured, cpu_per_gb = (
+        sum(rate[name] for rate in disk) / len(disk)
+        for name in ("gb_per_second", "cpu_seconds_per_gb")
+    )
+    raw = min(measured, arguments.ssd_rate or measured)
+    rates = decode_floor.Rates(raw, compute, dense, wires)
     return {
         "model": str(arguments.model),
         "tokens": arguments.tokens,
@@ -106,10 +148,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "streamed_layers": model.stats()["streamed_layers"],
         "cache_policy": arguments.cache_policy,
         "raw_ssd_gb_s": raw,
+        "measured_ssd_gb_s": measured,
+        "reading_cpu_seconds_per_gb": cpu_per_gb,
         "ssd_rate": arguments.ssd_rate,
-        "compute_seconds_per_token": compute,
-        **runs,
-        "prefill": prompts,
+        "compute_seconds_per_token": compute if wires is None else None,
+        "dense_seconds_per_token": None if wires is None else dense,
+        "wires": wires,
+        "cold": decode_floor.judge(cold, rates),
+        "warm": decode_floor.judge(warm, rates),
+        "cpu_shares": [decode_floor.judge_share(share, runs, rates) for share, runs in shares],
+        "prefill": [decode_floor.judge_prompt(prompt, rates) for prompt in prompts],
         "reserved_bytes": model.stats()["reserved_bytes"],
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -122,9 +170,9 @@ def _load(arguments: argparse.Namespace, folder: Path, max_context: int) -> Mode
         arguments.device,
         memory_limit=arguments.memory_limit,
         max_experts=arguments.max_experts,
-        cpu_share=arguments.cpu_share,
+        cpu_share=arguments.cpu_share[0] if arguments.cpu_share else None,
         threads=arguments.threads,
-        max_context=max_context,
+        max_context=max(max_context, arguments.max_context),
         cpu_cache_size=arguments.cpu_cache_size,
         prefetch_size=arguments.prefetch_size,
         prefetch_layers=arguments.prefetch_layers,
@@ -135,6 +183,19 @@ def _load(arguments: argparse.Namespace, folder: Path, max_context: int) -> Mode
         ssd_rate=arguments.ssd_rate,
         warm_start=False,
     )
+
+
+def _context(tokens: int, config: dict[str, Any]) -> int:
+    """Return the longest sequence of this benchmark."""
+    return max(tokens, decode_floor.LONGEST, _tokens_for_all_experts(config)) + 1
+
+
+def _tokens_for_all_experts(config: dict[str, Any]) -> int:
+    return -(-config["n_routed_experts"] // config["num_experts_per_tok"])
+
+
+def _ids(draw: np.random.Generator, model: Model, count: int) -> np.ndarray:
+    return draw.integers(2, model.config["vocab_size"], count)
 
 
 def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
@@ -149,13 +210,15 @@ def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[s
     waited = sum(after[name] - before[name] for name in ("wait_seconds", "stream_wait_seconds"))
     distinct = sum(len(np.unique(layer)) for layer in chosen)
     read = after["read_bytes"] - before["read_bytes"]
-    needed = distinct * after["image_bytes"] + after["streamed_bytes"] - before["streamed_bytes"]
+    routed = distinct * after["image_bytes"]
+    needed = routed + after["streamed_bytes"] - before["streamed_bytes"]
     return {
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "distinct_experts": distinct,
         "read_bytes": read,
+        "routed_bytes": routed,
         "needed_bytes": needed,
         "read_over_needed": read / needed if needed > 0 else 0.0,  # all was in memory
         "wait_seconds": waited,
@@ -163,32 +226,12 @@ def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[s
     }
 
 
-def _raw_rate(files: list[Path], arguments: argparse.Namespace) -> float:
-    """Return GB/s of random reads as the engine makes them, --ssd-rate at most."""
-    measured = _measured_rate(files, arguments.reader)
-    return min(measured, arguments.ssd_rate or measured)
-
-
-def _measured_rate(files: list[Path], reader: str) -> float:
-    """Return GB/s of random reads with the block size and depth of the engine."""
-    kind = "io_uring" if reader == "auto" else reader
-    try:
-        rate = _core.measure_raw_rate(
-            files, reader=kind, block_bytes=_BLOCK_BYTES, depth=_DEPTH, seconds=_RATE_SECONDS
-        )
-    except UnsupportedError:
-        if reader != "auto":
-            raise
-        return _measured_rate(files, "pread")
-    return float(rate["gb_per_second"])
-
-
 def _decode(model: Model, ids: np.ndarray) -> dict[str, Any]:
     """Decode the ids one by one; return the time, and what the counters gained."""
     before = model.stats()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     chosen, logits = model.routing_trace(ids, decode=True)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     after = model.stats()
     counted = {
         name: after[name] - before[name]
@@ -196,10 +239,49 @@ def _decode(model: Model, ids: np.ndarray) -> dict[str, Any]:
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
     trace = {"chosen": chosen, "logits": logits, "cache_slots": after["cache_slots"]}
-    return {**counted, "seconds": seconds, "tokens": len(ids), "trace": trace}
+    return {
+        **counted,
+        "image_bytes": after["image_bytes"],
+        "seconds": seconds,
+        "process_cpu_seconds": cpu_seconds,
+        "tokens": len(ids),
+        "trace": trace,
+    }
 
 
-def _compute_seconds(model: Model, ids: np.ndarray, tokens: int = 4) -> float:
+def _decode_shares(
+    model: Model, arguments: argparse.Namespace, draw: np.random.Generator
+) -> Sequence[tuple[float | None, list[dict[str, Any]]]]:
+    """Decode with each --cpu-share in turn, there and back; nothing where there is one to do."""
+    shares = arguments.cpu_share or [None]
+    if len(shares) == 1 and arguments.repeat == 1:
+        return []
+    _fill_cache(model)
+    runs: list[list[dict[str, Any]]] = [[] for _ in shares]
+    order = list(range(len(shares)))
+    for _ in range(arguments.repeat):
+        ids = _ids(draw, model, arguments.tokens)
+        for i in order:
+            model.set_memory_config(cpu_share="auto" if shares[i] is None else shares[i])
+            model.routing_trace(ids[:_WARM_UP], decode=True)
+            runs[i].append(_decode(model, ids))
+        order.reverse()
+    return list(zip(shares, runs, strict=True))
+
+
+def _fill_cache(model: Model) -> None:
+    """Have every expert read once, where the cache holds them all."""
+    config, stats = model.config, model.stats()
+    layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
+    experts, top_k = config["n_routed_experts"], config["num_experts_per_tok"]
+    if not stats["tiered"] or stats["cache_slots"] < layers * experts:
+        return
+    count = _tokens_for_all_experts(config)
+    forced = (np.arange(count * top_k, dtype=np.int32) % experts).reshape(1, count, top_k)
+    model.forward([2] * count, experts=np.repeat(forced, layers, axis=0), decode=True)
+
+
+def _compute_seconds(model: Model, one_id: int, tokens: int = 4) -> float:
     """Return the seconds of a token whose experts are all in RAM: nothing but arithmetic."""
     experts = np.arange(model.config["num_experts_per_tok"], dtype=np.int32)
     layers = model.config["num_hidden_layers"] - model.config["first_k_dense_replace"]
@@ -207,66 +289,6 @@ def _compute_seconds(model: Model, ids: np.ndarray, tokens: int = 4) -> float:
     for count in (1, 1 + tokens):  # the first one reads the experts
         forced = np.broadcast_to(experts, (layers, count, len(experts))).copy()
         start = time.perf_counter()
-        model.forward(np.repeat(ids, count), experts=forced, decode=True)
+        model.forward([one_id] * count, experts=forced, decode=True)
         times.append(time.perf_counter() - start)
     return times[1] / (1 + tokens)
-
-
-def _judge(run: Mapping[str, Any], raw: float, compute: float) -> dict[str, Any]:
-    """Set what was measured beside the floor."""
-    found = run["hits"] + run["misses"] + run["joined"] + run["prefetched"]
-    useful = run["demand_bytes"] + run["prefetched_bytes"] + run["streamed_bytes"]
-    floor = {"ssd": useful / raw / 1e9, "compute": compute * run["tokens"]}
-    return {
-        "seconds": run["seconds"],
-        "tokens_per_s": run["tokens"] / run["seconds"],
-        "read_bytes": run["read_bytes"],
-        "useful_bytes": useful,
-        "useful_gb_s": useful / run["seconds"] / 1e9,
-        "useful_over_raw": useful / run["seconds"] / 1e9 / raw,
-        "ssd_busy": run["ssd_busy_seconds"] / run["seconds"],
-        "floor_seconds": floor,
-        "time_over_floor": run["seconds"] / max(floor.values()),
-        "hit_rate": run["hits"] / max(found, 1),
-        "misses": run["misses"],
-        "prefetched": run["prefetched"],
-        "wasted_bytes": run["wasted_bytes"],
-        "prediction_recall": run["predicted_used"] / max(run["predictable"], 1),
-        "prediction_precision": run["predicted_used"] / max(run["predicted"], 1),
-        "wait_seconds": run["wait_seconds"] + run["stream_wait_seconds"],
-        "expert_seconds": run["expert_seconds"],
-        **{name: run[name] for name in _GPU_COUNTS},
-    }
-
-
-def _lines(report: Mapping[str, Any]) -> Iterable[str]:
-    rate = report["raw_ssd_gb_s"]
-    yield f"disk: {rate:.2f} GB/s, blocks of {_BLOCK_BYTES >> 10} KiB, {_DEPTH} deep"
-    for name in ("cold", "warm"):
-        run = report[name]
-        floor = run["floor_seconds"]
-        yield (
-            f"{name}: {run['tokens_per_s']:.2f} tokens/s, {run['seconds']:.1f} s; floor "
-            f"{max(floor.values()):.1f} s (disk {floor['ssd']:.1f}, "
-            f"arithmetic {floor['compute']:.1f})"
-        )
-        yield (
-            f"  useful {run['useful_gb_s']:.2f} GB/s, {100 * run['useful_over_raw']:.0f} % of the "
-            f"disk's rate; disk busy {100 * run['ssd_busy']:.0f} % of the time; hit rate "
-            f"{100 * run['hit_rate']:.1f} %"
-        )
-        if run["uploads"] + run["cpu_bytes"] + run["device_hits"] > 0:
-            yield (
-                f"  {run['device_hits']} experts were in VRAM, {run['uploads']} copied there "
-                f"({run['uploaded_bytes'] / 1e9:.1f} GB), {run['cpu_bytes'] / 1e9:.1f} GB computed "
-                f"by the processor in {run['cpu_seconds']:.2f} s"
-            )
-    for prompt in report["prefill"]:
-        floor = prompt["floor_seconds"]
-        yield (
-            f"prefill of {prompt['tokens']}: {prompt['tokens_per_s']:.1f} tokens/s, "
-            f"{prompt['seconds']:.1f} s; floor {max(floor.values()):.1f} s (disk "
-            f"{floor['ssd']:.1f}, arithmetic {floor['compute']:.1f}); read "
-            f"{prompt['read_over_needed']:.4f} times the weights that it needs"
-        )
-    yield f"peak memory {report['peak_rss_bytes'] / 1e9:.2f} GB"

@@ -56,7 +56,7 @@ TEST_F(TraceTest, HoldsEverySpanOnItsTrack) {
       EXPECT_EQ(event.at("id"), ++ended);
     }
   }
-  EXPECT_EQ(tracks, "steps compute waits reads ");
+  EXPECT_EQ(tracks, "steps CPU waits SSD PCIe GPU ");
   EXPECT_EQ(computed, kSpans);
   EXPECT_EQ(begun, kSpans);
   EXPECT_EQ(ended, kSpans);

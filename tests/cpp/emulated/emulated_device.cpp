@@ -22,7 +22,14 @@ constexpr Queue kAllQueues[] = {Queue::kCompute, Queue::kUpload, Queue::kDownloa
 void EmulatedDevice::Marker::pass() {
   const std::lock_guard lock(mutex_);
   passed_ = true;
+  passed_at_ = Clock::now();
   changed_.notify_all();
+}
+
+Device::Clock::time_point EmulatedDevice::Marker::passed_at() {
+  const std::lock_guard lock(mutex_);
+  if (!passed_) throw std::logic_error("time_of() an event that has not passed");
+  return passed_at_;
 }
 
 bool EmulatedDevice::Marker::passed() {
@@ -166,8 +173,27 @@ Event EmulatedDevice::make_event() {
   return Event(*this, handle);
 }
 
+Event EmulatedDevice::make_timed_event() {
+  Event event = make_event();
+  const std::lock_guard lock(events_mutex_);
+  timed_events_.insert(event.handle());
+  return event;
+}
+
+Device::Clock::time_point EmulatedDevice::time_of(const Event& event) {
+  refuse_in_recording("time_of()");
+  const std::shared_ptr<Marker> marker = marker_of(event);
+  if (marker == nullptr) throw std::logic_error("time_of() an event that was never recorded");
+  {
+    const std::lock_guard lock(events_mutex_);
+    if (!timed_events_.contains(event.handle())) throw std::logic_error("the event is not timed");
+  }
+  return marker->passed_at();
+}
+
 void EmulatedDevice::free_event(void* handle) noexcept {
   const std::lock_guard lock(events_mutex_);
+  timed_events_.erase(handle);
   events_.erase(handle);
 }
 
@@ -285,6 +311,10 @@ void EmulatedDevice::fail_op(std::int64_t n) {
 
 EmulatedCounts EmulatedDevice::counts() const {
   EmulatedCounts counts;
+  {
+    const std::lock_guard lock(events_mutex_);
+    counts.timed_events = static_cast<std::int64_t>(timed_events_.size());
+  }
   counts.ops = ops_.load();
   for (std::size_t i = 0; i < kQueues; ++i) {
     counts.copies[i] = lines_[i].copies.load();

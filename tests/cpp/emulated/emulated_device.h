@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 
@@ -36,9 +37,10 @@ struct EmulatedCounts {
   std::int64_t ops = 0;
   std::array<std::int64_t, kQueues> copies{};  // by Queue; upload() and download() are kCompute's
   std::array<std::int64_t, kQueues> copied_bytes{};
-  std::int64_t bodies = 0;      // of segments
-  std::int64_t replayed = 0;    // segments without their body
-  std::int64_t host_waits = 0;  // download(), wait_for(), synchronize(), Ops::sample()
+  std::int64_t bodies = 0;        // of segments
+  std::int64_t replayed = 0;      // segments without their body
+  std::int64_t host_waits = 0;    // download(), wait_for(), synchronize(), Ops::sample()
+  std::int64_t timed_events = 0;  // that are there now
 
   std::int64_t copies_in(Queue queue) const { return copies[static_cast<std::size_t>(queue)]; }
   std::int64_t bytes_in(Queue queue) const { return copied_bytes[static_cast<std::size_t>(queue)]; }
@@ -62,6 +64,8 @@ class EmulatedDevice final : public Device {
   void record(Queue queue, const Event& event) override;
   void wait(Queue queue, const Event& event) override;
   bool passed(const Event& event) override;
+  Event make_timed_event() override;
+  Clock::time_point time_of(const Event& event) override;
   void wait_for(const Event& event) override;
   void synchronize() override;
 
@@ -105,11 +109,13 @@ class EmulatedDevice final : public Device {
     void pass();
     bool passed();
     void wait();
+    Clock::time_point passed_at();  // throws std::logic_error if it has not
 
    private:
     std::mutex mutex_;
     std::condition_variable changed_;
     bool passed_ = false;
+    Clock::time_point passed_at_;
   };
   struct Item {
     std::function<void()> run;
@@ -146,8 +152,9 @@ class EmulatedDevice final : public Device {
   const double copy_bytes_per_second_;
   std::array<Line, kQueues> lines_;
 
-  std::mutex events_mutex_;
+  mutable std::mutex events_mutex_;
   std::map<void*, std::shared_ptr<Marker>> events_;  // by handle; null: never recorded
+  std::set<void*> timed_events_;
   std::uintptr_t next_event_ = 1;
 
   std::atomic<bool> failed_ = false;

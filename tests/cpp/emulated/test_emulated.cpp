@@ -201,6 +201,25 @@ TEST_F(Emulated, AnEventStandsForTheMomentItWasRecorded) {
   EXPECT_TRUE(device.passed(event));
 }
 
+TEST_F(Emulated, OnlyTimedEventsThatHavePassedHaveATime) {
+  const Event plain = device.make_event();
+  const Event timed = device.make_timed_event();
+  EXPECT_EQ(logic_error_of([&] { device.time_of(timed); }),
+            "time_of() an event that was never recorded");
+  device.hold(Queue::kUpload);
+  device.record(Queue::kUpload, timed);
+  EXPECT_EQ(logic_error_of([&] { device.time_of(timed); }),
+            "time_of() an event that has not passed");
+  const auto held = Device::Clock::now();
+  device.let_go(Queue::kUpload);
+  device.wait_for(timed);
+  EXPECT_GE(device.time_of(timed), held);
+  EXPECT_LE(device.time_of(timed), Device::Clock::now());
+  device.record(Queue::kUpload, plain);
+  device.wait_for(plain);
+  EXPECT_EQ(logic_error_of([&] { device.time_of(plain); }), "the event is not timed");
+}
+
 TEST_F(Emulated, AnEventMayGoWhileQueuesWaitForIt) {
   {
     const Event event = device.make_event();

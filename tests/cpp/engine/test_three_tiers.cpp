@@ -3,14 +3,19 @@
 // bits of a model that lies in RAM.
 #include <cstdint>
 #include <cstdlib>
+#include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
-#include <string_view>
+#include <set>
+#include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
+#include "base/files.h"
 #include "checkpoint/tiny_checkpoint.h"
 #include "dsfp4/error.h"
 #include "emulated/emulated_ops.h"
@@ -147,6 +152,44 @@ TEST_P(ThreeTiers, TheProcessorsShareIsWhatIsAskedFor) {
     EXPECT_EQ(after.cpu_bytes > before.cpu_bytes, share == 1.0);
     EXPECT_EQ(after.device_hits, 0u);
   }
+}
+
+// As if the routed experts gave nothing: no wire is used, the host waits for nothing but logits,
+// and steps with experts find their recordings as they were.
+TEST_P(ThreeTiers, TheDensePartRunsWithoutTheRoutedExperts) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  const auto engine = load(options, as_a_gpu());
+  ASSERT_EQ(ask(*engine), right_);
+  const Ids ids = {3, 10, 17, 24, 1};
+  const auto dense = [&](Engine& of) {
+    Floats logits(ids.size() * static_cast<std::size_t>(of.spec().vocab_size));
+    ForwardOptions forward;
+    forward.decode = true;
+    forward.routed_experts = false;
+    of.forward(ids, logits, forward);
+    return logits;
+  };
+  const ModelStats before = engine->stats();
+  const std::int64_t waits = device_->counts().host_waits;
+  const Floats logits = dense(*engine);
+  const ModelStats after = engine->stats();
+  EXPECT_EQ(device_->counts().host_waits - waits, static_cast<std::int64_t>(ids.size()));
+  EXPECT_EQ(after.uploads, before.uploads);
+  EXPECT_EQ(after.device_hits, before.device_hits);
+  EXPECT_EQ(after.cpu_bytes, before.cpu_bytes);
+  EXPECT_EQ(after.read_bytes, before.read_bytes);
+  EXPECT_EQ(dense(*engine), logits);
+  EXPECT_EQ(ask(*engine), right_);
+
+  LoadOptions in_ram = load_options();
+  in_ram.strategy.cpu_cache_size = 0.0;
+  Engine tiered(folder_.path(), in_ram);
+  ASSERT_TRUE(tiered.stats().tiered);
+  EXPECT_EQ(dense(tiered), logits);
+  Engine whole(folder_.path(), load_options());
+  ASSERT_FALSE(whole.stats().tiered);
+  EXPECT_THROW(dense(whole), ParameterError);
 }
 
 TEST_P(ThreeTiers, AnErrorOfTheDeviceLeavesEverythingInOrder) {
@@ -288,6 +331,82 @@ TEST_P(ThreeTiers, AnotherNumberOfExpertsInVramReloadsNothing) {
     EXPECT_EQ(read(), before) << experts;
   }
   EXPECT_GT(engine->stats().device_hits, 0u);
+}
+
+// The bits are those of a model without a trace, and each tier has spans.
+TEST_P(ThreeTiers, ATraceShowsEveryTier) {
+  const std::filesystem::path path = folder_.path() / "trace.json";
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  options.memory.cpu_share = 0.5;
+  ops::testing::EmulatedOptions device = as_a_gpu();
+  device.copy_bytes_per_second = 1e8;
+  ModelStats stats;
+  {
+    const auto engine = load(options, device);
+    EXPECT_EQ(device_->counts().timed_events, 0);
+  }
+  options.trace_file = path.string();
+  {
+    const auto engine = load(options, device);
+    EXPECT_EQ(ask(*engine), right_);
+    EXPECT_EQ(ask(*engine), right_);
+    EXPECT_GT(device_->counts().replayed, 0);
+    stats = engine->stats();
+  }
+  EXPECT_EQ(device_->counts().timed_events, 0);
+  std::map<std::string, std::string> tracks;  // by number
+  std::map<std::string, int> spans;
+  std::map<std::string, std::int64_t> last;  // end of the last span of a serial track
+  std::set<std::string> on_gpu;
+  std::uint64_t copied = 0;
+  for (const auto& event : nlohmann::json::parse(read_whole_file(path))) {
+    const std::string phase = event.at("ph");
+    if (phase == "M") {
+      if (event.at("name") != "thread_name") continue;
+      tracks[event.at("tid").dump()] = event.at("args").at("name");
+      continue;
+    }
+    const std::string track = tracks.at(event.at("tid").dump());
+    if (phase == "b" || phase == "X") ++spans[track];
+    if (phase != "X") continue;
+    const std::int64_t start = event.at("ts");
+    EXPECT_GE(start, last[track]) << track;
+    last[track] = start + event.at("dur").get<std::int64_t>();
+    const std::string name = event.at("name");
+    if (track == "GPU") on_gpu.insert(name);
+    if (track == "PCIe") {
+      copied += event.at("args").at("bytes").get<std::uint64_t>();
+      EXPECT_NE(name.find(" expert "), std::string::npos) << name;
+    }
+  }
+  EXPECT_EQ(static_cast<std::uint64_t>(spans["PCIe"]), stats.uploads);
+  EXPECT_EQ(copied, stats.uploaded_bytes);
+  EXPECT_GT(spans["SSD"], 0);
+  EXPECT_GT(spans["CPU"], 0);
+  EXPECT_GT(spans["steps"], 0);
+  for (std::int64_t layer = 0; layer < kModelLayers; ++layer) {
+    EXPECT_TRUE(on_gpu.contains("layer " + std::to_string(layer) + " dense"));
+  }
+  const std::string last_layer = "layer " + std::to_string(kModelLayers - 1);
+  EXPECT_TRUE(on_gpu.contains(last_layer + " experts"));
+}
+
+TEST_P(ThreeTiers, AnErrorWithATraceLeavesEverythingInOrder) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 3;
+  options.trace_file = (folder_.path() / "trace.json").string();
+  const auto engine = load(options, as_a_gpu());
+  for (std::int64_t n = 1; n < 120; n += 17) {
+    device_->fail_copy(ops::Queue::kUpload, n % 17 + 1);
+    EXPECT_THROW(ask(*engine), CudaError) << n;
+    device_->clear_error();
+    EXPECT_EQ(ask(*engine), right_) << n;
+    device_->fail_op(n);
+    EXPECT_THROW(ask(*engine), CudaError) << n;
+    device_->clear_error();
+    EXPECT_EQ(ask(*engine), right_) << n;
+  }
 }
 
 TEST_P(ThreeTiers, EverythingGoesBack) {

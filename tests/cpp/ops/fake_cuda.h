@@ -20,10 +20,14 @@ struct FakeCuda {
   bool tells_memory = true;
   bool embeds = true;
   bool pins = true;
-  int devices = 0;      // open
-  int allocations = 0;  // not freed
-  int pinned = 0;       // not freed
-  int events = 0;       // not freed
+  bool tells_time = true;
+  double event_time = 0.0;  // of every event
+  int devices = 0;          // open
+  int allocations = 0;      // not freed
+  int pinned = 0;           // not freed
+  int events = 0;           // not freed
+  int timed_events = 0;     // in all
+  int clocks = 0;           // set
   int uploads = 0;
   int recordings = 0;          // of streams that are being recorded
   int recorded = 0;            // in all
@@ -135,8 +139,9 @@ struct FakeCuda {
       return true;
     };
     table.synchronize = [](Device*) { return true; };
-    table.make_event = [](Device*, void** event) {
+    table.make_event = [](Device*, bool timed, void** event) {
       ++state().events;
+      state().timed_events += timed;
       *event = &state();
       return true;
     };
@@ -156,6 +161,14 @@ struct FakeCuda {
       return true;
     };
     table.wait_event = [](Device*, void*) { return true; };
+    table.set_clock = [](Device*) {
+      ++state().clocks;
+      return state().tells_time;
+    };
+    table.event_time = [](Device*, void*, double* seconds) {
+      *seconds = state().event_time;
+      return state().tells_time;
+    };
   }
 
   static void add_graphs(cuda::Plugin& table) {

@@ -54,6 +54,25 @@ TEST(CudaDeviceFaults, StagingMemoryAndEventsAreGivenBack) {
   EXPECT_EQ(fake.events, 0);
 }
 
+TEST(CudaDeviceFaults, TimesOfEventsAreTheHosts) {
+  FakeCuda& fake = FakeCuda::state();
+  CudaDevice device(FakeCuda::plugin(), FakeCuda::kIndex, 0);
+  const Event plain = device.make_event();
+  EXPECT_EQ(fake.timed_events, 0);
+  const Event event = device.make_timed_event();
+  EXPECT_EQ(fake.timed_events, 1);
+  const auto before = Device::Clock::now();
+  const auto clock = device.time_of(event);
+  EXPECT_GE(clock, before);
+  EXPECT_LE(clock, Device::Clock::now());
+  fake.event_time = -0.25;  // before the clock was set
+  EXPECT_EQ(clock - device.time_of(event), std::chrono::milliseconds(250));
+  EXPECT_EQ(fake.clocks, 1);
+  fake.tells_time = false;
+  EXPECT_THROW(device.time_of(event), CudaError);
+  EXPECT_THROW(device.time_of(Event()), std::logic_error);
+}
+
 class CudaSegments : public ::testing::Test {
  protected:
   // Says whether the body ran.
@@ -230,6 +249,7 @@ TEST_F(CudaSegments, RefuseWhatWaitsOrCopies) {
   expect_refused([&] { device.copy_out(Queue::kCompute, &value, &value, sizeof(value)); });
   expect_refused([&] { device.wait(Queue::kCompute, event); });
   expect_refused([&] { device.wait_for(event); });
+  expect_refused([&] { device.time_of(event); });
   expect_refused([&] { device.synchronize(); });
 }
 

@@ -83,12 +83,15 @@ class CudaCurrentDevice : public Cuda {
       check("upload_pinned",
             plugin.upload_pinned(device, Queue::kUpload, pinned, memory + 2048, 2048));
       void* event = nullptr;
-      check("make_event", plugin.make_event(device, &event));
+      check("make_event", plugin.make_event(device, true, &event));
       check("record", plugin.record(device, Queue::kUpload, event));
       check("wait", plugin.wait(device, Queue::kCompute, event));
       bool passed = false;
       check("event_passed", plugin.event_passed(device, event, &passed));
       check("wait_event", plugin.wait_event(device, event));
+      double seconds = 0.0;
+      check("set_clock", plugin.set_clock(device));
+      check("event_time", plugin.event_time(device, event, &seconds));
       check("download_pinned",
             plugin.download_pinned(device, Queue::kDownload, memory + 2048, pinned, 2048));
       auto* floats = reinterpret_cast<float*>(memory);

@@ -1,5 +1,6 @@
 // Copies, events and queues of a GPU, by the interface of devices.
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -82,6 +83,28 @@ TEST_F(CudaDeviceTest, ADownloadWaitsForTheOpsBeforeItsEvent) {
     device_->record(Queue::kDownload, downloaded);
     while (!device_->passed(downloaded)) std::this_thread::yield();
     for (int i = 0; i < 8192; ++i) ASSERT_EQ(out[i], static_cast<float>(kTimes)) << i;
+  }
+}
+
+// The first time that is asked for is of before the clocks were compared, the last of afterwards.
+TEST_F(CudaDeviceTest, TimedEventsPassOnTheHostsClock) {
+  constexpr auto kSlack = std::chrono::milliseconds(1);
+  const Matrix ones = of_ones(1024, 8192);
+  const Matrix y = on_device(OwnedMatrix(1024, 8192));
+  const Event begin = device_->make_timed_event();
+  const Event end = device_->make_timed_event();
+  backend_->zero(y);
+  device_->synchronize();
+  for (int round = 0; round < 2; ++round) {
+    const auto before = Device::Clock::now();
+    device_->record(Queue::kCompute, begin);
+    add_ones(ones, y, 100);
+    device_->record(Queue::kCompute, end);
+    device_->wait_for(end);
+    const auto after = Device::Clock::now();
+    EXPECT_GE(device_->time_of(begin), before - kSlack) << round;
+    EXPECT_LT(device_->time_of(begin), device_->time_of(end)) << round;
+    EXPECT_LE(device_->time_of(end), after + kSlack) << round;
   }
 }
 

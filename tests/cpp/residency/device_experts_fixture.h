@@ -93,12 +93,15 @@ class DeviceExpertsTest : public testing::Test {
   }
 
   void make(std::size_t slots, std::size_t cache_slots) { make_on(device, slots, cache_slots); }
-  void make_on(ops::Device& on, std::size_t slots, std::size_t cache_slots) {
-    experts.emplace(on, DeviceExperts::slot_bytes(source[0]), slots, cache_slots, kExperts,
-                    [this](std::span<const ExpertKey> keys, std::span<float> values) {
-                      std::ranges::transform(keys, values.begin(),
-                                             [this](ExpertKey key) { return worth[key]; });
-                    });
+  void make_on(ops::Device& on, std::size_t slots, std::size_t cache_slots,
+               DeviceTrace* trace = nullptr) {
+    experts.emplace(
+        on, DeviceExperts::slot_bytes(source[0]), slots, cache_slots, kExperts,
+        [this](std::span<const ExpertKey> keys, std::span<float> values) {
+          std::ranges::transform(keys, values.begin(),
+                                 [this](ExpertKey key) { return worth[key]; });
+        },
+        trace);
   }
   const ops::ExpertView* bring(ExpertKey key, bool keep) {
     experts->revalue();

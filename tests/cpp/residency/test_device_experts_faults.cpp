@@ -52,6 +52,8 @@ class FailingDevice final : public ops::Device {
     device_.wait(queue, event);
   }
   bool passed(const ops::Event& event) override { return device_.passed(event); }
+  ops::Event make_timed_event() override { return device_.make_timed_event(); }
+  Clock::time_point time_of(const ops::Event& event) override { return device_.time_of(event); }
   void wait_for(const ops::Event& event) override { device_.wait_for(event); }
   void synchronize() override { device_.synchronize(); }
 
