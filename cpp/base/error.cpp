@@ -1,8 +1,9 @@
 #include "dsfp4/error.h"
 
-#include <cstdio>
 #include <system_error>
 #include <utility>
+
+#include "base/units.h"
 
 namespace dsfp4 {
 namespace {
@@ -25,12 +26,6 @@ std::string io_message(const std::string& file, std::int64_t offset, int error_n
                std::system_category().message(error_number) + ")";
   }
   return message;
-}
-
-std::string gigabytes(std::uint64_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.3f GB", static_cast<double>(bytes) * 1e-9);
-  return text;
 }
 
 }  // namespace

@@ -108,18 +108,6 @@ void Planned::lease(std::uint64_t bytes) {
 
 void Planned::loaded() { lease(with_uncounted(plan_.ram_bytes)); }
 
-// Pinned memory cannot grow where it is: the old slots and the new ones lie side by side for a
-// moment.
-void Planned::check_both_fit(const residency::Budgets& budgets, const residency::Plan& next) const {
-  const std::uint64_t most = residency::most_ram(budgets.machine);
-  const std::uint64_t ceiling = budgets.ram_limit > 0 ? std::min(budgets.ram_limit, most) : most;
-  const std::uint64_t needed =
-      budgets.machine.process + with_uncounted(next.ram_bytes) + plan_.expert_bytes;
-  if (needed <= ceiling) return;
-  throw MemoryLimitError("the slots of experts in RAM, the old beside the new,", needed, ceiling,
-                         "load the model again with the sizes that are wanted");
-}
-
 void Planned::change(const MemoryStrategy& strategy,
                      const std::function<void(const residency::Plan& next)>& apply,
                      std::uint64_t vram) {
@@ -135,9 +123,7 @@ void Planned::change(const MemoryStrategy& strategy,
     machine.process = outside_ + others;
     machine.available = both - std::min(both, machine.process);
     next = residency::with_slots(plan_, model_, budgets, wishes);
-    const bool moves = budgets.vram && next.slots != plan_.slots;
-    if (moves) check_both_fit(budgets, next);
-    return moves ? before + next.expert_bytes : std::max(before, with_uncounted(next.ram_bytes));
+    return std::max(before, with_uncounted(next.ram_bytes));
   });
   try {
     apply(next);

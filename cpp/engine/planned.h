@@ -60,7 +60,6 @@ class Planned {
 
  private:
   residency::Wishes wishes_of(const MemoryStrategy& strategy) const;
-  void check_both_fit(const residency::Budgets& budgets, const residency::Plan& next) const;
   void lease(std::uint64_t bytes);
 
   std::string device_;  // LoadOptions::device

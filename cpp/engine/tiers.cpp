@@ -188,19 +188,36 @@ void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
       store_->resize(next.slots, next.cache_slots, poll);
       return;
     }
-    const std::size_t slots = device_experts_->slots();
-    const std::size_t cache_slots = device_experts_->cache_slots();
-    const bool changes = next.device_slots != slots || next.device_cache_slots != cache_slots;
-    const bool shrinks = next.device_slots < slots;
-    if (changes && !shrinks) device_tier_->resize(next.device_slots, next.device_cache_slots);
-    try {
-      store_->resize(next.slots, next.cache_slots, poll);
-    } catch (...) {
-      if (changes && !shrinks) device_tier_->resize(slots, cache_slots);
-      throw;
+    const auto in_ram = [&](std::size_t slots, std::size_t cache_slots) {
+      store_->resize(slots, cache_slots, poll);
+    };
+    const auto in_vram = [&](std::size_t slots, std::size_t cache_slots) {
+      if (slots == device_experts_->slots() && cache_slots == device_experts_->cache_slots())
+        return;
+      device_tier_->resize(slots, cache_slots);
+    };
+    const std::size_t slots = store_->options().slots;
+    const std::size_t cache_slots = store_->options().cache_slots;
+    const std::size_t device_slots = device_experts_->slots();
+    const std::size_t device_cache_slots = device_experts_->cache_slots();
+    // What goes from VRAM is to find its place in RAM, so that has its new size then.
+    if (next.device_slots < device_slots) {
+      in_ram(next.slots, next.cache_slots);
+      try {
+        in_vram(next.device_slots, next.device_cache_slots);
+      } catch (...) {
+        in_ram(slots, cache_slots);
+        throw;
+      }
+    } else {
+      in_vram(next.device_slots, next.device_cache_slots);
+      try {
+        in_ram(next.slots, next.cache_slots);
+      } catch (...) {
+        in_vram(device_slots, device_cache_slots);
+        throw;
+      }
     }
-    // What goes from VRAM finds its place in RAM, which has its new size now.
-    if (shrinks) device_tier_->resize(next.device_slots, next.device_cache_slots);
   };
   planned_.change(strategy, apply, vram);
 }

@@ -1,5 +1,5 @@
-// Where big memory comes from: ordinary RAM here; pinned and device memory are implemented by
-// ops/cuda behind the same interface.
+// Where big memory comes from: ordinary RAM here, pinned RAM in pinned_memory.h; a device's memory
+// is implemented by ops/ behind the same interface.
 #pragma once
 
 #include <cstddef>

@@ -99,14 +99,11 @@ std::byte* CudaMemory::take(std::size_t bytes, const char* purpose) {
   return memory;
 }
 
-std::byte* PinnedMemory::allocate(std::size_t bytes) noexcept {
-  std::byte* memory = nullptr;
-  return plugin_.allocate_pinned(device_, bytes, &memory) ? memory : nullptr;
+const char* CudaPinner::pin(std::byte* memory, std::size_t bytes) noexcept {
+  return plugin_.pin(device_, memory, bytes) ? nullptr : plugin_.failure()->problem;
 }
 
-void PinnedMemory::release(std::byte* memory, std::size_t bytes) noexcept {
-  plugin_.free_pinned(device_, memory, bytes);
-}
+bool CudaPinner::unpin(std::byte* memory) noexcept { return plugin_.unpin(device_, memory); }
 
 // ---- the device
 // ----------------------------------------------------------------------------------
@@ -124,7 +121,8 @@ CudaDevice::CudaDevice(const cuda::Plugin& plugin, int index, std::uint64_t memo
       device_(plugin, index, cuda_kernels_are_portable()),
       memory_(plugin, device_, account_of(index), memory_limit,
               checked_context_bytes(plugin, device_, index, memory_limit, free_before)),
-      staging_(plugin, device_) {}
+      pinner_(plugin, device_),
+      staging_(pinner_) {}
 
 void CudaDevice::refuse_capture(const char* call) const {
   if (capturing()) throw CudaError(std::string(call) + " cannot be recorded: it is not an op");
@@ -149,13 +147,13 @@ void CudaDevice::download(DevicePtr<const void> from, void* to, std::size_t byte
 
 void CudaDevice::copy_in(Queue queue, const void* staged, DevicePtr<void> to, std::size_t bytes) {
   const auto used = use(queue, "copy_in()");
-  check(plugin_.upload_pinned(device_, queue, staged, unwrap(to), bytes));
+  check(plugin_.copy_in(device_, queue, staged, unwrap(to), bytes));
 }
 
 void CudaDevice::copy_out(Queue queue, DevicePtr<const void> from, void* staged,
                           std::size_t bytes) {
   const auto used = use(queue, "copy_out()");
-  check(plugin_.download_pinned(device_, queue, unwrap(from), staged, bytes));
+  check(plugin_.copy_out(device_, queue, unwrap(from), staged, bytes));
 }
 
 Event CudaDevice::make_event() {

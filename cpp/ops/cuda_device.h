@@ -7,6 +7,7 @@
 #include <mutex>
 #include <thread>
 
+#include "memory/pinned_memory.h"
 #include "ops/cuda/abi.h"
 #include "ops/device.h"
 
@@ -53,16 +54,12 @@ class CudaMemory final : public memory::MemorySource {
   std::uint64_t context_bytes_;
 };
 
-/// Host memory that the device copies from and to by itself.
-class PinnedMemory final : public memory::MemorySource {
+class CudaPinner final : public memory::Pinner {
  public:
-  PinnedMemory(const cuda::Plugin& plugin, cuda::Device* device)
-      : plugin_(plugin), device_(device) {}
+  CudaPinner(const cuda::Plugin& plugin, cuda::Device* device) : plugin_(plugin), device_(device) {}
 
-  std::byte* allocate(std::size_t bytes) noexcept override;
-  void release(std::byte* memory, std::size_t bytes) noexcept override;
-  bool host_accessible() const noexcept override { return true; }
-  const char* name() const noexcept override { return "pinned RAM"; }
+  const char* pin(std::byte* memory, std::size_t bytes) noexcept override;
+  bool unpin(std::byte* memory) noexcept override;
 
  private:
   const cuda::Plugin& plugin_;
@@ -147,7 +144,8 @@ class CudaDevice final : public Device {
   const cuda::Plugin& plugin_;
   OpenDevice device_;
   CudaMemory memory_;
-  PinnedMemory staging_;
+  CudaPinner pinner_;
+  memory::PinnedMemory staging_;
   std::mutex compute_;  // a call in that queue would end another thread's recording in an error
   std::atomic<std::thread::id> capturing_{};
   std::mutex clock_;

@@ -48,7 +48,8 @@ class Device {
 
   /// Where matrices, weights and caches live: arenas for them take their block here.
   virtual memory::MemorySource& memory() = 0;
-  /// Host memory that copies to and from memory() are fast with, and may be left under way.
+  /// Host memory that copies to and from memory() are fast with, and may be left under way, unless
+  /// the system refuses to pin it.
   virtual memory::MemorySource& staging() = 0;
   /// Whether the host may touch memory() directly: on_host() says where.
   bool host_visible() { return memory().host_accessible(); }
@@ -64,8 +65,9 @@ class Device {
   /// Copies to the host, after the ops that went before; done when this returns.
   virtual void download(DevicePtr<const void> from, void* to, std::size_t bytes) = 0;
 
-  /// Copies that return at once. `staged` is in staging(), and stays as it is, or is not read,
-  /// until an event that is recorded afterwards has passed.
+  /// Copies that return at once, or, where their block of staging() is not pinned, perhaps once the
+  /// queue has come to them and made them. `staged` lies in one block, and stays as it is, or is
+  /// not read, until an event that is recorded afterwards has passed.
   virtual void copy_in(Queue queue, const void* staged, DevicePtr<void> to, std::size_t bytes) = 0;
   virtual void copy_out(Queue queue, DevicePtr<const void> from, void* staged,
                         std::size_t bytes) = 0;

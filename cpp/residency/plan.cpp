@@ -1,13 +1,13 @@
 #include "residency/plan.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <initializer_list>
 #include <limits>
 #include <utility>
 #include <variant>
 
 #include "base/checked.h"
+#include "base/units.h"
 #include "dsfp4/error.h"
 #include "ops/ops.h"
 
@@ -58,12 +58,6 @@ std::uint64_t ram_ceiling(const Budgets& budgets) {
 
 // VRAM that there is for the model and for gpu_reserved.
 std::uint64_t vram_of(const Budgets& budgets) { return budgets.vram.value_or(0); }
-
-std::string gigabytes(std::uint64_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.1f GB", static_cast<double>(bytes) * 1e-9);
-  return text;
-}
 
 // ---- refusals
 

@@ -1,5 +1,6 @@
 """Device "cuda": what it says where there is no GPU, and the golden vectors where there is one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -196,6 +197,48 @@ sys.stdin.read()
     finally:
         process.communicate("")
     assert 0 < taken <= limit * 1e9
+
+
+REFUSED = """
+import ctypes, json, logging, mmap, resource, sys
+import dsfp4
+
+most = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+limit = 65536 if most == resource.RLIM_INFINITY else min(65536, most)
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+cuda = ctypes.CDLL("libcuda.so.1")
+context = ctypes.c_void_p()
+pages = mmap.mmap(-1, 1 << 20)
+address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)))
+assert cuda.cuInit(0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+assert cuda.cuCtxSetCurrent(context) == 0
+if cuda.cuMemHostRegister_v2(address, ctypes.c_size_t(1 << 20), 0) == 0:
+    print(json.dumps(None))
+    sys.exit()
+warnings = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger("dsfp4").addHandler(handler)
+model = dsfp4.Model("demo", device="cuda", max_experts=7, cpu_cache_size=0.0005, cpu_share=0.0)
+tokens = model.generate([1, 2, 3], max_tokens=30, temperature=0.0, stop_ids=[]).tokens
+print(json.dumps([list(tokens), warnings]))
+"""
+
+
+@with_gpu
+def test_memory_that_cannot_be_pinned_makes_no_difference_but_in_speed() -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", REFUSED], check=True, capture_output=True, text=True
+    ).stdout
+    result = json.loads(output)
+    if result is None:
+        pytest.skip("the driver pins beyond ulimit -l, or this process is privileged")
+    tokens, warnings = result
+    model = dsfp4.Model("demo", device="cuda", max_experts=7, cpu_cache_size=0.0005, cpu_share=0.0)
+    right = model.generate([1, 2, 3], max_tokens=30, temperature=0.0, stop_ids=[]).tokens
+    assert tokens == list(right)
+    assert len([text for text in warnings if "refused to pin" in text]) == 1
 
 
 # Settings of the tiers: bytes of RAM for cached experts, experts that stay in VRAM.

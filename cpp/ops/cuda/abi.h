@@ -105,22 +105,24 @@ struct Plugin {
   bool (*memory)(Device*, std::uint64_t* free, std::uint64_t* total);
   bool (*allocate)(Device*, std::size_t bytes, std::byte** memory);
   bool (*free)(Device*, std::byte* memory);
-  /// Host memory for fast copies: mapped with huge pages, then registered.
-  bool (*allocate_pinned)(Device*, std::size_t bytes, std::byte** memory);
-  bool (*free_pinned)(Device*, std::byte* memory, std::size_t bytes);
+  /// Pins pages of the host's memory, for fast copies; where it fails they are as they were. They
+  /// must stay where they are until they are unpinned.
+  bool (*pin)(Device*, std::byte* memory, std::size_t bytes);
+  bool (*unpin)(Device*, std::byte* memory);
   /// Copies in the compute queue. The bytes of `upload` may change once it returns; `download`
   /// waits for the copy.
   bool (*upload)(Device*, const void* host, void* to, std::size_t bytes);
   bool (*download)(Device*, const void* from, void* host, std::size_t bytes);
-  /// Return at once. `host` is of allocate_pinned(), and stays as it is, or is not read, until the
-  /// copy has run.
-  bool (*upload_pinned)(Device*, Queue queue, const void* host, void* to, std::size_t bytes);
-  bool (*download_pinned)(Device*, Queue queue, const void* from, void* host, std::size_t bytes);
+  /// Return at once where `host` is pinned, else perhaps once the queue has come to the copy and
+  /// made it. `host` lies in one block, pinned or not, and stays as it is, or is not read, until
+  /// the copy has run.
+  bool (*copy_in)(Device*, Queue queue, const void* host, void* to, std::size_t bytes);
+  bool (*copy_out)(Device*, Queue queue, const void* from, void* host, std::size_t bytes);
   /// Waits until all queues are empty.
   bool (*synchronize)(Device*);
   /// An event passes when all that its queue held as it was recorded has run; one never recorded
-  /// has passed. `wait` holds up the queue, `wait_event` the caller. Another thread may call these
-  /// and copies of pinned memory while ops are queued, but none of kCompute between begin_capture()
+  /// has passed. `wait` holds up the queue, `wait_event` the caller. Another thread may call these,
+  /// copy_in and copy_out while ops are queued, but none of kCompute between begin_capture()
   /// and end_capture(), nor synchronize().
   bool (*make_event)(Device*, bool timed, void** event);
   bool (*free_event)(Device*, void* event);

@@ -1,7 +1,6 @@
 // The table that the core loads, and what is not a kernel: the device, its memory, graphs.
 #include <cstring>
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/current_device.cuh"
@@ -11,7 +10,6 @@ namespace dsfp4::ops::cuda {
 namespace {
 
 constexpr std::size_t kRingBytes = 2 * kRingHalf;
-constexpr std::size_t kHugePage = 2u << 20;
 
 thread_local Failure last_failure;
 
@@ -141,24 +139,13 @@ bool free_memory(Device*, std::byte* memory) {
   return true;
 }
 
-bool allocate_pinned(Device*, std::size_t bytes, std::byte** memory) {
-  const std::size_t mapped = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  void* pages = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) return fail(cudaErrorMemoryAllocation, "mmap", __FILE__, __LINE__);
-  madvise(pages, mapped, MADV_HUGEPAGE);  // only a wish
-  const cudaError_t code = cudaHostRegister(pages, mapped, cudaHostRegisterDefault);
-  if (code != cudaSuccess) {
-    munmap(pages, mapped);
-    return fail(code, "cudaHostRegister(pages, mapped, cudaHostRegisterDefault)", __FILE__,
-                __LINE__);
-  }
-  *memory = static_cast<std::byte*>(pages);
+bool pin(Device*, std::byte* memory, std::size_t bytes) {
+  DSFP4_TRY(cudaHostRegister(memory, bytes, cudaHostRegisterDefault));
   return true;
 }
 
-bool free_pinned(Device*, std::byte* memory, std::size_t bytes) {
+bool unpin(Device*, std::byte* memory) {
   DSFP4_TRY(cudaHostUnregister(memory));
-  munmap(memory, (bytes + kHugePage - 1) / kHugePage * kHugePage);
   return true;
 }
 
@@ -190,12 +177,12 @@ bool upload(Device* device, const void* host, void* to, std::size_t bytes) {
   return true;
 }
 
-bool upload_pinned(Device* device, Queue queue, const void* host, void* to, std::size_t bytes) {
+bool copy_in(Device* device, Queue queue, const void* host, void* to, std::size_t bytes) {
   DSFP4_TRY(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream_of(device, queue)));
   return true;
 }
 
-bool download_pinned(Device* device, Queue queue, const void* from, void* host, std::size_t bytes) {
+bool copy_out(Device* device, Queue queue, const void* from, void* host, std::size_t bytes) {
   DSFP4_TRY(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream_of(device, queue)));
   return true;
 }
@@ -311,12 +298,12 @@ constexpr Plugin kPlugin{
     .memory = with<memory>,
     .allocate = with<allocate>,
     .free = with<free_memory>,
-    .allocate_pinned = with<allocate_pinned>,
-    .free_pinned = with<free_pinned>,
+    .pin = with<pin>,
+    .unpin = with<unpin>,
     .upload = with<upload>,
     .download = with<download>,
-    .upload_pinned = with<upload_pinned>,
-    .download_pinned = with<download_pinned>,
+    .copy_in = with<copy_in>,
+    .copy_out = with<copy_out>,
     .synchronize = with<synchronize>,
     .make_event = with<make_event>,
     .free_event = with<free_event>,

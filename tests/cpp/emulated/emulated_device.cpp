@@ -46,7 +46,7 @@ void EmulatedDevice::Marker::wait() {
 
 EmulatedDevice::EmulatedDevice(const EmulatedOptions& options)
     : memory_(options.memory_limit),
-      staging_(options.staging_limit),
+      staging_(options.staging_limit, options.pinned_limit),
       copy_bytes_per_second_(options.copy_bytes_per_second) {
   for (Line& line : lines_) line.worker = std::thread([this, &line] { work(line); });
 }
@@ -129,6 +129,24 @@ void EmulatedDevice::push_copy(Queue queue, const char* name, std::size_t bytes,
 
 // ---- copies
 
+void EmulatedDevice::push_staged(Queue queue, const char* name, const void* staged,
+                                 std::size_t bytes, Work copy) {
+  bool pinned = false;
+  {
+    const EmulatedStaging::Access staging(staging_);
+    staging.require(staged, bytes);
+    pinned = staging.pinned(staged, bytes);
+  }
+  push_copy(queue, name, bytes, [=, this, copy = std::move(copy)](const auto& memory) {
+    const EmulatedStaging::Access staging(staging_);
+    staging.require(staged, bytes);
+    copy(memory);
+  });
+  if (pinned) return;
+  unpinned_.fetch_add(1);
+  mark(queue)->wait();
+}
+
 void EmulatedDevice::upload(const void* from, DevicePtr<void> to, std::size_t bytes) {
   const auto* first = static_cast<const std::byte*>(from);
   auto kept = std::make_shared<const std::vector<std::byte>>(first, first + bytes);
@@ -146,20 +164,14 @@ void EmulatedDevice::download(DevicePtr<const void> from, void* to, std::size_t 
 
 void EmulatedDevice::copy_in(Queue queue, const void* staged, DevicePtr<void> to,
                              std::size_t bytes) {
-  EmulatedStaging::Access(staging_).require(staged, bytes);
-  push_copy(queue, "copy_in", bytes, [=, this](const EmulatedMemory::Access& memory) {
-    const EmulatedStaging::Access staging(staging_);
-    staging.require(staged, bytes);
+  push_staged(queue, "copy_in", staged, bytes, [=](const EmulatedMemory::Access& memory) {
     if (bytes > 0) std::memcpy(memory.bytes(unwrap(to), bytes), staged, bytes);
   });
 }
 
 void EmulatedDevice::copy_out(Queue queue, DevicePtr<const void> from, void* staged,
                               std::size_t bytes) {
-  EmulatedStaging::Access(staging_).require(staged, bytes);
-  push_copy(queue, "copy_out", bytes, [=, this](const EmulatedMemory::Access& memory) {
-    const EmulatedStaging::Access staging(staging_);
-    staging.require(staged, bytes);
+  push_staged(queue, "copy_out", staged, bytes, [=](const EmulatedMemory::Access& memory) {
     if (bytes > 0) std::memcpy(staged, memory.bytes(unwrap(from), bytes), bytes);
   });
 }
@@ -323,6 +335,7 @@ EmulatedCounts EmulatedDevice::counts() const {
   counts.bodies = bodies_.load();
   counts.replayed = replayed_.load();
   counts.host_waits = host_waits_.load();
+  counts.unpinned = unpinned_.load();
   return counts;
 }
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -28,6 +29,7 @@ inline constexpr std::size_t kQueues = 3;
 struct EmulatedOptions {
   std::size_t memory_limit = std::size_t{64} << 20;
   std::size_t staging_limit = std::size_t{64} << 20;
+  std::size_t pinned_limit = std::numeric_limits<std::size_t>::max();  // bytes of it; 0: none
   double copy_bytes_per_second = 0.0;  // of copies in kUpload and kDownload; 0: no limit
   bool routed_experts = false;         // Ops::has_routed_experts()
 };
@@ -41,6 +43,7 @@ struct EmulatedCounts {
   std::int64_t replayed = 0;      // segments without their body
   std::int64_t host_waits = 0;    // download(), wait_for(), synchronize(), Ops::sample()
   std::int64_t timed_events = 0;  // that are there now
+  std::int64_t unpinned = 0;      // copies of memory that is not pinned
 
   std::int64_t copies_in(Queue queue) const { return copies[static_cast<std::size_t>(queue)]; }
   std::int64_t bytes_in(Queue queue) const { return copied_bytes[static_cast<std::size_t>(queue)]; }
@@ -91,6 +94,8 @@ class EmulatedDevice final : public Device {
   void push_op(const char* name, Work work);
   /// Numbered, delayed and counted as the queue's other copies.
   void push_copy(Queue queue, const char* name, std::size_t bytes, Work copy);
+  /// A copy from or to staging(). It has been made when this returns, if that is not pinned.
+  void push_staged(Queue queue, const char* name, const void* staged, std::size_t bytes, Work copy);
   /// Waits for the compute queue, as a call that brings a result to the host does.
   void wait_for_ops(const char* what);
   /// Lets go of all queues and waits until they are empty. Throws no error of theirs.
@@ -167,6 +172,7 @@ class EmulatedDevice final : public Device {
   std::atomic<std::int64_t> bodies_ = 0;
   std::atomic<std::int64_t> replayed_ = 0;
   std::atomic<std::int64_t> host_waits_ = 0;
+  std::atomic<std::int64_t> unpinned_ = 0;
 };
 
 }  // namespace dsfp4::ops::testing

@@ -90,6 +90,7 @@ std::byte* EmulatedMemory::allocate(std::size_t bytes) noexcept {
   if (found == 0) return nullptr;
   live_.add(found, bytes);
   used_ += bytes;
+  peak_ = std::max(peak_, used_);
   next_ = found + in_pages(bytes);
   std::memset(bytes_ + (found - start), kPoison, bytes);
   return addresses_ + (found - start);
@@ -112,6 +113,11 @@ std::size_t EmulatedMemory::used() const {
   return used_;
 }
 
+std::size_t EmulatedMemory::peak() const {
+  const std::shared_lock lock(mutex_);
+  return peak_;
+}
+
 std::size_t EmulatedMemory::allocations() const {
   const std::shared_lock lock(mutex_);
   return live_.count();
@@ -125,44 +131,91 @@ std::byte* EmulatedMemory::Access::bytes(const void* address, std::size_t count)
 
 // ---- staging
 
-std::byte* EmulatedStaging::allocate(std::size_t bytes) noexcept {
-  const std::unique_lock lock(mutex_);
-  if (bytes == 0 || used_ > limit_ || bytes > limit_ - used_) return nullptr;
+std::byte* EmulatedStaging::Pages::allocate(std::size_t bytes) noexcept {
+  const std::unique_lock lock(mutex);
+  if (bytes == 0 || used > limit || bytes > limit - used) return nullptr;
   void* memory = std::aligned_alloc(kPage, in_pages(bytes));
   if (memory == nullptr) return nullptr;
   std::memset(memory, kPoison, bytes);
-  live_.add(number(memory), bytes);
-  used_ += bytes;
+  live.add(number(memory), bytes);
+  used += bytes;
   return static_cast<std::byte*>(memory);
 }
 
-void EmulatedStaging::release(std::byte* memory, std::size_t bytes) noexcept {
-  const std::unique_lock lock(mutex_);
-  if (live_.remove(number(memory)) != bytes)
+void EmulatedStaging::Pages::release(std::byte* memory, std::size_t bytes) noexcept {
+  const std::unique_lock lock(mutex);
+  if (pinned.holds(number(memory), 1)) end("staging memory is released that is pinned");
+  if (live.remove(number(memory)) != bytes)
     end("staging memory is released that was not allocated so");
-  used_ -= bytes;
+  used -= bytes;
   std::free(memory);
 }
 
-std::size_t EmulatedStaging::available() const noexcept {
-  const std::shared_lock lock(mutex_);
-  return limit_ - std::min(limit_, used_);
+std::byte* EmulatedStaging::Pages::resize(std::byte* memory, std::size_t before,
+                                          std::size_t after) noexcept {
+  const std::unique_lock lock(mutex);
+  if (pinned.holds(number(memory), 1)) end("staging memory is resized that is pinned");
+  if (!live.holds(number(memory), before)) end("memory is resized that is not staging memory");
+  if (after == 0 || (after > before && (used > limit || after - before > limit - used))) {
+    return nullptr;
+  }
+  void* moved = std::aligned_alloc(kPage, in_pages(after));
+  if (moved == nullptr) return nullptr;
+  std::memset(moved, kPoison, after);
+  std::memcpy(moved, memory, std::min(before, after));
+  live.remove(number(memory));
+  std::free(memory);
+  live.add(number(moved), after);
+  used = used - before + after;
+  return static_cast<std::byte*>(moved);
+}
+
+std::size_t EmulatedStaging::Pages::available() const noexcept {
+  const std::shared_lock lock(mutex);
+  return limit - std::min(limit, used);
+}
+
+const char* EmulatedStaging::Pins::pin(std::byte* memory, std::size_t bytes) noexcept {
+  const std::unique_lock lock(pages.mutex);
+  if (!pages.live.holds(number(memory), bytes)) end("memory is pinned that is not staging memory");
+  if (pages.pinned.holds(number(memory), 1)) end("staging memory is pinned twice");
+  if (used > limit || bytes > limit - used) return "no more, as ordered";
+  pages.pinned.add(number(memory), bytes);
+  used += bytes;
+  return nullptr;
+}
+
+bool EmulatedStaging::Pins::unpin(std::byte* memory) noexcept {
+  const std::unique_lock lock(pages.mutex);
+  const std::size_t bytes = pages.pinned.remove(number(memory));
+  if (bytes == 0) end("memory is unpinned that is not pinned");
+  used -= bytes;
+  return true;
 }
 
 void EmulatedStaging::set_limit(std::size_t bytes) {
-  const std::unique_lock lock(mutex_);
-  limit_ = bytes;
+  const std::unique_lock lock(pages_.mutex);
+  pages_.limit = bytes;
+}
+
+void EmulatedStaging::set_pinned_limit(std::size_t bytes) {
+  const std::unique_lock lock(pages_.mutex);
+  pins_.limit = bytes;
 }
 
 std::size_t EmulatedStaging::used() const {
-  const std::shared_lock lock(mutex_);
-  return used_;
+  const std::shared_lock lock(pages_.mutex);
+  return pages_.used;
 }
 
 void EmulatedStaging::Access::require(const void* staged, std::size_t count) const {
-  if (count > 0 && !staging_.live_.holds(number(staged), count)) {
+  if (count > 0 && !pages_.live.holds(number(staged), count)) {
     throw not_live(staged, count, "staging");
   }
+}
+
+bool EmulatedStaging::Access::pinned(const void* staged, std::size_t count) const {
+  return count == 0 || pages_.pinned.holds(number(staged), count);
 }
 
 }  // namespace dsfp4::ops::testing

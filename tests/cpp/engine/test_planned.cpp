@@ -132,6 +132,22 @@ TEST_F(PlannedModels, AGpusSlotsChangeAndWhatIsReservedStays) {
   EXPECT_EQ(planned.plan().device_cache_slots, 0u);
 }
 
+// The old slots become the new ones: they never lie side by side.
+TEST_F(PlannedModels, SlotsBesideAGpuGrowToAllThatTheLimitLeaves) {
+  LoadOptions options = within(9'000);
+  options.strategy.cpu_cache_size = 30 * 120 / 1e9;
+  Planned planned(in_tiers(model()), options, 64, machine_, kVram);
+  EXPECT_EQ(planned.plan().cache_slots, 30u);
+  MemoryStrategy larger;
+  larger.cpu_cache_size = 60 * 120 / 1e9;
+  planned.change(larger, [&](const residency::Plan& next) {
+    EXPECT_EQ(account_.committed(boundless()).process, next.ram_bytes + memory::kUncountedBytes);
+  });
+  EXPECT_EQ(planned.plan().cache_slots, 60u);
+  larger.cpu_cache_size = 70 * 120 / 1e9;
+  EXPECT_THROW(planned.change(larger, [](const residency::Plan&) {}), MemoryLimitError);
+}
+
 TEST_F(PlannedModels, AChangeThatFailsKeepsWhatWasReserved) {
   Planned planned(in_tiers(model()), within(20'000), 64, machine_, kVram);
   const std::size_t before = planned.plan().device_cache_slots;

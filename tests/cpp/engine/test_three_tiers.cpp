@@ -5,88 +5,22 @@
 #include <cstdlib>
 #include <filesystem>
 #include <map>
-#include <memory>
-#include <optional>
 #include <random>
 #include <set>
 #include <string>
-#include <vector>
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
-#include "checkpoint/tiny_checkpoint.h"
 #include "dsfp4/error.h"
-#include "emulated/emulated_ops.h"
-#include "engine/engine.h"
+#include "engine/three_tiers_fixture.h"
 #include "residency/policy.h"
 
 namespace dsfp4::engine {
 namespace {
 
-using ops::testing::EmulatedDevice;
-using ops::testing::EmulatedOps;
-using Floats = std::vector<float>;
-using Ids = std::vector<std::int32_t>;
-
-constexpr std::int64_t kModelLayers = 4;
-
-LoadOptions load_options() {
-  LoadOptions options;
-  options.threads = 1;
-  options.max_context = 64;
-  options.device = "reference";
-  return options;
-}
-
-// What a model says.
-struct Says {
-  Floats prompt, decode;
-  Ids text;
-
-  bool operator==(const Says&) const = default;
-};
-
-Says ask(Engine& engine) {
-  const Ids ids = {3, 10, 17, 24, 1, 8, 15, 22, 29, 6, 13, 20, 27, 4, 11, 18, 25, 2, 9, 16};
-  Says says;
-  says.prompt.resize(ids.size() * static_cast<std::size_t>(engine.spec().vocab_size));
-  says.decode.resize(says.prompt.size());
-  ForwardOptions forward;
-  engine.forward(ids, says.prompt, forward);
-  forward.decode = true;
-  engine.forward(ids, says.decode, forward);
-  GenerateOptions options;
-  options.max_tokens = 12;
-  options.stop_ids.emplace();
-  says.text = engine.generate(Ids{5, 3, 9}, options, {}).tokens;
-  return says;
-}
-
-class ThreeTiers : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
- protected:
-  ThreeTiers() {
-    dsfp4::testing::make_tiny_checkpoint(GetParam(), kModelLayers).write(folder_.path());
-    Engine right(folder_.path(), load_options());
-    right_ = ask(right);
-  }
-  std::unique_ptr<Engine> load(const LoadOptions& options,
-                               const ops::testing::EmulatedOptions& device = {}) {
-    Machine machine;
-    machine.make_ops = [&] {
-      auto made = std::make_unique<EmulatedOps>(device);
-      device_ = made->emulated();
-      return made;
-    };
-    return std::make_unique<Engine>(folder_.path(), options, machine);
-  }
-  static ops::testing::EmulatedOptions as_a_gpu() { return {.routed_experts = true}; }
-
-  dsfp4::testing::ScratchFolder folder_;
-  std::shared_ptr<EmulatedDevice> device_;
-  Says right_;
-};
+class ThreeTiers : public ThreeTiersFixture {};
 
 TEST_P(ThreeTiers, AnySettingGivesTheSameBits) {
   const int settings = std::getenv("DSFP4_FULL") != nullptr ? 170 : 12;  // of each kind

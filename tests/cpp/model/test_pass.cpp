@@ -1,15 +1,19 @@
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "checkpoint/config.h"
 #include "checkpoint/tiny_checkpoint.h"
+#include "emulated/emulated_ops.h"
 #include "engine/kv_cache.h"
 #include "engine/loader.h"
 #include "model/pass.h"
 #include "model/spec.h"
+#include "residency/device_experts.h"
+#include "residency/device_tier.h"
 #include "residency/expert_store.h"
 #include "residency/layer_stream.h"
 #include "residency/tiered_experts.h"
@@ -25,17 +29,24 @@ using Values = std::vector<float>;
 constexpr std::int64_t kModelLayers = 4;
 constexpr std::int64_t kMostRows = 24;
 
+enum class Memory { kRam, kRamAndVram };
+
 // A model of which nothing but norms and routers is in memory: dense layers and experts are read.
-class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
+// Or one whose dense layers are on a device, and experts there, in RAM and in files.
+class PassTest : public ::testing::TestWithParam<std::tuple<dsfp4::testing::TinyKind, Memory>> {
  protected:
   PassTest() {
-    dsfp4::testing::make_tiny_checkpoint(GetParam(), kModelLayers).write(folder_.path());
+    const auto [kind, memory] = GetParam();
+    const bool on_device = memory == Memory::kRamAndVram;
+    ops_ = on_device ? std::make_unique<ops::testing::EmulatedOps>() : ops::make_cpu_ops(1);
+    dsfp4::testing::make_tiny_checkpoint(kind, kModelLayers).write(folder_.path());
     const checkpoint::ModelConfig config = checkpoint::read_config(folder_.path());
     engine::LoadWeightsOptions options;
-    options.plan = [](const engine::WeightSizes&) {
+    options.plan = [on_device](const engine::WeightSizes&) {
       residency::Plan plan;
       plan.tiered = true;
-      plan.streamed.assign(kModelLayers, true);
+      plan.embedding_in_ram = on_device;
+      if (!on_device) plan.streamed.assign(kModelLayers, true);
       return plan;
     };
     loaded_.emplace(engine::load_weights(folder_.path(), config, ops_->device(), options));
@@ -46,6 +57,7 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
     store.experts = spec.router.experts;
     store.slots = 3;
     store.cache_slots = 1;
+    store.memory = &ops_->device().staging();
     store_ = std::make_unique<residency::ExpertStore>(
         store, std::move(loaded_->images), *loaded_->reader,
         residency::make_policy("lru", store.layers, store.experts));
@@ -53,28 +65,64 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
     for (std::int64_t layer = spec.dense_layers; layer < spec.layers; ++layer) {
       const LayerWeights& weights = loaded_->weights.layers[static_cast<std::size_t>(layer)];
       const DeviceSpan<const float> bias = weights.e_score_correction_bias;
-      const float* const values = ops_->device().on_host(bias.data);
-      routers.push_back({weights.gate, bias, {values, values + bias.size}});
+      std::vector<float> on_host(bias.size);
+      ops_->device().download(bias.data, on_host.data(), bias.size_bytes());
+      routers.push_back({weights.gate, bias, std::move(on_host)});
+    }
+    if (on_device) {
+      add_device(spec);
+    } else {
+      stream_ = std::make_unique<residency::LayerStream>(std::move(loaded_->streamed), 2,
+                                                         *loaded_->reader,
+                                                         residency::LayerStream::Check(), nullptr);
     }
     experts_.emplace(*ops_, *store_, spec.router, std::move(routers), spec.dense_layers,
-                     spec.hidden_size, spec.moe_intermediate_size, 64, nullptr, nullptr);
-    stream_ =
-        std::make_unique<residency::LayerStream>(std::move(loaded_->streamed), 2, *loaded_->reader,
-                                                 residency::LayerStream::Check(), nullptr);
-    decoder_.emplace(spec, loaded_->weights, *ops_, *experts_, stream_.get(), nullptr, kFormat);
-    cache_.emplace(1000, spec.layers, kv_layer_bytes(spec, kFormat), kFormat);
+                     spec.hidden_size, spec.moe_intermediate_size, kMostRows, tier_.get(), nullptr);
+    if (on_device) experts_->configure({.prefetch_layers = 0, .host_share = 0.5});
+    decoder_.emplace(spec, loaded_->weights, *ops_, *experts_, stream_.get(), embedding_.get(),
+                     kFormat);
+    memory::MemorySource& memory_of_ops = ops_->device().memory();
+    cache_.emplace(1000, spec.layers, kv_layer_bytes(spec, kFormat), kFormat, memory_of_ops);
+    const std::size_t bytes = scratch_bytes(spec, kMostRows, Phase::kPrefill) +
+                              scratch_bytes(spec, kMostRows, Phase::kDecode);
+    first_arena_.emplace(bytes, "the scratch", memory_of_ops);
+    second_arena_.emplace(bytes, "the scratch", memory_of_ops);
+  }
+  ~PassTest() override { ops_->device().synchronize(); }
+
+  // Few slots, so that experts go and come again.
+  void add_device(const ModelSpec& spec) {
+    host_ = ops::make_reference_ops(1);
+    device_experts_ = std::make_unique<residency::DeviceExperts>(
+        ops_->device(), loaded_->sizes.device_slot_bytes, 4, 2,
+        static_cast<std::uint64_t>(spec.moe_layers() * spec.router.experts),
+        [this](std::span<const residency::ExpertKey> keys, std::span<float> worth) {
+          store_->worth(keys, worth);
+        });
+    tier_ = std::make_unique<residency::DeviceTier>(
+        *ops_, *host_, *device_experts_, *store_,
+        residency::DeviceTier::Shape{spec.router.top_k, spec.hidden_size,
+                                     spec.moe_intermediate_size});
+    embedding_ = std::make_unique<HostEmbedding>(*host_, spec.hidden_size);
+  }
+  void expect_nothing_held() {
+    if (tier_ != nullptr) {
+      tier_->settle();
+      EXPECT_TRUE(device_experts_->is_consistent());
+    }
+    EXPECT_TRUE(store_->is_consistent());
   }
 
-  // A step of its own sequence, with an arena of its own.
+  // A step of its own sequence. Of two that take turns each has an arena, at the same place every
+  // time, as steps may be recorded.
   class Run {
    public:
-    Run(PassTest& test, Ids ids, Phase phase)
-        : sequence_(*test.cache_),
+    Run(PassTest& test, Ids ids, Phase phase, memory::Arena& arena)
+        : device_(test.ops_->device()),
+          sequence_(*test.cache_),
           ids_(std::move(ids)),
           part_(sequence_.next_rows(0, std::ssize(ids_))),
-          arena_(scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kPrefill) +
-                     scratch_bytes(test.decoder_->spec(), kMostRows, Phase::kDecode),
-                 "the scratch"),
+          arena_(arena),
           routings_(test.ops_->device(), kMostRows, test.decoder_->spec().router,
                     test.decoder_->spec().hidden_size) {
       Batch batch;
@@ -87,8 +135,9 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
     Values finish() {
       while (!pass_->done()) pass_->advance();
       const ops::Matrix hidden = pass_->hidden();
-      const float* const values = ops::host_device().on_host(hidden.data);
-      return {values, values + hidden.rows * hidden.cols};
+      Values values(static_cast<std::size_t>(hidden.rows * hidden.cols));
+      device_.download(hidden.data, values.data(), values.size() * sizeof(float));
+      return values;
     }
     std::size_t leave() {
       pass_.reset();
@@ -96,10 +145,11 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
     }
 
    private:
+    ops::Device& device_;
     Sequence sequence_;
     Ids ids_;
     ops::SequenceRows part_;
-    memory::Arena arena_;
+    memory::Arena& arena_;
     ops::RoutingReader routings_;
     std::optional<Pass> pass_;
   };
@@ -107,80 +157,102 @@ class PassTest : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
   static constexpr ops::KvFormat kFormat = ops::KvFormat::kBf16;
   // A prompt of the many-token kernels, and one token of the few-token ones.
   static Ids prompt() { return {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4}; }
-  Values alone(const Ids& ids, Phase phase) { return Run(*this, ids, phase).finish(); }
+  Run first(const Ids& ids, Phase phase) { return {*this, ids, phase, *first_arena_}; }
+  Run second(const Ids& ids, Phase phase) { return {*this, ids, phase, *second_arena_}; }
 
   dsfp4::testing::ScratchFolder folder_;
-  std::unique_ptr<ops::Ops> ops_ = ops::make_cpu_ops(1);
+  std::unique_ptr<ops::Ops> ops_;
   std::optional<engine::LoadedWeights> loaded_;
   std::unique_ptr<residency::ExpertStore> store_;
+  // Of a model on a device.
+  std::unique_ptr<ops::Ops> host_;
+  std::unique_ptr<residency::DeviceExperts> device_experts_;
+  std::unique_ptr<residency::DeviceTier> tier_;
+  std::unique_ptr<HostEmbedding> embedding_;
   std::optional<residency::TieredExperts> experts_;
   std::unique_ptr<residency::LayerStream> stream_;
   std::optional<Decoder> decoder_;
   std::optional<KvCache> cache_;
+  std::optional<memory::Arena> first_arena_, second_arena_;
 };
 
 TEST_P(PassTest, TwoThatTakeTurnsGiveTheBitsOfOneAfterTheOther) {
-  for (const Phase phase : {Phase::kPrefill, Phase::kDecode}) {
-    const Ids ids = phase == Phase::kPrefill ? Ids{7, 7, 1} : Ids{7};
-    const Values first = alone(prompt(), Phase::kPrefill);
-    const Values second = alone(ids, phase);
-    ASSERT_NE(first, second);
-    Run a(*this, prompt(), Phase::kPrefill);
-    Run b(*this, ids, phase);
-    while (!a.pass().done() || !b.pass().done()) {
-      a.pass().advance();
-      b.pass().advance();
+  struct Turns {
+    Ids first;
+    Phase first_phase;
+    Ids second;
+    Phase second_phase;
+  };
+  for (const Turns& turns : {Turns{prompt(), Phase::kPrefill, {7, 7, 1}, Phase::kPrefill},
+                             Turns{prompt(), Phase::kPrefill, {7}, Phase::kDecode},
+                             Turns{{3, 1}, Phase::kDecode, {7}, Phase::kDecode}}) {
+    const Values one = first(turns.first, turns.first_phase).finish();
+    const Values other = second(turns.second, turns.second_phase).finish();
+    ASSERT_NE(one, other);
+    for (int round = 0; round < 3; ++round) {
+      Run a = first(turns.first, turns.first_phase);
+      Run b = second(turns.second, turns.second_phase);
+      while (!a.pass().done() || !b.pass().done()) {
+        a.pass().advance();
+        b.pass().advance();
+      }
+      EXPECT_EQ(a.finish(), one);
+      EXPECT_EQ(b.finish(), other);
     }
-    EXPECT_EQ(a.finish(), first);
-    EXPECT_EQ(b.finish(), second);
   }
-  EXPECT_TRUE(store_->is_consistent());
+  expect_nothing_held();
+  if (tier_ == nullptr) return;
+  EXPECT_GT(tier_->stats().host_bytes, 0u);
+  EXPECT_GT(device_experts_->stats().hits, 0u);
+  EXPECT_GT(device_experts_->stats().brought, 0u);
 }
 
 // Left after every piece: for good, or until another pass has gone all its way.
 TEST_P(PassTest, AnotherGoesOnWhereverOneIsLeft) {
-  const Values first = alone(prompt(), Phase::kPrefill);
-  const Values second = alone({7}, Phase::kDecode);
+  const Values one = first(prompt(), Phase::kPrefill).finish();
+  const Values other = second({7}, Phase::kDecode).finish();
   bool done = false;
   for (int pieces = 0; !done; ++pieces) {
     ASSERT_LT(pieces, 1000);
-    Run a(*this, prompt(), Phase::kPrefill);
+    Run a = first(prompt(), Phase::kPrefill);
     for (int i = 0; i < pieces; ++i) a.pass().advance();
     done = a.pass().done();
-    Run b(*this, {7}, Phase::kDecode);
-    EXPECT_EQ(b.finish(), second) << pieces;
+    Run b = second({7}, Phase::kDecode);
+    EXPECT_EQ(b.finish(), other) << pieces;
     if (pieces % 2 == 0) {
-      EXPECT_EQ(a.finish(), first) << pieces;
+      EXPECT_EQ(a.finish(), one) << pieces;
     }
     EXPECT_EQ(a.leave(), 0u);
-    EXPECT_TRUE(store_->is_consistent());
+    expect_nothing_held();
     if (pieces % 2 == 1) {
-      EXPECT_EQ(alone(prompt(), Phase::kPrefill), first) << pieces;
+      EXPECT_EQ(first(prompt(), Phase::kPrefill).finish(), one) << pieces;
     }
   }
 }
 
 TEST_P(PassTest, OneIsLeftInTheMidstOfTurns) {
-  const Values second = alone({7, 7, 1}, Phase::kPrefill);
+  const Values other = second({7, 7, 1}, Phase::kPrefill).finish();
   bool done = false;
   for (int pieces = 0; !done; ++pieces) {
     ASSERT_LT(pieces, 1000);
-    Run b(*this, {7, 7, 1}, Phase::kPrefill);
+    Run b = second({7, 7, 1}, Phase::kPrefill);
     {
-      Run a(*this, prompt(), Phase::kPrefill);
+      Run a = first(prompt(), Phase::kPrefill);
       for (int i = 0; i < pieces; ++i) {
         a.pass().advance();
         b.pass().advance();
       }
       done = a.pass().done();
     }
-    EXPECT_EQ(b.finish(), second) << pieces;
+    EXPECT_EQ(b.finish(), other) << pieces;
     EXPECT_EQ(b.leave(), 0u);
-    EXPECT_TRUE(store_->is_consistent());
+    expect_nothing_held();
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, PassTest, ::testing::ValuesIn(dsfp4::testing::kTinyKinds));
+INSTANTIATE_TEST_SUITE_P(Kinds, PassTest,
+                         ::testing::Combine(::testing::ValuesIn(dsfp4::testing::kTinyKinds),
+                                            ::testing::Values(Memory::kRam, Memory::kRamAndVram)));
 
 }  // namespace
 }  // namespace dsfp4::model

@@ -4,8 +4,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "ops/cuda/abi.h"
@@ -19,12 +21,12 @@ struct FakeCuda {
   bool opens = true;
   bool tells_memory = true;
   bool embeds = true;
-  bool pins = true;
+  std::size_t pinnable = SIZE_MAX;  // bytes in all
+  bool unpins = true;
   bool tells_time = true;
   double event_time = 0.0;  // of every event
   int devices = 0;          // open
   int allocations = 0;      // not freed
-  int pinned = 0;           // not freed
   int events = 0;           // not freed
   int timed_events = 0;     // in all
   int clocks = 0;           // set
@@ -36,6 +38,8 @@ struct FakeCuda {
   int launches = 0;            // of graphs
   std::int32_t embedded = -1;  // the first id of the last embed()
   std::set<void*> graphs;      // not freed
+  std::map<std::byte*, std::size_t> pinned;
+  std::vector<std::string> pin_calls;  // "pin 4096", "unpin", and "refused 4096"
   // Of the device, freed or not, so that no address comes twice.
   std::vector<std::unique_ptr<std::byte[]>> memory;
 
@@ -106,16 +110,16 @@ struct FakeCuda {
       --state().allocations;
       return true;
     };
-    table.allocate_pinned = [](Device*, std::size_t bytes, std::byte** memory) {
-      if (!state().pins) return false;
-      ++state().pinned;
-      *memory = new std::byte[bytes];
-      return true;
+    table.pin = [](Device*, std::byte* memory, std::size_t bytes) {
+      std::size_t taken = 0;
+      for (const auto& block : state().pinned) taken += block.second;
+      const bool pins = bytes <= state().pinnable && taken <= state().pinnable - bytes;
+      state().pin_calls.push_back((pins ? "pin " : "refused ") + std::to_string(bytes));
+      return pins && state().pinned.emplace(memory, bytes).second;
     };
-    table.free_pinned = [](Device*, std::byte* memory, std::size_t) {
-      --state().pinned;
-      delete[] memory;
-      return true;
+    table.unpin = [](Device*, std::byte* memory) {
+      state().pin_calls.emplace_back("unpin");
+      return state().unpins && state().pinned.erase(memory) == 1;
     };
   }
 
@@ -130,11 +134,11 @@ struct FakeCuda {
       std::memcpy(host, from, bytes);
       return true;
     };
-    table.upload_pinned = [](Device*, Queue, const void* host, void* to, std::size_t bytes) {
+    table.copy_in = [](Device*, Queue, const void* host, void* to, std::size_t bytes) {
       std::memcpy(to, host, bytes);
       return true;
     };
-    table.download_pinned = [](Device*, Queue, const void* from, void* host, std::size_t bytes) {
+    table.copy_out = [](Device*, Queue, const void* from, void* host, std::size_t bytes) {
       std::memcpy(host, from, bytes);
       return true;
     };

@@ -4,13 +4,16 @@
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
 
+#include "base/warnings.h"
 #include "dsfp4/error.h"
 #include "memory/arena.h"
+#include "memory/slot_pool.h"
 #include "ops/cuda_backend.h"
 #include "ops/fake_cuda.h"
 
@@ -40,17 +43,14 @@ TEST(CudaDeviceFaults, StagingMemoryAndEventsAreGivenBack) {
     CudaDevice device(FakeCuda::plugin(), FakeCuda::kIndex, 0);
     EXPECT_FALSE(device.host_visible());
     const memory::Arena arena(4096, "a test", device.staging());
-    EXPECT_EQ(fake.pinned, 1);
-    fake.pins = false;
-    EXPECT_EQ(device.staging().allocate(4096), nullptr);
-    EXPECT_THROW(memory::Arena(4096, "a test", device.staging()), MemoryLimitError);
+    EXPECT_EQ(fake.pinned.size(), 1u);
     Event event = device.make_event();
     event = device.make_event();
     EXPECT_TRUE(device.passed(event));
     EXPECT_TRUE(device.passed(Event()));
     EXPECT_THROW(device.record(Queue::kUpload, Event()), std::logic_error);
   }
-  EXPECT_EQ(fake.pinned, 0);
+  EXPECT_TRUE(fake.pinned.empty());
   EXPECT_EQ(fake.events, 0);
 }
 
@@ -71,6 +71,50 @@ TEST(CudaDeviceFaults, TimesOfEventsAreTheHosts) {
   fake.tells_time = false;
   EXPECT_THROW(device.time_of(event), CudaError);
   EXPECT_THROW(device.time_of(Event()), std::logic_error);
+}
+
+TEST(CudaDeviceFaults, MemoryThatIsNotPinnedIsCopiedAllTheSame) {
+  const cuda::Plugin& plugin = FakeCuda::plugin();
+  FakeCuda& fake = FakeCuda::state();
+  const dsfp4::testing::Warnings warnings;
+  {
+    CudaDevice device(plugin, FakeCuda::kIndex, 0);
+    fake.pinnable = 10'000;
+    memory::Arena pinned(8192, "a test", device.staging());
+    memory::Arena refused(8192, "a test", device.staging());
+    memory::Arena again(4096, "a test", device.staging());
+    memory::Arena device_memory(256, "a test", device.memory());
+    const DevicePtr<int> to = device_memory.take_array<int>(1);
+    for (memory::Arena* staging : {&pinned, &refused}) {
+      int* values = memory::on_host(device.staging(), staging->take_array<int>(2));
+      values[0] = 7;
+      device.copy_in(Queue::kUpload, values, to, sizeof(int));
+      device.copy_out(Queue::kDownload, to, values + 1, sizeof(int));
+      device.synchronize();
+      EXPECT_EQ(values[1], 7);
+    }
+  }
+  using Calls = std::vector<std::string>;
+  EXPECT_EQ(fake.pin_calls, (Calls{"pin 8192", "refused 8192", "refused 4096", "unpin"}));
+  EXPECT_EQ(warnings.with("(refused)").size(), 1u);
+}
+
+TEST(CudaDeviceFaults, SlotsThatGrowAreUnpinnedMovedAndPinnedAgain) {
+  const cuda::Plugin& plugin = FakeCuda::plugin();
+  FakeCuda& fake = FakeCuda::state();
+  {
+    CudaDevice device(plugin, FakeCuda::kIndex, 0);
+    memory::SlotPool pool(2, 4096, "the test's slots", device.staging());
+    pool.data(1)[0] = std::byte{7};
+    pool.resize({false, true, false, false});
+    EXPECT_EQ(pool.data(1)[0], std::byte{7});
+    EXPECT_EQ(fake.pinned.at(pool.data(0)), 16384u);
+    pool.resize({true});
+    EXPECT_EQ(fake.pinned.at(pool.data(0)), 4096u);
+  }
+  using Calls = std::vector<std::string>;
+  EXPECT_EQ(fake.pin_calls,
+            (Calls{"pin 8192", "unpin", "pin 16384", "unpin", "pin 4096", "unpin"}));
 }
 
 class CudaSegments : public ::testing::Test {

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include "memory/source.h"
 #include "ops/cuda_backend.h"
 #include "ops/cuda_fixture.h"
 
@@ -75,13 +76,12 @@ class CudaCurrentDevice : public Cuda {
       std::uint64_t total = 0;
       check("memory", plugin.memory(device, &free, &total));
       std::byte* memory = nullptr;
-      std::byte* pinned = nullptr;
+      std::byte* pinned = memory::host_memory().allocate(4096);
       check("allocate", plugin.allocate(device, 4096, &memory));
-      check("allocate_pinned", plugin.allocate_pinned(device, 4096, &pinned));
+      check("pin", plugin.pin(device, pinned, 4096));
       std::vector<float> values(512, 1.5f);
       check("upload", plugin.upload(device, values.data(), memory, 2048));
-      check("upload_pinned",
-            plugin.upload_pinned(device, Queue::kUpload, pinned, memory + 2048, 2048));
+      check("copy_in", plugin.copy_in(device, Queue::kUpload, pinned, memory + 2048, 2048));
       void* event = nullptr;
       check("make_event", plugin.make_event(device, true, &event));
       check("record", plugin.record(device, Queue::kUpload, event));
@@ -92,8 +92,7 @@ class CudaCurrentDevice : public Cuda {
       double seconds = 0.0;
       check("set_clock", plugin.set_clock(device));
       check("event_time", plugin.event_time(device, event, &seconds));
-      check("download_pinned",
-            plugin.download_pinned(device, Queue::kDownload, memory + 2048, pinned, 2048));
+      check("copy_out", plugin.copy_out(device, Queue::kDownload, memory + 2048, pinned, 2048));
       auto* floats = reinterpret_cast<float*>(memory);
       const cuda::Matrix x{floats, 1, 512, 512};
       const cuda::Matrix y{floats + 512, 1, 512, 512};
@@ -113,7 +112,8 @@ class CudaCurrentDevice : public Cuda {
       check("free_graph", plugin.free_graph(device, graph));
       check("free_event", plugin.free_event(device, event));
       check("synchronize", plugin.synchronize(device));
-      check("free_pinned", plugin.free_pinned(device, pinned, 4096));
+      check("unpin", plugin.unpin(device, pinned));
+      memory::host_memory().release(pinned, 4096);
       check("free", plugin.free(device, memory));
       const cuda::ExpertView none;
       const std::int32_t pair = 0;

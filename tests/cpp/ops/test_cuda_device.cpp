@@ -7,6 +7,7 @@
 
 #include <gtest/gtest.h>
 
+#include "ops/cuda_device.h"
 #include "ops/cuda_fixture.h"
 
 namespace dsfp4::ops {
@@ -42,29 +43,56 @@ class CudaDeviceTest : public Cuda {
   std::unique_ptr<memory::Arena> staging_;
 };
 
-TEST_F(CudaDeviceTest, CopiesFromEveryQueueToEveryQueue) {
-  auto* in = staged<std::byte>(kBytes);
-  auto* out = staged<std::byte>(kBytes);
-  const DevicePtr<std::byte> there = arena_->take(kBytes);
-  const Event copied = device_->make_event();
-  const Event back = device_->make_event();
-  EXPECT_TRUE(device_->passed(copied));  // it was never recorded
-  device_->wait_for(copied);
+// From `in` through `there` to `out`, by all pairs of queues.
+void expect_copies(Device& device, std::byte* in, DevicePtr<std::byte> there, std::byte* out,
+                   std::size_t bytes) {
+  const Event copied = device.make_event();
+  const Event back = device.make_event();
+  EXPECT_TRUE(device.passed(copied));  // it was never recorded
+  device.wait_for(copied);
   int pattern = 1;
   for (const Queue from : kQueues) {
     for (const Queue to : kQueues) {
-      std::memset(in, pattern++, kBytes);
-      device_->copy_in(from, in, there, kBytes);
-      device_->record(from, copied);
-      device_->wait(to, copied);
-      device_->copy_out(to, there, out, kBytes);
-      device_->record(to, back);
-      device_->wait_for(back);
-      EXPECT_TRUE(device_->passed(back));
-      EXPECT_TRUE(device_->passed(copied));
-      EXPECT_EQ(std::memcmp(in, out, kBytes), 0) << pattern;
+      std::memset(in, pattern++, bytes);
+      device.copy_in(from, in, there, bytes);
+      device.record(from, copied);
+      device.wait(to, copied);
+      device.copy_out(to, there, out, bytes);
+      device.record(to, back);
+      device.wait_for(back);
+      EXPECT_TRUE(device.passed(back));
+      EXPECT_TRUE(device.passed(copied));
+      EXPECT_EQ(std::memcmp(in, out, bytes), 0) << pattern;
     }
   }
+}
+
+TEST_F(CudaDeviceTest, CopiesFromEveryQueueToEveryQueue) {
+  auto* in = staged<std::byte>(kBytes);
+  expect_copies(*device_, in, arena_->take(kBytes), staged<std::byte>(kBytes), kBytes);
+}
+
+TEST_F(CudaDeviceTest, CopiesMemoryThatIsNotPinned) {
+  cuda::Plugin plugin = cuda_plugin();
+  plugin.pin = [](cuda::Device*, std::byte*, std::size_t) { return false; };
+  CudaDevice device(plugin, 0, 0);
+  memory::Arena there(kBytes, "the test's copies", device.memory());
+  memory::Arena here(2 * kBytes, "the test's copies", device.staging());
+  auto* in = memory::on_host(device.staging(), here.take(kBytes));
+  expect_copies(device, in, there.take(kBytes),
+                memory::on_host(device.staging(), here.take(kBytes)), kBytes);
+}
+
+TEST_F(CudaDeviceTest, ARefusalToPinLeavesNoErrorBehind) {
+  const cuda::Plugin& plugin = cuda_plugin();
+  OpenDevice device(plugin, 0, false);
+  std::byte* block = memory::host_memory().allocate(4096);
+  ASSERT_TRUE(plugin.pin(device, block, 4096));
+  EXPECT_FALSE(plugin.pin(device, block, 4096));  // it is already
+  EXPECT_NE(plugin.failure()->code, 0);
+  EXPECT_TRUE(plugin.synchronize(device));
+  EXPECT_TRUE(plugin.unpin(device, block));
+  memory::host_memory().release(block, 4096);
 }
 
 TEST_F(CudaDeviceTest, ADownloadWaitsForTheOpsBeforeItsEvent) {
