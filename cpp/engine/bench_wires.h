@@ -1,8 +1,9 @@
-// Measures the two wires that experts in RAM cross beside a GPU: alone, and both at once.
+// The rates of wire_rates() with random experts, for a benchmark.
 #pragma once
 
 #include <cstdint>
 
+#include "engine/wires.h"
 #include "ops/ops.h"
 
 namespace dsfp4::engine {
@@ -16,17 +17,6 @@ struct WireOptions {
   std::uint64_t bytes = std::uint64_t{1}
                         << 30;  // of experts in RAM, at least: more than caches hold
   double seconds = 1.0;         // for each of the three measurements; over 0
-};
-
-/// Bytes of experts per second.
-struct WireRates {
-  double copies = 0.0;  // from staging memory to the device, as DeviceExperts copies them
-  double host = 0.0;    // the processor computes one token with them, in staging memory
-  // Both at once:
-  double copies_beside = 0.0;
-  double host_beside = 0.0;
-
-  double together() const noexcept { return copies_beside + host_beside; }
 };
 
 /// `device` is the GPU's, `host` the processor's. Takes memory for options.bytes of experts in the

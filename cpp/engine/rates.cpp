@@ -5,16 +5,16 @@
 #include <cstring>
 #include <deque>
 #include <exception>
-#include <functional>
 #include <memory>
 #include <random>
 #include <utility>
 #include <vector>
 
 #include "base/log.h"
+#include "engine/wires.h"
 #include "memory/arena.h"
 #include "memory/slot_pool.h"
-#include "ops/scratch.h"
+#include "residency/plan.h"
 
 namespace dsfp4::engine {
 namespace {
@@ -107,160 +107,55 @@ class RandomReads {
   std::deque<Read> reads_;  // in the order of their submission
 };
 
-/// Experts that lie in RAM, and the processor's steps with them: a token's for a layer at a time.
-class HostSteps {
+/// Waits at the end for what a device still does.
+class Settled {
  public:
-  HostSteps(const Wires& wires, std::span<const Filled> experts)
-      : ops_(wires.host),
-        experts_(experts),
-        top_k_(std::min(static_cast<std::size_t>(wires.top_k), experts.size())),
-        arena_(ops::scratch_bytes(wires.hidden_size) +
-                   ops::scratch_bytes(wires.top_k * wires.moe_intermediate_size) +
-                   ops::scratch_bytes(wires.top_k * wires.hidden_size),
-               "the steps that are timed", ops_.device().memory()),
-        x_(ops::scratch_matrix(arena_, 1, wires.hidden_size)),
-        hidden_(ops::scratch_matrix(arena_, wires.top_k, wires.moe_intermediate_size)),
-        out_(ops::scratch_matrix(arena_, wires.top_k, wires.hidden_size)),
-        views_(top_k_),
-        pairs_(top_k_) {
-    float* const x = memory::on_host(ops_.device().memory(), x_.data);
-    for (std::int64_t i = 0; i < x_.cols; ++i) x[i] = static_cast<float>(i % 7 - 3) * 0.1f;
-    for (std::size_t i = 0; i < top_k_; ++i) pairs_[i] = static_cast<std::int32_t>(i);
-  }
-
-  /// Returns the bytes of the experts.
-  std::uint64_t step() {
-    std::uint64_t bytes = 0;
-    std::vector<ops::ExpertTask> tasks(top_k_);
-    for (std::size_t i = 0; i < top_k_; ++i) {
-      const Filled& expert = experts_[next_++ % experts_.size()];
-      views_[i] = expert.image->view_in(expert.slot);
-      tasks[i] = {&views_[i], std::span(pairs_).subspan(i, 1)};
-      bytes += expert.image->files.bytes();
-    }
-    ops_.experts(tasks, out_.rows, x_, hidden_, out_, ops::Phase::kDecode);
-    return bytes;
-  }
-
- private:
-  ops::Ops& ops_;
-  std::span<const Filled> experts_;
-  std::size_t top_k_;
-  memory::Arena arena_;
-  ops::Matrix x_, hidden_, out_;
-  std::vector<ops::ExpertView> views_;
-  std::vector<std::int32_t> pairs_;
-  std::size_t next_ = 0;
-};
-
-/// Copies in one queue, some of them queued ahead.
-class Copies {
- public:
-  using Copy = std::function<void(std::uint64_t number)>;
-  Copies(ops::Device& device, ops::Queue queue, Copy copy)
-      : device_(device), queue_(queue), copy_(std::move(copy)) {
-    for (ops::Event& event : made_) event = device.make_event();
-  }
-  /// Waits for those under way.
-  ~Copies() {
+  explicit Settled(ops::Device& device) : device_(device) {}
+  ~Settled() {
     try {
       device_.synchronize();
-    } catch (const std::exception& error) {  // it copies nothing any more
+    } catch (const std::exception& error) {  // it does nothing any more
       log(LogLevel::kInfo, error.what());
     }
   }
-  Copies(const Copies&) = delete;
-  Copies& operator=(const Copies&) = delete;
-
-  void queue_ahead() {
-    for (; queued_ - done_ < kAhead; ++queued_) {
-      copy_(queued_);
-      device_.record(queue_, made_[queued_ % kAhead]);
-    }
-  }
-  void count() {
-    while (done_ < queued_ && device_.passed(made_[done_ % kAhead])) ++done_;
-  }
-  void wait_for_one() { device_.wait_for(made_[done_++ % kAhead]); }
-  std::uint64_t done() const { return done_; }
+  Settled(const Settled&) = delete;
+  Settled& operator=(const Settled&) = delete;
 
  private:
-  /// So many are not made before a step of the processor's ends.
-  static constexpr std::size_t kAhead = 32;
-
   ops::Device& device_;
-  ops::Queue queue_;
-  Copy copy_;
-  std::array<ops::Event, kAhead> made_;
-  std::uint64_t queued_ = 0;
-  std::uint64_t done_ = 0;
 };
 
-/// What the wires beyond the SSD are measured with.
-struct Room {
-  const Wires& wires;
-  const Poll& poll;
-  std::chrono::milliseconds time;
-  SlotPool& pool;
-  std::uint64_t block;  // bytes of a copy
-};
-
-// The queue is empty as the clock starts, so what is counted began and ended meanwhile.
-double copy_rate(const Room& room, ops::Queue queue, const Copies::Copy& copy) {
-  Copies(*room.wires.gpu, queue, copy).queue_ahead();  // the first ones pay for what is new
-  Copies copies(*room.wires.gpu, queue, copy);
-  const auto start = Clock::now();
-  do {
-    ask(room.poll);
-    copies.queue_ahead();
-    copies.wait_for_one();
-  } while (Clock::now() - start < room.time);
-  return rate_of(copies.done() * room.block, seconds_since(start));
-}
-
-// The rate of the processor, beside `copies` if there are any; then at least one is made meanwhile.
-double host_rate(const Room& room, HostSteps& steps, Copies* copies) {
-  std::uint64_t bytes = 0;
-  const auto start = Clock::now();
-  do {
-    ask(room.poll);
-    if (copies != nullptr) copies->queue_ahead();
-    bytes += steps.step();
-    if (copies != nullptr) copies->count();
-  } while (Clock::now() - start < room.time || (copies != nullptr && copies->done() == 0));
-  return rate_of(bytes, seconds_since(start));
-}
-
-void measure_copies(const Room& room, HostSteps& steps, Rates& rates) {
-  ops::Device& gpu = *room.wires.gpu;
-  const auto count = std::min<std::size_t>(room.wires.device_slots, 4);
-  memory::Arena arena(count * memory::Arena::padded(room.block), "the copies that are timed",
-                      gpu.memory());
-  std::vector<DevicePtr<std::byte>> there(count);
-  for (DevicePtr<std::byte>& slot : there) slot = arena.take(room.block);
-  const auto slot = [&](std::uint64_t number) {
-    return room.pool.data(static_cast<int>(number % room.pool.count()));
+// Of copies from VRAM to `pool`, whose experts they overwrite.
+double copy_out_rate(ops::Device& gpu, SlotPool& pool, std::size_t bytes,
+                     std::chrono::milliseconds time, const Poll& poll) {
+  memory::Arena arena(memory::Arena::padded(bytes), "the copies that are timed", gpu.memory());
+  const DevicePtr<std::byte> from = arena.take(bytes);
+  const std::array made = {gpu.make_event(), gpu.make_event()};
+  const Settled settled(gpu);
+  std::uint64_t queued = 0;
+  const auto queue = [&] {
+    gpu.copy_out(ops::Queue::kDownload, from, pool.data(static_cast<int>(queued % pool.count())),
+                 bytes);
+    gpu.record(ops::Queue::kDownload, made[queued++ % made.size()]);
   };
-  const auto in = [&](std::uint64_t number) {
-    gpu.copy_in(ops::Queue::kUpload, slot(number), there[number % count], room.block);
-  };
-  rates.copy_in = copy_rate(room, ops::Queue::kUpload, in);
-  {
-    Copies copies(gpu, ops::Queue::kUpload, in);
-    const auto start = Clock::now();
-    rates.both_host_experts = host_rate(room, steps, &copies);
-    rates.both_copy_in = rate_of(copies.done() * room.block, seconds_since(start));
-  }
-  // Overwrites experts, so it comes last.
-  rates.copy_out = copy_rate(room, ops::Queue::kDownload, [&](std::uint64_t number) {
-    gpu.copy_out(ops::Queue::kDownload, there[number % count], slot(number), room.block);
-  });
+  queue();
+  gpu.wait_for(made[0]);  // the first one pays for what is new
+  const auto start = Clock::now();
+  std::uint64_t done = 0;
+  queue();
+  do {
+    ask(poll);
+    queue();
+    gpu.wait_for(made[queued % made.size()]);  // the one before it
+    ++done;
+  } while (Clock::now() - start < time);
+  return rate_of(done * bytes, seconds_since(start));
 }
 
 }  // namespace
 
 bool are_measurable(const Wires& wires, const RateLimits& limits) {
-  return !wires.images.empty() && wires.slots >= 2 &&
+  return !wires.images.empty() && wires.slots >= 4 &&
          wires.slots * wires.slot_bytes >= limits.least_bytes;
 }
 
@@ -277,20 +172,27 @@ void measure_rates(const Wires& wires, const RateLimits& limits, const Poll& pol
   ops::Device& device = wires.gpu != nullptr ? *wires.gpu : wires.host.device();
   SlotPool pool(std::min(slots_of(limits.most_bytes), wires.slots - reading), wires.slot_bytes,
                 "the experts that are timed", device.staging());
-  std::vector<Filled> experts(pool.count());
+  std::vector<StagedExpert> experts(pool.count());
   for (std::size_t i = 0; i < experts.size(); ++i) {
     ask(poll);
     const Filled& from = read[i % read.size()];
     std::byte* const slot = pool.data(static_cast<int>(i));
     std::memcpy(slot, from.slot, wires.slot_bytes);
-    experts[i] = {slot, from.image};
+    experts[i] = {from.image->view_in(slot), from.image->files.bytes()};
   }
-  const Room room{wires, poll, limits.time, pool,
-                  std::min(wires.slot_bytes, wires.device_slot_bytes)};
-  HostSteps steps(wires, experts);
-  steps.step();  // the first one pays for what is new
-  rates.host_experts = host_rate(room, steps, nullptr);
-  if (wires.gpu != nullptr) measure_copies(room, steps, rates);
+  const WireShape shape{std::min(wires.top_k, static_cast<std::int64_t>(experts.size() / 2)),
+                        wires.hidden_size, wires.moe_intermediate_size};
+  const double seconds = std::chrono::duration<double>(limits.time).count();
+  rates.host_experts = host_rate(wires.host, experts, shape, seconds, poll);
+  if (wires.gpu == nullptr) return;
+  const WireRates measured = wire_rates(*wires.gpu, wires.host, experts, wires.device_slot_bytes,
+                                        std::min(wires.device_slots, residency::kDeviceRing), shape,
+                                        rates.host_experts, seconds, poll);
+  rates.copy_in = measured.copies;
+  rates.both_host_experts = measured.host_beside;
+  rates.both_copy_in = measured.copies_beside;
+  rates.copy_out = copy_out_rate(
+      *wires.gpu, pool, std::min(wires.slot_bytes, wires.device_slot_bytes), limits.time, poll);
 }
 
 }  // namespace dsfp4::engine
