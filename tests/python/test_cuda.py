@@ -1,5 +1,6 @@
 """Device "cuda": what it says where there is no GPU, and the golden vectors where there is one."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -241,17 +242,23 @@ def test_memory_that_cannot_be_pinned_makes_no_difference_but_in_speed() -> None
     assert len([text for text in warnings if "refused to pin" in text]) == 1
 
 
-# Settings of the tiers: bytes of RAM for cached experts, experts that stay in VRAM.
-TIERS = [(0.0, 0), (0.0, 7), (0.0005, 0), (0.0005, 20), (0.001, 3), (0.002, 50), (1.0, 0), (1.0, 9)]
+# Settings of the tiers: GB of RAM for cached experts, experts that stay in VRAM.
+CACHES = (0.0, 0.0005, 0.001, 0.002, 1.0)
+IN_VRAM = (0, 7, 20, 50)
 
 
 @with_gpu
 def test_no_placement_changes_a_bit_where_the_gpu_computes_everything() -> None:
     ids = np.arange(40) * 37 % 1000
     right: tuple[Any, ...] | None = None
-    for cache, experts in TIERS:
+    for setting, (cache, experts) in enumerate(itertools.product(CACHES, IN_VRAM)):
         model = dsfp4.Model(
-            "demo", device="cuda", cpu_cache_size=cache, max_experts=experts, cpu_share=0.0
+            "demo",
+            device="cuda",
+            cpu_cache_size=cache,
+            max_experts=experts,
+            prefetch_layers=setting % 3,
+            cpu_share=0.0,
         )
         for _ in range(2):
             assert model.stats()["tiered"]
@@ -262,6 +269,11 @@ def test_no_placement_changes_a_bit_where_the_gpu_computes_everything() -> None:
             )
             assert right is None or says == right
             right = says
+        experts_now = (experts + 13) % 60  # what is in VRAM stays or goes back to RAM
+        model.set_memory_strategy({"max_experts": experts_now})
+        assert (
+            model.generate(ids[:5], max_tokens=30, temperature=0.0, stop_ids=[]).tokens == says[2]
+        )
 
 
 @with_gpu
