@@ -45,9 +45,9 @@ class Memory(TypedDict, total=False):
     prefetch_size: float | None
     max_experts: int | None
     gpu_reserved: float | None
-    prefetch_layers: int | None
+    prefetch_layers: int | Literal["auto"] | None
     expert_threshold: float
-    cpu_share: float | None
+    cpu_share: float | Literal["auto"] | None
     cache_policy: str
     warm_start: bool | str | os.PathLike[str]
     reader: str
@@ -66,9 +66,9 @@ class DeepseekInference:
     free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
     `progress` is called with the bytes loaded and the bytes in all. For a model that does not fit,
     `cpu_cache_size`, `prefetch_size` and `gpu_reserved` in GB, `max_experts`, `prefetch_layers`,
-    `expert_threshold`, `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of
-    Model, and so is `trace`. Raises the errors of `dsfp4.errors`. May be used by several threads:
-    generations run one after the other. Is a context manager.
+    `expert_threshold`, `cpu_share`, `cache_policy`, `warm_start`, `reader` and `direct_reads` are
+    those of Model, and so is `trace`. Raises the errors of `dsfp4.errors`. May be used by several
+    threads: generations run one after the other. Is a context manager.
 
     generate() and chat() take these options:
 
@@ -136,7 +136,7 @@ class DeepseekInference:
     def set_memory_config(
         self,
         *,
-        prefetch_layers: int | None = None,
+        prefetch_layers: int | Literal["auto"] | None = None,
         expert_threshold: float | None = None,
         cpu_share: float | Literal["auto"] | None = None,
     ) -> None:

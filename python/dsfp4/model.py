@@ -66,15 +66,14 @@ class Model:
     `max_experts` is how many experts may stay in VRAM (0: none) and `gpu_reserved` the GB of VRAM,
     within `memory_limit`, that are left to others; None is planned from what is available, and no
     `gpu_reserved`. `prefetch_layers`, `expert_threshold` and `cpu_share` are as in
-    `set_memory_config()`; `prefetch_layers` None is 1 for a prompt, whose tokens need most experts
-    between them, and while the cache has room, else 0. `cache_policy` is "default", "lru", "lfu",
-    "lrfu" or "router". `warm_start` remembers how experts were used in a small file, so that the
-    next load caches them at once, and in another one the machine's rates, which the first load of
-    such a model measures in some seconds: False turns both off, a path is the folder to use, True
-    is `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`). `reader` is "auto", "io_uring" or "pread";
-    `direct_reads` False goes through the page cache. `trace` is a file for a timeline that Perfetto
-    (ui.perfetto.dev) opens: steps, waits, and what SSD, PCIe, CPU and GPU do; it is whole once the
-    model is gone.
+    `set_memory_config()`, where "auto" says what None means here.
+    `cache_policy` is "default", "lru", "lfu", "lrfu" or "router". `warm_start` remembers how
+    experts were used in a small file, so that the next load caches them at once, and in another one
+    the machine's rates, which the first load of such a model measures in some seconds: False turns
+    both off, a path is the folder to use, True is `$XDG_CACHE_HOME/dsfp4` (`~/.cache/dsfp4`).
+    `reader` is "auto", "io_uring" or "pread"; `direct_reads` False goes through the page cache.
+    `trace` is a file for a timeline that Perfetto (ui.perfetto.dev) opens: steps, waits, and what
+    SSD, PCIe, CPU and GPU do; it is whole once the model is gone.
     Raises the errors of `dsfp4.errors`.
     """
 
@@ -91,9 +90,9 @@ class Model:
         prefetch_size: float | None = None,
         max_experts: int | None = None,
         gpu_reserved: float | None = None,
-        prefetch_layers: int | None = None,
+        prefetch_layers: int | Literal["auto"] | None = None,
         expert_threshold: float = 0.0,
-        cpu_share: float | None = None,
+        cpu_share: float | Literal["auto"] | None = None,
         cache_policy: str = "default",
         warm_start: bool | str | os.PathLike[str] = True,
         reader: str = "auto",
@@ -122,7 +121,7 @@ class Model:
             "gpu_reserved": check_optional("gpu_reserved", gpu_reserved),
             "prefetch_layers": check_layers(prefetch_layers),
             "expert_threshold": check_real("expert_threshold", expert_threshold),
-            "cpu_share": check_optional("cpu_share", cpu_share),
+            "cpu_share": check_share(cpu_share),
             "cache_policy": check_text("cache_policy", cache_policy),
             "warm_start_folder": warm_start_folder(warm_start),
             "reader": check_text("reader", reader),
@@ -169,16 +168,17 @@ class Model:
     def set_memory_config(
         self,
         *,
-        prefetch_layers: int | None = None,
+        prefetch_layers: int | Literal["auto"] | None = None,
         expert_threshold: float | None = None,
         cpu_share: float | Literal["auto"] | None = None,
     ) -> None:
         """Change how experts are read from the SSD, from the next call on; None changes nothing.
 
         `prefetch_layers`, 0 (off) to 16: so many layers ahead, experts are predicted and read while
-        the SSD is idle. `expert_threshold`, 0 (exact) to 1: an expert that would have to be read
-        and has less than this share of its token's routing weight is left out and the rest scaled
-        up; `stats()` counts them. `cpu_share`, 0 to 1: of a token's experts that lie in RAM beside
+        the SSD is idle; "auto", as at first: 1 for a prompt, whose tokens need most experts between
+        them, and while the cache has room, else 0. `expert_threshold`, 0 (exact) to 1: an expert
+        that would have to be read and has less than this share of its token's routing weight is
+        left out and the rest scaled up; `stats()` counts them. `cpu_share`, 0 to 1: of a token's experts that lie in RAM beside
         a GPU, the processor computes this share and the GPU, after a copy, the others; "auto", as
         at first: so many that both end together. Raises ParameterError.
         """
@@ -188,8 +188,7 @@ class Model:
         if expert_threshold is not None:
             wanted["expert_threshold"] = check_real("expert_threshold", expert_threshold)
         if cpu_share is not None:
-            is_auto = cpu_share == "auto"
-            wanted["cpu_share"] = None if is_auto else check_real("cpu_share", cpu_share)
+            wanted["cpu_share"] = check_share(cpu_share)
         self._core.set_memory_config(**wanted)
         self._memory_config = wanted
 
@@ -355,9 +354,16 @@ class Model:
         )
 
 
-def check_layers(prefetch_layers: int | None) -> int | None:
-    """Return a whole number, or None."""
-    return None if prefetch_layers is None else check_integer("prefetch_layers", prefetch_layers)
+def check_layers(prefetch_layers: int | Literal["auto"] | None) -> int | None:
+    """Return a whole number; None for "auto" and None."""
+    if prefetch_layers is None or prefetch_layers == "auto":
+        return None
+    return check_integer("prefetch_layers", prefetch_layers)
+
+
+def check_share(cpu_share: float | Literal["auto"] | None) -> float | None:
+    """Return a float; None for "auto" and None."""
+    return check_optional("cpu_share", None if cpu_share == "auto" else cpu_share)
 
 
 def check_optional(name: str, value: float | None) -> float | None:

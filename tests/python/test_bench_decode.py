@@ -208,19 +208,21 @@ def test_the_dense_part_is_timed_token_by_token(folder: Path) -> None:
         dsfp4.Model(folder, **options).dense_seconds([3])
 
 
-def test_cpu_share_goes_back_to_auto(folder: Path) -> None:
-    model = dsfp4.Model(folder, cpu_cache_size=0, threads=1, max_context=64, warm_start=False)
+def test_settings_go_back_to_auto(folder: Path) -> None:
+    options = {"cpu_cache_size": 0, "threads": 1, "max_context": 64, "warm_start": False}
+    dsfp4.Model(folder, cpu_share="auto", prefetch_layers="auto", **options)
+    model = dsfp4.Model(folder, **options)
     seen = []
     core = model._core
 
     class Watched:
         def set_memory_config(self, **wanted: Any) -> None:
-            seen.append(wanted["cpu_share"])
+            seen.append((wanted["cpu_share"], wanted["prefetch_layers"]))
             core.set_memory_config(**wanted)
 
     model._core = Watched()  # type: ignore[assignment]
-    for share in (0.5, None, "auto", None, 1):
-        model.set_memory_config(cpu_share=share)  # type: ignore[arg-type]
-    assert seen == [0.5, 0.5, None, None, 1.0]
+    for share, layers in ((0.5, 2), (None, None), ("auto", "auto"), (None, None), (1, 0)):
+        model.set_memory_config(cpu_share=share, prefetch_layers=layers)  # type: ignore[arg-type]
+    assert seen == [(0.5, 2), (0.5, 2), (None, None), (None, None), (1.0, 0)]
     with pytest.raises(ParameterError, match="cpu_share"):
         model.set_memory_config(cpu_share="half")  # type: ignore[arg-type]

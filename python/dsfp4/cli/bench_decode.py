@@ -15,7 +15,7 @@ import numpy as np
 
 from dsfp4 import _core
 from dsfp4.cli import decode_floor, decode_report
-from dsfp4.cli.options import integer, real
+from dsfp4.cli.options import integer, real, share
 from dsfp4.demo import resolve_model
 from dsfp4.model import Model
 
@@ -90,18 +90,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--trace", metavar="FILE", help="a timeline for ui.perfetto.dev")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser.set_defaults(execute=execute)
-
-
-def share(text: str) -> float | None:
-    """Parse a --cpu-share, auto is None: an argparse type."""
-    if text == "auto":
-        return None
-    try:
-        return real(0, 1)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is neither a number from 0 to 1 nor auto"
-        ) from None
 
 
 def execute(arguments: argparse.Namespace) -> None:

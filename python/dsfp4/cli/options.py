@@ -39,6 +39,18 @@ def real(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def share(text: str) -> float | None:
+    """Parse a --cpu-share, auto is None: an argparse type."""
+    if text == "auto":
+        return None
+    try:
+        return real(0, 1)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is neither a number from 0 to 1 nor auto"
+        ) from None
+
+
 _MOST = 2**31 - 1
 _SWITCH = {"on": True, "off": False, "auto": None}
 
@@ -152,10 +164,10 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cpu-share",
-        type=real(0, 1),
+        type=share,
         metavar="SHARE",
-        help="of a token's experts in RAM beside a GPU, the processor computes so many; by default "
-        "so that both end together",
+        help="of a token's experts in RAM beside a GPU, the processor computes so many, 0 to 1; "
+        "auto, the default: so that both end together",
     )
     group.add_argument(
         "--no-warm-start",
