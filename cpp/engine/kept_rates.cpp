@@ -202,11 +202,13 @@ Rates known_rates(const Running& running, const LoadedWeights& loaded, const res
       options.warm_start_folder,
       machine_line(threads, gpu_name(running, options), loaded.check->catalogue().files().front(),
                    std::string(wires.reader.name()) +
-                       (options.direct_reads ? "" : ", through the page cache")));
+                       (options.direct_reads ? "" : ", through the page cache") + ", experts of " +
+                       std::to_string(wires.images.empty() ? 0 : wires.images[0].files.bytes()) +
+                       " bytes"));
   std::optional<Rates> rates = kept.load();
   if (!rates && are_measurable(wires, limits)) {
     rates = measured(wires, limits, poll);
-    // What comes last is known if all is.
+    // The last one is known if all are.
     const bool whole = rates->host_experts > 0.0 && (!wires.gpu || rates->copy_out > 0.0);
     if (whole && options.ssd_rate == 0) keep(*rates, kept);
   }

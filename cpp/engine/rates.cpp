@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/log.h"
+#include "base/seconds.h"
 #include "engine/wires.h"
 #include "memory/arena.h"
 #include "memory/slot_pool.h"
@@ -22,10 +23,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using memory::SlotPool;
 using residency::ExpertImage;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 double rate_of(std::uint64_t bytes, double seconds) {
   return static_cast<double>(bytes) / std::max(seconds, 1e-9);

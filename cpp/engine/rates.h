@@ -26,7 +26,7 @@ struct RateLimits {
   std::uint64_t in_flight_bytes = std::uint64_t{64} << 20;
 };
 
-/// What the wires are between, and the room that the plan has for experts on either side.
+/// The ends of the wires, and the room that the plan has for experts on either side.
 struct Wires {
   ops::Ops& host;              // the processor's
   ops::Device* gpu = nullptr;  // null: there is none
@@ -41,7 +41,7 @@ struct Wires {
   std::int64_t moe_intermediate_size = 0;
 };
 
-/// Whether there is enough to measure with.
+/// True where there is enough to measure with.
 bool are_measurable(const Wires& wires, const RateLimits& limits);
 
 /// Fills in `rates` within some seconds; wires must be measurable. Of a disk that takes longer for

@@ -186,40 +186,45 @@ void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
   const auto apply = [&](const residency::Plan& next) {
     if (device_experts_ == nullptr) {
       store_->resize(next.slots, next.cache_slots, poll);
-      return;
-    }
-    const auto in_ram = [&](std::size_t slots, std::size_t cache_slots) {
-      store_->resize(slots, cache_slots, poll);
-    };
-    const auto in_vram = [&](std::size_t slots, std::size_t cache_slots) {
-      if (slots == device_experts_->slots() && cache_slots == device_experts_->cache_slots())
-        return;
-      device_tier_->resize(slots, cache_slots);
-    };
-    const std::size_t slots = store_->options().slots;
-    const std::size_t cache_slots = store_->options().cache_slots;
-    const std::size_t device_slots = device_experts_->slots();
-    const std::size_t device_cache_slots = device_experts_->cache_slots();
-    // What goes from VRAM is to find its place in RAM, so that has its new size then.
-    if (next.device_slots < device_slots) {
-      in_ram(next.slots, next.cache_slots);
-      try {
-        in_vram(next.device_slots, next.device_cache_slots);
-      } catch (...) {
-        in_ram(slots, cache_slots);
-        throw;
-      }
     } else {
-      in_vram(next.device_slots, next.device_cache_slots);
-      try {
-        in_ram(next.slots, next.cache_slots);
-      } catch (...) {
-        in_vram(device_slots, device_cache_slots);
-        throw;
-      }
+      resize_both(next, poll);
     }
   };
   planned_.change(strategy, apply, vram);
+}
+
+// Slots in RAM and VRAM, or neither: the first is taken back, without asking, if the second fails.
+void Tiers::resize_both(const residency::Plan& next, const Poll& poll) {
+  struct Counts {
+    std::size_t slots, cache_slots;
+    bool operator==(const Counts&) const = default;
+  };
+  const auto in_ram = [&](const Counts& to, const Poll& asking) {
+    store_->resize(to.slots, to.cache_slots, asking);
+  };
+  const auto in_vram = [&](const Counts& to, const Poll& asking) {
+    if (to == Counts{device_experts_->slots(), device_experts_->cache_slots()}) return;
+    device_tier_->resize(to.slots, to.cache_slots, asking);
+  };
+  const auto in_turn = [&](const auto& first, const Counts& then, const Counts& before,
+                           const auto& second, const Counts& to) {
+    first(then, poll);
+    try {
+      second(to, poll);
+    } catch (...) {
+      first(before, Poll());
+      throw;
+    }
+  };
+  const Counts ram{next.slots, next.cache_slots};
+  const Counts vram{next.device_slots, next.device_cache_slots};
+  const Counts ram_before{store_->options().slots, store_->options().cache_slots};
+  const Counts vram_before{device_experts_->slots(), device_experts_->cache_slots()};
+  if (vram.slots < vram_before.slots) {  // what has to go finds its place in RAM as it will be
+    in_turn(in_ram, ram, ram_before, in_vram, vram);
+  } else {
+    in_turn(in_vram, vram, vram_before, in_ram, ram);
+  }
 }
 
 ModelStats Tiers::stats() const {
@@ -269,6 +274,7 @@ ModelStats Tiers::stats() const {
   stats.uploaded_bytes = device.brought_bytes;
   stats.device_evictions = device.evictions;
   stats.device_returns = device.sent_back;
+  stats.uploads_ahead = device_tier_->stats().copied_ahead;
   stats.cpu_bytes = device_tier_->stats().host_bytes;
   stats.cpu_seconds = device_tier_->stats().host_seconds;
   return stats;

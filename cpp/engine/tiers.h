@@ -62,6 +62,7 @@ class Tiers {
  private:
   void make_store(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec,
                   const residency::Plan& plan, const Traces& traces);
+  void resize_both(const residency::Plan& next, const Poll& poll);
   void warm_start(const std::string& folder);
   void save_warm_start(bool last) noexcept;
 

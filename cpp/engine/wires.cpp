@@ -6,6 +6,7 @@
 #include <deque>
 #include <vector>
 
+#include "base/seconds.h"
 #include "memory/arena.h"
 #include "ops/scratch.h"
 #include "residency/device_experts.h"
@@ -16,10 +17,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using residency::ExpertKey;
 using Experts = std::span<const StagedExpert>;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 // Copies to the device, some of them under way, as the engine makes them.
 class Copies {

@@ -1,4 +1,4 @@
-// Where big memory comes from: ordinary RAM here, pinned RAM in pinned_memory.h; a device's memory
+// Sources of big memory: ordinary RAM here, pinned RAM in pinned_memory.h; a device's memory
 // is implemented by ops/ behind the same interface.
 #pragma once
 

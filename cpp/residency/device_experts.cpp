@@ -18,7 +18,7 @@ auto matrices(Expert& expert) {
   return std::array{&expert.gate_proj, &expert.up_proj, &expert.down_proj};
 }
 
-// Where a matrix lies in a slot.
+// A matrix's place in a slot.
 struct Place {
   std::size_t data = 0;
   std::size_t data_bytes = 0;
@@ -82,6 +82,8 @@ DeviceExperts::~DeviceExperts() { settle(); }
 const ops::ExpertView* DeviceExperts::find(ExpertKey key) {
   const int number = slot_of_.at(key);
   if (number < 0) return nullptr;
+  const std::uint64_t copies = copies_to_ask_for(key);
+  if (copies > made_) device_.wait(ops::Queue::kCompute, copy_event(copies));
   ++slot(number).pins;
   ++stats_.hits;
   return &slot(number).view;
@@ -94,6 +96,17 @@ bool DeviceExperts::is_cached(ExpertKey key) const {
 
 const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpertView& from,
                                             bool keep) {
+  return take_in(key, from, keep, true);
+}
+
+bool DeviceExperts::bring_for_later(ExpertKey key, const ops::HostExpertView& from, bool keep) {
+  return take_in(key, from, keep, false) != nullptr;
+}
+
+// Ops that are queued from now on wait for the copies if it is needed `now`.
+const ops::ExpertView* DeviceExperts::take_in(ExpertKey key, const ops::HostExpertView& from,
+                                              bool keep, bool now) {
+  decided_.reset();
   if (has(key)) {
     throw std::logic_error("expert " + std::to_string(key) + " is brought, but is there");
   }
@@ -115,6 +128,7 @@ const ops::ExpertView* DeviceExperts::bring(ExpertKey key, const ops::HostExpert
   Slot& taken = slot(number);
   try {
     queue_copies(key, taken, from);
+    if (now) device_.wait(ops::Queue::kCompute, copy_event(copies_));
   } catch (...) {
     settle();
     make_free(number);
@@ -209,7 +223,6 @@ void DeviceExperts::queue_copies(ExpertKey key, Slot& slot, const ops::HostExper
   const ops::Event& made = copy_event(copies_ + 1);
   device_.record(ops::Queue::kUpload, made);
   ++copies_;
-  device_.wait(ops::Queue::kCompute, made);
 }
 
 // ---- back to RAM
@@ -227,13 +240,13 @@ void DeviceExperts::send_back(ExpertKey key, const ExpertBytes& to) {
   const std::size_t event = left_++ % kMostLeaving;
   Slot& left = slot(number);
   const auto places = places_of(left.view);
+  leaving_.push_back({number, key, event});
   ++stats_.evictions;
   ++stats_.sent_back;
   slot_of_[key] = -1;
   left.key = kNoKey;
   left.cached = false;
   --cached_;
-  leaving_.push_back({number, key, event});
   try {
     for (std::size_t i = 0; i < places.size(); ++i) {
       const auto copy = [&](std::size_t offset, std::byte* there, std::size_t bytes) {

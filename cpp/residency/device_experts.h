@@ -45,7 +45,7 @@ struct DeviceStats {
 /// that are too large are std::out_of_range.
 class DeviceExperts {
  public:
-  /// What experts are worth keeping, one value for each key; only the order means something.
+  /// Tells what experts are worth keeping, one value for each key; only the order means something.
   using Worth = std::function<void(std::span<const ExpertKey> keys, std::span<float> worth)>;
   /// `slots` >= 1 of `slot_bytes` bytes, of which at most `cache_slots` < slots hold experts that
   /// stay when nobody uses them. Keys are below `experts`. The device must outlive this, and so
@@ -63,12 +63,13 @@ class DeviceExperts {
   static std::size_t slot_bytes(const ops::ExpertView& shape);
 
   /// The expert if it is there, pinned until release() has been called as often as find() and
-  /// bring() gave it; null if not. The view stays until then; so does what it shows, and longer,
-  /// for ops that were queued before.
+  /// bring() gave it; null if not. Ops that are queued from now on wait for its copies, if they are
+  /// not known to be made. Throws CudaError; then it is not pinned. The view stays until then; so
+  /// does what it shows, and longer, for ops that were queued before.
   const ops::ExpertView* find(ExpertKey key);
   /// Whether find() would find it.
   bool has(ExpertKey key) const { return slot_of_.at(key) >= 0; }
-  /// Whether it is there to stay.
+  /// True where it is there to stay.
   bool is_cached(ExpertKey key) const;
   /// Brings an expert that is not there, pinned until release(): queues its copies from `from`, in
   /// the device's staging memory, and makes all ops that are queued from now on wait for them; so
@@ -78,6 +79,9 @@ class DeviceExperts {
   /// is there or larger than a slot, and CudaError; then it is not there, and none of its copies is
   /// under way.
   const ops::ExpertView* bring(ExpertKey key, const ops::HostExpertView& from, bool keep);
+  /// The same for one that is not needed yet: no op waits for its copies before find() gives it.
+  /// False where bring() is null. Pinned as by bring().
+  bool bring_for_later(ExpertKey key, const ops::HostExpertView& from, bool keep);
   /// Whether the last bring() of this expert has made its copies: until then `from` must stay, also
   /// where the expert was released or given up. Both throw CudaError.
   bool copied(ExpertKey key);
@@ -92,18 +96,21 @@ class DeviceExperts {
   /// Until then victim() and bring() go by what cached experts were worth before, and do not see
   /// those that came since.
   void revalue() noexcept { is_ranked_ = false; }
-  /// Whether a cached expert may be sent back: nobody has it pinned, its own copies are known to be
-  /// made, and fewer than kMostLeaving are on their way. Throws CudaError.
+  /// True where a cached expert may be sent back: nobody has it pinned, its own copies are known to
+  /// be made, and fewer than kMostLeaving are on their way. Throws CudaError.
   bool can_send_back(ExpertKey key);
-  /// Gives it up and queues its copies to `to`, in the device's staging memory. Throws CudaError;
-  /// then it is given up all the same, and `to` is written no more.
+  /// Gives it up and queues its copies to `to`, in the device's staging memory. Throws
+  /// std::logic_error where it may not be, and CudaError; then it is given up all the same, and
+  /// `to` is written no more.
   void send_back(ExpertKey key, const ExpertBytes& to);
   /// The first of the experts sent back that has not been named yet, if its copies have been made.
   /// Throws CudaError.
   std::optional<ExpertKey> sent_back();
+  /// How many sent_back() has still to name.
+  std::size_t leaving() const noexcept { return leaving_.size(); }
   /// Waits until sent_back() names one, if there is any. Throws CudaError.
   void wait_sent_back();
-  /// After an error of the device: the same without asking it; those copies may not be whole.
+  /// The same without asking the device, after an error of it: those copies may not be whole.
   std::optional<ExpertKey> drop_leaving() noexcept;
   /// After an error of the device: gives up the experts for which copied() has not said yes yet,
   /// those that are pinned when they are released.
@@ -118,9 +125,10 @@ class DeviceExperts {
   /// that lie beside free slots. std::logic_error where something is pinned or on its way back.
   /// Waits for the device. Throws ParameterError, CudaError and MemoryLimitError; then there are as
   /// many slots as before, which may hold less. If they are not to be had again either, there are
-  /// fewer, and bring() throws MemoryLimitError while there are none.
+  /// fewer, of which one at least caches nothing, and bring() throws MemoryLimitError while there
+  /// are none.
   void resize(std::size_t slots, std::size_t cache_slots);
-  /// The cached experts that resize() would give up now, those worth most first.
+  /// The cached experts that resize() will give up unless others come, those worth most first.
   std::vector<ExpertKey> going(std::size_t slots, std::size_t cache_slots);
   const DeviceStats& stats() const noexcept { return stats_; }
   /// Every slot is free, cached or pinned, and counted as that: for tests.
@@ -148,7 +156,8 @@ class DeviceExperts {
     std::size_t slots = 0;
   };
   struct Staying {
-    std::vector<bool> blocks, slots;  // by number
+    std::pair<std::size_t, std::size_t> counts;  // that were asked for
+    std::vector<bool> blocks, slots;             // by number
   };
   struct Leaving {
     int slot = -1;
@@ -161,6 +170,8 @@ class DeviceExperts {
   bool make_cache_room(ExpertKey key);
   float worth(ExpertKey key) const;
   void rank();
+  const ops::ExpertView* take_in(ExpertKey key, const ops::HostExpertView& from, bool keep,
+                                 bool now);
   void queue_copies(ExpertKey key, Slot& slot, const ops::HostExpertView& from);
   std::uint64_t copies_to_ask_for(ExpertKey key) const;
   ops::Event& copy_event(std::uint64_t number) { return copy_events_[number % kCopyEvents]; }
@@ -173,6 +184,7 @@ class DeviceExperts {
   void add_slots(std::size_t count);
   Staying staying(std::size_t slots, std::size_t cache_slots);
   void drop_others(const Staying& staying);
+  void take_back(std::size_t slots);
 
   ops::Device& device_;
   const std::size_t slot_bytes_;
@@ -189,7 +201,8 @@ class DeviceExperts {
   // Cached experts by worth, those worth most in front; some may be gone or pinned by now.
   std::vector<std::pair<float, ExpertKey>> ranked_;
   bool is_ranked_ = false;
-  std::deque<Leaving> leaving_;  // in the order of their copies
+  std::optional<Staying> decided_;  // by going()
+  std::deque<Leaving> leaving_;     // in the order of their copies
   std::vector<ops::Event> leaving_events_;
   std::size_t left_ = 0;  // that were ever sent back: chooses the event
 

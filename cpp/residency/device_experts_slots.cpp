@@ -31,7 +31,7 @@ void DeviceExperts::check_counts(std::size_t slots, std::size_t cache_slots) {
                                           "pass through");
 }
 
-// What does not fit into a number is more than there is.
+// A product that does not fit into a number is more than there is.
 std::size_t DeviceExperts::bytes_of(std::size_t slots) const {
   return checked_mul(slots, slot_bytes_).value_or(std::numeric_limits<std::size_t>::max());
 }
@@ -70,7 +70,9 @@ void DeviceExperts::add_slots(std::size_t count) {
 // holds stays, which is cached then.
 DeviceExperts::Staying DeviceExperts::staying(std::size_t slots, std::size_t cache_slots) {
   rank();
-  Staying staying{std::vector<bool>(blocks_.size(), true), std::vector<bool>(slots_.size())};
+  Staying staying{{slots, cache_slots},
+                  std::vector<bool>(blocks_.size(), true),
+                  std::vector<bool>(slots_.size())};
   for (std::size_t i = 0; i < std::min(cache_slots, ranked_.size()); ++i) {
     staying.slots[static_cast<std::size_t>(slot_of_[ranked_[i].second])] = true;
   }
@@ -96,11 +98,11 @@ DeviceExperts::Staying DeviceExperts::staying(std::size_t slots, std::size_t cac
 }
 
 std::vector<ExpertKey> DeviceExperts::going(std::size_t slots, std::size_t cache_slots) {
-  const Staying staying = this->staying(slots, cache_slots);
+  decided_ = staying(slots, cache_slots);
   std::vector<ExpertKey> keys;
   keys.reserve(ranked_.size());
   for (const auto& [worth, key] : ranked_) {
-    if (!staying.slots[static_cast<std::size_t>(slot_of_[key])]) keys.push_back(key);
+    if (!decided_->slots[static_cast<std::size_t>(slot_of_[key])]) keys.push_back(key);
   }
   return keys;
 }
@@ -118,15 +120,31 @@ void DeviceExperts::resize(std::size_t slots, std::size_t cache_slots) {
   if (bytes_of(slots) > room) {
     throw MemoryLimitError(kPurpose, bytes_of(slots), room, "", source.name());
   }
+  if (!decided_ || decided_->counts != std::pair(slots, cache_slots)) {
+    decided_ = staying(slots, cache_slots);
+  }
   const std::size_t before = slots_.size();
-  drop_others(staying(slots, cache_slots));
+  drop_others(*std::exchange(decided_, std::nullopt));
   try {
     add_slots(slots - slots_.size());
   } catch (...) {
-    add_slots(before - slots_.size());
+    take_back(before);
     throw;
   }
   cache_slots_ = cache_slots;
+}
+
+// As many slots as before, or fewer, of which one is left for experts that pass through.
+void DeviceExperts::take_back(std::size_t slots) {
+  try {
+    add_slots(slots - slots_.size());
+  } catch (...) {
+    cache_slots_ = slots_.empty() ? 0 : std::min(cache_slots_, slots_.size() - 1);
+    for (std::size_t number = slots_.size(); cached_ > cache_slots_;) {
+      if (slots_[--number].cached) make_free(static_cast<int>(number));
+    }
+    throw;
+  }
 }
 
 // The slots are numbered anew.
@@ -143,7 +161,7 @@ void DeviceExperts::drop_others(const Staying& staying) {
     for (; i < end; ++i) {
       if (!staying.blocks[b]) continue;
       Slot& slot = slots.emplace_back(std::move(slots_[i]));
-      slot.cached = staying.slots[i];
+      slot.cached = slot.cached && staying.slots[i];
       if (slot.cached) {
         ++cached_;
         slot_of_[slot.key] = static_cast<int>(slots.size()) - 1;
@@ -155,7 +173,6 @@ void DeviceExperts::drop_others(const Staying& staying) {
   }
   blocks_ = std::move(blocks);
   slots_ = std::move(slots);
-  cache_slots_ = std::min(cache_slots_, slots_.size());
   is_ranked_ = false;
   free_.clear();
   for (std::size_t number = 0; number < slots_.size(); ++number) {

@@ -4,9 +4,11 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 
 #include "base/log.h"
+#include "base/seconds.h"
 #include "ops/scratch.h"
 #include "residency/plan.h"
 
@@ -21,12 +23,10 @@ constexpr int kLongIdle = 64;
 /// Experts that are computed together once they have been copied: half of the ring, so that others
 /// are copied meanwhile.
 constexpr std::size_t kTogether = kDeviceRing / 2;
+/// Experts that are copied ahead; more would take slots of the ring from those that are needed.
+constexpr std::size_t kMostAhead = 2;
 /// How much the newest measurement counts.
 constexpr double kNewest = 0.2;
-
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 }  // namespace
 
@@ -46,6 +46,7 @@ DeviceTier::DeviceTier(ops::Ops& ops, ops::Ops& host, DeviceExperts& experts, Ex
   copying_.reserve(store.options().slots);
   brought_.reserve(kTogether);
   tasks_.reserve(kTogether);
+  ahead_.reserve(kMostAhead);
 }
 
 DeviceTier::~DeviceTier() {
@@ -76,11 +77,11 @@ void DeviceTier::compute_cached(std::span<const Job> jobs, const Target& target)
   if (jobs.empty()) return;
   std::vector<ops::ExpertTask> tasks;
   tasks.reserve(jobs.size());
-  for (const Job& job : jobs) tasks.push_back({experts_.find(job.key), job.pairs});
   const auto release = [&] {
-    for (const Job& job : jobs) experts_.release(job.key);
+    for (const Job& job : jobs.first(tasks.size())) experts_.release(job.key);
   };
   try {
+    for (const Job& job : jobs) tasks.push_back({experts_.find(job.key), job.pairs});
     run(tasks, target);
   } catch (...) {
     release();
@@ -97,7 +98,7 @@ void DeviceTier::run(std::span<const ops::ExpertTask> tasks, const Target& targe
   if (trace_ != nullptr) trace_->end_ops("layer " + std::to_string(layer.layer) + " experts");
 }
 
-// Those that are worth least first: they are the processor's, and the others stay in VRAM.
+// The processor gets the first, which are worth least, and VRAM keeps the others.
 std::vector<DeviceTier::Job> DeviceTier::by_worth(std::span<const Job> jobs) const {
   std::vector<ExpertKey> keys(jobs.size());
   std::ranges::transform(jobs, keys.begin(), &Job::key);
@@ -113,8 +114,13 @@ std::vector<DeviceTier::Job> DeviceTier::by_worth(std::span<const Job> jobs) con
 
 void DeviceTier::compute(std::span<const Job> given, const Target& target, bool keep) {
   if (given.empty()) return;
-  const std::vector<Job> sorted = by_worth(given);
-  const std::span<const Job> jobs = sorted;
+  std::vector<Job> jobs;
+  try {
+    jobs = by_worth(given);
+  } catch (...) {
+    for (const Job& job : given) store_.unpin(job.key);
+    throw;
+  }
   std::uint64_t bytes = 0;
   for (const Job& job : jobs) bytes += store_.image_bytes(job.key);
   const ExpertLayer& layer = *target.layer;
@@ -131,17 +137,17 @@ void DeviceTier::compute(std::span<const Job> given, const Target& target, bool 
       copy(jobs[held - 1], target, keep);
     }
     run_copied(target);
-    compute_on_host(jobs.first(held), target);
+    compute_on_host(std::span(jobs).first(held), target);
     reap();
     if (was_idle && held > 0) measure_copies(seconds_since(start));
     if (held > 0 && copying_.empty() && promote(jobs[held - 1].key)) --held;
   } catch (...) {
     release_copied();
-    for (const Job& job : jobs.first(held)) store_.unpin(job.key);
+    for (const Job& job : std::span(jobs).first(held)) store_.unpin(job.key);
     give_up();
     throw;
   }
-  for (const Job& job : jobs.first(held)) store_.unpin(job.key);
+  for (const Job& job : std::span(jobs).first(held)) store_.unpin(job.key);
 }
 
 // Queues the ops of what has been brought.
@@ -166,6 +172,7 @@ void DeviceTier::give_up() noexcept {
   }
   for (const Copying& copy : copying_) store_.unpin(copy.key);
   copying_.clear();
+  end_ahead();
   while (const auto key = experts_.drop_leaving()) store_.came_back(*key, whole);
 }
 
@@ -199,8 +206,8 @@ std::size_t DeviceTier::host_jobs(std::size_t jobs, std::uint64_t bytes) {
   return best;
 }
 
-// What was queued `seconds` ago, with nothing before it, has been copied in part or whole. While
-// the processor computes, so the rate is that of both at once.
+// The queue was empty `seconds` ago, and queued_ bytes were put into it; the processor has computed
+// since then. So this is the rate of copies while both are at work.
 void DeviceTier::measure_copies(double seconds) {
   std::uint64_t left = 0;
   for (const Copying& copying : copying_) left += copying.bytes;
@@ -263,6 +270,7 @@ void DeviceTier::copy(const Job& job, const Target& target, bool keep) {
     run_copied(target);
     view = experts_.bring(job.key, from, keep);
   }
+  if (view == nullptr) throw std::logic_error("no slot of VRAM is left for experts that pass by");
   brought_.push_back(job.key);
   tasks_.push_back({view, job.pairs});
   if (measured_copies_ < kMeasuredCopies) {
@@ -275,8 +283,8 @@ void DeviceTier::copy(const Job& job, const Target& target, bool keep) {
   queued_ += bytes;
 }
 
-// Whether this expert may stay in VRAM now. The one that has to go is not lost if RAM has it still,
-// or room for it.
+// True where this expert may stay in VRAM now. Another that has to go for it is kept in RAM: there
+// it is still, or is copied to, unless all in RAM is worth more.
 bool DeviceTier::make_cache_room(ExpertKey key) {
   if (experts_.cache_room() > 0) return true;
   const std::optional<ExpertKey> victim = experts_.victim(key);
@@ -298,10 +306,11 @@ void DeviceTier::send_back(ExpertKey key, const ExpertBytes& to) {
   }
 }
 
-void DeviceTier::resize(std::size_t slots, std::size_t cache_slots) {
+void DeviceTier::resize(std::size_t slots, std::size_t cache_slots, const Poll& poll) {
   settle();
   try {
     for (const ExpertKey key : experts_.going(slots, cache_slots)) {
+      ask(poll);
       if (store_.take_back(key)) continue;
       if (!experts_.can_send_back(key)) {  // as many are on their way as may be
         experts_.wait_sent_back();
@@ -321,11 +330,52 @@ void DeviceTier::resize(std::size_t slots, std::size_t cache_slots) {
 // Copies an expert that is pinned in RAM to VRAM, to stay there, and takes the pin over.
 bool DeviceTier::promote(ExpertKey key) {
   if (store_.cache_room() > 0 || experts_.has(key) || !make_cache_room(key)) return false;
-  if (experts_.bring(key, store_.view(key), true) == nullptr) return false;
+  if (!experts_.bring_for_later(key, store_.view(key), true)) return false;
   experts_.release(key);
   copying_.push_back({key, store_.image_bytes(key)});
   queued_ += copying_.back().bytes;
   return true;
+}
+
+// An expert that is copied for nothing costs nothing then.
+std::size_t DeviceTier::most_ahead() const {
+  const auto bytes = static_cast<double>(store_.slot_size());
+  return std::min(kMostAhead, static_cast<std::size_t>(gap_ * copy_rate_ / bytes));
+}
+
+void DeviceTier::copy_ahead(std::span<const ExpertKey> likely) {
+  reap();
+  if (!copying_.empty()) return;
+  layer_ended_ = Clock::now();
+  if (share_ && *share_ > 0.0) return;  // those in RAM are shared as the user says
+  for (const ExpertKey key : likely) {
+    if (ahead_.size() == most_ahead()) return;
+    if (experts_.has(key) || !store_.pin_if_ready(key)) continue;
+    try {
+      if (!experts_.bring_for_later(key, store_.view(key), false)) {
+        store_.unpin(key);
+        return;
+      }
+    } catch (...) {
+      store_.unpin(key);
+      throw;
+    }
+    ahead_.push_back(key);
+    copying_.push_back({key, store_.image_bytes(key)});
+    ++stats_.copied_ahead;
+  }
+}
+
+void DeviceTier::reach_layer() {
+  if (!layer_ended_) return;
+  const double seconds = seconds_since(*layer_ended_);
+  layer_ended_.reset();
+  gap_ = gap_ == 0.0 ? seconds : gap_ + kNewest * (seconds - gap_);
+}
+
+void DeviceTier::end_ahead() {
+  for (const ExpertKey key : ahead_) experts_.release(key);
+  ahead_.clear();
 }
 
 void DeviceTier::take_returned() {
@@ -356,9 +406,15 @@ void DeviceTier::reap() {
 }
 
 void DeviceTier::settle() {
+  end_ahead();
   while (!copying_.empty()) wait_for_one();
-  ops_.device().synchronize();  // rows of the processor's, what was given up, and what goes back
-  take_returned();
+  try {
+    ops_.device().synchronize();  // rows of the processor's, what was given up, and what goes back
+    take_returned();
+  } catch (...) {
+    give_up();
+    throw;
+  }
 }
 
 void DeviceTier::wait_for_one() {

@@ -10,6 +10,7 @@
 // read from files all the time PCIe is idle, and those that the processor computed are copied, too.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "base/counter.h"
+#include "base/poll.h"
 #include "memory/arena.h"
 #include "ops/ops.h"
 #include "residency/device_experts.h"
@@ -26,7 +28,8 @@
 namespace dsfp4::residency {
 
 struct DeviceTierStats {
-  Counter<std::uint64_t> host_bytes;  // of experts that the processor computed
+  Counter<std::uint64_t> copied_ahead;  // experts that were copied before their layer was reached
+  Counter<std::uint64_t> host_bytes;    // of experts that the processor computed
   Counter<double> host_seconds;
 };
 
@@ -66,10 +69,23 @@ class DeviceTier {
   /// GPU. Takes the pins over, also where it throws; `keep`: what is copied may stay in VRAM.
   void compute(std::span<const Job> jobs, const Target& target, bool keep);
 
+  /// A layer is over, and PCIe has nothing to do until the next one's choice is known: copies as
+  /// many of its likely experts, the likeliest first, as come in that time. They are found in VRAM
+  /// until end_ahead().
+  void copy_ahead(std::span<const ExpertKey> likely);
+  /// The next layer's choice is known.
+  void reach_layer();
+  /// Its experts in VRAM have been queued.
+  void end_ahead();
+  /// True where an expert's copy fits into that time.
+  bool has_time_ahead() const { return most_ahead() > 0; }
+
   /// Gives back the pins of what has been copied.
   void reap();
   /// Pins that are still held for copies.
   std::size_t copying() const noexcept { return copying_.size(); }
+  /// True while experts are on their way back to RAM; reap() finds out that they are there.
+  bool takes_back() const noexcept { return experts_.leaving() > 0; }
   /// Waits until the first of them has been copied; some milliseconds at most.
   void wait_for_one();
   /// Until none is left, and the device reads and writes nothing of RAM any more.
@@ -79,8 +95,8 @@ class DeviceTier {
   void give_up() noexcept;
 
   /// Another number of slots in VRAM. Experts that lose theirs go back to RAM if they are worth
-  /// more than what is there. Throws what DeviceExperts::resize() does.
-  void resize(std::size_t slots, std::size_t cache_slots);
+  /// more than what is there. Throws what DeviceExperts::resize() and `poll` do.
+  void resize(std::size_t slots, std::size_t cache_slots, const Poll& poll = {});
 
   /// The share of a step's experts in RAM that the processor computes, 0 to 1; none: as said above.
   void set_host_share(std::optional<double> share) {
@@ -99,6 +115,7 @@ class DeviceTier {
   std::size_t host_jobs(std::size_t jobs, std::uint64_t bytes);
   void measure_copies(double seconds);
   void compute_on_host(std::span<const Job> jobs, const Target& target);
+  std::size_t most_ahead() const;
   std::vector<Job> by_worth(std::span<const Job> jobs) const;
   void copy(const Job& job, const Target& target, bool keep);
   bool make_cache_room(ExpertKey key);
@@ -128,6 +145,10 @@ class DeviceTier {
   // Of compute(): pinned in VRAM, and still to be computed.
   std::vector<ExpertKey> brought_;
   std::vector<ops::ExpertTask> tasks_;
+  // Of copy_ahead(): pinned in VRAM.
+  std::vector<ExpertKey> ahead_;
+  std::optional<std::chrono::steady_clock::time_point> layer_ended_;
+  double gap_ = 0.0;  // seconds from there to the next layer's choice
   std::optional<double> share_;
   double owed_ = 0.0;  // jobs that the share asks for, beyond those that the processor had
   // Bytes a second. Where no rate is known the first few copies are waited for.

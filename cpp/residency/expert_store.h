@@ -37,7 +37,7 @@ namespace dsfp4::residency {
 struct StoreStats {
   std::uint64_t hits = 0;        // pins that found the expert ready
   std::uint64_t misses = 0;      // pins that had to wait for a read of their own
-  std::uint64_t joined = 0;      // pins that found a read of a demand under way
+  std::uint64_t joined = 0;      // pins that found it on its way: a demand's read, or from VRAM
   std::uint64_t prefetched = 0;  // pins that found a speculative read, done or under way
   std::uint64_t prefetched_bytes = 0;
   std::uint64_t demand_bytes = 0;  // read because an expert was needed
@@ -87,6 +87,8 @@ class ExpertStore {
   /// by and takes only slots that hold nothing cached.
   Found fetch(ExpertKey key, bool keep);
   void unpin(ExpertKey key);
+  /// Pins the expert if it is ready and checked. Counts nothing.
+  bool pin_if_ready(ExpertKey key);
   /// Unpins an expert that another memory keeps now: it is no cached one any more, and its slot is
   /// among the first to be taken.
   void let_go(ExpertKey key);
@@ -130,7 +132,7 @@ class ExpertStore {
   void note_use(std::int64_t layer, std::span<const std::int32_t> experts,
                 std::span<const float> scores);
   void trim();
-  /// Whether the cache is as large as all experts.
+  /// True where the cache is as large as all experts.
   bool holds_all() const noexcept { return options_.cache_slots >= images_.size(); }
   /// Cached experts that there is room for.
   std::size_t cache_room() const;

@@ -7,6 +7,18 @@
 
 namespace dsfp4::residency {
 
+bool ExpertStore::pin_if_ready(ExpertKey key) {
+  const std::lock_guard lock(mutex_);
+  const int number = slot_of_[key];
+  if (number < 0) return false;
+  Slot& slot = slots_[static_cast<std::size_t>(number)];
+  const bool is_checked = slot.checked || !options_.check;
+  if (slot.state != State::kReady || slot.cancelled || slot.speculative || !is_checked)
+    return false;
+  ++slot.pins;
+  return true;
+}
+
 void ExpertStore::let_go(ExpertKey key) {
   const std::lock_guard lock(mutex_);
   forget(slots_[static_cast<std::size_t>(slot_of_[key])]);
@@ -50,8 +62,11 @@ void ExpertStore::came_back(ExpertKey key, bool whole) {
     unpin_locked(key);
   } else if (slot.pins > 1) {  // somebody waits for it
     slot.state = State::kFailed;
-    slot.error = std::make_exception_ptr(
-        CudaError("expert " + std::to_string(key) + " did not come back from the GPU's memory"));
+    try {
+      throw CudaError("expert " + std::to_string(key) + " did not come back from the GPU's memory");
+    } catch (...) {  // if there is no memory for the words, that is the error
+      slot.error = std::current_exception();
+    }
     unpin_locked(key);
   } else {
     slot_of_[key] = -1;

@@ -23,7 +23,7 @@ ExpertStore::~ExpertStore() {
     link_->store = nullptr;  // from here on nothing arrives
   }
   for (Slot& slot : slots_) {
-    if (slot.state == State::kReading) reader_.cancel(slot.ticket);
+    if (slot.state == State::kReading && slot.ticket) reader_.cancel(slot.ticket);
   }
   if (options_.memory == &memory::host_memory()) return;
   // A device's memory goes with the device, which a read that the disk does not answer may outlive:

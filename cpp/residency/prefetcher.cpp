@@ -55,12 +55,13 @@ void Prefetcher::expect(std::int64_t rows, ReadAhead& step) {
 }
 
 void Prefetcher::predict(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t ahead,
-                         memory::Arena& arena, ReadAhead& step) {
+                         bool reads, memory::Arena& arena, ReadAhead& step) {
   step.named.clear();
   const std::int64_t rows = layer.x.rows;
   const std::int64_t pairs = rows * router_.top_k;
   const std::int64_t left = static_cast<std::int64_t>(routers_.size()) - (moe_layer + 1);
-  guess_ = {guess_.number + 1, moe_layer + 1, std::min({ahead, left, most_pairs_ / pairs}), rows};
+  guess_ = {guess_.number + 1, moe_layer + 1, std::min({ahead, left, most_pairs_ / pairs}), rows,
+            reads};
   step.guess = 0;
   if (guess_.layers <= 0) return;
   for (std::int64_t i = 0; i < guess_.layers; ++i) {
@@ -75,6 +76,7 @@ void Prefetcher::predict(std::int64_t moe_layer, const ExpertLayer& layer, std::
   ops_.device().record(ops::Queue::kCompute, there_);
   step.guess = guess_.number;
   take(step);
+  submit(step);
 }
 
 void Prefetcher::take(ReadAhead& step) {
@@ -88,10 +90,9 @@ void Prefetcher::take(ReadAhead& step) {
   const std::int64_t pairs = guess_.rows * router_.top_k;
   for (std::int64_t i = 0; i < guess_.layers; ++i) {
     std::vector<std::int32_t> experts = wanted(choices_ + i * pairs, guess_.rows);
-    name(guess_.first_layer + i, experts, step);
+    if (guess_.reads) name(guess_.first_layer + i, experts, step);
     if (i == 0) step.predicted = std::move(experts);
   }
-  submit(step);
 }
 
 // The experts of a choice, those that most rows want first.

@@ -52,9 +52,10 @@ class Prefetcher {
   void expect(std::int64_t rows, ReadAhead& step);
   /// Asks what the next `ahead` layers will probably choose, from this one's input x: fewer in a
   /// long prompt, where the answer has no room. What was named before and not begun is forgotten.
-  void predict(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t ahead,
+  /// Without `reads` nothing is named, and only the step's `predicted` filled in.
+  void predict(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t ahead, bool reads,
                memory::Arena& arena, ReadAhead& step);
-  /// If the answer is there, names those experts.
+  /// If the answer is there, names those experts; submits nothing.
   void take(ReadAhead& step);
   /// Submits reads of what was named, as many as there are slots for.
   void submit(ReadAhead& step);
@@ -73,6 +74,7 @@ class Prefetcher {
     std::int64_t first_layer = 0;
     std::int64_t layers = 0;
     std::int64_t rows = 0;
+    bool reads = true;
   };
 
   std::vector<std::int32_t> wanted(const std::int32_t* choice, std::int64_t rows) const;

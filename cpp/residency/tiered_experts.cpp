@@ -14,6 +14,7 @@
 namespace dsfp4::residency {
 namespace {
 
+constexpr std::chrono::milliseconds kSoon{1};
 /// Experts of a prompt that are computed together.
 constexpr std::size_t kPromptGroup = 4;
 
@@ -50,7 +51,10 @@ class TieredExperts::Work final : public ExpertWork {
     const std::int64_t pairs = x.rows * layer_.top_k;
     runner_.stats_.total_pairs += order_.size();
     runner_.prefetcher_.chosen(moe_layer_, chosen_, ahead_);
-    if (device_ != nullptr) device_->reap();
+    if (device_ != nullptr) {
+      device_->reach_layer();
+      device_->reap();
+    }
     find();
     std::vector<std::int32_t> left_out;
     if (runner_.options_.expert_threshold > 0.0f) left_out = leave_out();
@@ -59,13 +63,15 @@ class TieredExperts::Work final : public ExpertWork {
     store_.drop_speculation(moe_layer_);
     runner_.note_use(moe_layer_, layer_);
     if (device_ != nullptr) device_->experts().revalue();
-    runner_.prefetcher_.predict(moe_layer_, layer_, runner_.layers_ahead(layer_.phase), arena_,
-                                ahead_);
+    predict();
     shared_into(layer_, runner_.ops_, arena_);
 
     hidden_ = ops::scratch_matrix(arena_, pairs, runner_.moe_intermediate_size_);
     routed_ = ops::scratch_matrix(arena_, pairs, runner_.hidden_size_);
-    if (device_ != nullptr) device_->compute_cached(in_vram_, target());
+    if (device_ != nullptr) {
+      device_->compute_cached(in_vram_, target());
+      device_->end_ahead();
+    }
     for (const std::int32_t pair : left_out) runner_.ops_.zero(routed_.slice(pair, 1));
   }
 
@@ -73,12 +79,14 @@ class TieredExperts::Work final : public ExpertWork {
     if (over_) return false;
     if (device_ != nullptr) device_->reap();
     runner_.prefetcher_.take(ahead_);
+    if (missing_.empty()) runner_.prefetcher_.submit(ahead_);
     if (!ready_.empty()) {
       compute_group();
       collect({});
       fetch();
     } else if (!reading_.empty()) {
-      collect(kPollPeriod);
+      // One on its way back from VRAM is here soon, and only this thread finds out.
+      collect(device_ != nullptr && device_->takes_back() ? kSoon : kPollPeriod);
       fetch();
     } else if (!missing_.empty()) {
       if (copying() > 0) {
@@ -90,6 +98,7 @@ class TieredExperts::Work final : public ExpertWork {
     }
     if (!ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
     store_.trim();
+    if (device_ != nullptr && !streams_) copy_ahead();
     runner_.ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
     over_ = true;
     return false;
@@ -193,6 +202,23 @@ class TieredExperts::Work final : public ExpertWork {
       tasks.push_back({&views.back(), job.pairs});
     }
     runner_.ops_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
+  }
+
+  // A prediction may pay for copies alone.
+  void predict() {
+    const std::int64_t layers = runner_.layers_ahead(layer_.phase);
+    const bool for_copies = device_ != nullptr && !streams_ && !runner_.options_.prefetch_layers &&
+                            device_->has_time_ahead();
+    runner_.prefetcher_.predict(moe_layer_, layer_, for_copies && layers == 0 ? 1 : layers,
+                                layers > 0, arena_, ahead_);
+  }
+
+  void copy_ahead() {
+    std::vector<ExpertKey> likely(ahead_.predicted.size());
+    std::ranges::transform(ahead_.predicted, likely.begin(), [&](std::int32_t e) {
+      return static_cast<ExpertKey>((moe_layer_ + 1) * runner_.router_.experts + e);
+    });
+    device_->copy_ahead(likely);
   }
 
   // Moves what has arrived to the ready ones, after waiting for the first for at most `wait`.

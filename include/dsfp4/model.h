@@ -75,7 +75,7 @@ struct ModelStats {
   std::uint64_t image_bytes = 0;  // of an expert in its file
   std::uint64_t hits = 0;         // chosen experts that were in RAM
   std::uint64_t misses = 0;       // and those that had to be read
-  std::uint64_t joined = 0;       // and those that another request was reading already
+  std::uint64_t joined = 0;       // and those on their way already: for another, or from VRAM
   std::uint64_t prefetched = 0;   // and those that a prediction had read, or was reading
   std::uint64_t evictions = 0;
   std::uint64_t prefetched_bytes = 0;  // of those
@@ -99,7 +99,8 @@ struct ModelStats {
   std::uint64_t uploads = 0, uploaded_bytes = 0;  // of experts from RAM to VRAM
   std::uint64_t device_evictions = 0;
   std::uint64_t device_returns = 0;  // of those, copied back to RAM
-  std::uint64_t cpu_bytes = 0;  // of experts that the processor computed
+  std::uint64_t uploads_ahead = 0;   // of `uploads`, predicted ones, before their layer was reached
+  std::uint64_t cpu_bytes = 0;       // of experts that the processor computed
   double cpu_seconds = 0.0;
   Rates rates;  // of the machine, measured before; 0: not known
 };
@@ -127,7 +128,8 @@ struct LoadOptions {
   std::string cache_policy = "default";
   /// A folder for small files. One remembers how experts were used, so that the next load caches
   /// them at once. One keeps the machine's Rates: the first load of a model whose experts lie on
-  /// the SSD takes some seconds to measure them. Empty: nothing is remembered or measured.
+  /// the SSD takes some seconds to measure them; so does each one with ssd_rate, if none are kept.
+  /// Empty: nothing is remembered or measured.
   std::string warm_start_folder;
   /// A file for a timeline that Perfetto (ui.perfetto.dev) opens: steps, waits, and what SSD, PCIe,
   /// CPU and GPU do, on one clock. Replaced; written while the Model lives. Empty: none.

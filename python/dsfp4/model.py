@@ -178,9 +178,10 @@ class Model:
         the SSD is idle; "auto", as at first: 1 for a prompt, whose tokens need most experts between
         them, and while the cache has room, else 0. `expert_threshold`, 0 (exact) to 1: an expert
         that would have to be read and has less than this share of its token's routing weight is
-        left out and the rest scaled up; `stats()` counts them. `cpu_share`, 0 to 1: of a token's experts that lie in RAM beside
-        a GPU, the processor computes this share and the GPU, after a copy, the others; "auto", as
-        at first: so many that both end together. Raises ParameterError.
+        left out and the rest scaled up; `stats()` counts them. `cpu_share`, 0 to 1: of a token's
+        experts that lie in RAM beside a GPU, the processor computes this share and the GPU, after a
+        copy, the others; "auto", as at first: so many that both end together. Raises
+        ParameterError.
         """
         wanted = dict(self._memory_config)
         if prefetch_layers is not None:

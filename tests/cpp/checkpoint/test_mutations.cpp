@@ -240,6 +240,8 @@ INSTANTIATE_TEST_SUITE_P(AllKinds, Mutations, ::testing::ValuesIn(kTinyKinds),
                                return "Compressed";
                              case TinyKind::kBf16:
                                return "Bf16";
+                             case TinyKind::kMixed:
+                               return "Mixed";
                            }
                            return "";
                          });

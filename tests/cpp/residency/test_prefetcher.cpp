@@ -58,9 +58,9 @@ TEST_F(PrefetcherTest, APromptIsSureToNeedTheFirstLayersExpertsAndAFewTokensAreN
 TEST_F(PrefetcherTest, NamesTheNearestLayersLikeliestFirst) {
   OwnedMatrix x(1, kHidden, 7);
   Prefetcher& prefetcher = make(16);
-  prefetcher.predict(0, layer(x), 0, arena_, step_);
+  prefetcher.predict(0, layer(x), 0, true, arena_, step_);
   EXPECT_TRUE(ahead().empty());
-  prefetcher.predict(0, layer(x), 5, arena_, step_);  // there are but two more
+  prefetcher.predict(0, layer(x), 5, true, arena_, step_);  // there are but two more
   Keys right = keys_of(1, preferred(1, x.view()));
   for (const ExpertKey key : keys_of(2, preferred(2, x.view()))) right.push_back(key);
   EXPECT_EQ(ahead(), right);
@@ -80,7 +80,7 @@ TEST_F(PrefetcherTest, OneTokenOfManyIsNotEnoughToReadAnExpertFor) {
     std::ranges::fill(wanted, 0);
     for (const std::int32_t e : preferred(1, x.view())) ++wanted[static_cast<std::size_t>(e)];
   }
-  make(16).predict(0, layer(x), 1, arena_, step_);
+  make(16).predict(0, layer(x), 1, true, arena_, step_);
   Keys named = ahead();
   for (std::size_t i = 0; i + 1 < named.size(); ++i) {
     EXPECT_GE(wanted[named[i] - kExperts], wanted[named[i + 1] - kExperts]) << i;
@@ -96,7 +96,7 @@ TEST_F(PrefetcherTest, OneTokenOfManyIsNotEnoughToReadAnExpertFor) {
 TEST_F(PrefetcherTest, WhatFindsNoRoomIsSubmittedLaterAndForgottenWhenTheLayerIsReached) {
   OwnedMatrix x(1, kHidden, 7);
   Prefetcher& prefetcher = make(1);
-  prefetcher.predict(0, layer(x), 2, arena_, step_);
+  prefetcher.predict(0, layer(x), 2, true, arena_, step_);
   const Keys first = keys_of(1, preferred(1, x.view()));
   EXPECT_EQ(ahead(), Keys{first[0]});
   EXPECT_EQ(step_.named.size(), 3u);
@@ -127,10 +127,10 @@ TEST_F(PrefetcherTest, StepsThatTakeTurnsKeepTheirPredictionsApart) {
   OwnedMatrix y(1, kHidden, 8);
   Prefetcher& prefetcher = make(1);
   ReadAhead other;
-  prefetcher.predict(0, layer(x), 1, arena_, step_);
+  prefetcher.predict(0, layer(x), 1, true, arena_, step_);
   const std::vector<ExpertKey> named = step_.named;
   ASSERT_FALSE(named.empty());
-  prefetcher.predict(1, layer(y), 1, arena_, other);
+  prefetcher.predict(1, layer(y), 1, true, arena_, other);
   prefetcher.chosen(1, {}, other);
   EXPECT_EQ(step_.named, named);
   EXPECT_EQ(step_.predicted, preferred(1, x.view()));
@@ -163,7 +163,11 @@ class PrefetcherOnADevice : public PrefetcherTest {
     layer.phase = ops::Phase::kDecode;
     layer.x = x_;
     layer.top_k = kTopK;
-    prefetcher_->predict(moe_layer, layer, ahead, scratch_, step);
+    prefetcher_->predict(moe_layer, layer, ahead, true, scratch_, step);
+  }
+  void take(ReadAhead& step) {
+    prefetcher_->take(step);
+    prefetcher_->submit(step);
   }
   Keys right(std::int64_t moe_layer) {
     OwnedMatrix x(1, kHidden, 7);
@@ -184,14 +188,26 @@ class PrefetcherOnADevice : public PrefetcherTest {
 TEST_F(PrefetcherOnADevice, NobodyWaitsForTheAnswer) {
   device_.hold(ops::Queue::kCompute);
   predict(0, 2, step_);
-  prefetcher_->take(step_);
+  take(step_);
   EXPECT_TRUE(ahead().empty());
   device_.let_go(ops::Queue::kCompute);
   device_.synchronize();
-  prefetcher_->take(step_);
+  take(step_);
   Keys both = right(1);
   for (const ExpertKey key : right(2)) both.push_back(key);
   EXPECT_EQ(ahead(), both);
+}
+
+TEST_F(PrefetcherOnADevice, AGuessMayBeAskedForWithoutReads) {
+  ExpertLayer layer;
+  layer.phase = ops::Phase::kDecode;
+  layer.x = x_;
+  layer.top_k = kTopK;
+  prefetcher_->predict(0, layer, 1, false, scratch_, step_);
+  device_.synchronize();
+  take(step_);
+  EXPECT_TRUE(ahead().empty());
+  EXPECT_EQ(step_.predicted.size(), static_cast<std::size_t>(kTopK));
 }
 
 TEST_F(PrefetcherOnADevice, AnotherStepsAnswerIsNotTaken) {
@@ -201,9 +217,9 @@ TEST_F(PrefetcherOnADevice, AnotherStepsAnswerIsNotTaken) {
   predict(1, 1, other);
   device_.let_go(ops::Queue::kCompute);
   device_.synchronize();
-  prefetcher_->take(step_);
+  take(step_);
   EXPECT_TRUE(ahead().empty());
-  prefetcher_->take(other);
+  take(other);
   EXPECT_EQ(ahead(), right(2));
 }
 
@@ -213,7 +229,7 @@ TEST_F(PrefetcherOnADevice, AnAnswerThatComesTooLateNamesNothing) {
   prefetcher_->chosen(1, {}, step_);
   device_.let_go(ops::Queue::kCompute);
   device_.synchronize();
-  prefetcher_->take(step_);
+  take(step_);
   EXPECT_TRUE(ahead().empty());
 }
 
@@ -223,7 +239,7 @@ TEST_F(PrefetcherOnADevice, NothingIsReadThatLiesInVram) {
   in_vram_ = {all[0]};
   predict(0, 1, step_);
   device_.synchronize();
-  prefetcher_->take(step_);
+  take(step_);
   EXPECT_EQ(ahead(), Keys{all[1]});
 }
 
@@ -231,7 +247,7 @@ TEST_F(PrefetcherOnADevice, AsManyLayersAsTheAnswerHasRoomFor) {
   x_ = room_.matrix(40, kHidden, 7);  // of 64 rows in all
   predict(0, 2, step_);
   device_.synchronize();
-  prefetcher_->take(step_);
+  take(step_);
   for (const ExpertKey key : ahead()) EXPECT_EQ(key / kExperts, 1);
   EXPECT_FALSE(ahead().empty());
 }

@@ -57,8 +57,10 @@ class TinyExpertsTest : public testing::Test {
     }
   }
 
-  void make_store(std::size_t slots, std::size_t cache_slots) {
+  void make_store(std::size_t slots, std::size_t cache_slots,
+                  memory::MemorySource& memory = memory::host_memory()) {
     ExpertStore::Options options;
+    options.memory = &memory;
     options.layers = kLayers;
     options.first_layer = kFirstLayer;
     options.experts = kExperts;
