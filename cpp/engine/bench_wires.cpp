@@ -73,7 +73,8 @@ class StagedExperts {
   }
   // No expert is computed twice in one go, nor copied while it is still on its way.
   std::size_t count(const WireOptions& options) const {
-    const std::uint64_t enough = (options.bytes + bytes() - 1) / bytes();
+    const std::uint64_t each = std::max<std::uint64_t>(1, bytes());
+    const std::uint64_t enough = (options.bytes + each - 1) / each;
     return static_cast<std::size_t>(
         std::max(enough, static_cast<std::uint64_t>(2 * options.top_k)));
   }

@@ -120,11 +120,11 @@ void DeviceExperts::resize(std::size_t slots, std::size_t cache_slots) {
   if (bytes_of(slots) > room) {
     throw MemoryLimitError(kPurpose, bytes_of(slots), room, "", source.name());
   }
-  if (!decided_ || decided_->counts != std::pair(slots, cache_slots)) {
-    decided_ = staying(slots, cache_slots);
-  }
+  const bool is_decided = decided_ && decided_->counts == std::pair(slots, cache_slots);
+  const Staying staying = is_decided ? *decided_ : this->staying(slots, cache_slots);
+  decided_.reset();
   const std::size_t before = slots_.size();
-  drop_others(*std::exchange(decided_, std::nullopt));
+  drop_others(staying);
   try {
     add_slots(slots - slots_.size());
   } catch (...) {
