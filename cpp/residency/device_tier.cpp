@@ -25,6 +25,9 @@ constexpr int kLongIdle = 64;
 constexpr std::size_t kTogether = kDeviceRing / 2;
 /// Experts that are copied ahead; more would take slots of the ring from those that are needed.
 constexpr std::size_t kMostAhead = 2;
+/// Experts of a layer that are copied to VRAM though the processor computed them: with uses spread
+/// evenly each would take another's place for nothing, and its copies take the memory's time.
+constexpr int kMostPromotions = 1;
 /// How much the newest measurement counts.
 constexpr double kNewest = 0.2;
 
@@ -329,7 +332,9 @@ void DeviceTier::resize(std::size_t slots, std::size_t cache_slots, const Poll& 
 
 // Copies an expert that is pinned in RAM to VRAM, to stay there, and takes the pin over.
 bool DeviceTier::promote(ExpertKey key) {
-  if (store_.cache_room() > 0 || experts_.has(key) || !make_cache_room(key)) return false;
+  if (promotions_ == kMostPromotions || store_.cache_room() > 0 || experts_.has(key)) return false;
+  if (!make_cache_room(key)) return false;
+  ++promotions_;
   if (!experts_.bring_for_later(key, store_.view(key), true)) return false;
   experts_.release(key);
   copying_.push_back({key, store_.image_bytes(key)});
@@ -367,6 +372,7 @@ void DeviceTier::copy_ahead(std::span<const ExpertKey> likely) {
 }
 
 void DeviceTier::reach_layer() {
+  promotions_ = 0;
   if (!layer_ended_) return;
   const double seconds = seconds_since(*layer_ended_);
   layer_ended_.reset();

@@ -148,7 +148,8 @@ class DeviceTier {
   // Of copy_ahead(): pinned in VRAM.
   std::vector<ExpertKey> ahead_;
   std::optional<std::chrono::steady_clock::time_point> layer_ended_;
-  double gap_ = 0.0;  // seconds from there to the next layer's choice
+  double gap_ = 0.0;    // seconds from there to the next layer's choice
+  int promotions_ = 0;  // in this layer
   std::optional<double> share_;
   double owed_ = 0.0;  // jobs that the share asks for, beyond those that the processor had
   // Bytes a second. Where no rate is known the first few copies are waited for.
