@@ -141,6 +141,7 @@ nb::dict stats(const Handle& model) {
   put("device_evictions", s.device_evictions);
   put("device_returns", s.device_returns);
   put("uploads_ahead", s.uploads_ahead);
+  put("uploads_ahead_used", s.uploads_ahead_used);
   put("cpu_bytes", s.cpu_bytes);
   put("cpu_seconds", s.cpu_seconds);
   put("rates", rates(s.rates));

@@ -275,6 +275,7 @@ ModelStats Tiers::stats() const {
   stats.device_evictions = device.evictions;
   stats.device_returns = device.sent_back;
   stats.uploads_ahead = device_tier_->stats().copied_ahead;
+  stats.uploads_ahead_used = device.passing;
   stats.cpu_bytes = device_tier_->stats().host_bytes;
   stats.cpu_seconds = device_tier_->stats().host_seconds;
   return stats;

@@ -1,6 +1,7 @@
 #include "memory/pinned_memory.h"
 
 #include <cstdio>
+#include <iterator>
 #include <new>
 #include <utility>
 
@@ -59,6 +60,12 @@ std::byte* PinnedMemory::resize(std::byte* memory, std::size_t before, std::size
   }
   pin(moved, after);
   return moved;
+}
+
+bool PinnedMemory::is_pinned(const std::byte* memory) noexcept {
+  const std::lock_guard lock(mutex_);
+  const auto next = blocks_.upper_bound(const_cast<std::byte*>(memory));  // only compared
+  return next != blocks_.begin() && std::prev(next)->second > 0;
 }
 
 void PinnedMemory::pin(std::byte* memory, std::size_t bytes) noexcept {

@@ -36,6 +36,7 @@ class PinnedMemory final : public MemorySource {
   /// No copy from or to the block may be under way. It is pinned again where it comes to lie; a
   /// refusal leaves it unpinned.
   std::byte* resize(std::byte* memory, std::size_t before, std::size_t after) noexcept override;
+  bool is_pinned(const std::byte* memory) noexcept override;
   bool host_accessible() const noexcept override { return true; }
   const char* name() const noexcept override { return pages_.name(); }
   std::size_t available() const noexcept override { return pages_.available(); }

@@ -22,6 +22,12 @@ class MemorySource {
   virtual bool host_accessible() const noexcept = 0;
   /// "RAM", "VRAM".
   virtual const char* name() const noexcept = 0;
+  /// Of memory that it gave, which a device copies: whether the copies are left under way, and do
+  /// not hold up their caller.
+  virtual bool is_pinned(const std::byte* memory) noexcept {
+    static_cast<void>(memory);
+    return true;
+  }
   /// Bytes that it could still give.
   virtual std::size_t available() const noexcept;
 };

@@ -85,7 +85,7 @@ const ops::ExpertView* DeviceExperts::find(ExpertKey key) {
   const std::uint64_t copies = copies_to_ask_for(key);
   if (copies > made_) device_.wait(ops::Queue::kCompute, copy_event(copies));
   ++slot(number).pins;
-  ++stats_.hits;
+  ++(slot(number).cached ? stats_.hits : stats_.passing);
   return &slot(number).view;
 }
 

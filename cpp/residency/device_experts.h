@@ -1,9 +1,10 @@
 // The routed experts that lie in a device's memory, and the copies that bring them from RAM.
 //
 // The device's memory is a fixed number of equal slots. At most `cache_slots` hold cached experts;
-// the others are for those that only pass through. But for errors, no call here but
-// wait_copied(), resize() and the destructor waits for the device: events order a slot's next
-// copies behind the ops that read it, and ops behind the copies of what they read.
+// the others are for those that only pass through. But for errors and memory that is not pinned, no
+// call here but wait_copied(), wait_sent_back(), resize() and the destructor waits for the device:
+// events order a slot's next copies behind the ops that read it, and ops behind the copies of what
+// they read.
 //
 // An expert that has to go may be copied back to RAM first; nobody finds it here from then on, but
 // its slot is free only once that has been done.
@@ -34,7 +35,8 @@
 namespace dsfp4::residency {
 
 struct DeviceStats {
-  Counter<std::uint64_t> hits;     // finds that found the expert
+  Counter<std::uint64_t> hits;     // finds that found the expert cached
+  Counter<std::uint64_t> passing;  // and those that found one which only passes through
   Counter<std::uint64_t> brought;  // experts whose copies were queued
   Counter<std::uint64_t> brought_bytes;
   Counter<std::uint64_t> evictions;  // cached experts that made room for another

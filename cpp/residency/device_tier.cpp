@@ -354,10 +354,13 @@ void DeviceTier::copy_ahead(std::span<const ExpertKey> likely) {
   layer_ended_ = Clock::now();
   if (share_ && *share_ > 0.0) return;  // those in RAM are shared as the user says
   for (const ExpertKey key : likely) {
-    if (ahead_.size() == most_ahead()) return;
+    if (ahead_.size() >= most_ahead()) return;
     if (experts_.has(key) || !store_.pin_if_ready(key)) continue;
     try {
-      if (!experts_.bring_for_later(key, store_.view(key), false)) {
+      const ops::HostExpertView from = store_.view(key);
+      // A copy that holds up this thread would be in the way of the next layer.
+      const bool is_pinned = ops_.device().staging().is_pinned(from.gate_proj.data);
+      if (!is_pinned || !experts_.bring_for_later(key, from, false)) {
         store_.unpin(key);
         return;
       }

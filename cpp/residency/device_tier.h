@@ -73,6 +73,8 @@ class DeviceTier {
   /// many of its likely experts, the likeliest first, as come in that time. They are found in VRAM
   /// until end_ahead().
   void copy_ahead(std::span<const ExpertKey> likely);
+  /// A step begins: the time since a layer ended before it is nobody's measure.
+  void begin_step() noexcept { layer_ended_.reset(); }
   /// The next layer's choice is known.
   void reach_layer();
   /// Its experts in VRAM have been queued.

@@ -98,8 +98,8 @@ class TieredExperts::Work final : public ExpertWork {
     }
     if (!ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
     store_.trim();
-    if (device_ != nullptr && !streams_) copy_ahead();
     runner_.ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
+    if (device_ != nullptr && !streams_) copy_ahead();
     over_ = true;
     return false;
   }
@@ -292,6 +292,7 @@ void TieredExperts::configure(const TieredOptions& options) {
 }
 
 void TieredExperts::begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) {
+  if (device_ != nullptr) device_->begin_step();
   if (layers_ahead(phase) == 0) return;
   prefetcher_.expect(rows, ahead);
 }

@@ -95,12 +95,13 @@ struct ModelStats {
   double ssd_busy_seconds = 0.0;  // with at least one read in flight
   // Of a model whose experts lie in VRAM, too:
   std::uint64_t device_slots = 0, device_cache_slots = 0, device_slot_bytes = 0;
-  std::uint64_t device_hits = 0;  // chosen experts that were in VRAM; not among `hits`
+  std::uint64_t device_hits = 0;  // chosen experts that VRAM keeps; not among `hits`
   std::uint64_t uploads = 0, uploaded_bytes = 0;  // of experts from RAM to VRAM
   std::uint64_t device_evictions = 0;
   std::uint64_t device_returns = 0;  // of those, copied back to RAM
   std::uint64_t uploads_ahead = 0;   // of `uploads`, predicted ones, before their layer was reached
-  std::uint64_t cpu_bytes = 0;       // of experts that the processor computed
+  std::uint64_t uploads_ahead_used = 0;  // those that were then chosen; not among `hits`
+  std::uint64_t cpu_bytes = 0;           // of experts that the processor computed
   double cpu_seconds = 0.0;
   Rates rates;  // of the machine, measured before; 0: not known
 };

@@ -32,7 +32,16 @@ def counted(**values: Any) -> dict[str, Any]:
     """Return the counts of a run, all else 0."""
     names = (
         *("demand_bytes", "prefetched_bytes", "streamed_bytes", "read_bytes", "used_bytes"),
-        *("device_hits", "hits", "misses", "joined", "prefetched", "wasted_bytes", "predicted"),
+        *(
+            "device_hits",
+            "uploads_ahead_used",
+            "hits",
+            "misses",
+            "joined",
+            "prefetched",
+            "wasted_bytes",
+            "predicted",
+        ),
         *("predicted_used", "predictable", "wait_seconds", "stream_wait_seconds", "uploads"),
         *("expert_seconds", "ssd_busy_seconds", "uploaded_bytes", "cpu_bytes", "cpu_seconds"),
         *("image_bytes", "process_cpu_seconds"),

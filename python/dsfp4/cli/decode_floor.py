@@ -102,7 +102,7 @@ def hit_rates(run: Mapping[str, Any]) -> dict[str, float]:
     """Return the shares of the chosen experts that were in VRAM, in RAM and on the SSD."""
     found = {
         "vram": run["device_hits"],
-        "ram": run["hits"],
+        "ram": run["hits"] + run["uploads_ahead_used"],
         "ssd": run["misses"] + run["joined"] + run["prefetched"],
     }
     chosen = max(sum(found.values()), 1)

@@ -121,6 +121,7 @@ class EmulatedStaging final : public memory::MemorySource {
   std::byte* resize(std::byte* memory, std::size_t before, std::size_t after) noexcept override {
     return pinned_.resize(memory, before, after);
   }
+  bool is_pinned(const std::byte* memory) noexcept override { return pinned_.is_pinned(memory); }
   bool host_accessible() const noexcept override { return true; }
   const char* name() const noexcept override { return pinned_.name(); }
   std::size_t available() const noexcept override { return pinned_.available(); }

@@ -61,6 +61,11 @@ TEST_F(PinnedMemoryTest, ABlockIsPinnedAsAWholeOrNotAtAll) {
   ASSERT_TRUE(first != nullptr && second != nullptr && third != nullptr);
   std::memset(second, 3, 8192);
   EXPECT_EQ(pinner_.blocks.count(second), 0u);
+  for (const std::byte* pinned : {first, first + 8191, third, third + 999}) {
+    EXPECT_TRUE(memory_.is_pinned(pinned));
+  }
+  EXPECT_FALSE(memory_.is_pinned(second));
+  EXPECT_FALSE(memory_.is_pinned(second + 8191));
   memory_.release(second, 8192);
   memory_.release(first, 8192);
   memory_.release(third, 1000);

@@ -82,6 +82,15 @@ TEST_F(DeviceTierTest, CopiesTheLikeliestThatLieInRamUntilTheLayerIsReached) {
   tier_->settle();
 }
 
+// A token's end, or a user who thinks, is no time between two layers.
+TEST_F(DeviceTierTest, TheTimeBetweenStepsIsNotMeasured) {
+  tier_->start_rates(kFast, 1.0);
+  tier_->copy_ahead({});
+  tier_->begin_step();
+  tier_->reach_layer();
+  EXPECT_FALSE(tier_->has_time_ahead());
+}
+
 TEST_F(DeviceTierTest, NothingIsCopiedThatWouldTakeLonger) {
   begin_with(kSlow);
   EXPECT_FALSE(tier_->has_time_ahead());
