@@ -157,6 +157,12 @@ TEST(ThreadPool, AForkedChildHasATeamOfItsOwn) {
   GTEST_SKIP() << "the sanitizer does not follow a child that starts threads";
 #endif
   auto parents = std::make_unique<ThreadPool>(3);
+  // All three are up before the fork: a sanitizer has locks that a thread holds as it starts, and
+  // the child would wait for them for ever.
+  std::atomic<int> up = 0;
+  parents->parallel_for(3, 1, [&](std::int64_t, std::int64_t) {
+    for (++up; up.load() < 3;) std::this_thread::yield();
+  });
   const pid_t child = fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
