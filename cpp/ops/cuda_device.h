@@ -128,7 +128,7 @@ class CudaDevice final : public Device {
     CudaDevice& device_;
     std::unique_lock<std::mutex> compute_;
   };
-  /// Whether the calling thread records.
+  /// True where the calling thread records.
   bool capturing() const noexcept { return capturing_.load() == std::this_thread::get_id(); }
 
  private:

@@ -46,12 +46,12 @@ class Device {
  public:
   virtual ~Device() = default;
 
-  /// Where matrices, weights and caches live: arenas for them take their block here.
+  /// Memory for matrices, weights and caches: arenas for them take their block here.
   virtual memory::MemorySource& memory() = 0;
   /// Host memory that copies to and from memory() are fast with, and may be left under way, unless
   /// the system refuses to pin it.
   virtual memory::MemorySource& staging() = 0;
-  /// Whether the host may touch memory() directly: on_host() says where.
+  /// True where the host may touch memory() directly: on_host() says where.
   bool host_visible() { return memory().host_accessible(); }
   /// The host's pointer to memory() of a device that is host_visible(); throws std::logic_error
   /// for another one.

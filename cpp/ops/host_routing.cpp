@@ -10,7 +10,7 @@ namespace {
 
 using memory::Arena;
 
-// Where the parts of a routing lie in its piece of memory.
+// The places of a routing's parts in its piece of memory.
 struct Layout {
   Layout(std::int64_t tokens, const RouterSpec& spec)
       : pairs(static_cast<std::size_t>(tokens * spec.top_k)),

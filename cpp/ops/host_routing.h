@@ -1,4 +1,4 @@
-// What the host needs to know of a MoE layer's step: which experts, with which weights.
+// A MoE layer's step as far as the host needs to know it: which experts, with which weights.
 #pragma once
 
 #include <cstddef>

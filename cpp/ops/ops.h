@@ -40,7 +40,7 @@ class Ops {
   /// The format that loses nothing against the backend's own arithmetic.
   virtual KvFormat default_kv_format() const = 0;
 
-  /// What it computes on; it may be used as long as this lives.
+  /// The device it computes on, which may be used as long as this lives.
   virtual Device& device() const = 0;
 
   /// Runs `body`, or what was recorded for a segment of this part, so many rows and so long a
@@ -120,8 +120,8 @@ class Ops {
   virtual void combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                        Matrix y) = 0;
 
-  /// Whether there is routed_experts(); else the host, which must know the choice, makes tasks for
-  /// experts() of it, and sums with combine().
+  /// True where there is routed_experts(); else the host, which must know the choice, makes tasks
+  /// for experts() of it, and sums with combine().
   virtual bool has_routed_experts() const { return false; }
   /// y[t] += sum over slots k, ascending, of routing.weights[t, k] * experts[routing.used[t,
   /// k]](x); `hidden` and `routed` are scratch [pairs, moe_intermediate_size] and [pairs,
@@ -130,7 +130,7 @@ class Ops {
   virtual void routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                               std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed,
                               Matrix y, const ExpertView* shared);
-  /// Whether routed_experts() computes `shared`, too, for so many tokens.
+  /// True where routed_experts() computes `shared`, too, for so many tokens.
   virtual bool takes_shared(std::span<const ExpertView> experts, const ExpertView& shared,
                             std::int64_t tokens, std::int64_t top_k) const {
     static_cast<void>(experts), static_cast<void>(shared);
@@ -144,7 +144,7 @@ class Ops {
     return std::nullopt;
   }
 
-  /// What the largest steps will be, so that all memory they need is taken now.
+  /// The largest steps to come, so that all memory they need is taken now.
   struct Largest {
     MlaShape mla;
     std::int64_t rows = 0;     // of a step

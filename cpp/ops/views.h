@@ -1,4 +1,4 @@
-// What ops compute with: matrices, weights, caches and routings that lie on a device.
+// Operands of ops: matrices, weights, caches and routings that lie on a device.
 //
 // Matrices are row-major FP32; a row is a token unless said otherwise. Weights stay in their stored
 // format.
@@ -47,7 +47,7 @@ using WeightView = format::WeightViewOf<DevicePtr<const std::byte>>;
 /// themselves. The phase, never a size, chooses the path.
 enum class Phase : std::uint8_t { kPrefill, kDecode };
 
-/// What a matrix product does to its activations.
+/// The change that a matrix product makes to its activations.
 enum class Inputs : std::uint8_t {
   kBf16,  // may be rounded to BF16, or to a block-scaled integer that loses less
   kF32,   // as they are: the router
@@ -115,7 +115,7 @@ struct Routing {
   DeviceSpan<std::int32_t> experts;  // the router's own choice, best first, lower index on a tie
   DeviceSpan<std::int32_t> used;     // what `weights` belong to: the own choice or the forced one
   DeviceSpan<float> weights;
-  /// What the choice was made from, [tokens, experts]; empty where nobody asks for it.
+  /// The choice was made from these, [tokens, experts]; empty where nobody asks for them.
   Matrix logits = {};
 };
 

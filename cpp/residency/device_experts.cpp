@@ -145,7 +145,7 @@ const ops::ExpertView* DeviceExperts::take_in(ExpertKey key, const ops::HostExpe
   return &taken.view;
 }
 
-// Whether the expert may be cached; gives up a cached one for it where that is worth less.
+// True where the expert may be cached; gives up a cached one for it where that is worth less.
 bool DeviceExperts::make_cache_room(ExpertKey key) {
   if (cached_ < cache_slots_) return true;
   const std::optional<ExpertKey> least = victim(key);

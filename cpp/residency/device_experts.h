@@ -69,7 +69,7 @@ class DeviceExperts {
   /// not known to be made. Throws CudaError; then it is not pinned. The view stays until then; so
   /// does what it shows, and longer, for ops that were queued before.
   const ops::ExpertView* find(ExpertKey key);
-  /// Whether find() would find it.
+  /// True where find() would find it.
   bool has(ExpertKey key) const { return slot_of_.at(key) >= 0; }
   /// True where it is there to stay.
   bool is_cached(ExpertKey key) const;

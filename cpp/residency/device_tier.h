@@ -107,7 +107,7 @@ class DeviceTier {
   }
   /// Bytes a second of copies and of the processor, both at work, to start with; 0: not known.
   void start_rates(double copy, double host);
-  /// Whether the processor may compute in a step of so many rows.
+  /// True where the processor may compute in a step of so many rows.
   bool uses_host(ops::Phase phase, std::int64_t rows) const;
   DeviceExperts& experts() noexcept { return experts_; }
   const DeviceTierStats& stats() const noexcept { return stats_; }

@@ -59,7 +59,7 @@ class ExpertRunner {
   /// Whether start() must know the choice on the host. Else it only queues ops, and its work is
   /// over at once.
   virtual bool needs_host() const = 0;
-  /// Whether it must know x there, too, in a step of so many rows.
+  /// True where it must know x there, too, in a step of so many rows.
   virtual bool needs_x(ops::Phase phase, std::int64_t rows) const {
     static_cast<void>(phase), static_cast<void>(rows);
     return false;

@@ -60,7 +60,7 @@ class ExpertStore {
     std::function<void(std::span<const ExpertKey> keys, std::span<const ops::HostExpertView> views)>
         check;
     Trace* trace = nullptr;  // may be null
-    /// Where the slots lie: memory that the processor can touch.
+    /// Memory of the slots, which the processor can touch.
     memory::MemorySource* memory = &memory::host_memory();
   };
   /// `images`: by key. The reader must outlive the store. Throws MemoryLimitError.

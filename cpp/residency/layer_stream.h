@@ -23,7 +23,7 @@
 
 namespace dsfp4::residency {
 
-/// What is read of one layer; the views point to it while the layer is entered.
+/// The part of one layer that is read; the views point to it while the layer is entered.
 struct StreamedLayer {
   std::int64_t layer = 0;  // the model's number
   FileGroup from;

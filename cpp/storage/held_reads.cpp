@@ -28,7 +28,7 @@ RequestQueue::Next RequestQueue::hold(Job& job) noexcept {
   return Next::kLater;
 }
 
-// What nobody waits for any more, else the first demand, else the first.
+// A request that nobody waits for any more, else the first demand, else the first.
 std::vector<std::size_t>::iterator RequestQueue::next_held() noexcept {
   auto next = std::ranges::find_if(
       held_, [this](std::size_t i) { return jobs_[i].request->stopping.load(); });

@@ -162,7 +162,7 @@ class Reader {
             const ReadProgress& progress = {}, const Poll& poll = {});
 };
 
-/// What ReaderOptions::bytes_per_second may be.
+/// Limits of ReaderOptions::bytes_per_second.
 inline constexpr std::uint64_t kSlowestRate = 1'000'000, kFastestRate = 1'000'000'000'000;
 
 enum class ReaderKind : std::uint8_t { kAutomatic, kUring, kPread };

@@ -53,7 +53,7 @@ struct MemoryConfig {
   std::optional<double> cpu_share = std::nullopt;
 };
 
-/// Where RAM and VRAM go. GB are 10^9 bytes. Nothing given: planned from what the machine has.
+/// The use of RAM and VRAM. GB are 10^9 bytes. Nothing given: planned from what the machine has.
 struct MemoryStrategy {
   /// GB of RAM for cached experts. A model whose experts all fit is loaded whole.
   std::optional<double> cpu_cache_size;

@@ -23,7 +23,7 @@ class Warnings {
   Warnings(const Warnings&) = delete;
   Warnings& operator=(const Warnings&) = delete;
 
-  /// Those that `part` is in.
+  /// The warnings that `part` is in.
   std::vector<std::string> with(std::string_view part) const {
     const std::lock_guard lock(mutex_);
     std::vector<std::string> found;

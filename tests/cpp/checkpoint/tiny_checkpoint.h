@@ -69,7 +69,7 @@ enum class TinyKind : std::uint8_t {
   kBf16,        // V2: BF16, plain q_proj, tied head, one shard and an index
   kMixed,       // as kNvfp4, but from the third layer on every other one's routed experts are FP8
 };
-/// Those whose routed experts are all alike.
+/// The kinds whose routed experts are all alike.
 inline constexpr TinyKind kTinyKinds[] = {TinyKind::kNvfp4, TinyKind::kCompressed, TinyKind::kBf16};
 
 /// `experts`: routed ones, an even number.

@@ -10,7 +10,7 @@
 namespace dsfp4::ops::testing {
 namespace {
 
-// Whether this is the one that a count running down was set for.
+// True where this is the one that a count running down was set for.
 bool is_due(std::int64_t& count) { return count > 0 && --count == 0; }
 
 constexpr Queue kAllQueues[] = {Queue::kCompute, Queue::kUpload, Queue::kDownload};

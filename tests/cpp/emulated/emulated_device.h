@@ -34,7 +34,8 @@ struct EmulatedOptions {
   bool routed_experts = false;         // Ops::has_routed_experts()
 };
 
-/// What was done so far. Work in queues counts as it ends; what failed or was left out does not.
+/// Counts of the work done so far. Work in queues counts as it ends; what failed or was left out
+/// does not.
 struct EmulatedCounts {
   std::int64_t ops = 0;
   std::array<std::int64_t, kQueues> copies{};  // by Queue; upload() and download() are kCompute's
@@ -132,7 +133,7 @@ class EmulatedDevice final : public Device {
     std::deque<Item> items;
     bool held = false;
     bool ends = false;
-    // What is ordered: the counts run down as work is queued.
+    // Orders of the test: the counts run down as work is queued.
     std::int64_t op_fails_in = 0;
     std::int64_t copy_fails_in = 0;
     std::int64_t copy_is_late_in = 0;

@@ -21,7 +21,7 @@ class LiveMemory {
   void add(std::uintptr_t address, std::size_t bytes) { live_.emplace(address, bytes); }
   /// Returns the bytes of the allocation; 0 if there is none.
   std::size_t remove(std::uintptr_t address);
-  /// Whether the bytes all lie in one allocation.
+  /// True where the bytes all lie in one allocation.
   bool holds(std::uintptr_t address, std::size_t bytes) const;
   /// Where between `from` and `end` so many pages' bytes are free; 0 if nowhere.
   std::uintptr_t gap(std::uintptr_t from, std::uintptr_t end, std::size_t bytes) const;
@@ -138,7 +138,7 @@ class EmulatedStaging final : public memory::MemorySource {
         : pages_(staging.pages_), lock_(staging.pages_.mutex) {}
     /// Throws std::logic_error if the bytes are not all in one live allocation.
     void require(const void* staged, std::size_t count) const;
-    /// Whether the bytes are pinned.
+    /// True where the bytes are pinned.
     bool pinned(const void* staged, std::size_t count) const;
 
    private:

@@ -1,4 +1,4 @@
-// What the tests of the emulated device share.
+// Helpers that the tests of the emulated device share.
 #pragma once
 
 #include <algorithm>

@@ -19,7 +19,7 @@ struct KeptRows {
 using Batch = std::vector<KeptRows>;
 
 Batch keep(std::span<const SequenceRows> batch);
-/// Whether both are the same rows at the same places; layers may differ.
+/// True where both are the same rows at the same places; layers may differ.
 bool same_places(const Batch& a, const Batch& b);
 
 struct KeptTask {
@@ -29,7 +29,7 @@ struct KeptTask {
 
 std::vector<KeptTask> keep(std::span<const ExpertTask> tasks);
 
-/// What a segment takes from the host.
+/// The inputs that a segment takes from the host.
 struct HostInputs {
   std::vector<std::int32_t> ids;
   Batch batch;

@@ -20,7 +20,7 @@ using Ids = std::vector<std::int32_t>;
 
 constexpr std::int64_t kModelLayers = 4;
 
-// What forward() gives.
+// The results of forward().
 struct Outcome {
   Floats logits;
   Ids chosen;

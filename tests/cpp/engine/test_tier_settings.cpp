@@ -38,7 +38,7 @@ class TierSettings : public ThreeTiersFixture {
     options.cache_policy = "lru";
     return options;
   }
-  // What the second ask() takes, when the caches are full.
+  // Counts of the second ask(), when the caches are full.
   ModelStats second_ask(Engine& engine) {
     EXPECT_EQ(ask(engine), right_);
     const ModelStats before = engine.stats();
@@ -193,7 +193,7 @@ TEST_P(TierSettings, ExpertThresholdLeavesOutAsWithoutAGpu) {
   }
 }
 
-// What is planned is the least that loads, and as many slots as fit.
+// The plan is the least that loads, and as many slots as fit.
 TEST_P(TierSettings, VramNeverExceedsThePlan) {
   const std::uint64_t least = least_vram();
   ops::testing::EmulatedOptions device = as_a_gpu();

@@ -29,7 +29,7 @@ inline LoadOptions load_options() {
   return options;
 }
 
-// What a model says.
+// The answers of a model.
 struct Says {
   Floats prompt, decode;
   Ids text;

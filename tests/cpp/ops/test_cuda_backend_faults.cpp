@@ -310,7 +310,7 @@ TEST_F(CudaSegments, RefuseWhatTheyDoNotName) {
   });
 }
 
-// What another thread asks of the queue of the ops comes after the recording, not into it.
+// Work that another thread asks of the queue of the ops comes after the recording, not into it.
 TEST_F(CudaSegments, AreNotForOtherThreads) {
   CudaDevice& device = backend_.device();
   const Event event = device.make_event();

@@ -279,7 +279,7 @@ TEST_F(DeviceExpertsFaults, GoesWhileCopiesAndOpsAreUnderWay) {
 
 // ---- anything at all
 
-// What DeviceExperts should do, with a map.
+// DeviceExperts as it should be, with a map.
 struct Model {
   struct Entry {
     int pins = 0;

@@ -8,13 +8,10 @@
 #include "dsfp4/error.h"
 #include "memory/limits.h"
 #include "residency/plan.h"
+#include "residency/vram_budgets.h"
 
 namespace dsfp4::residency {
 namespace {
-
-constexpr std::uint64_t kUnbounded = std::numeric_limits<std::uint64_t>::max();
-constexpr std::uint64_t kEnough = 1'000'000;  // of either memory
-constexpr std::uint64_t kProcess = 3000;
 
 ModelBytes small_model() {
   ModelBytes model;
@@ -54,30 +51,9 @@ Wishes with_cache(std::uint64_t bytes) {
   return wishes;
 }
 
-// So much VRAM, and so much RAM beside what the process has and what is not counted.
-Budgets budgets_of(std::uint64_t vram, std::uint64_t ram = kEnough) {
-  return {.ram_limit = kProcess + memory::kUncountedBytes + ram,
-          .machine = {kUnbounded, kUnbounded, kProcess},
-          .vram = vram};
-}
-
 Plan plan(std::uint64_t vram, std::uint64_t ram = kEnough, const Wishes& wishes = wishes_of(),
           const ModelBytes& model = small_model()) {
   return make_plan(model, budgets_of(vram, ram), wishes);
-}
-
-std::optional<MemoryLimitError> refusal(const ModelBytes& model, const Budgets& budgets,
-                                        const Wishes& wishes) {
-  try {
-    make_plan(model, budgets, wishes);
-    return std::nullopt;
-  } catch (const MemoryLimitError& error) {
-    return error;
-  }
-}
-
-bool says(const std::optional<MemoryLimitError>& error, const std::string& words) {
-  return error && std::string(error->what()).find(words) != std::string::npos;
 }
 
 // Checks that the model loads with `vram` bytes, but not with one less; returns that refusal.

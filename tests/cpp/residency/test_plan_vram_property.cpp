@@ -11,33 +11,10 @@
 #include "dsfp4/error.h"
 #include "memory/limits.h"
 #include "residency/plan.h"
+#include "residency/vram_budgets.h"
 
 namespace dsfp4::residency {
 namespace {
-
-constexpr std::uint64_t kUnbounded = std::numeric_limits<std::uint64_t>::max();
-constexpr std::uint64_t kProcess = 3000;
-
-// So much VRAM, and so much RAM beside what the process has and what is not counted.
-Budgets budgets_of(std::uint64_t vram, std::uint64_t ram) {
-  return {.ram_limit = kProcess + memory::kUncountedBytes + ram,
-          .machine = {kUnbounded, kUnbounded, kProcess},
-          .vram = vram};
-}
-
-std::optional<MemoryLimitError> refusal(const ModelBytes& model, const Budgets& budgets,
-                                        const Wishes& wishes) {
-  try {
-    make_plan(model, budgets, wishes);
-    return std::nullopt;
-  } catch (const MemoryLimitError& error) {
-    return error;
-  }
-}
-
-bool says(const std::optional<MemoryLimitError>& error, const std::string& words) {
-  return error && std::string(error->what()).find(words) != std::string::npos;
-}
 
 class AnyModel {
  public:
@@ -135,7 +112,7 @@ TEST(PlanInVramProperty, NeverMoreThanTheBudgets) {
   EXPECT_GT(whole, kSeeds / 200);
 }
 
-// What a refusal says after `words`.
+// The number that a refusal says after `words`.
 std::optional<std::int64_t> number_after(const MemoryLimitError& error, const std::string& words) {
   const std::string text = error.what();
   const std::size_t at = text.find(words);
