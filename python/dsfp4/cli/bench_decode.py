@@ -218,7 +218,7 @@ def _decode(model: Model, ids: np.ndarray) -> dict[str, Any]:
     """Decode the ids one by one; return the time, and what the counters gained."""
     before = model.stats()
     start, cpu_start = time.perf_counter(), time.process_time()
-    chosen, logits = model.routing_trace(ids, decode=True)
+    model.routing_trace(ids, decode=True)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     after = model.stats()
     counted = {
@@ -226,14 +226,12 @@ def _decode(model: Model, ids: np.ndarray) -> dict[str, Any]:
         for name, value in after.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    trace = {"chosen": chosen, "logits": logits, "cache_slots": after["cache_slots"]}
     return {
         **counted,
         "image_bytes": after["image_bytes"],
         "seconds": seconds,
         "process_cpu_seconds": cpu_seconds,
         "tokens": len(ids),
-        "trace": trace,
     }
 
 
