@@ -1,6 +1,8 @@
 #include "bindings/bindings.h"
 
 NB_MODULE(_core, m) {
+  // A thread that sleeps as the interpreter ends keeps its objects, and its user is no bug hunter.
+  nanobind::set_leak_warnings(false);
   m.doc() = "The C++ core of dsfp4. Use the dsfp4 package, not this module.";
   m.attr("__version__") = DSFP4_VERSION;
   dsfp4::bindings::bind_errors(m);

@@ -122,7 +122,13 @@ CudaDevice::CudaDevice(const cuda::Plugin& plugin, int index, std::uint64_t memo
       memory_(plugin, device_, account_of(index), memory_limit,
               checked_context_bytes(plugin, device_, index, memory_limit, free_before)),
       pinner_(plugin, device_),
-      staging_(pinner_) {}
+      staging_(pinner_),
+      ring_(cuda::kRingBytes, "uploads on their way", staging_) {
+  check(plugin.use_ring(device_, memory::on_host(staging_, ring_.take(cuda::kRingBytes))));
+}
+
+// A copy from the ring may be under way. After an error of the device there is none.
+CudaDevice::~CudaDevice() { plugin_.synchronize(device_); }
 
 void CudaDevice::refuse_capture(const char* call) const {
   if (capturing()) throw CudaError(std::string(call) + " cannot be recorded: it is not an op");

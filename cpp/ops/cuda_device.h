@@ -7,6 +7,7 @@
 #include <mutex>
 #include <thread>
 
+#include "memory/arena.h"
 #include "memory/pinned_memory.h"
 #include "ops/cuda/abi.h"
 #include "ops/device.h"
@@ -88,6 +89,8 @@ class CudaDevice final : public Device {
   /// the context.
   CudaDevice(const cuda::Plugin& plugin, int index, std::uint64_t memory_limit);
 
+  ~CudaDevice() override;
+
   CudaMemory& memory() override { return memory_; }
   memory::MemorySource& staging() override { return staging_; }
 
@@ -146,6 +149,7 @@ class CudaDevice final : public Device {
   CudaMemory memory_;
   CudaPinner pinner_;
   memory::PinnedMemory staging_;
+  memory::Arena ring_;  // of the plugin's uploads
   std::mutex compute_;  // a call in that queue would end another thread's recording in an error
   std::atomic<std::thread::id> capturing_{};
   std::mutex clock_;

@@ -130,10 +130,17 @@ def test_the_format_is_that_of_most_matrices() -> None:
     assert decode_floor.routed_format(description) == "nvfp4"
 
 
-def measured(folder: Path, monkeypatch: pytest.MonkeyPatch, *texts: str) -> dict[str, Any]:
+def measured(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *texts: str,
+    rate: Callable[..., dict[str, float]] = lambda *_: {
+        "gb_per_second": 3.0,
+        "cpu_seconds_per_gb": 0.25,
+    },
+) -> dict[str, Any]:
     """Run it on a tiny model, whose files are too small to measure a disk with."""
-    rate = {"gb_per_second": 3.0, "cpu_seconds_per_gb": 0.25}
-    monkeypatch.setattr(decode_floor, "ssd_rate", lambda *_: rate)
+    monkeypatch.setattr(decode_floor, "ssd_rate", rate)
     arguments = parse("--tokens", "5", "--threads", "1", *texts)
     arguments.model = str(folder)
     report = bench_decode.measure(arguments)
@@ -185,6 +192,33 @@ def test_reads_held_to_a_rate_are_said_in_words(
     fast = measured(folder, monkeypatch, "--cpu-cache-size", "0", "--ssd-rate", "14")
     assert fast["raw_ssd_gb_s"] == 3.0
     assert "but this disk gives less" in "\n".join(decode_report.lines(fast))
+
+
+def test_the_disk_is_measured_between_parts_of_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, rates = [], iter(range(1, 10))
+    decode = bench_decode._decode
+    monkeypatch.setattr(
+        bench_decode, "_decode", lambda model, ids: decoded.append(len(ids)) or decode(model, ids)
+    )
+    report = measured(
+        folder,
+        monkeypatch,
+        *("--cpu-cache-size", "0", "--tokens", "33"),
+        rate=lambda *_: {"gb_per_second": float(next(rates)), "cpu_seconds_per_gb": 0.25},
+    )
+    assert decoded == [9, 8, 8, 8] * 2  # cold, then warm
+    assert report["measured_ssd_windows"] == [float(i) for i in range(1, 10)]
+    assert report["raw_ssd_gb_s"] == 5.0
+    assert "disk: 5.00 GB/s (1.00 to 9.00 in 9 windows)" in "\n".join(decode_report.lines(report))
+
+
+def test_parts_of_a_run_add_up() -> None:
+    parts = [counted(seconds=1.0, misses=3, image_bytes=7), counted(misses=4, image_bytes=7)]
+    whole = decode_floor.sum_of(parts)
+    assert (whole["tokens"], whole["seconds"]) == (20, 2.0)
+    assert (whole["misses"], whole["image_bytes"]) == (7, 7)
 
 
 def test_a_cache_for_all_experts_is_filled_before_shares_are_compared(

@@ -215,6 +215,18 @@ def test_the_interpreter_ends_during_a_call_of_a_daemon_thread(folder: Path, cal
         assert process.returncode == 0
 
 
+def test_a_thread_that_keeps_a_model_to_the_end_makes_no_noise(folder: Path) -> None:
+    code = """
+        import sys, threading, dsfp4
+        model = dsfp4.Model(sys.argv[1], threads=1, max_context=64)
+        keep = lambda model: threading.Event().wait()
+        threading.Thread(target=keep, args=(model,), daemon=True).start()
+        """
+    process = run_python(code, folder)
+    assert output(process) == ""
+    assert process.returncode == 0
+
+
 def test_ctrl_c_leaves_a_long_forward(folder: Path) -> None:
     code = """
         import sys, dsfp4

@@ -31,7 +31,7 @@ using raw::ExpertView;
 using raw::Matrix;
 
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 7;
+inline constexpr std::uint32_t kAbiVersion = 8;
 
 struct Device;  // the plugin's own
 
@@ -89,6 +89,8 @@ struct DeviceRouting {
 
 /// Of the lists that one expert_tasks() copies to the device: about 8 bytes a pair, 192 a task.
 inline constexpr std::size_t kMostTaskBytes = std::size_t{2} << 20;
+/// Of use_ring().
+inline constexpr std::size_t kRingBytes = 2 * kMostTaskBytes;
 
 struct Plugin {
   std::uint32_t version;
@@ -101,6 +103,9 @@ struct Plugin {
   /// GPUs can run.
   bool (*open)(int index, bool portable, Device** device);
   void (*close)(Device*);
+  /// kRingBytes of the host's memory that `upload` and lists of tasks pass through, best pinned.
+  /// Given before these are called, and there until `close`.
+  bool (*use_ring)(Device*, std::byte* ring);
 
   bool (*memory)(Device*, std::uint64_t* free, std::uint64_t* total);
   bool (*allocate)(Device*, std::size_t bytes, std::byte** memory);

@@ -24,7 +24,7 @@ struct Device {
   cudaStream_t stream = nullptr;  // of Queue::kCompute
   cudaStream_t uploads = nullptr;
   cudaStream_t downloads = nullptr;
-  std::byte* ring = nullptr;  // pinned, two halves: small uploads pass through it
+  std::byte* ring = nullptr;  // the host's, two halves: small uploads pass through it
   std::size_t ring_at = 0;
   cudaEvent_t ring_left[2] = {};  // recorded as a half has been handed out
   cudaEvent_t marks[kMarks] = {};

@@ -9,8 +9,6 @@
 namespace dsfp4::ops::cuda {
 namespace {
 
-constexpr std::size_t kRingBytes = 2 * kRingHalf;
-
 thread_local Failure last_failure;
 
 const Failure* failure() { return &last_failure; }
@@ -77,7 +75,6 @@ void close(Device* device) {
   for (cudaEvent_t event : device->ring_left) {
     if (event != nullptr) cudaEventDestroy(event);
   }
-  if (device->ring != nullptr) cudaFreeHost(device->ring);
   if (device->clock != nullptr) cudaEventDestroy(device->clock);
   for (cudaStream_t stream :
        {device->stream, device->uploads, device->downloads, device->clock_stream}) {
@@ -86,12 +83,11 @@ void close(Device* device) {
   delete device;
 }
 
-// Streams, ring and events of a device that is current.
+// Streams and events of a device that is current.
 bool make_queues(Device* device) {
   DSFP4_TRY(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
   DSFP4_TRY(cudaStreamCreateWithFlags(&device->uploads, cudaStreamNonBlocking));
   DSFP4_TRY(cudaStreamCreateWithFlags(&device->downloads, cudaStreamNonBlocking));
-  DSFP4_TRY(cudaHostAlloc(&device->ring, kRingBytes, cudaHostAllocDefault));
   for (cudaEvent_t& event : device->ring_left) {
     DSFP4_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   }
@@ -117,6 +113,11 @@ bool open(int index, [[maybe_unused]] bool portable, Device** device) {
     return false;
   }
   *device = opened;
+  return true;
+}
+
+bool use_ring(Device* device, std::byte* ring) {
+  device->ring = ring;
   return true;
 }
 
@@ -295,6 +296,7 @@ constexpr Plugin kPlugin{
     .probe = probe,
     .open = open,
     .close = with<close>,
+    .use_ring = with<use_ring>,
     .memory = with<memory>,
     .allocate = with<allocate>,
     .free = with<free_memory>,

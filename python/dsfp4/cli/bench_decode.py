@@ -20,6 +20,8 @@ from dsfp4.demo import resolve_model
 from dsfp4.model import Model
 
 _WARM_UP = 4  # tokens, after a change of cpu_share
+_PARTS = 4  # that tokens are decoded in, each between two windows of the disk's rate
+_LEAST_PART = 8  # tokens
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,10 +30,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "decode",
         help="tokens/s of a model that does not fit, beside the floor of each wire",
         description="Decodes random text from an empty cache, then again from the cache as that "
-        "left it. The raw rate of the disk is measured before and after, with the same blocks and "
-        "depth. The floor is what the bytes and the arithmetic need at least; for a prompt, the "
-        "latter is the time in which it did not wait for reads. Beside a GPU it is the dense part, "
-        "then the chosen experts in RAM at the rate at which processor and PCIe take them at once.",
+        "left it. The raw rate of the disk is measured before, between and after, with the same "
+        "blocks and depth. The floor is what the bytes and the arithmetic need at least; for a "
+        "prompt, the latter is the time in which it did not wait for reads. Beside a GPU it is the "
+        "dense part, then the chosen experts in RAM at the rate at which processor and PCIe take "
+        "them at once.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -106,13 +109,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = resolve_model(arguments.model)
     files = sorted(folder.glob("*.safetensors"))
     prompts = [_prefill(arguments, folder, tokens) for tokens in arguments.prompt]
-    disk = [decode_floor.ssd_rate(files, arguments.reader)]
+    disk = decode_floor.Disk(files, arguments.reader)
     wires = None
     if arguments.device == "cuda":
         wires = decode_floor.wire_rates(folder, arguments.threads, arguments.memory_limit)
     model = _load(arguments, folder, _context(arguments.tokens, _core.read_config(str(folder))))
     draw = np.random.default_rng(0)
-    cold, warm = (_decode(model, _ids(draw, model, arguments.tokens)) for _ in range(2))
+    disk.measure()
+    cold, warm = (
+        _decode_between(disk, model, _ids(draw, model, arguments.tokens)) for _ in range(2)
+    )
     shares = _decode_shares(model, arguments, draw)
     one_id = int(_ids(draw, model, 1)[0])
     compute = dense = 0.0
@@ -121,11 +127,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         wires = None  # nothing crosses them
         compute = _compute_seconds(model, one_id)
-    disk.append(decode_floor.ssd_rate(files, arguments.reader))
-    measured, cpu_per_gb = (
-        sum(rate[name] for rate in disk) / len(disk)
-        for name in ("gb_per_second", "cpu_seconds_per_gb")
-    )
+    measured = disk.gb_per_second
     raw = min(measured, arguments.ssd_rate or measured)
     rates = decode_floor.Rates(raw, compute, dense, wires)
     return {
@@ -137,7 +139,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cache_policy": arguments.cache_policy,
         "raw_ssd_gb_s": raw,
         "measured_ssd_gb_s": measured,
-        "reading_cpu_seconds_per_gb": cpu_per_gb,
+        "measured_ssd_windows": disk.windows,
+        "reading_cpu_seconds_per_gb": disk.cpu_seconds_per_gb,
         "ssd_rate": arguments.ssd_rate,
         "compute_seconds_per_token": compute if wires is None else None,
         "dense_seconds_per_token": None if wires is None else dense,
@@ -233,6 +236,15 @@ def _decode(model: Model, ids: np.ndarray) -> dict[str, Any]:
         "process_cpu_seconds": cpu_seconds,
         "tokens": len(ids),
     }
+
+
+def _decode_between(disk: decode_floor.Disk, model: Model, ids: np.ndarray) -> dict[str, Any]:
+    """_decode() in parts, the disk measured after each, as its rate changes while this runs."""
+    runs = []
+    for part in np.array_split(ids, max(1, min(_PARTS, len(ids) // _LEAST_PART))):
+        runs.append(_decode(model, part))
+        disk.measure()
+    return decode_floor.sum_of(runs)
 
 
 def _decode_shares(

@@ -16,7 +16,7 @@ from dsfp4.model import Model
 
 BLOCK_BYTES = 512 << 10  # as the engine reads
 DEPTH = 64
-_SSD_SECONDS = 1.5
+_SSD_SECONDS = 0.75  # a window
 _WIRE_SECONDS = 1.0  # alone, the other alone, and both
 _WARM_UP = 4  # tokens: a layer is run, recorded, and then replayed
 _DENSE_TOKENS = 32
@@ -47,6 +47,39 @@ def ssd_rate(files: list[Path], reader: str) -> dict[str, float]:
             raise
         return ssd_rate(files, "pread")
     return {name: float(rate[name]) for name in ("gb_per_second", "cpu_seconds_per_gb")}
+
+
+class Disk:
+    """The disk's rate, in windows that alternate with what it is compared with."""
+
+    def __init__(self, files: list[Path], reader: str) -> None:
+        self._files, self._reader = files, reader
+        self._measured: list[dict[str, float]] = []
+
+    def measure(self) -> None:
+        """Measure one window."""
+        self._measured.append(ssd_rate(self._files, self._reader))
+
+    @property
+    def windows(self) -> list[float]:
+        """The rates in GB/s, in order."""
+        return [window["gb_per_second"] for window in self._measured]
+
+    @property
+    def gb_per_second(self) -> float:
+        """The mean of the windows."""
+        return statistics.fmean(self.windows)
+
+    @property
+    def cpu_seconds_per_gb(self) -> float:
+        """Processor time of the reads themselves, the mean of the windows."""
+        return statistics.fmean(window["cpu_seconds_per_gb"] for window in self._measured)
+
+
+def sum_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return several runs of one model as one."""
+    total = {name: sum(run[name] for run in runs) for name in runs[0]}
+    return total | {"image_bytes": runs[0]["image_bytes"]}
 
 
 def wire_rates(folder: Path, threads: int, memory_limit: float | None) -> dict[str, float]:

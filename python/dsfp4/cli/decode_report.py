@@ -31,8 +31,10 @@ def lines(report: Mapping[str, Any]) -> Iterable[str]:
 
 def _rates(report: Mapping[str, Any]) -> Iterable[str]:
     disk = report["measured_ssd_gb_s"]
+    windows = report["measured_ssd_windows"]
     yield (
-        f"disk: {disk:.2f} GB/s, blocks of {BLOCK_BYTES >> 10} KiB, {DEPTH} deep; "
+        f"disk: {disk:.2f} GB/s ({min(windows):.2f} to {max(windows):.2f} in {len(windows)} "
+        f"windows), blocks of {BLOCK_BYTES >> 10} KiB, {DEPTH} deep; "
         f"{report['reading_cpu_seconds_per_gb']:.2f} s of processor time a GB"
     )
     held = report["ssd_rate"]

@@ -96,6 +96,7 @@ struct FakeCuda {
       return true;
     };
     table.close = [](Device*) { --state().devices; };
+    table.use_ring = [](Device*, std::byte*) { return true; };
     table.memory = [](Device*, std::uint64_t* free, std::uint64_t* total) {
       *free = *total = 1'900'000'000;
       return state().tells_memory;

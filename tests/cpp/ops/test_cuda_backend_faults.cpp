@@ -22,6 +22,8 @@ namespace {
 
 using testing::FakeCuda;
 
+constexpr const char* kRingPinned = "pin 4194304";
+
 TEST(CudaBackendFaults, ADeviceIsClosedWhateverEndsItsConstruction) {
   const cuda::Plugin& plugin = FakeCuda::plugin();
   FakeCuda& fake = FakeCuda::state();
@@ -43,7 +45,7 @@ TEST(CudaDeviceFaults, StagingMemoryAndEventsAreGivenBack) {
     CudaDevice device(FakeCuda::plugin(), FakeCuda::kIndex, 0);
     EXPECT_FALSE(device.host_visible());
     const memory::Arena arena(4096, "a test", device.staging());
-    EXPECT_EQ(fake.pinned.size(), 1u);
+    EXPECT_EQ(fake.pinned.size(), 2u);  // and the plugin's ring
     Event event = device.make_event();
     event = device.make_event();
     EXPECT_TRUE(device.passed(event));
@@ -79,7 +81,7 @@ TEST(CudaDeviceFaults, MemoryThatIsNotPinnedIsCopiedAllTheSame) {
   const dsfp4::testing::Warnings warnings;
   {
     CudaDevice device(plugin, FakeCuda::kIndex, 0);
-    fake.pinnable = 10'000;
+    fake.pinnable = cuda::kRingBytes + 10'000;
     memory::Arena pinned(8192, "a test", device.staging());
     memory::Arena refused(8192, "a test", device.staging());
     memory::Arena again(4096, "a test", device.staging());
@@ -95,8 +97,18 @@ TEST(CudaDeviceFaults, MemoryThatIsNotPinnedIsCopiedAllTheSame) {
     }
   }
   using Calls = std::vector<std::string>;
-  EXPECT_EQ(fake.pin_calls, (Calls{"pin 8192", "refused 8192", "refused 4096", "unpin"}));
+  EXPECT_EQ(fake.pin_calls, (Calls{kRingPinned, "pin 8192", "refused 8192", "refused 4096", "unpin", "unpin"}));
   EXPECT_EQ(warnings.with("(refused)").size(), 1u);
+}
+
+TEST(CudaDeviceFaults, NoMemoryThatIsPinnedIsNeeded) {
+  const cuda::Plugin& plugin = FakeCuda::plugin();
+  FakeCuda& fake = FakeCuda::state();
+  fake.pinnable = 0;
+  const dsfp4::testing::Warnings warnings;
+  CudaDevice device(plugin, FakeCuda::kIndex, 0);
+  EXPECT_EQ(fake.pin_calls, std::vector<std::string>{"refused 4194304"});
+  EXPECT_EQ(warnings.with("refused to pin 4.2 MB of RAM").size(), 1u);
 }
 
 TEST(CudaDeviceFaults, SlotsThatGrowAreUnpinnedMovedAndPinnedAgain) {
@@ -114,7 +126,8 @@ TEST(CudaDeviceFaults, SlotsThatGrowAreUnpinnedMovedAndPinnedAgain) {
   }
   using Calls = std::vector<std::string>;
   EXPECT_EQ(fake.pin_calls,
-            (Calls{"pin 8192", "unpin", "pin 16384", "unpin", "pin 4096", "unpin"}));
+            (Calls{kRingPinned, "pin 8192", "unpin", "pin 16384", "unpin", "pin 4096", "unpin",
+                   "unpin"}));
 }
 
 class CudaSegments : public ::testing::Test {

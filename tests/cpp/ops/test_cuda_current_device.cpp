@@ -79,6 +79,8 @@ class CudaCurrentDevice : public Cuda {
       std::byte* pinned = memory::host_memory().allocate(4096);
       check("allocate", plugin.allocate(device, 4096, &memory));
       check("pin", plugin.pin(device, pinned, 4096));
+      std::vector<std::byte> ring(cuda::kRingBytes);
+      check("use_ring", plugin.use_ring(device, ring.data()));
       std::vector<float> values(512, 1.5f);
       check("upload", plugin.upload(device, values.data(), memory, 2048));
       check("copy_in", plugin.copy_in(device, Queue::kUpload, pinned, memory + 2048, 2048));
