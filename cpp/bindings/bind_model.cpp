@@ -10,6 +10,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/function.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -156,8 +157,10 @@ Handle load(const std::string& path, const std::string& device, int threads,
             std::optional<double> prefetch_size, std::optional<std::int64_t> max_experts,
             std::optional<double> gpu_reserved, const std::string& cache_policy,
             const std::string& warm_start_folder, const std::string& reader, bool direct_reads,
-            const std::string& trace_file, std::uint64_t ssd_rate) {
+            const std::string& trace_file, std::uint64_t ssd_rate,
+            std::optional<std::map<std::string, std::string>> quantization) {
   LoadOptions options;
+  options.quantization = std::move(quantization);
   options.device = device;
   options.threads = threads;
   options.max_context = max_context;
@@ -400,7 +403,7 @@ void bind_model(nb::module_& m) {
            nb::arg("max_experts") = nb::none(), nb::arg("gpu_reserved") = nb::none(),
            nb::arg("cache_policy") = "default", nb::arg("warm_start_folder") = "",
            nb::arg("reader") = "auto", nb::arg("direct_reads") = true, nb::arg("trace_file") = "",
-           nb::arg("ssd_rate") = 0)
+           nb::arg("ssd_rate") = 0, nb::arg("quantization") = nb::none())
       .def(
           "set_memory_config",
           [](const Handle& model, std::optional<std::int64_t> prefetch_layers,

@@ -10,6 +10,7 @@
 #include "dsfp4/error.h"
 #include "engine/context.h"
 #include "engine/kept_rates.h"
+#include "engine/quantization.h"
 #include "engine/sampler.h"
 #include "memory/source.h"
 
@@ -122,6 +123,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
            .threads = thread_count(options.threads),
            .progress = options.progress,
            .poll = polling(options.keep_going),
+           .formats = formats_to_choose(options, !ops_->device().host_visible()),
            .plan = [&](const WeightSizes& sizes) { return plan(options, machine, sizes); }})),
       rates_(known_rates(running(), loaded_, planned_->plan(), options,
                          thread_count(options.threads), machine.rate_limits,
@@ -219,6 +221,8 @@ residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,
   prefill_chunk_ = plan.chunk;
   if (!plan.tiered) host_ops_.reset();
   for (const std::string& warning : plan.warnings) log(LogLevel::kWarning, warning);
+  const std::string converted = conversion_note(plan, sizes);
+  if (!converted.empty()) log(LogLevel::kWarning, converted);
   const char* why = in_ram ? memory::why_no_huge_pages() : "";
   if (*why != '\0') log(LogLevel::kInfo, why);
   return plan;

@@ -6,6 +6,7 @@
 
 #include "checkpoint/catalogue.h"
 #include "checkpoint/layout.h"
+#include "engine/weight_convert.h"
 #include "memory/arena.h"
 #include "storage/reader.h"
 
@@ -23,15 +24,34 @@ void add_group(const Placement::Group& group, std::byte* slot,
   const std::vector<storage::Extent> reads = group.from.files.extents(slot);
   extents.insert(extents.end(), reads.begin(), reads.end());
   for (const residency::FileMatrix& matrix : group.from.matrices) {
-    add_tensors(*matrix.source, matrix.place.in(slot, *matrix.view), group.finite, tensors);
+    const bool converted = matrix.view->format != matrix.source->format;
+    add_tensors(*matrix.source, matrix.published_in(slot), group.finite || converted, tensors);
   }
 }
 
-// Reads what goes to memory that the host cannot touch, by way of a buffer: some groups at a time,
-// which are checked there.
+// Brings a group from a slot of RAM to its places.
+void upload_group(const Placement::Group& group, const std::byte* slot, ops::Device& device,
+                  ThreadPool& pool, const Poll& poll) {
+  auto to = group.to.begin();
+  for (const residency::FileMatrix& matrix : group.from.matrices) {
+    const format::WeightView from = matrix.published_in(slot);
+    if (to->format != from.format) {
+      matrix.view->global_scale = convert(from, *to, device, pool, poll);
+    } else {
+      device.upload(from.data, to->data, matrix.source->data->bytes);
+      if (from.scales != nullptr) {
+        device.upload(from.scales, to->scales, matrix.source->scales->bytes);
+      }
+    }
+    ++to;
+  }
+}
+
+// Reads what goes to memory that the host cannot touch, or is converted, by way of a buffer: some
+// groups at a time, which are checked there.
 template <typename Read>
 void read_through_host(Groups groups, std::size_t buffer_bytes, ops::Device& device,
-                       WeightCheck& check, const Poll& poll, const Read& read) {
+                       WeightCheck& check, ThreadPool& pool, const Poll& poll, const Read& read) {
   const auto buffer = std::make_shared<Arena>(buffer_bytes, "the weights on their way");
   while (!groups.empty()) {
     std::vector<storage::Extent> extents;
@@ -48,13 +68,7 @@ void read_through_host(Groups groups, std::size_t buffer_bytes, ops::Device& dev
     read(extents, buffer);
     check.check(tensors, poll);
     for (std::size_t i = 0; i < slots.size(); ++i) {
-      auto to = groups[i]->to.begin();
-      for (const residency::FileMatrix& matrix : groups[i]->from.matrices) {
-        const checkpoint::WeightSource& source = *matrix.source;
-        const format::WeightView from = matrix.place.in(slots[i], *matrix.view);
-        device.upload(from.data, *to++, source.data->bytes);
-        if (source.scales != nullptr) device.upload(from.scales, *to++, source.scales->bytes);
-      }
+      upload_group(*groups[i], slots[i], device, pool, poll);
     }
     groups = groups.subspan(slots.size());
   }
@@ -91,11 +105,13 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.reader = storage::make_reader(catalogue.files(), reading);
 
   Placement placement(catalogue, *loaded.layout, loaded.weights);
-  loaded.weight_bytes = placement.weight_bytes();
-  loaded.sizes = placement.sizes(device);
+  loaded.sizes = placement.sizes(device, options.formats, options.threads);
   loaded.sizes.staging = loaded.reader->staging_bytes();
-  const Placement::Arenas arenas =
-      placement.take(options.plan ? options.plan(loaded.sizes) : residency::Plan(), device);
+  residency::Plan plan;
+  plan.formats = options.formats.front();
+  if (options.plan) plan = options.plan(loaded.sizes);
+  const Placement::Arenas arenas = placement.take(plan, device);
+  loaded.weight_bytes = placement.weight_bytes();
   loaded.arena = arenas.device;
   loaded.host_arena = arenas.host;
 
@@ -123,7 +139,8 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
     }
   }
   if (!uploaded.empty()) {
-    read_through_host(uploaded, loaded.sizes.load_buffer, device, check, options.poll, read);
+    ThreadPool pool(options.threads);
+    read_through_host(uploaded, loaded.sizes.load_buffer, device, check, pool, options.poll, read);
   }
   using Owners = std::pair<Placement::Arenas, std::shared_ptr<void>>;
   read(extents, std::make_shared<Owners>(arenas, placement.staging()));

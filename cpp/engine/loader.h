@@ -40,12 +40,15 @@ struct LoadedWeights {
 
 struct LoadWeightsOptions {
   storage::ReaderOptions reader;
-  /// That check hashes where the checkpoint has them, at least 1.
+  /// That check hashes where the checkpoint has them, and convert weights; at least 1.
   int threads = 1;
   /// Called while weights are read, in bytes.
   std::function<void(std::uint64_t done, std::uint64_t total)> progress;
-  /// Asked while weights are read and checked; what it throws ends the load.
+  /// Asked while weights are read, checked and converted; what it throws ends the load.
   Poll poll;
+  /// Formats of dense weights that `plan` may choose from, at least one; without it the first is
+  /// taken.
+  std::vector<residency::DenseFormats> formats = {{}};
   /// Called before anything is taken. The views of what stays in the files have formats and scales
   /// but no data. An exception thrown by it ends the load. None: everything is loaded.
   std::function<residency::Plan(const WeightSizes& sizes)> plan;

@@ -69,6 +69,8 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
   bytes.embedding = sizes.embedding_bytes;
   bytes.host_embedding = sizes.embedding_host_bytes;
   bytes.layers = sizes.layer_bytes;
+  bytes.formats = sizes.formats;
+  bytes.converted = sizes.converted;
   bytes.layer_buffer = sizes.layer_slot_bytes;
   bytes.experts = sizes.experts;
   bytes.expert_bytes = sizes.expert_bytes;
@@ -78,7 +80,9 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
   bytes.kv_block =
       KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
   bytes.reader = sizes.staging;
-  if (!device.host_visible()) bytes.load_buffer = sizes.load_buffer;
+  if (!device.host_visible() || sizes.conversion > 0) {
+    bytes.load_buffer = sizes.load_buffer + sizes.conversion;
+  }
   for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
     const std::int64_t chunk = std::min(rows, running.max_context);
     if (!bytes.steps.empty() && chunk == bytes.steps.back().rows) break;

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "dsfp4/error.h"
+#include "engine/weight_convert.h"
 #include "format/scalar.h"
 
 namespace dsfp4::engine {
@@ -15,6 +17,8 @@ namespace {
 using checkpoint::TensorInfo;
 using checkpoint::WeightSource;
 using memory::Arena;
+using residency::DenseFormats;
+using residency::DenseRole;
 using residency::FileMatrix;
 
 // Weights that pass through the host are read and uploaded in so many bytes at a time, or more for
@@ -22,10 +26,10 @@ using residency::FileMatrix;
 constexpr std::size_t kBufferedBytes = 256u << 20;
 
 void add_mlp(const checkpoint::MlpSource& from, model::MlpWeights& to,
-             std::vector<FileMatrix>& all) {
-  all.push_back({&from.gate_proj, &to.gate_proj, {}});
-  all.push_back({&from.up_proj, &to.up_proj, {}});
-  all.push_back({&from.down_proj, &to.down_proj, {}});
+             std::optional<DenseRole> role, std::vector<FileMatrix>& all) {
+  all.push_back({&from.gate_proj, &to.gate_proj, {}, role});
+  all.push_back({&from.up_proj, &to.up_proj, {}, role});
+  all.push_back({&from.down_proj, &to.down_proj, {}, role});
 }
 
 // The part of a layer that may be streamed: all that each token needs, but the router, which is
@@ -34,22 +38,40 @@ std::vector<FileMatrix> dense_matrices(const checkpoint::LayerSource& source,
                                        model::LayerWeights& weights) {
   const checkpoint::AttentionSource& from = source.self_attn;
   model::AttentionWeights& to = weights.self_attn;
+  constexpr DenseRole kAttention = DenseRole::kAttention;
   std::vector<FileMatrix> all = {
-      {&from.q_proj, &to.q_proj, {}},       {&from.q_a_proj, &to.q_a_proj, {}},
-      {&from.q_b_proj, &to.q_b_proj, {}},   {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa, {}},
-      {&from.kv_b_proj, &to.kv_b_proj, {}}, {&from.o_proj, &to.o_proj, {}}};
-  add_mlp(source.mlp, weights.mlp, all);
-  add_mlp(source.shared_experts, weights.shared_experts, all);
+      {&from.q_proj, &to.q_proj, {}, kAttention},
+      {&from.q_a_proj, &to.q_a_proj, {}, kAttention},
+      {&from.q_b_proj, &to.q_b_proj, {}, kAttention},
+      {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa, {}, kAttention},
+      {&from.kv_b_proj, &to.kv_b_proj, {}, kAttention},
+      {&from.o_proj, &to.o_proj, {}, DenseRole::kOProj}};
+  add_mlp(source.mlp, weights.mlp, DenseRole::kMlp, all);
+  add_mlp(source.shared_experts, weights.shared_experts, DenseRole::kSharedExperts, all);
   return all;
 }
 
+std::uint64_t stored_bytes(const ops::WeightView& view) {
+  return format::data_bytes(view.format, view.rows, view.cols) +
+         format::scale_bytes(view.format, view.rows, view.cols);
+}
+
+bool is_converted(const residency::FileGroup& group, const DenseFormats& formats) {
+  return std::ranges::any_of(group.matrices, [&](const FileMatrix& matrix) {
+    return matrix.format_in(formats) != matrix.source->format;
+  });
+}
+
 // Bytes that a group takes of an arena.
-std::size_t arena_bytes(const residency::FileGroup& group, bool as_in_files) {
-  if (as_in_files) return group.files.slot_bytes;
+std::size_t arena_bytes(const residency::FileGroup& group, const DenseFormats& formats,
+                        bool as_in_files) {
+  if (as_in_files && !is_converted(group, formats)) return group.files.slot_bytes;
   std::size_t bytes = 0;
   for (const FileMatrix& matrix : group.matrices) {
-    bytes += Arena::padded(matrix.source->data->bytes);
-    if (matrix.source->scales != nullptr) bytes += Arena::padded(matrix.source->scales->bytes);
+    const auto [format, rows, cols] = std::tuple(matrix.format_in(formats), matrix.source->rows,
+                                                 matrix.source->cols);
+    bytes += Arena::padded(format::data_bytes(format, rows, cols));
+    bytes += Arena::padded(format::scale_bytes(format, rows, cols));
   }
   return bytes;
 }
@@ -59,19 +81,27 @@ std::size_t vector_bytes(const TensorInfo& tensor) {
 }
 
 // Routers are left out, as their inputs stay FP32.
-ops::WidestWeights widest_of(const checkpoint::ModelLayout& layout) {
+ops::WidestWeights widest_of(const checkpoint::ModelLayout& layout,
+                             std::span<const DenseFormats> formats) {
   ops::WidestWeights widest;
-  const auto note = [](auto& widths, const WeightSource& source) {
+  const auto note_as = [](auto& widths, const WeightSource& source, format::WeightFormat format) {
     if (!source.present()) return;
-    std::int64_t& width = widths.at(static_cast<std::size_t>(source.format));
+    std::int64_t& width = widths.at(static_cast<std::size_t>(format));
     width = std::max(width, source.cols);
   };
-  note(widest.all, layout.lm_head);
-  model::LayerWeights unused;
-  for (const checkpoint::LayerSource& layer : layout.layers) {
-    for (const FileMatrix& matrix : dense_matrices(layer, unused)) {
-      note(widest.all, *matrix.source);
+  const auto note = [&](auto& widths, const WeightSource& source) {
+    note_as(widths, source, source.format);
+  };
+  const auto note_all = [&](const FileMatrix& matrix) {
+    note(widest.all, *matrix.source);
+    for (const DenseFormats& some : formats) {
+      note_as(widest.all, *matrix.source, matrix.format_in(some));
     }
+  };
+  model::LayerWeights unused;
+  note_all({&layout.lm_head, nullptr, {}, DenseRole::kLmHead});
+  for (const checkpoint::LayerSource& layer : layout.layers) {
+    for (const FileMatrix& matrix : dense_matrices(layer, unused)) note_all(matrix);
     for (const checkpoint::MlpSource& expert : layer.experts) {
       note(widest.all, expert.gate_proj);
       note(widest.all, expert.up_proj);
@@ -104,7 +134,7 @@ Placement::Placement(const checkpoint::Catalogue& catalogue, const checkpoint::M
     add_layer(static_cast<std::int64_t>(i), layout.layers[i], weights.layers[i]);
   }
   add(layout.norm, weights.norm);
-  if (!tied()) add({{&layout.lm_head, &weights.lm_head, {}}});
+  if (!tied()) add({{&layout.lm_head, &weights.lm_head, {}, DenseRole::kLmHead}});
 }
 
 void Placement::add_layer(std::int64_t number, const checkpoint::LayerSource& source,
@@ -121,7 +151,7 @@ void Placement::add_layer(std::int64_t number, const checkpoint::LayerSource& so
   weights.experts.resize(source.experts.size());
   for (std::size_t e = 0; e < source.experts.size(); ++e) {
     std::vector<FileMatrix> matrices;
-    add_mlp(source.experts[e], weights.experts[e], matrices);
+    add_mlp(source.experts[e], weights.experts[e], std::nullopt, matrices);
     Group& expert = add(std::move(matrices));
     expert.layer = number;
     expert.expert = true;
@@ -157,37 +187,66 @@ std::size_t Placement::read_later(const TensorInfo& tensor) {
   return staging_->size() - 1;
 }
 
-WeightSizes Placement::sizes(ops::Device& device) const {
+residency::ModelBytes::Converted Placement::dense_in(const DenseFormats& formats,
+                                                     bool as_in_files) const {
+  residency::ModelBytes::Converted sizes;
+  sizes.formats = formats;
+  sizes.layers.resize(weights_.layers.size());
+  for (const Vector& vector : vectors_) sizes.dense += vector_bytes(*vector.tensor);
+  for (const Group& group : groups_) {
+    if (group.expert) continue;
+    const std::size_t bytes = arena_bytes(group.from, formats, as_in_files);
+    sizes.dense += bytes;
+    if (group.layer >= 0) sizes.layers[static_cast<std::size_t>(group.layer)] = bytes;
+  }
+  return sizes;
+}
+
+WeightSizes Placement::sizes(ops::Device& device, std::span<const DenseFormats> formats,
+                             int threads) const {
   const bool in_host = device.host_visible();
   WeightSizes sizes;
-  sizes.layer_bytes.resize(weights_.layers.size());
-  for (const Vector& vector : vectors_) sizes.dense_bytes += vector_bytes(*vector.tensor);
+  auto [first, dense, layers] = dense_in(formats.front(), in_host);
+  sizes.formats = first;
+  sizes.dense_bytes = dense;
+  sizes.layer_bytes = std::move(layers);
+  std::uint64_t least = dense;
+  for (const DenseFormats& other : formats.subspan(1)) {
+    const auto& converted = sizes.converted.emplace_back(dense_in(other, in_host));
+    if (converted.dense < least) {
+      least = converted.dense;
+    } else {
+      sizes.converted.pop_back();
+    }
+  }
   std::size_t slots = 0;
   std::size_t largest = kBufferedBytes;
+  std::int64_t cols = 0;
   for (const Group& group : groups_) {
-    const std::size_t bytes = arena_bytes(group.from, in_host);
+    const std::size_t bytes = arena_bytes(group.from, {}, in_host);
     const std::size_t slot = group.from.files.slot_bytes;
     slots += slot;
     largest = std::max(largest, slot);
     if (group.expert) {
       sizes.expert_bytes += bytes;
       sizes.slot_bytes = std::max(sizes.slot_bytes, slot);
-      sizes.device_slot_bytes = std::max(sizes.device_slot_bytes, arena_bytes(group.from, false));
+      sizes.device_slot_bytes =
+          std::max(sizes.device_slot_bytes, arena_bytes(group.from, {}, false));
       ++sizes.experts;
-    } else {
-      sizes.dense_bytes += bytes;
-      if (is_embedding(group) && !tied()) {
-        sizes.embedding_bytes = bytes;
-        sizes.embedding_host_bytes = slot;
-      }
-      if (group.layer >= 0) {
-        sizes.layer_bytes[static_cast<std::size_t>(group.layer)] = bytes;
-        sizes.layer_slot_bytes = std::max(sizes.layer_slot_bytes, slot);
-      }
+      continue;
+    }
+    if (is_embedding(group) && !tied()) {
+      sizes.embedding_bytes = bytes;
+      sizes.embedding_host_bytes = slot;
+    }
+    if (group.layer >= 0) sizes.layer_slot_bytes = std::max(sizes.layer_slot_bytes, slot);
+    for (const FileMatrix& matrix : group.from.matrices) {
+      if (matrix.role) cols = std::max(cols, matrix.source->cols);
     }
   }
-  sizes.widest = widest_of(layout_);
+  sizes.widest = widest_of(layout_, formats);
   sizes.load_buffer = std::min(slots, largest);
+  if (first.any() || !sizes.converted.empty()) sizes.conversion = conversion_bytes(threads, cols);
   if (!weights_.layers.empty()) sizes.layer_experts = weights_.layers.back().experts;
   return sizes;
 }
@@ -205,11 +264,15 @@ void Placement::take_slot(Group& group, Arena& arena, memory::MemorySource& sour
 
 void Placement::take_matrices(Group& group, Arena& arena) {
   for (const FileMatrix& matrix : group.from.matrices) {
-    group.to.push_back(arena.take(matrix.source->data->bytes));
-    matrix.view->data = group.to.back();
-    if (matrix.source->scales == nullptr) continue;
-    group.to.push_back(arena.take(matrix.source->scales->bytes));
-    matrix.view->scales = group.to.back();
+    WeightPlace& to = group.to.emplace_back();
+    to.format = matrix.format_in(plan_.formats);
+    to.rows = matrix.source->rows;
+    to.cols = matrix.source->cols;
+    to.data = arena.take(format::data_bytes(to.format, to.rows, to.cols));
+    const std::size_t scales = format::scale_bytes(to.format, to.rows, to.cols);
+    if (scales > 0) to.scales = arena.take(scales);
+    *matrix.view = to;
+    weight_bytes_ += stored_bytes(*matrix.view) - matrix.source->bytes();
   }
 }
 
@@ -225,14 +288,14 @@ Placement::Arenas Placement::take(const residency::Plan& plan, ops::Device& devi
       arenas.host = std::make_shared<Arena>(group.from.files.slot_bytes, "the embedding");
       take_slot(group, *arenas.host, memory::host_memory());
     } else {
-      bytes += arena_bytes(group.from, in_host);
+      bytes += arena_bytes(group.from, plan.formats, in_host);
     }
   }
   for (const Vector& vector : vectors_) bytes += vector_bytes(*vector.tensor);
   arenas.device = std::make_shared<Arena>(bytes, "the weights", device.memory());
   for (Group& group : groups_) {  // first, as slots are multiples of a block and begin at one
     if (stays_in_files(group) || group.slot != nullptr) continue;
-    if (in_host) {
+    if (in_host && !is_converted(group.from, plan.formats)) {
       take_slot(group, *arenas.device, device.memory());
     } else {
       take_matrices(group, *arenas.device);

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "checkpoint/catalogue.h"
@@ -37,6 +38,10 @@ struct WeightSizes {
   /// Of dense_bytes, what goes where a layer is streamed, and the size of a buffer for one.
   std::vector<std::uint64_t> layer_bytes;
   std::size_t layer_slot_bytes = 0;
+  /// The formats that all this is of, and what else there is to choose from.
+  residency::DenseFormats formats;
+  std::vector<residency::ModelBytes::Converted> converted;
+  std::uint64_t conversion = 0;  // RAM that converting takes; 0: nothing is ever converted
   std::uint64_t staging = 0;      // of the reader
   std::uint64_t load_buffer = 0;  // RAM that all pass through to memory that the host cannot touch
   ops::WidestWeights widest;
@@ -49,6 +54,8 @@ class Placement {
   Placement(const checkpoint::Catalogue& catalogue, const checkpoint::ModelLayout& layout,
             model::ModelWeights& weights);
 
+  using WeightPlace = format::WeightViewOf<DevicePtr<std::byte>>;
+
   /// Matrices that go, and lie, together: an expert, what is streamed of a layer, or one alone.
   struct Group {
     residency::FileGroup from;
@@ -56,12 +63,15 @@ class Placement {
     bool expert = false;
     bool finite = false;  // each value decides for a whole layer
     // Its destination is one of these.
-    std::byte* slot = nullptr;             // in memory that the processor can touch
-    std::vector<DevicePtr<std::byte>> to;  // each matrix's data and, if it has them, scales
+    std::byte* slot = nullptr;         // in memory that the processor can touch, as in the files
+    std::vector<WeightPlace> to = {};  // of each matrix, perhaps in another format
   };
 
-  /// All but `staging`.
-  WeightSizes sizes(ops::Device& device) const;
+  /// All but `staging`, in the first of `formats`, of which there is at least one; of the others
+  /// those that take less.
+  WeightSizes sizes(ops::Device& device, std::span<const residency::DenseFormats> formats,
+                    int threads) const;
+  /// Of the matrices, as they are stored; after take(), as they lie in memory.
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
 
   /// Of the device's memory, and of RAM: null unless the plan has the embedding there.
@@ -111,8 +121,11 @@ class Placement {
   bool tied() const { return layout_.lm_head.data == layout_.embed_tokens.data; }
   bool is_embedding(const Group& group) const { return &group == &groups_.front(); }
   bool stays_in_files(const Group& group) const;
+  /// Bytes of everything in the device's memory but experts, and of each layer's group.
+  residency::ModelBytes::Converted dense_in(const residency::DenseFormats& formats,
+                                            bool as_in_files) const;
   static void take_slot(Group& group, memory::Arena& arena, memory::MemorySource& source);
-  static void take_matrices(Group& group, memory::Arena& arena);
+  void take_matrices(Group& group, memory::Arena& arena);
 
   const checkpoint::Catalogue& catalogue_;
   const checkpoint::ModelLayout& layout_;

@@ -73,6 +73,17 @@ FileGroup file_group(std::vector<FileMatrix> matrices) {
   return group;
 }
 
+format::WeightView FileMatrix::published_in(const std::byte* slot) const noexcept {
+  ops::WeightView shape = *view;
+  shape.format = source->format;
+  return place.in(slot, shape);
+}
+
+format::WeightFormat FileMatrix::format_in(const DenseFormats& formats) const {
+  if (!role) return source->format;
+  return formats.of(*role, source->format, source->rows, source->cols);
+}
+
 void FileGroup::point(const std::byte* slot) const noexcept {
   for (const FileMatrix& matrix : matrices) *matrix.view = matrix.place.in(slot, *matrix.view);
 }

@@ -6,12 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "checkpoint/layout.h"
 #include "format/weight.h"
 #include "ops/views.h"
+#include "residency/dense_formats.h"
 #include "storage/reader.h"
 
 namespace dsfp4::residency {
@@ -60,6 +62,12 @@ struct FileMatrix {
   const checkpoint::WeightSource* source = nullptr;
   ops::WeightView* view = nullptr;
   MatrixPlace place;
+  std::optional<DenseRole> role = std::nullopt;  // none: it is never converted
+
+  /// As published, in a slot.
+  format::WeightView published_in(const std::byte* slot) const noexcept;
+  /// Its format where those of the roles are `formats`.
+  format::WeightFormat format_in(const DenseFormats& formats) const;
 };
 
 /// Matrices that go, and lie, together.

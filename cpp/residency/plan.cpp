@@ -167,6 +167,7 @@ std::optional<Shortage> place_slots(const ModelBytes& model, const Wishes& wishe
 Plan whole_plan(const ModelBytes& model, const Wishes& wishes, const ModelBytes::Step& step) {
   Plan plan;
   plan.chunk = step.rows;
+  plan.formats = model.formats;
   plan.dense_bytes = model.dense;
   plan.expert_bytes = model.expert_bytes;
   plan.kv_bytes = kv_bytes(model, wishes.max_context);
@@ -186,9 +187,15 @@ Trial try_in_ram(const ModelBytes& model, const Budgets& budgets, const Wishes& 
     return Shortage{purpose, sum_of({beside_kv, plan.kv_bytes}),
                     shorter_context(model, beside_kv, ceiling)};
   };
-  const auto finish = [&] {
+  const auto finish = [&]() -> Trial {
+    const std::uint64_t slots = plan.tiered ? plan.expert_bytes : 0;
+    const std::uint64_t later = sum_of({slots, plan.kv_bytes, plan.step_bytes});
     plan.ram_bytes =
         sum_of({plan.dense_bytes, plan.expert_bytes, plan.kv_bytes, model.reader, plan.step_bytes});
+    plan.load_bytes = model.load_buffer - std::min(model.load_buffer, later);
+    const std::uint64_t loading = sum_of(
+        {budgets.machine.process, memory::kUncountedBytes, plan.ram_bytes, plan.load_bytes});
+    if (loading > ceiling) return Shortage{kLoading, loading, ""};
     return plan;
   };
   if (sum_of({whole, plan.kv_bytes}) <= ceiling) return finish();
@@ -221,10 +228,10 @@ using Attempt = Trial (*)(const ModelBytes&, const Budgets&, const Wishes&,
                           const ModelBytes::Step&);
 
 // The plan that `attempt` makes with the chunks that pay.
-Plan best_plan(Attempt attempt, const ModelBytes& model, const Budgets& budgets,
-               const Wishes& wishes) {
+Trial best_plan(Attempt attempt, const ModelBytes& model, const Budgets& budgets,
+                const Wishes& wishes) {
   const Trial first = attempt(model, budgets, wishes, model.steps.front());
-  if (const auto* shortage = std::get_if<Shortage>(&first)) refuse(*shortage, budgets, wishes);
+  if (std::holds_alternative<Shortage>(first)) return first;
   const Plan& shortest = std::get<Plan>(first);
   if (!shortest.tiered) return shortest;
   // Longer chunks read less, so they come before a larger cache, up to a point.
@@ -333,22 +340,37 @@ Trial try_tiers(const ModelBytes& model, const Budgets& budgets, const Wishes& w
   return plan;
 }
 
-Plan plan_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
+Trial try_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
   Plan whole = whole_in_vram(model, wishes);
   const std::uint64_t needed = sum_of({wishes.gpu_reserved, whole.vram_bytes});
   if (needed <= vram_of(budgets) && wants_all(model, wishes)) {
     const std::uint64_t ram =
         sum_of({budgets.machine.process, memory::kUncountedBytes, whole.load_bytes});
-    if (ram > ram_ceiling(budgets)) refuse({kLoading, ram, ""}, budgets, wishes);
+    if (ram > ram_ceiling(budgets)) return Shortage{kLoading, ram, ""};
     return whole;
   }
   if (model.experts == 0) {
     const std::uint64_t beside_kv =
         sum_of({wishes.gpu_reserved, whole.dense_bytes, whole.step_bytes});
-    refuse({kDeviceWhole, needed, shorter_context(model, beside_kv, vram_of(budgets)), true},
-           budgets, wishes);
+    return Shortage{kDeviceWhole, needed, shorter_context(model, beside_kv, vram_of(budgets)),
+                    true};
   }
   return best_plan(try_tiers, model, budgets, wishes);
+}
+
+// In the first formats that fit.
+Trial plan_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
+  Trial trial = try_in_vram(model, budgets, wishes);
+  ModelBytes smaller = model;
+  for (const ModelBytes::Converted& converted : model.converted) {
+    const auto* shortage = std::get_if<Shortage>(&trial);
+    if (shortage == nullptr || !shortage->vram) break;
+    smaller.formats = converted.formats;
+    smaller.dense = converted.dense;
+    smaller.layers = converted.layers;
+    trial = try_in_vram(smaller, budgets, wishes);
+  }
+  return trial;
 }
 
 std::vector<std::string> warnings_of(const Plan& plan, const Budgets& budgets) {
@@ -378,8 +400,10 @@ std::size_t Plan::streamed_layers() const {
 }
 
 Plan make_plan(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
-  Plan plan = budgets.vram ? plan_in_vram(model, budgets, wishes)
-                           : best_plan(try_in_ram, model, budgets, wishes);
+  Trial trial = budgets.vram ? plan_in_vram(model, budgets, wishes)
+                             : best_plan(try_in_ram, model, budgets, wishes);
+  if (const auto* shortage = std::get_if<Shortage>(&trial)) refuse(*shortage, budgets, wishes);
+  Plan plan = std::get<Plan>(std::move(trial));
   plan.warnings = warnings_of(plan, budgets);
   return plan;
 }

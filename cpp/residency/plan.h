@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "memory/limits.h"
+#include "residency/dense_formats.h"
 
 namespace dsfp4::residency {
 
@@ -26,6 +27,14 @@ struct ModelBytes {
   std::uint64_t embedding = 0;          // of those, the embedding, if it is not the head as well
   std::uint64_t host_embedding = 0;     // of the same, laid out as in the files
   std::vector<std::uint64_t> layers;    // of those, what a layer would not need if it were streamed
+  /// The same of dense weights in certain formats.
+  struct Converted {
+    DenseFormats formats;
+    std::uint64_t dense = 0;
+    std::vector<std::uint64_t> layers;
+  };
+  DenseFormats formats;              // that all this is of
+  std::vector<Converted> converted;  // for a GPU that does not hold that, ever smaller
   std::uint64_t layer_buffer = 0;       // holds what is streamed of any layer
   std::uint64_t experts = 0;            // how many there are, in all layers
   std::uint64_t expert_bytes = 0;       // of all routed experts, loaded whole
@@ -35,7 +44,7 @@ struct ModelBytes {
   std::uint64_t kv_block = 0;           // of the cached latents of ops::kKvBlockTokens tokens
   std::vector<Step> steps;        // chunks that a prompt may be cut into, ascending; at least one
   std::uint64_t reader = 0;       // staging of the reader
-  std::uint64_t load_buffer = 0;  // on the way to memory that the host cannot touch
+  std::uint64_t load_buffer = 0;  // on the way to memory that the host cannot touch, or converted
 };
 
 /// Bytes that there are.
@@ -69,6 +78,7 @@ inline constexpr std::uint64_t kSmallActivationBytes = std::uint64_t{1} << 30;
 struct Plan {
   std::int64_t chunk = 0;         // rows of a prompt that pass the layers together
   bool tiered = false;            // experts stay in the files; else all are in the model's memory
+  DenseFormats formats;           // of dense weights that do not stay in the files
   bool embedding_in_ram = false;  // in RAM as in the files, while the model's memory is VRAM
   std::vector<bool> streamed;     // by layer: its dense weights stay there, too; empty: none
   std::size_t layer_buffers = 0;  // that those go round through
@@ -111,7 +121,8 @@ std::uint64_t most_ram(const memory::MachineMemory& machine);
 /// below all experts. Else one with routed experts gets three tiers: VRAM has the dense weights,
 /// the KV cache, a step and slots, of which max_experts are cached, by default as many as fit; RAM
 /// has slots as above, and the embedding, of which a token needs one row; the files have the rest.
-/// Chunks are as long as above. No dense weights are streamed to VRAM.
+/// Chunks are as long as above. Where the dense weights do not fit, they get the first formats of
+/// ModelBytes::converted that do. None are streamed to VRAM.
 ///
 /// Throws MemoryLimitError where not even that is there, with the bytes from which on it loads and
 /// what would fit if it were lowered (a max_context, max_experts), if there is something;

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dsfp4.chat import ChatTemplate, Message
 from dsfp4.demo import resolve_model
 from dsfp4.errors import Dsfp4Error, ParameterError, UnsupportedError
-from dsfp4.model import Model, Progress, check_integers
+from dsfp4.model import Model, Progress, Quantization, check_integers
 from dsfp4.sampling import recommended_sampling
 from dsfp4.stop import check_stop
 from dsfp4.stream import Put, TextStream, end_generations
@@ -48,6 +48,7 @@ class Memory(TypedDict, total=False):
     prefetch_layers: int | Literal["auto"] | None
     expert_threshold: float
     cpu_share: float | Literal["auto"] | None
+    quantization: Quantization
     cache_policy: str
     warm_start: bool | str | os.PathLike[str]
     reader: str
@@ -66,9 +67,10 @@ class DeepseekInference:
     free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
     `progress` is called with the bytes loaded and the bytes in all. For a model that does not fit,
     `cpu_cache_size`, `prefetch_size` and `gpu_reserved` in GB, `max_experts`, `prefetch_layers`,
-    `expert_threshold`, `cpu_share`, `cache_policy`, `warm_start`, `reader` and `direct_reads` are
-    those of Model, and so is `trace`. Raises the errors of `dsfp4.errors`. May be used by several
-    threads: generations run one after the other. Is a context manager.
+    `expert_threshold`, `cpu_share`, `quantization`, `cache_policy`, `warm_start`, `reader` and
+    `direct_reads` are those of Model, and so is `trace`. Raises the errors of
+    `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
+    context manager.
 
     generate() and chat() take these options:
 

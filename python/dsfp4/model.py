@@ -25,6 +25,7 @@ Experts = npt.NDArray[np.int32]  # [MoE layers, tokens, experts per token]
 RouterLogits = npt.NDArray[np.float32]  # [MoE layers, tokens, experts]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Quantization = Literal["auto", "keep"] | Mapping[str, str]  # a mapping: role -> format
 
 
 def resolve_device(device: str) -> str:
@@ -67,6 +68,11 @@ class Model:
     within `memory_limit`, that are left to others; None is planned from what is available, and no
     `gpu_reserved`. `prefetch_layers`, `expert_threshold` and `cpu_share` are as in
     `set_memory_config()`, where "auto" says what None means here.
+    `quantization` says in which formats dense weights lie in memory, converted while they are
+    loaded: "auto" is as published, and where VRAM does not hold that, FP8 first, then NVFP4, for as
+    few roles as it takes; "keep" is always as published; a mapping names roles, "attention" (all of
+    self_attn but o_proj), "o_proj", "shared_experts", "mlp" (of the dense layers) and "lm_head",
+    and "fp8", "nvfp4" (not of attention and lm_head) or "keep" for each.
     `cache_policy` is "default", "lru", "lfu", "lrfu" or "router". `warm_start` remembers how
     experts were used in a small file, so that the next load caches them at once, and in another one
     the machine's rates, which the first load of such a model measures in some seconds: False turns
@@ -100,6 +106,7 @@ class Model:
         trace: str | os.PathLike[str] | None = None,
         ram_limit: float | None = None,
         progress: Progress | None = None,
+        quantization: Quantization = "auto",
         ssd_rate: float | None = None,  # GB/s that reads are held to, for `dsfp4 bench decode`
     ) -> None:
         folder = str(resolve_model(path))
@@ -130,6 +137,7 @@ class Model:
             "ram_limit": self._ram_limit,
             "progress": progress,
             "ssd_rate": check_gigabytes("ssd_rate", ssd_rate),
+            "quantization": check_quantization(quantization),
         }
         chosen = resolve_device(check_text("device", device))
         try:
@@ -370,6 +378,21 @@ def check_share(cpu_share: float | Literal["auto"] | None) -> float | None:
 def check_optional(name: str, value: float | None) -> float | None:
     """Return `value` as a float, or None. Raises ParameterError for what is no number."""
     return None if value is None else check_real(name, value)
+
+
+def check_quantization(quantization: Quantization) -> dict[str, str] | None:
+    """Return the roles' formats, None for "auto". Raises ParameterError for what is neither."""
+    if quantization == "auto":
+        return None
+    if quantization == "keep":
+        return {}
+    if isinstance(quantization, Mapping):
+        items = dict(quantization)
+        if all(isinstance(text, str) for item in items.items() for text in item):
+            return items
+    raise parameter_error(
+        "quantization", f"must be auto, keep or map roles to formats, not be {quantization!r}"
+    )
 
 
 def check_experts(max_experts: float | None) -> int | None:

@@ -23,10 +23,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="measure perplexity on a text, also against another checkpoint",
         description="Predicts each token of FILE from those before it. Perplexity is e to the mean "
         "-log p. With --against, the divergence is KL(OTHER || MODEL) in nats a token: 0 where "
-        "both predict the same.",
+        "both predict the same. OTHER is as published, whatever --quantization says.",
         examples=(
             "dsfp4 eval demo book.txt --plot",
             "dsfp4 eval MODEL-FP4 texts.jsonl.gz --against MODEL --first 500",
+            "dsfp4 eval MODEL book.txt --against MODEL --quantization attention=fp8",
         ),
     )
     add_model(parser)
@@ -60,7 +61,7 @@ def execute(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(load(arguments, arguments.model))
         other = arguments.against and stack.enter_context(
-            load(arguments, arguments.against, traced=False)
+            load(arguments, arguments.against, traced=False, quantization="keep")
         )
         progress = stack.enter_context(Progress("evaluating", format_tokens))
         evaluation = evaluate(

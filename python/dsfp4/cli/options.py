@@ -51,6 +51,19 @@ def share(text: str) -> float | None:
         ) from None
 
 
+def quantization(text: str) -> str | dict[str, str]:
+    """Parse auto, keep or ROLE=FORMAT,ROLE=FORMAT: an argparse type."""
+    if text in ("auto", "keep"):
+        return text
+    formats = {}
+    for item in text.split(","):
+        role, equals, format = item.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"'{text}' is neither auto, keep nor ROLE=FORMAT,...")
+        formats[role] = format
+    return formats
+
+
 _MOST = 2**31 - 1
 _SWITCH = {"on": True, "off": False, "auto": None}
 
@@ -170,6 +183,15 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         "auto, the default: so that both end together",
     )
     group.add_argument(
+        "--quantization",
+        type=quantization,
+        default="auto",
+        metavar="ROLE=FORMAT,...",
+        help="convert dense weights while they are loaded: attention, o_proj, shared_experts, mlp, "
+        "lm_head to fp8, or all but the first and the last to nvfp4; auto, the default: where VRAM "
+        "does not hold them as published; keep: never",
+    )
+    group.add_argument(
         "--no-warm-start",
         dest="warm_start",
         action="store_false",
@@ -181,7 +203,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of a load that the memory flags gave."""
     names = (
         *("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved"),
-        *("prefetch_layers", "expert_threshold", "cpu_share", "warm_start"),
+        *("prefetch_layers", "expert_threshold", "cpu_share", "quantization", "warm_start"),
     )
     return {name: getattr(arguments, name) for name in names}
 
@@ -240,8 +262,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> N
     )
 
 
-def load(arguments: argparse.Namespace, model: str, *, traced: bool = True) -> DeepseekInference:
-    """Load `model` as the engine flags say, with progress on a terminal."""
+def load(
+    arguments: argparse.Namespace, model: str, *, traced: bool = True, **others: Any
+) -> DeepseekInference:
+    """Load `model` as the engine flags and `others` say, with progress on a terminal."""
     with Progress("loading") as progress:
         return DeepseekInference(
             model,
@@ -253,7 +277,7 @@ def load(arguments: argparse.Namespace, model: str, *, traced: bool = True) -> D
             ram_limit=arguments.ram_limit,
             progress=progress,
             trace=arguments.trace if traced else None,
-            **memory(arguments),
+            **(memory(arguments) | others),
         )
 
 

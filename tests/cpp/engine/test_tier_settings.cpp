@@ -12,9 +12,6 @@
 namespace dsfp4::engine {
 namespace {
 
-// VRAM that a plan leaves for the rounding of blocks.
-constexpr std::uint64_t kRounding = std::uint64_t{48} << 20;
-
 double gb(double bytes) { return bytes * 1e-9; }
 
 ModelStats since(const ModelStats& before, ModelStats after) {
@@ -36,6 +33,7 @@ class TierSettings : public ThreeTiersFixture {
     options.memory.cpu_share = 0.0;
     options.memory.prefetch_layers = 0;
     options.cache_policy = "lru";
+    options.quantization.emplace();  // all as published
     return options;
   }
   // Counts of the second ask(), when the caches are full.
@@ -52,18 +50,6 @@ class TierSettings : public ThreeTiersFixture {
     forward.decode = true;
     engine.forward(ids, logits, forward);
     return logits;
-  }
-  // Bytes of VRAM that the model takes with no expert cached there.
-  std::uint64_t least_vram() {
-    ops::testing::EmulatedOptions device = as_a_gpu();
-    device.memory_limit = kRounding + 1;
-    try {
-      load(options(), device);
-    } catch (const MemoryLimitError& error) {
-      return error.needed();
-    }
-    ADD_FAILURE() << "it has no VRAM at all";
-    return 0;
   }
   static void expect_same_numbers(const ModelStats& one, const ModelStats& two) {
     EXPECT_EQ(one.slots, two.slots);
@@ -93,7 +79,7 @@ TEST_P(TierSettings, MaxExpertsStayInVram) {
 }
 
 TEST_P(TierSettings, GpuReservedIsLeftToOthers) {
-  const std::uint64_t least = least_vram();
+  const std::uint64_t least = least_vram(options());
   ops::testing::EmulatedOptions device = as_a_gpu();
   const std::uint64_t slot = load(options(), device)->stats().device_slot_bytes;
   device.memory_limit = least + 6 * slot + kRounding;
@@ -195,7 +181,7 @@ TEST_P(TierSettings, ExpertThresholdLeavesOutAsWithoutAGpu) {
 
 // The plan is the least that loads, and as many slots as fit.
 TEST_P(TierSettings, VramNeverExceedsThePlan) {
-  const std::uint64_t least = least_vram();
+  const std::uint64_t least = least_vram(options());
   ops::testing::EmulatedOptions device = as_a_gpu();
   const std::uint64_t slot = load(options(), device)->stats().device_slot_bytes;
   for (const std::uint64_t experts : {0, 1, 4, 9}) {

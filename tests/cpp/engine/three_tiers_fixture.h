@@ -9,6 +9,7 @@
 #include <gtest/gtest.h>
 
 #include "checkpoint/tiny_checkpoint.h"
+#include "dsfp4/error.h"
 #include "emulated/emulated_ops.h"
 #include "engine/engine.h"
 
@@ -20,6 +21,8 @@ using Floats = std::vector<float>;
 using Ids = std::vector<std::int32_t>;
 
 inline constexpr std::int64_t kModelLayers = 4;
+/// VRAM that a plan leaves for the rounding of blocks.
+inline constexpr std::uint64_t kRounding = std::uint64_t{48} << 20;
 
 inline LoadOptions load_options() {
   LoadOptions options;
@@ -71,6 +74,18 @@ class ThreeTiersFixture : public ::testing::TestWithParam<dsfp4::testing::TinyKi
     return std::make_unique<Engine>(folder_.path(), options, machine);
   }
   static ops::testing::EmulatedOptions as_a_gpu() { return {.routed_experts = true}; }
+  // Bytes of VRAM from which on the model loads with these options, but for the rounding.
+  std::uint64_t least_vram(const LoadOptions& options) {
+    ops::testing::EmulatedOptions device = as_a_gpu();
+    device.memory_limit = kRounding + 1;
+    try {
+      load(options, device);
+    } catch (const MemoryLimitError& error) {
+      return error.needed();
+    }
+    ADD_FAILURE() << "it takes no VRAM at all";
+    return 0;
+  }
 
   dsfp4::testing::ScratchFolder folder_;
   std::shared_ptr<EmulatedDevice> device_;

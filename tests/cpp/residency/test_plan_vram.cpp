@@ -104,6 +104,47 @@ TEST(PlanInVram, OneByteLessMakesThreeTiers) {
   EXPECT_EQ(tiers.streamed_layers(), 0u);
 }
 
+DenseFormats formats_of(DenseRole role, format::WeightFormat format) {
+  DenseFormats formats;
+  formats.of(role) = format;
+  return formats;
+}
+
+// Dense weights of 600, 500 and 400 bytes.
+ModelBytes convertible_model() {
+  ModelBytes model = small_model();
+  model.converted = {{formats_of(DenseRole::kMlp, format::WeightFormat::kFp8Block), 500, {}},
+                     {formats_of(DenseRole::kMlp, format::WeightFormat::kNvfp4), 400, {}}};
+  return model;
+}
+
+TEST(PlanInVram, DenseWeightsAreConvertedOnlyWhereTheyDoNotFit) {
+  const ModelBytes model = convertible_model();
+  const auto formats = [&](std::uint64_t vram) {
+    return plan(vram, kEnough, wishes_of(), model).formats;
+  };
+  EXPECT_FALSE(formats(kWhole).any());
+  EXPECT_FALSE(formats(kWhole - 1).any());  // three tiers come first
+  EXPECT_FALSE(formats(kVramFloor).any());
+  EXPECT_EQ(formats(kVramFloor - 1), model.converted[0].formats);
+  EXPECT_EQ(formats(kVramFloor - 100), model.converted[0].formats);
+  EXPECT_EQ(formats(kVramFloor - 101), model.converted[1].formats);
+  const Plan least = plan(kVramFloor - 200, kEnough, wishes_of(), model);
+  EXPECT_EQ(least.dense_bytes, 300u);  // 400 - 100
+  EXPECT_EQ(least.vram_bytes, kVramFloor - 200);
+  floor_is(kVramFloor - 200, wishes_of(), model);
+  // Wishes come before formats.
+  EXPECT_EQ(plan(kVramFloor + 7 * 130 - 1, kEnough, wishes_of(7), model).formats,
+            model.converted[0].formats);
+}
+
+TEST(PlanInVram, WhereRamIsShortNothingIsConvertedForIt) {
+  const auto error = refusal(convertible_model(), budgets_of(kVramFloor, kRamFloor - 1), wishes_of());
+  ASSERT_TRUE(error);
+  EXPECT_FALSE(says(error, "VRAM"));
+  EXPECT_FALSE(plan(kVramFloor, kRamFloor, wishes_of(), convertible_model()).formats.any());
+}
+
 TEST(PlanInVram, EitherCacheMayAskForTiers) {
   EXPECT_FALSE(plan(kEnough, kEnough, wishes_of(100)).tiered);
   EXPECT_FALSE(plan(kEnough, kEnough, with_cache(12'000)).tiered);
