@@ -74,8 +74,10 @@ MemoryConfig memory_config(std::optional<std::int64_t> prefetch_layers, double e
 MemoryStrategy memory_strategy(std::optional<double> cpu_cache_size,
                                std::optional<double> prefetch_size,
                                std::optional<std::int64_t> max_experts,
-                               std::optional<double> gpu_reserved) {
-  return {cpu_cache_size, prefetch_size, max_experts, gpu_reserved};
+                               std::optional<double> gpu_reserved,
+                               std::optional<std::int64_t> max_gpu_layers = {},
+                               std::optional<std::int64_t> min_layers = {}) {
+  return {cpu_cache_size, prefetch_size, max_experts, gpu_reserved, max_gpu_layers, min_layers};
 }
 
 // GB/s; what is not known is left out.
@@ -158,7 +160,8 @@ Handle load(const std::string& path, const std::string& device, int threads,
             std::optional<double> gpu_reserved, const std::string& cache_policy,
             const std::string& warm_start_folder, const std::string& reader, bool direct_reads,
             const std::string& trace_file, std::uint64_t ssd_rate,
-            std::optional<std::map<std::string, std::string>> quantization) {
+            std::optional<std::map<std::string, std::string>> quantization,
+            std::optional<std::int64_t> max_gpu_layers, std::optional<std::int64_t> min_layers) {
   LoadOptions options;
   options.quantization = std::move(quantization);
   options.device = device;
@@ -167,7 +170,8 @@ Handle load(const std::string& path, const std::string& device, int threads,
   options.kv_cache_dtype = kv_cache_dtype;
   options.memory_limit = memory_limit;
   options.memory = memory_config(prefetch_layers, expert_threshold, cpu_share);
-  options.strategy = memory_strategy(cpu_cache_size, prefetch_size, max_experts, gpu_reserved);
+  options.strategy = memory_strategy(cpu_cache_size, prefetch_size, max_experts, gpu_reserved,
+                                     max_gpu_layers, min_layers);
   options.cache_policy = cache_policy;
   options.warm_start_folder = warm_start_folder;
   options.reader = reader;
@@ -403,7 +407,8 @@ void bind_model(nb::module_& m) {
            nb::arg("max_experts") = nb::none(), nb::arg("gpu_reserved") = nb::none(),
            nb::arg("cache_policy") = "default", nb::arg("warm_start_folder") = "",
            nb::arg("reader") = "auto", nb::arg("direct_reads") = true, nb::arg("trace_file") = "",
-           nb::arg("ssd_rate") = 0, nb::arg("quantization") = nb::none())
+           nb::arg("ssd_rate") = 0, nb::arg("quantization") = nb::none(),
+           nb::arg("max_gpu_layers") = nb::none(), nb::arg("min_layers") = nb::none())
       .def(
           "set_memory_config",
           [](const Handle& model, std::optional<std::int64_t> prefetch_layers,

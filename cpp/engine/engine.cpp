@@ -268,7 +268,7 @@ bool Engine::step(const model::Decoder& decoder, Sequence& sequence, model::Batc
     }
     use(pass.hidden());
   } catch (...) {
-    tiers_.runner().after_error();
+    tiers_.after_error();
     throw;
   }
   sequence.advance(rows);

@@ -68,7 +68,8 @@ void read_through_host(Groups groups, std::size_t buffer_bytes, ops::Device& dev
     read(extents, buffer);
     check.check(tensors, poll);
     for (std::size_t i = 0; i < slots.size(); ++i) {
-      upload_group(*groups[i], slots[i], device, pool, poll);
+      ops::Device& memory = groups[i]->staged ? ops::host_device() : device;
+      upload_group(*groups[i], slots[i], memory, pool, poll);
     }
     groups = groups.subspan(slots.size());
   }
@@ -114,6 +115,8 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.weight_bytes = placement.weight_bytes();
   loaded.arena = arenas.device;
   loaded.host_arena = arenas.host;
+  loaded.staging_arena = arenas.staging;
+  loaded.staged = placement.staged_layers();
 
   std::uint64_t total = placement.loaded_bytes();
   for (const storage::Extent& extent : placement.staged()) total += extent.bytes;

@@ -15,6 +15,7 @@
 #include "memory/arena.h"
 #include "model/weights.h"
 #include "ops/ops.h"
+#include "residency/device_layers.h"
 #include "residency/file_image.h"
 #include "residency/layer_stream.h"
 #include "residency/plan.h"
@@ -26,6 +27,8 @@ struct LoadedWeights {
   // The memory of `weights`: the device's, and RAM for plan.embedding_in_ram (else null).
   std::shared_ptr<memory::Arena> arena;
   std::shared_ptr<memory::Arena> host_arena;
+  std::shared_ptr<memory::Arena> staging_arena;     // of the next, else null
+  std::vector<residency::StagedLayer> staged = {};  // for the DeviceLayers
   model::ModelWeights weights;
   std::uint64_t weight_bytes = 0;  // stored bytes of the matrices, experts too
   WeightSizes sizes;

@@ -39,13 +39,12 @@ std::vector<FileMatrix> dense_matrices(const checkpoint::LayerSource& source,
   const checkpoint::AttentionSource& from = source.self_attn;
   model::AttentionWeights& to = weights.self_attn;
   constexpr DenseRole kAttention = DenseRole::kAttention;
-  std::vector<FileMatrix> all = {
-      {&from.q_proj, &to.q_proj, {}, kAttention},
-      {&from.q_a_proj, &to.q_a_proj, {}, kAttention},
-      {&from.q_b_proj, &to.q_b_proj, {}, kAttention},
-      {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa, {}, kAttention},
-      {&from.kv_b_proj, &to.kv_b_proj, {}, kAttention},
-      {&from.o_proj, &to.o_proj, {}, DenseRole::kOProj}};
+  std::vector<FileMatrix> all = {{&from.q_proj, &to.q_proj, {}, kAttention},
+                                 {&from.q_a_proj, &to.q_a_proj, {}, kAttention},
+                                 {&from.q_b_proj, &to.q_b_proj, {}, kAttention},
+                                 {&from.kv_a_proj_with_mqa, &to.kv_a_proj_with_mqa, {}, kAttention},
+                                 {&from.kv_b_proj, &to.kv_b_proj, {}, kAttention},
+                                 {&from.o_proj, &to.o_proj, {}, DenseRole::kOProj}};
   add_mlp(source.mlp, weights.mlp, DenseRole::kMlp, all);
   add_mlp(source.shared_experts, weights.shared_experts, DenseRole::kSharedExperts, all);
   return all;
@@ -68,8 +67,8 @@ std::size_t arena_bytes(const residency::FileGroup& group, const DenseFormats& f
   if (as_in_files && !is_converted(group, formats)) return group.files.slot_bytes;
   std::size_t bytes = 0;
   for (const FileMatrix& matrix : group.matrices) {
-    const auto [format, rows, cols] = std::tuple(matrix.format_in(formats), matrix.source->rows,
-                                                 matrix.source->cols);
+    const auto [format, rows, cols] =
+        std::tuple(matrix.format_in(formats), matrix.source->rows, matrix.source->cols);
     bytes += Arena::padded(format::data_bytes(format, rows, cols));
     bytes += Arena::padded(format::scale_bytes(format, rows, cols));
   }
@@ -253,8 +252,13 @@ WeightSizes Placement::sizes(ops::Device& device, std::span<const DenseFormats> 
 
 bool Placement::stays_in_files(const Group& group) const {
   if (group.layer < 0) return false;
+  return group.expert ? plan_.tiered : is_streamed(group) && plan_.staged_bytes == 0;
+}
+
+bool Placement::is_streamed(const Group& group) const {
   const auto layer = static_cast<std::size_t>(group.layer);
-  return group.expert ? plan_.tiered : layer < plan_.streamed.size() && plan_.streamed[layer];
+  return group.layer >= 0 && !group.expert && layer < plan_.streamed.size() &&
+         plan_.streamed[layer];
 }
 
 void Placement::take_slot(Group& group, Arena& arena, memory::MemorySource& source) {
@@ -287,14 +291,17 @@ Placement::Arenas Placement::take(const residency::Plan& plan, ops::Device& devi
     if (plan.embedding_in_ram && is_embedding(group)) {
       arenas.host = std::make_shared<Arena>(group.from.files.slot_bytes, "the embedding");
       take_slot(group, *arenas.host, memory::host_memory());
+    } else if (is_streamed(group)) {
+      group.staged = true;
     } else {
       bytes += arena_bytes(group.from, plan.formats, in_host);
     }
   }
+  if (plan.staged_bytes > 0) bytes += plan.layer_buffers * plan.layer_buffer_bytes;
   for (const Vector& vector : vectors_) bytes += vector_bytes(*vector.tensor);
   arenas.device = std::make_shared<Arena>(bytes, "the weights", device.memory());
   for (Group& group : groups_) {  // first, as slots are multiples of a block and begin at one
-    if (stays_in_files(group) || group.slot != nullptr) continue;
+    if (stays_in_files(group) || group.slot != nullptr || group.staged) continue;
     if (in_host && !is_converted(group.from, plan.formats)) {
       take_slot(group, *arenas.device, device.memory());
     } else {
@@ -306,7 +313,32 @@ Placement::Arenas Placement::take(const residency::Plan& plan, ops::Device& devi
     vector.values = arenas.device->take_array<float>(count);
     *vector.view = {vector.values, count};
   }
+  if (plan.staged_bytes > 0) take_staged_layers(arenas, device);
   return arenas;
+}
+
+// In staging memory as in a buffer of the device's, to which the views point.
+void Placement::take_staged_layers(Arenas& arenas, ops::Device& device) {
+  arenas.staging = std::make_shared<Arena>(
+      plan_.staged_bytes, "the dense weights that are copied for each step", device.staging());
+  std::vector<DevicePtr<std::byte>> buffers(plan_.layer_buffers);
+  for (DevicePtr<std::byte>& buffer : buffers) {
+    buffer = arenas.device->take(plan_.layer_buffer_bytes);
+  }
+  for (Group& group : groups_) {
+    if (!group.staged) continue;
+    const std::size_t before = arenas.staging->used();
+    const DevicePtr<std::byte> from = arenas.staging->take(0);
+    take_matrices(group, *arenas.staging);
+    const DevicePtr<std::byte> to = buffers[layers_.size() % buffers.size()];
+    for (std::size_t i = 0; i < group.to.size(); ++i) {
+      ops::WeightView& view = *group.from.matrices[i].view;
+      view.data = to + (group.to[i].data - from);
+      if (group.to[i].scales) view.scales = to + (group.to[i].scales - from);
+    }
+    layers_.push_back({group.layer, memory::on_host(device.staging(), from), to,
+                       arenas.staging->used() - before});
+  }
 }
 
 std::uint64_t Placement::loaded_bytes() const noexcept {

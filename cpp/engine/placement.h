@@ -18,6 +18,7 @@
 #include "memory/arena.h"
 #include "model/weights.h"
 #include "ops/device.h"
+#include "residency/device_layers.h"
 #include "residency/file_image.h"
 #include "residency/layer_stream.h"
 #include "residency/plan.h"
@@ -41,7 +42,7 @@ struct WeightSizes {
   /// The formats that all this is of, and what else there is to choose from.
   residency::DenseFormats formats;
   std::vector<residency::ModelBytes::Converted> converted;
-  std::uint64_t conversion = 0;  // RAM that converting takes; 0: nothing is ever converted
+  std::uint64_t conversion = 0;   // RAM that converting takes; 0: nothing is ever converted
   std::uint64_t staging = 0;      // of the reader
   std::uint64_t load_buffer = 0;  // RAM that all pass through to memory that the host cannot touch
   ops::WidestWeights widest;
@@ -65,6 +66,7 @@ class Placement {
     // Its destination is one of these.
     std::byte* slot = nullptr;         // in memory that the processor can touch, as in the files
     std::vector<WeightPlace> to = {};  // of each matrix, perhaps in another format
+    bool staged = false;               // that is in RAM, and views point to a layer's buffer
   };
 
   /// All but `staging`, in the first of `formats`, of which there is at least one; of the others
@@ -74,9 +76,10 @@ class Placement {
   /// Of the matrices, as they are stored; after take(), as they lie in memory.
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
 
-  /// Of the device's memory, and of RAM: null unless the plan has the embedding there.
+  /// Of the device's memory, and of RAM: null unless the plan has the embedding there; and of
+  /// staging memory, if layers are streamed from there.
   struct Arenas {
-    std::shared_ptr<memory::Arena> device, host;
+    std::shared_ptr<memory::Arena> device, host, staging;
   };
   /// Takes the memory of what the plan does not leave in the files, and points the weights there.
   Arenas take(const residency::Plan& plan, ops::Device& device);
@@ -95,6 +98,8 @@ class Placement {
   /// Experts and layers that stay in the files, for those who read them later.
   std::vector<residency::ExpertImage> images() const;
   std::vector<residency::StreamedLayer> streamed() const;
+  /// Layers that take() has put into staging memory.
+  const std::vector<residency::StagedLayer>& staged_layers() const noexcept { return layers_; }
 
  private:
   struct Vector {
@@ -121,11 +126,13 @@ class Placement {
   bool tied() const { return layout_.lm_head.data == layout_.embed_tokens.data; }
   bool is_embedding(const Group& group) const { return &group == &groups_.front(); }
   bool stays_in_files(const Group& group) const;
+  bool is_streamed(const Group& group) const;
   /// Bytes of everything in the device's memory but experts, and of each layer's group.
   residency::ModelBytes::Converted dense_in(const residency::DenseFormats& formats,
                                             bool as_in_files) const;
   static void take_slot(Group& group, memory::Arena& arena, memory::MemorySource& source);
   void take_matrices(Group& group, memory::Arena& arena);
+  void take_staged_layers(Arenas& arenas, ops::Device& device);
 
   const checkpoint::Catalogue& catalogue_;
   const checkpoint::ModelLayout& layout_;
@@ -133,6 +140,7 @@ class Placement {
   residency::Plan plan_;
   std::vector<Group> groups_;
   std::vector<const Group*> loaded_;
+  std::vector<residency::StagedLayer> layers_;
   std::uint64_t weight_bytes_ = 0;
   std::vector<storage::Extent> staged_;
   std::vector<const checkpoint::TensorInfo*> staged_tensors_;  // as staged_

@@ -15,11 +15,17 @@ namespace {
 constexpr double kGigabyte = 1e9;
 constexpr double kMostGigabytes = 1e6;
 constexpr std::int64_t kMostPrefetchLayers = 16;
-constexpr std::int64_t kMostExperts = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kMostCount = std::numeric_limits<std::int32_t>::max();
 
 void check_gigabytes(const std::optional<double>& value, const char* name) {
   if (!value || (*value >= 0.0 && *value <= kMostGigabytes)) return;  // NaN fails both
   throw ParameterError(name, "must be 0 to 1000000 GB, not " + std::to_string(*value));
+}
+
+void check_count(const std::optional<std::int64_t>& count, const char* name, const char* what) {
+  if (!count || (*count >= 0 && *count <= kMostCount)) return;
+  throw ParameterError(name, "must be 0 (none) to " + std::to_string(kMostCount) + " " + what +
+                                 " in VRAM, not " + std::to_string(*count));
 }
 
 std::optional<std::uint64_t> bytes_of(const std::optional<double>& gigabytes) {
@@ -52,11 +58,9 @@ void check_memory_strategy(const MemoryStrategy& strategy) {
   check_gigabytes(strategy.cpu_cache_size, "cpu_cache_size");
   check_gigabytes(strategy.prefetch_size, "prefetch_size");
   check_gigabytes(strategy.gpu_reserved, "gpu_reserved");
-  const std::int64_t experts = strategy.max_experts.value_or(0);
-  if (experts < 0 || experts > kMostExperts) {
-    throw ParameterError("max_experts", "must be 0 (none) to " + std::to_string(kMostExperts) +
-                                            " experts in VRAM, not " + std::to_string(experts));
-  }
+  check_count(strategy.max_experts, "max_experts", "experts");
+  check_count(strategy.max_gpu_layers, "max_gpu_layers", "layers");
+  check_count(strategy.min_layers, "min_layers", "layers");
 }
 
 Planned::Planned(residency::ModelBytes model, const LoadOptions& options, std::int64_t max_context,
@@ -86,6 +90,8 @@ void Planned::check(const MemoryStrategy& strategy) const {
   };
   needs_vram(strategy.max_experts.has_value(), "max_experts");
   needs_vram(strategy.gpu_reserved.has_value(), "gpu_reserved");
+  needs_vram(strategy.max_gpu_layers.has_value(), "max_gpu_layers");
+  needs_vram(strategy.min_layers.has_value(), "min_layers");
 }
 
 residency::Wishes Planned::wishes_of(const MemoryStrategy& strategy) const {
@@ -93,6 +99,8 @@ residency::Wishes Planned::wishes_of(const MemoryStrategy& strategy) const {
   wishes.cpu_cache_size = bytes_of(strategy.cpu_cache_size);
   wishes.prefetch_size = bytes_of(strategy.prefetch_size);
   wishes.max_experts = strategy.max_experts;
+  wishes.max_gpu_layers = strategy.max_gpu_layers;
+  wishes.min_layers = static_cast<std::uint64_t>(strategy.min_layers.value_or(0));
   wishes.gpu_reserved = bytes_of(strategy.gpu_reserved).value_or(gpu_reserved_);
   return wishes;
 }

@@ -27,9 +27,9 @@ std::optional<WeightFormat> format_of(DenseRole role, const std::string& name) {
   if (name == "fp8") return WeightFormat::kFp8Block;
   const bool exact = role == DenseRole::kAttention || role == DenseRole::kLmHead;
   if (name == "nvfp4" && !exact) return WeightFormat::kNvfp4;
-  throw ParameterError("quantization",
-                       std::string(residency::dense_role_name(role)) + " can be " +
-                           (exact ? "keep or fp8" : "keep, fp8 or nvfp4") + ", not '" + name + "'");
+  throw ParameterError("quantization", std::string(residency::dense_role_name(role)) + " can be " +
+                                           (exact ? "keep or fp8" : "keep, fp8 or nvfp4") +
+                                           ", not '" + name + "'");
 }
 
 }  // namespace
@@ -42,8 +42,7 @@ std::vector<DenseFormats> formats_to_choose(const LoadOptions& options, bool on_
   for (const auto& [name, format] : *options.quantization) {
     const std::optional<DenseRole> role = residency::dense_role(name);
     if (!role) {
-      throw ParameterError("quantization",
-                           "has no role '" + name + "'; the roles are " + roles());
+      throw ParameterError("quantization", "has no role '" + name + "'; the roles are " + roles());
     }
     formats.of(*role) = format_of(*role, format);
   }
@@ -52,8 +51,8 @@ std::vector<DenseFormats> formats_to_choose(const LoadOptions& options, bool on_
 
 std::string conversion_note(const residency::Plan& plan, const WeightSizes& sizes) {
   if (plan.formats == sizes.formats) return {};
-  const auto chosen = std::ranges::find(sizes.converted, plan.formats,
-                                        &residency::ModelBytes::Converted::formats);
+  const auto chosen =
+      std::ranges::find(sizes.converted, plan.formats, &residency::ModelBytes::Converted::formats);
   const auto without_embedding = [&](std::uint64_t bytes) {
     return gigabytes(bytes - (plan.embedding_in_ram ? sizes.embedding_bytes : 0));
   };

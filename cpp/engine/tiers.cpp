@@ -51,7 +51,9 @@ Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, Loaded
       planned_(planned),
       rates_(rates),
       fingerprint_(loaded.fingerprint),
-      policy_(options.cache_policy) {
+      policy_(options.cache_policy),
+      max_gpu_layers_(options.strategy.max_gpu_layers),
+      min_layers_(options.strategy.min_layers) {
   const residency::Plan plan = planned_.plan();
   if (!loaded.streamed.empty()) {
     stream_ = std::make_unique<residency::LayerStream>(
@@ -65,6 +67,10 @@ Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, Loaded
           check->check(tensors);
         },
         traces.host);
+  }
+  if (!loaded.staged.empty()) {
+    device_layers_ = std::make_unique<residency::DeviceLayers>(std::move(loaded.staged),
+                                                               plan.layer_buffers, device_);
   }
   if (plan.tiered) {
     make_store(ops, host, spec, plan, traces);
@@ -148,6 +154,16 @@ void Tiers::warm_start(const std::string& folder) {
 
 Tiers::~Tiers() { save_warm_start(true); }
 
+residency::DenseLayers* Tiers::layers() noexcept {
+  if (device_layers_ != nullptr) return device_layers_.get();
+  return stream_.get();
+}
+
+void Tiers::after_error() noexcept {
+  runner_->after_error();
+  if (device_layers_ != nullptr) device_layers_->forget();
+}
+
 void Tiers::remember() noexcept { save_warm_start(false); }
 
 void Tiers::save_warm_start(bool last) noexcept {
@@ -173,6 +189,12 @@ void Tiers::configure(const MemoryConfig& config) {
 
 void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
   planned_.check(strategy);
+  const auto stays = [](const auto& now, const auto& at_load, const char* name) {
+    if (!now || now == at_load) return;
+    throw ParameterError(name, "is taken when the model is loaded, and stays as it is");
+  };
+  stays(strategy.max_gpu_layers, max_gpu_layers_, "max_gpu_layers");
+  stays(strategy.min_layers, min_layers_, "min_layers");
   if (!tiered()) {
     const bool of_vram = strategy.max_experts || strategy.gpu_reserved;
     if (!of_vram && !strategy.cpu_cache_size && !strategy.prefetch_size) return;
@@ -239,6 +261,10 @@ ModelStats Tiers::stats() const {
     stats.streamed_layers = stream_->layers();
     stats.streamed_bytes = stream_->stats().bytes;
     stats.stream_wait_seconds = stream_->stats().wait_seconds;
+  }
+  if (device_layers_ != nullptr) {
+    stats.streamed_layers = device_layers_->layers();
+    stats.streamed_bytes = device_layers_->copied_bytes();
   }
   if (loaded_.reader != nullptr) count_reads(loaded_.reader->stats(), stats);
   if (!tiered()) return stats;

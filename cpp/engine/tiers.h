@@ -45,7 +45,9 @@ class Tiers {
 
   residency::ExpertRunner& runner() noexcept { return *runner_; }
   /// Null where all layers' dense weights are in memory.
-  residency::LayerStream* layers() noexcept { return stream_.get(); }
+  residency::DenseLayers* layers() noexcept;
+  /// A step has thrown, wherever it was.
+  void after_error() noexcept;
   bool tiered() const noexcept { return store_ != nullptr; }
 
   // Between steps only.
@@ -75,13 +77,15 @@ class Tiers {
   std::uint64_t slot_bytes_ = 0;
   std::uint64_t device_slot_bytes_ = 0;
   std::string policy_;
+  std::optional<std::int64_t> max_gpu_layers_, min_layers_;  // as they were given
   std::unique_ptr<residency::ExpertStore> store_;
   // Of a GPU's tier, else null.
   std::unique_ptr<residency::DeviceExperts> device_experts_;
   std::unique_ptr<residency::DeviceTier> device_tier_;
   std::unique_ptr<residency::ExpertRunner> runner_;
-  residency::TieredExperts* tiered_ = nullptr;  // the runner, if it is one
-  std::unique_ptr<residency::LayerStream> stream_;
+  residency::TieredExperts* tiered_ = nullptr;              // the runner, if it is one
+  std::unique_ptr<residency::LayerStream> stream_;          // from the files
+  std::unique_ptr<residency::DeviceLayers> device_layers_;  // from RAM to a GPU
 };
 
 }  // namespace dsfp4::engine

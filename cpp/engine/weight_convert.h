@@ -18,8 +18,7 @@ std::uint64_t conversion_bytes(int threads, std::int64_t cols);
 /// kNvfp4, and writes it to where that points in the device's memory. Returns the global scale, 1
 /// where the format has none. `poll` is asked between bands of rows; what it throws leaves
 /// convert().
-float convert(const format::WeightView& from,
-              const format::WeightViewOf<DevicePtr<std::byte>>& to, ops::Device& device,
-              ThreadPool& pool, const Poll& poll);
+float convert(const format::WeightView& from, const format::WeightViewOf<DevicePtr<std::byte>>& to,
+              ops::Device& device, ThreadPool& pool, const Poll& poll);
 
 }  // namespace dsfp4::engine

@@ -8,9 +8,9 @@
 #include "model/spec.h"
 #include "model/weights.h"
 #include "ops/ops.h"
+#include "residency/dense_layers.h"
 #include "residency/device_trace.h"
 #include "residency/expert_runner.h"
-#include "residency/layer_stream.h"
 
 namespace dsfp4::model {
 
@@ -57,7 +57,7 @@ class Decoder {
   /// memory), `embedding` (null where the ops can reach it) and `trace` (null: none was asked for)
   /// must outlive the decoder.
   Decoder(ModelSpec spec, const ModelWeights& weights, ops::Ops& ops,
-          residency::ExpertRunner& experts, residency::LayerStream* streamed,
+          residency::ExpertRunner& experts, residency::DenseLayers* streamed,
           HostEmbedding* embedding, ops::KvFormat kv_format,
           residency::DeviceTrace* trace = nullptr)
       : spec_(std::move(spec)),
@@ -81,7 +81,7 @@ class Decoder {
   const ModelWeights& weights_;
   ops::Ops& ops_;
   residency::ExpertRunner& experts_;
-  residency::LayerStream* streamed_;
+  residency::DenseLayers* streamed_;
   HostEmbedding* embedding_;
   ops::KvFormat kv_format_;
   residency::DeviceTrace* trace_;

@@ -66,7 +66,7 @@ class Pass {
   ops::Matrix x_, normed_, block_, cos_sin_;  // x_ is the residual stream
   residency::ReadAhead ahead_;
   std::optional<ops::ScratchScope> layer_scope_;
-  std::optional<residency::LayerStream::Use> use_;  // a layer that is waited for
+  std::optional<residency::DenseLayers::Use> use_;  // a layer that is waited for
   std::unique_ptr<residency::ExpertWork> work_;     // of the layer; null: it has yet to run
   std::int64_t layer_ = 0;
   bool begun_ = false;

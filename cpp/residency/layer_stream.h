@@ -18,6 +18,7 @@
 #include "base/trace.h"
 #include "format/weight.h"
 #include "memory/slot_pool.h"
+#include "residency/dense_layers.h"
 #include "residency/file_image.h"
 #include "storage/reader.h"
 
@@ -35,7 +36,7 @@ struct LayerStreamStats {
 };
 
 /// Not safe to use from several threads at once, but for stats().
-class LayerStream {
+class LayerStream final : public DenseLayers {
  public:
   /// Called once a layer has been read and its views point to it; what it throws leaves enter().
   using Check = std::function<void(const StreamedLayer& layer, const std::byte* buffer)>;
@@ -45,35 +46,13 @@ class LayerStream {
   LayerStream(std::vector<StreamedLayer> layers, std::size_t buffers, storage::Reader& reader,
               Check check, Trace* trace);
   /// Cancels what is under way and waits for nothing: the reader keeps the buffers.
-  ~LayerStream();
-  LayerStream(const LayerStream&) = delete;
-  LayerStream& operator=(const LayerStream&) = delete;
+  ~LayerStream() override;
 
-  /// Waits for the layer's weights, for at most kPollPeriod: false, they are not there yet, ask
-  /// again. True at once for a layer that is not streamed. Throws IoError that names the layer, and
-  /// what Check throws; the layer may be entered again then.
+  /// Throws IoError that names the layer, and what Check throws.
   /// A layer that is waited for is not given up for another one until it has come, and is then left
   /// for the next few calls to whoever waits, so that steps that take turns all get on.
-  bool enter(std::int64_t layer);
-  /// The weights are no longer needed in this step, or no longer waited for.
-  void leave(std::int64_t layer) noexcept;
-
-  /// A layer that is waited for and then entered, until this is destroyed. `stream` may be null.
-  class Use {
-   public:
-    Use(LayerStream* stream, std::int64_t layer) : stream_(stream), layer_(layer) {}
-    ~Use() {
-      if (stream_ != nullptr) stream_->leave(layer_);
-    }
-    Use(const Use&) = delete;
-    Use& operator=(const Use&) = delete;
-
-    bool enter() { return stream_ == nullptr || stream_->enter(layer_); }
-
-   private:
-    LayerStream* stream_;
-    std::int64_t layer_;
-  };
+  bool enter(std::int64_t layer) override;
+  void leave(std::int64_t layer) noexcept override;
 
   const LayerStreamStats& stats() const noexcept { return stats_; }
   std::size_t layers() const noexcept { return layers_.size(); }

@@ -23,18 +23,18 @@ struct ModelBytes {
     std::uint64_t host_bytes = 0;
   };
 
-  std::uint64_t dense = 0;              // all weights but the routed experts
-  std::uint64_t embedding = 0;          // of those, the embedding, if it is not the head as well
-  std::uint64_t host_embedding = 0;     // of the same, laid out as in the files
-  std::vector<std::uint64_t> layers;    // of those, what a layer would not need if it were streamed
+  std::uint64_t dense = 0;            // all weights but the routed experts
+  std::uint64_t embedding = 0;        // of those, the embedding, if it is not the head as well
+  std::uint64_t host_embedding = 0;   // of the same, laid out as in the files
+  std::vector<std::uint64_t> layers;  // of those, what a layer would not need if it were streamed
   /// The same of dense weights in certain formats.
   struct Converted {
     DenseFormats formats;
     std::uint64_t dense = 0;
     std::vector<std::uint64_t> layers;
   };
-  DenseFormats formats;              // that all this is of
-  std::vector<Converted> converted;  // for a GPU that does not hold that, ever smaller
+  DenseFormats formats;                 // that all this is of
+  std::vector<Converted> converted;     // for a GPU that does not hold that, ever smaller
   std::uint64_t layer_buffer = 0;       // holds what is streamed of any layer
   std::uint64_t experts = 0;            // how many there are, in all layers
   std::uint64_t expert_bytes = 0;       // of all routed experts, loaded whole
@@ -63,7 +63,10 @@ struct Wishes {
   std::optional<std::uint64_t> cpu_cache_size;    // bytes of cached experts
   std::optional<std::uint64_t> prefetch_size;     // of slots for reads in flight and speculation
   std::optional<std::uint64_t> max_experts = {};  // cached in VRAM
-  std::uint64_t gpu_reserved = 0;                 // bytes of Budgets::vram that others get
+  /// Layers whose dense weights stay in VRAM: at most, and at least.
+  std::optional<std::uint64_t> max_gpu_layers = {};
+  std::uint64_t min_layers = 0;
+  std::uint64_t gpu_reserved = 0;  // bytes of Budgets::vram that others get
 };
 
 /// VRAM slots for experts that only pass through, beside the cached ones.
@@ -80,12 +83,15 @@ struct Plan {
   bool tiered = false;            // experts stay in the files; else all are in the model's memory
   DenseFormats formats;           // of dense weights that do not stay in the files
   bool embedding_in_ram = false;  // in RAM as in the files, while the model's memory is VRAM
-  std::vector<bool> streamed;     // by layer: its dense weights stay there, too; empty: none
-  std::size_t layer_buffers = 0;  // that those go round through
-  std::size_t slots = 0;          // for experts, in RAM: an ExpertStore's; 0: not tiered
-  std::size_t cache_slots = 0;    // of those
-  std::size_t device_slots = 0;   // for experts, in VRAM; 0: not tiered, or no GPU
-  std::size_t device_cache_slots = 0;  // of those; the others are kDeviceRing
+  /// By layer: its dense weights are not in the model's memory all the time; empty: none. They stay
+  /// in the files, or, on a GPU, in RAM.
+  std::vector<bool> streamed;
+  std::size_t layer_buffers = 0;         // in the model's memory, that those go round through
+  std::uint64_t layer_buffer_bytes = 0;  // of one, on a GPU
+  std::size_t slots = 0;                 // for experts, in RAM: an ExpertStore's; 0: not tiered
+  std::size_t cache_slots = 0;           // of those
+  std::size_t device_slots = 0;          // for experts, in VRAM; 0: not tiered, or no GPU
+  std::size_t device_cache_slots = 0;    // of those; the others are kDeviceRing
 
   // Bytes in the model's memory.
   std::uint64_t dense_bytes = 0;  // layer buffers, too; without the embedding_in_ram
@@ -94,6 +100,7 @@ struct Plan {
   std::uint64_t expert_bytes = 0;  // of all experts; tiered: of `slots`, which are always in RAM
   // Bytes in RAM, of a tiered model on a GPU.
   std::uint64_t embedding_bytes = 0;
+  std::uint64_t staged_bytes = 0;  // of streamed layers
   std::uint64_t host_step_bytes = 0;
   // Bytes in VRAM, of the same.
   std::uint64_t device_expert_bytes = 0;  // of `device_slots`
@@ -122,7 +129,8 @@ std::uint64_t most_ram(const memory::MachineMemory& machine);
 /// the KV cache, a step and slots, of which max_experts are cached, by default as many as fit; RAM
 /// has slots as above, and the embedding, of which a token needs one row; the files have the rest.
 /// Chunks are as long as above. Where the dense weights do not fit, they get the first formats of
-/// ModelBytes::converted that do. None are streamed to VRAM.
+/// ModelBytes::converted that do. Where not even the last do, and beyond max_gpu_layers, layers are
+/// streamed: as few as possible, evenly spread, those with dense MLPs, which are larger, last.
 ///
 /// Throws MemoryLimitError where not even that is there, with the bytes from which on it loads and
 /// what would fit if it were lowered (a max_context, max_experts), if there is something;

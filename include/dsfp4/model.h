@@ -66,6 +66,11 @@ struct MemoryStrategy {
   /// GB of VRAM, within LoadOptions::memory_limit, that are left to others. Not given: as before,
   /// at first 0.
   std::optional<double> gpu_reserved;
+  /// Layers whose dense weights stay in VRAM, at most and at least; 0 to 2^31 - 1. Those of the
+  /// others lie in RAM and are copied for each step, while the layers before them compute. Not
+  /// given: as many as fit stay. Taken when the model is loaded.
+  std::optional<std::int64_t> max_gpu_layers = std::nullopt;
+  std::optional<std::int64_t> min_layers = std::nullopt;
 };
 
 /// Counted since the model was loaded; bytes and seconds.
@@ -89,8 +94,8 @@ struct ModelStats {
   std::uint64_t predicted = 0, predicted_used = 0, predictable = 0;
   double wait_seconds = 0.0;          // with nothing left to compute but what was being read
   double expert_seconds = 0.0;        // computing experts
-  std::uint64_t streamed_layers = 0;  // whose dense weights are read again for each step
-  std::uint64_t streamed_bytes = 0;   // that steps computed with
+  std::uint64_t streamed_layers = 0;  // whose dense weights are read, or copied, for each step
+  std::uint64_t streamed_bytes = 0;   // that steps computed with, or were copied to VRAM
   double stream_wait_seconds = 0.0;   // for those
   std::uint64_t reads = 0, read_bytes = 0, read_retries = 0, read_stalls = 0, reads_in_flight = 0;
   double ssd_busy_seconds = 0.0;  // with at least one read in flight
@@ -108,8 +113,9 @@ struct ModelStats {
 };
 
 struct LoadOptions {
-  /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; its memory must hold all weights but the routed
-  /// experts and the embedding) or "reference" (scalar, FP32 with FP64 sums; for checking, slow).
+  /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; its memory must hold the KV cache, the head, a step and
+  /// the dense weights of a few layers) or "reference" (scalar, FP32 with FP64 sums; for checking,
+  /// slow).
   std::string device = "cpu";
   /// Compute threads, 1 to 1024; 0 means one for each core that the process may use, fewer where a
   /// CPU quota is less.
@@ -126,12 +132,12 @@ struct LoadOptions {
   double memory_limit = 0.0;
   MemoryConfig memory;
   MemoryStrategy strategy;
-  /// Formats that dense weights are converted to while they are loaded, by role: "attention" (all of
-  /// self_attn but o_proj), "o_proj", "shared_experts", "mlp" (of the dense layers), "lm_head"; to
-  /// "fp8" (128 x 128 tiles), all but attention and lm_head also to "nvfp4"; "keep": as published,
-  /// like the roles that are not named. A matrix is converted only if that makes it smaller. Not
-  /// given: all as published; where VRAM does not hold that, FP8 first, then NVFP4, as few roles as
-  /// it takes, but not lm_head. Weights that stay on the SSD are as published.
+  /// Formats that dense weights are converted to while they are loaded, by role: "attention" (all
+  /// of self_attn but o_proj), "o_proj", "shared_experts", "mlp" (of the dense layers), "lm_head";
+  /// to "fp8" (128 x 128 tiles), all but attention and lm_head also to "nvfp4"; "keep": as
+  /// published, like the roles that are not named. A matrix is converted only if that makes it
+  /// smaller. Not given: all as published; where VRAM does not hold that, FP8 first, then NVFP4, as
+  /// few roles as it takes, but not lm_head. Weights that stay on the SSD are as published.
   std::optional<std::map<std::string, std::string>> quantization;
   /// Which experts stay in RAM: "default", "lru", "lfu", "lrfu" or "router".
   std::string cache_policy = "default";

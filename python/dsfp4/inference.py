@@ -45,6 +45,8 @@ class Memory(TypedDict, total=False):
     prefetch_size: float | None
     max_experts: int | None
     gpu_reserved: float | None
+    max_gpu_layers: int | None
+    min_layers: int | None
     prefetch_layers: int | Literal["auto"] | None
     expert_threshold: float
     cpu_share: float | Literal["auto"] | None
@@ -66,11 +68,11 @@ class DeepseekInference:
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included, and None is what is
     free; `ram_limit` is the most RAM of this process in GB, None what the machine can spare;
     `progress` is called with the bytes loaded and the bytes in all. For a model that does not fit,
-    `cpu_cache_size`, `prefetch_size` and `gpu_reserved` in GB, `max_experts`, `prefetch_layers`,
-    `expert_threshold`, `cpu_share`, `quantization`, `cache_policy`, `warm_start`, `reader` and
-    `direct_reads` are those of Model, and so is `trace`. Raises the errors of
-    `dsfp4.errors`. May be used by several threads: generations run one after the other. Is a
-    context manager.
+    `cpu_cache_size`, `prefetch_size` and `gpu_reserved` in GB, `max_experts`, `max_gpu_layers`,
+    `min_layers`, `prefetch_layers`, `expert_threshold`, `cpu_share`, `quantization`,
+    `cache_policy`, `warm_start`, `reader` and `direct_reads` are those of Model, and so is `trace`.
+    Raises the errors of `dsfp4.errors`. May be used by several threads: generations run one after
+    the other. Is a context manager.
 
     generate() and chat() take these options:
 

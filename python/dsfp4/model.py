@@ -49,12 +49,11 @@ class Model:
     """A checkpoint, loaded on one device.
 
     `path` is a checkpoint folder or "demo"; `device` is "cpu", "cuda" (an NVIDIA GPU whose memory
-    holds at least all weights but the routed experts and the embedding), "reference" (scalar and
-    slow: the truth that the others are compared with) or "auto", the fastest present: a GPU that is
-    too small is passed over with a warning; `threads` 0 is one for each core; `max_context` is in
-    tokens, 0 is the model's own limit, or less where its KV cache would take over an eighth of the
-    memory;
-    `kv_cache_dtype` is "bf16" (FP32 on
+    holds at least the KV cache, the head and the dense weights of a few layers), "reference"
+    (scalar and slow: the truth that the others are compared with) or "auto", the fastest present: a
+    GPU that is too small is passed over with a warning; `threads` 0 is one for each core;
+    `max_context` is in tokens, 0 is the model's own limit, or less where its KV cache would take
+    over an eighth of the memory; `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);
     `memory_limit` is the most VRAM in GB (10^9 bytes), everything included; None is what is free;
     `ram_limit` is the most RAM of this process in GB, Python and its other models included; None
@@ -66,8 +65,10 @@ class Model:
     experts may take, `prefetch_size` the memory for reads in flight, both in GB of RAM; on a GPU,
     `max_experts` is how many experts may stay in VRAM (0: none) and `gpu_reserved` the GB of VRAM,
     within `memory_limit`, that are left to others; None is planned from what is available, and no
-    `gpu_reserved`. `prefetch_layers`, `expert_threshold` and `cpu_share` are as in
-    `set_memory_config()`, where "auto" says what None means here.
+    `gpu_reserved`. `max_gpu_layers` and `min_layers` are how many layers' dense weights stay in
+    VRAM at most and at least: those of the others lie in RAM and are copied for each step while the
+    layers before them compute; None is as many as fit. `prefetch_layers`, `expert_threshold`
+    and `cpu_share` are as in `set_memory_config()`, where "auto" says what None means here.
     `quantization` says in which formats dense weights lie in memory, converted while they are
     loaded: "auto" is as published, and where VRAM does not hold that, FP8 first, then NVFP4, for as
     few roles as it takes; "keep" is always as published; a mapping names roles, "attention" (all of
@@ -96,6 +97,8 @@ class Model:
         prefetch_size: float | None = None,
         max_experts: int | None = None,
         gpu_reserved: float | None = None,
+        max_gpu_layers: int | None = None,
+        min_layers: int | None = None,
         prefetch_layers: int | Literal["auto"] | None = None,
         expert_threshold: float = 0.0,
         cpu_share: float | Literal["auto"] | None = None,
@@ -124,7 +127,9 @@ class Model:
             "memory_limit": check_limit(memory_limit),
             "cpu_cache_size": check_optional("cpu_cache_size", cpu_cache_size),
             "prefetch_size": check_optional("prefetch_size", prefetch_size),
-            "max_experts": check_experts(max_experts),
+            "max_experts": check_count("max_experts", max_experts),
+            "max_gpu_layers": check_count("max_gpu_layers", max_gpu_layers),
+            "min_layers": check_count("min_layers", min_layers),
             "gpu_reserved": check_optional("gpu_reserved", gpu_reserved),
             "prefetch_layers": check_layers(prefetch_layers),
             "expert_threshold": check_real("expert_threshold", expert_threshold),
@@ -143,7 +148,7 @@ class Model:
         try:
             self._core = _core.Model(folder, device=chosen, **options)
         except MemoryLimitError as error:
-            of_vram = (memory_limit, max_experts, gpu_reserved)
+            of_vram = (memory_limit, max_experts, gpu_reserved, max_gpu_layers, min_layers)
             if device != "auto" or chosen != "cuda" or any(given is not None for given in of_vram):
                 raise
             warnings.warn(f"using the CPU: {error}", stacklevel=2)
@@ -217,7 +222,7 @@ class Model:
             if name not in known:
                 raise parameter_error("strategy", f"has {name!r}; it may have {', '.join(known)}")
             wanted[name] = (
-                check_experts(value) if name == "max_experts" else check_optional(name, value)
+                check_count(name, value) if name == "max_experts" else check_optional(name, value)
             )
         self._core.set_memory_strategy(**wanted)
 
@@ -395,9 +400,9 @@ def check_quantization(quantization: Quantization) -> dict[str, str] | None:
     )
 
 
-def check_experts(max_experts: float | None) -> int | None:
-    """Return `max_experts`, or None. Raises ParameterError for what is no number of experts."""
-    return None if max_experts is None else check_integer("max_experts", max_experts)
+def check_count(name: str, count: float | None) -> int | None:
+    """Return `count`, or None. Raises ParameterError for what is no whole number."""
+    return None if count is None else check_integer(name, count)
 
 
 def warm_start_folder(warm_start: bool | str | os.PathLike[str]) -> str:

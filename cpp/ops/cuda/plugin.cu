@@ -203,8 +203,7 @@ bool synchronize(Device* device) {
 
 bool make_event(Device*, bool timed, void** event) {
   cudaEvent_t made = nullptr;
-  DSFP4_TRY(
-      cudaEventCreateWithFlags(&made, timed ? cudaEventDefault : cudaEventDisableTiming));
+  DSFP4_TRY(cudaEventCreateWithFlags(&made, timed ? cudaEventDefault : cudaEventDisableTiming));
   *event = made;
   return true;
 }
@@ -251,8 +250,7 @@ bool set_clock(Device* device) {
 
 bool event_time(Device* device, void* event, double* seconds) {
   float milliseconds = 0.0f;
-  DSFP4_TRY(
-      cudaEventElapsedTime(&milliseconds, device->clock, static_cast<cudaEvent_t>(event)));
+  DSFP4_TRY(cudaEventElapsedTime(&milliseconds, device->clock, static_cast<cudaEvent_t>(event)));
   *seconds = milliseconds * 1e-3;
   return true;
 }

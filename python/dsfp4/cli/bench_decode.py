@@ -15,7 +15,7 @@ import numpy as np
 
 from dsfp4 import _core
 from dsfp4.cli import decode_floor, decode_report
-from dsfp4.cli.options import integer, real, share
+from dsfp4.cli.options import integer, quantization, real, share
 from dsfp4.demo import resolve_model
 from dsfp4.model import Model
 
@@ -44,6 +44,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="%(default)s")
     parser.add_argument("--memory-limit", type=real(1e-9, 1e6), metavar="GB", help="of VRAM")
     parser.add_argument("--max-experts", type=integer(0, 1 << 30), metavar="N", help="in VRAM")
+    parser.add_argument("--max-gpu-layers", type=integer(0, 1 << 30), metavar="N", help="in VRAM")
+    parser.add_argument(
+        "--quantization", type=quantization, default="auto", metavar="ROLE=FORMAT,...|auto|keep"
+    )
     parser.add_argument(
         "--cpu-share",
         type=share,
@@ -161,6 +165,8 @@ def _load(arguments: argparse.Namespace, folder: Path, max_context: int) -> Mode
         arguments.device,
         memory_limit=arguments.memory_limit,
         max_experts=arguments.max_experts,
+        max_gpu_layers=arguments.max_gpu_layers,
+        quantization=arguments.quantization,
         cpu_share=arguments.cpu_share[0] if arguments.cpu_share else None,
         threads=arguments.threads,
         max_context=max(max_context, arguments.max_context),

@@ -162,6 +162,19 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         help="VRAM that is left to others, within --memory-limit; default: none",
     )
     group.add_argument(
+        "--max-gpu-layers",
+        type=integer(0, _MOST),
+        metavar="N",
+        help="dense weights of so many layers stay in VRAM, the others' are copied from RAM for "
+        "each token; default: as many as fit",
+    )
+    group.add_argument(
+        "--min-layers",
+        type=integer(0, _MOST),
+        metavar="N",
+        help="of at least so many; default: 0",
+    )
+    group.add_argument(
         "--prefetch-layers",
         type=integer(0, 16),
         metavar="N",
@@ -203,6 +216,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of a load that the memory flags gave."""
     names = (
         *("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved"),
+        *("max_gpu_layers", "min_layers"),
         *("prefetch_layers", "expert_threshold", "cpu_share", "quantization", "warm_start"),
     )
     return {name: getattr(arguments, name) for name in names}

@@ -33,7 +33,8 @@ class TierSettings : public ThreeTiersFixture {
     options.memory.cpu_share = 0.0;
     options.memory.prefetch_layers = 0;
     options.cache_policy = "lru";
-    options.quantization.emplace();  // all as published
+    options.quantization.emplace();  // all as published, and in VRAM
+    options.strategy.min_layers = kModelLayers;
     return options;
   }
   // Counts of the second ask(), when the caches are full.
@@ -165,6 +166,7 @@ TEST_P(TierSettings, ExpertThresholdLeavesOutAsWithoutAGpu) {
     LoadOptions in_ram = loading;
     in_ram.memory.cpu_share.reset();
     in_ram.strategy.max_experts.reset();
+    in_ram.strategy.min_layers.reset();
     Engine beside(folder_.path(), in_ram);
     ASSERT_TRUE(beside.stats().tiered);
     const Floats got = decode(*engine);
@@ -187,7 +189,8 @@ TEST_P(TierSettings, VramNeverExceedsThePlan) {
   for (const std::uint64_t experts : {0, 1, 4, 9}) {
     const std::uint64_t planned = least + experts * slot;
     device.memory_limit = planned + kRounding;
-    LoadOptions loading = load_options();
+    LoadOptions loading = options();
+    loading.strategy.max_experts.reset();
     loading.strategy.cpu_cache_size = gb(40e3);
     const auto engine = load(loading, device);
     EXPECT_EQ(engine->stats().device_cache_slots, experts);

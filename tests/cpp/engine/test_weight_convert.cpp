@@ -110,8 +110,8 @@ TEST_P(Conversion, ARoleThatIsKeptChangesNothing) {
 
 // In RAM or VRAM, loaded whole or not: the same weights.
 TEST_P(Conversion, TheSameWeightsWhereverTheyLie) {
-  const LoadOptions all =
-      with({{"attention", "fp8"}, {"o_proj", "nvfp4"}, {"shared_experts", "nvfp4"}, {"mlp", "fp8"}});
+  const LoadOptions all = with(
+      {{"attention", "fp8"}, {"o_proj", "nvfp4"}, {"shared_experts", "nvfp4"}, {"mlp", "fp8"}});
   Engine in_ram(folder_.path(), all);
   const Says says = ask(in_ram);
   EXPECT_FALSE(says == right_);
@@ -128,6 +128,7 @@ TEST_P(Conversion, TheSameWeightsWhereverTheyLie) {
 TEST_P(Conversion, AsFewRolesAsVramTakes) {
   LoadOptions options = load_options();
   options.strategy.max_experts = 0;
+  options.strategy.min_layers = kModelLayers;  // rather than that some are in RAM
   options.memory.cpu_share = 0.0;
   LoadOptions keeps = options;
   keeps.quantization.emplace();

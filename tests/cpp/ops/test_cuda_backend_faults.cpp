@@ -97,7 +97,8 @@ TEST(CudaDeviceFaults, MemoryThatIsNotPinnedIsCopiedAllTheSame) {
     }
   }
   using Calls = std::vector<std::string>;
-  EXPECT_EQ(fake.pin_calls, (Calls{kRingPinned, "pin 8192", "refused 8192", "refused 4096", "unpin", "unpin"}));
+  EXPECT_EQ(fake.pin_calls,
+            (Calls{kRingPinned, "pin 8192", "refused 8192", "refused 4096", "unpin", "unpin"}));
   EXPECT_EQ(warnings.with("(refused)").size(), 1u);
 }
 
@@ -125,9 +126,8 @@ TEST(CudaDeviceFaults, SlotsThatGrowAreUnpinnedMovedAndPinnedAgain) {
     EXPECT_EQ(fake.pinned.at(pool.data(0)), 4096u);
   }
   using Calls = std::vector<std::string>;
-  EXPECT_EQ(fake.pin_calls,
-            (Calls{kRingPinned, "pin 8192", "unpin", "pin 16384", "unpin", "pin 4096", "unpin",
-                   "unpin"}));
+  EXPECT_EQ(fake.pin_calls, (Calls{kRingPinned, "pin 8192", "unpin", "pin 16384", "unpin",
+                                   "pin 4096", "unpin", "unpin"}));
 }
 
 class CudaSegments : public ::testing::Test {

@@ -27,9 +27,7 @@ TEST(DenseFormats, AMatrixIsConvertedOnlyIfItGetsSmaller) {
   formats.of(DenseRole::kOProj) = WeightFormat::kNvfp4;
   EXPECT_TRUE(formats.any());
   const auto of = [&](DenseRole role, WeightFormat published, std::int64_t rows = 128,
-                      std::int64_t cols = 128) {
-    return formats.of(role, published, rows, cols);
-  };
+                      std::int64_t cols = 128) { return formats.of(role, published, rows, cols); };
   EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kBF16), WeightFormat::kFp8Block);
   EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kF32), WeightFormat::kFp8Block);
   EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kFp8Block), WeightFormat::kFp8Block);
@@ -68,7 +66,8 @@ TEST(DenseFormats, TheLadderTakesFp8FirstAndLeavesTheHead) {
       EXPECT_EQ(nvfp4, now == WeightFormat::kNvfp4);
     }
   }
-  EXPECT_EQ(describe(ladder.back()), "attention to fp8, o_proj and shared_experts and mlp to nvfp4");
+  EXPECT_EQ(describe(ladder.back()),
+            "attention to fp8, o_proj and shared_experts and mlp to nvfp4");
 }
 
 }  // namespace

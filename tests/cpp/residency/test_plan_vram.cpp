@@ -139,10 +139,92 @@ TEST(PlanInVram, DenseWeightsAreConvertedOnlyWhereTheyDoNotFit) {
 }
 
 TEST(PlanInVram, WhereRamIsShortNothingIsConvertedForIt) {
-  const auto error = refusal(convertible_model(), budgets_of(kVramFloor, kRamFloor - 1), wishes_of());
+  const auto error =
+      refusal(convertible_model(), budgets_of(kVramFloor, kRamFloor - 1), wishes_of());
   ASSERT_TRUE(error);
   EXPECT_FALSE(says(error, "VRAM"));
   EXPECT_FALSE(plan(kVramFloor, kRamFloor, wishes_of(), convertible_model()).formats.any());
+}
+
+// Six layers: two of 60 bytes, then four of 50.
+ModelBytes layered_model() {
+  ModelBytes model = small_model();
+  model.layers = {60, 60, 50, 50, 50, 50};
+  return model;
+}
+
+Wishes with_layers(std::optional<std::uint64_t> most, std::uint64_t least = 0) {
+  Wishes wishes = wishes_of();
+  wishes.max_gpu_layers = most;
+  wishes.min_layers = least;
+  return wishes;
+}
+
+TEST(PlanInVram, LayersAreStreamedOnlyWhereTheRestDoesNotFit) {
+  const ModelBytes model = layered_model();
+  const auto planned = [&](std::uint64_t vram) { return plan(vram, kEnough, wishes_of(), model); };
+  EXPECT_EQ(planned(kVramFloor).streamed_layers(), 0u);
+  EXPECT_TRUE(planned(kVramFloor).warnings.empty());
+  // Three of the four smaller ones, of which two are in buffers.
+  const Plan three = planned(kVramFloor - 1);
+  EXPECT_EQ(three.streamed, (std::vector<bool>{false, false, false, true, true, true}));
+  EXPECT_EQ(three.layer_buffers, 2u);
+  EXPECT_EQ(three.layer_buffer_bytes, 50u);
+  EXPECT_EQ(three.staged_bytes, 150u);
+  EXPECT_EQ(three.dense_bytes, 500u - 150 + 100);
+  EXPECT_EQ(three.ram_bytes, kRam + 150 + 108 * 120);
+  ASSERT_EQ(three.warnings.size(), 1u);
+  EXPECT_NE(three.warnings[0].find("3 of 6 layers"), std::string::npos);
+  EXPECT_EQ(planned(kVramFloor - 50).streamed_layers(), 3u);
+  EXPECT_EQ(planned(kVramFloor - 51).streamed_layers(), 4u);
+  EXPECT_EQ(planned(kVramFloor - 100).streamed_layers(), 4u);
+  // The larger ones need larger buffers.
+  const Plan all = planned(kVramFloor - 200);
+  EXPECT_EQ(all.streamed_layers(), 6u);
+  EXPECT_EQ(all.layer_buffer_bytes, 60u);
+  floor_is(kVramFloor - 320 + 120, wishes_of(), model);
+}
+
+TEST(PlanInVram, MaxGpuLayersAndMinLayersAreKept) {
+  const ModelBytes model = layered_model();
+  const auto streamed = [&](std::uint64_t vram, const Wishes& wishes) {
+    return plan(vram, kEnough, wishes, model).streamed_layers();
+  };
+  EXPECT_EQ(streamed(kEnough, with_layers(6)), 0u);
+  EXPECT_EQ(streamed(kEnough, with_layers(3)), 3u);
+  EXPECT_EQ(streamed(kEnough, with_layers(5)), 3u);  // fewer would save nothing
+  EXPECT_EQ(streamed(kEnough, with_layers(0)), 6u);
+  EXPECT_EQ(streamed(kVramFloor - 50, with_layers({}, 3)), 3u);
+  EXPECT_TRUE(refusal(model, budgets_of(kVramFloor - 51), with_layers({}, 3)));
+  EXPECT_TRUE(refusal(model, budgets_of(kVramFloor - 1), with_layers({}, 6)));
+  try {
+    plan(kEnough, kEnough, with_layers(2, 3), model);
+    FAIL() << "it was taken";
+  } catch (const ParameterError& error) {
+    EXPECT_EQ(error.parameter(), "min_layers");
+  }
+}
+
+TEST(PlanInVram, WeightsAreConvertedBeforeLayersAreStreamed) {
+  ModelBytes model = layered_model();
+  model.converted = {{formats_of(DenseRole::kMlp, format::WeightFormat::kFp8Block),
+                      500,
+                      {50, 50, 40, 40, 40, 40}}};
+  const Plan converted = plan(kVramFloor - 100, kEnough, wishes_of(), model);
+  EXPECT_TRUE(converted.formats.any());
+  EXPECT_EQ(converted.streamed_layers(), 0u);
+  const Plan both = plan(kVramFloor - 101, kEnough, wishes_of(), model);
+  EXPECT_TRUE(both.formats.any());
+  EXPECT_EQ(both.streamed_layers(), 3u);
+  EXPECT_EQ(both.staged_bytes, 120u);
+}
+
+TEST(PlanInVram, StreamedLayersTakeRam) {
+  const ModelBytes model = layered_model();
+  const auto error = refusal(model, budgets_of(kVramFloor - 50, kRamFloor + 149), wishes_of());
+  ASSERT_TRUE(error);
+  EXPECT_FALSE(says(error, "VRAM"));
+  EXPECT_EQ(plan(kVramFloor - 50, kRamFloor + 150, wishes_of(), model).cache_slots, 0u);
 }
 
 TEST(PlanInVram, EitherCacheMayAskForTiers) {

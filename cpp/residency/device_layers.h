@@ -1,0 +1,67 @@
+// The dense weights of layers that VRAM does not hold: they lie in RAM as they would in VRAM, and
+// are copied for every step, each layer while those before it are computed.
+//
+// A few buffers of the size of a layer go round. A layer always comes into the same one, so that
+// its views never change and what was recorded of its ops stays good. The next layer's copy is
+// spread over the layers before it, a piece at each, so that no expert waits long behind it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/counter.h"
+#include "ops/device.h"
+#include "residency/dense_layers.h"
+
+namespace dsfp4::residency {
+
+/// A layer's weights: in staging memory, and where they are used.
+struct StagedLayer {
+  std::int64_t layer = 0;  // the model's number
+  const std::byte* from = nullptr;
+  DevicePtr<std::byte> to;  // a buffer, of every `buffers`-th of these layers
+  std::uint64_t bytes = 0;
+};
+
+/// Not safe to use from several threads at once, but for copied_bytes().
+class DeviceLayers final : public DenseLayers {
+ public:
+  /// `layers`: ascending, more than `buffers`, which is at least 2; layers[i] goes to buffer
+  /// i % buffers. The device and all memory must outlive this, and the device's queues must be
+  /// empty before the memory goes.
+  DeviceLayers(std::vector<StagedLayer> layers, std::size_t buffers, ops::Device& device);
+
+  /// Waits for nothing but a full queue: ops of the layer wait for the copy. Throws what the device
+  /// throws.
+  bool enter(std::int64_t layer) override;
+  void leave(std::int64_t layer) noexcept override;
+
+  /// After an error: what was to be copied may not have been.
+  void forget() noexcept;
+
+  std::size_t layers() const noexcept { return layers_.size(); }
+  /// From RAM to VRAM.
+  std::uint64_t copied_bytes() const noexcept { return copied_bytes_; }
+
+ private:
+  struct Buffer {
+    std::size_t holds = kNone;  // an index into layers_
+    std::uint64_t queued = 0;   // bytes of it
+    ops::Event copied;          // once all are
+    ops::Event read;            // the ops before are done with it
+  };
+  static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
+
+  Buffer& buffer_of(std::size_t index) { return buffers_[index % buffers_.size()]; }
+  void copy(std::size_t index, std::uint64_t bytes);
+  void copy_ahead(std::int64_t layer);
+
+  const std::vector<StagedLayer> layers_;
+  ops::Device& device_;
+  std::vector<Buffer> buffers_;
+  std::size_t entered_ = kNone;
+  Counter<std::uint64_t> copied_bytes_;
+};
+
+}  // namespace dsfp4::residency
