@@ -66,11 +66,6 @@ std::vector<std::int32_t> ids_of(const Ids& ids) {
   return narrow;
 }
 
-MemoryConfig memory_config(std::optional<std::int64_t> prefetch_layers, double expert_threshold,
-                           std::optional<double> cpu_share) {
-  return {prefetch_layers, expert_threshold, cpu_share};
-}
-
 MemoryStrategy memory_strategy(std::optional<double> cpu_cache_size,
                                std::optional<double> prefetch_size,
                                std::optional<std::int64_t> max_experts,
@@ -169,7 +164,7 @@ Handle load(const std::string& path, const std::string& device, int threads,
   options.max_context = max_context;
   options.kv_cache_dtype = kv_cache_dtype;
   options.memory_limit = memory_limit;
-  options.memory = memory_config(prefetch_layers, expert_threshold, cpu_share);
+  options.memory = {prefetch_layers, expert_threshold, cpu_share};
   options.strategy = memory_strategy(cpu_cache_size, prefetch_size, max_experts, gpu_reserved,
                                      max_gpu_layers, min_layers);
   options.cache_policy = cache_policy;
@@ -415,8 +410,7 @@ void bind_model(nb::module_& m) {
              double expert_threshold, std::optional<double> cpu_share) {
             const KeepGoing go_on = keep_going();
             const ReleasedGil released;
-            model->set_memory_config(memory_config(prefetch_layers, expert_threshold, cpu_share),
-                                     go_on);
+            model->set_memory_config({prefetch_layers, expert_threshold, cpu_share}, go_on);
           },
           nb::arg("prefetch_layers").none(), nb::arg("expert_threshold"),
           nb::arg("cpu_share").none())

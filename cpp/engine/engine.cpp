@@ -73,8 +73,7 @@ std::uint64_t without_rounding(std::uint64_t available) {
 
 // That a model may take of RAM.
 std::uint64_t ram_for(const LoadOptions& options, const Machine& machine) {
-  if (options.ram_limit > 0) return options.ram_limit;
-  return memory::default_ram_limit(machine.memory());
+  return options.ram_limit > 0 ? options.ram_limit : memory::default_ram_limit(machine.memory());
 }
 
 Poll polling(const KeepGoing& keep_going) {
@@ -221,8 +220,7 @@ residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,
   prefill_chunk_ = plan.chunk;
   if (!plan.tiered) host_ops_.reset();
   for (const std::string& warning : plan.warnings) log(LogLevel::kWarning, warning);
-  const std::string converted = conversion_note(plan, sizes);
-  if (!converted.empty()) log(LogLevel::kWarning, converted);
+  log_conversion(plan, sizes);
   const char* why = in_ram ? memory::why_no_huge_pages() : "";
   if (*why != '\0') log(LogLevel::kInfo, why);
   return plan;
@@ -307,12 +305,10 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
           static_cast<std::size_t>(spec().moe_layers() * logits_stride)) {
     throw ParameterError("router_logits", "must be [moe_layers, tokens, experts]");
   }
-
   if (!options.routed_experts && !tiers_.tiered()) {
     // Their recorded steps have the routed experts in them.
     throw ParameterError("routed_experts",
-                         "can be left out only of a model whose experts are not "
-                         "all in memory");
+                         "can be left out only of a model whose experts are not all in memory");
   }
   const model::Decoder& decoder = options.routed_experts ? decoder_ : dense_decoder_;
 

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 
+#include "base/log.h"
 #include "base/units.h"
 #include "dsfp4/error.h"
 
@@ -49,18 +51,17 @@ std::vector<DenseFormats> formats_to_choose(const LoadOptions& options, bool on_
   return {formats};
 }
 
-std::string conversion_note(const residency::Plan& plan, const WeightSizes& sizes) {
-  if (plan.formats == sizes.formats) return {};
+void log_conversion(const residency::Plan& plan, const WeightSizes& sizes) {
+  if (plan.formats == sizes.formats) return;
   const auto chosen =
       std::ranges::find(sizes.converted, plan.formats, &residency::ModelBytes::Converted::formats);
   const auto without_embedding = [&](std::uint64_t bytes) {
     return gigabytes(bytes - (plan.embedding_in_ram ? sizes.embedding_bytes : 0));
   };
-  return "VRAM does not hold the dense weights as published, " +
-         without_embedding(sizes.dense_bytes) + ": they are converted while they are loaded, " +
-         residency::describe(plan.formats) + ", to " +
-         without_embedding(chosen == sizes.converted.end() ? 0 : chosen->dense) +
-         "; quantization 'keep' forbids that";
+  log(LogLevel::kWarning,
+      "VRAM does not hold the dense weights as published, " + without_embedding(sizes.dense_bytes) +
+          ": they are converted while they are loaded, " + residency::describe(plan.formats) +
+          ", to " + without_embedding(chosen->dense) + "; quantization 'keep' forbids that");
 }
 
 }  // namespace dsfp4::engine

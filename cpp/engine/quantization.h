@@ -1,7 +1,6 @@
 // The user's say in the formats of dense weights.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "dsfp4/model.h"
@@ -15,7 +14,7 @@ namespace dsfp4::engine {
 /// ParameterError for a role or a format that there is not.
 std::vector<residency::DenseFormats> formats_to_choose(const LoadOptions& options, bool on_gpu);
 
-/// One sentence on what the plan converts unasked; empty: nothing.
-std::string conversion_note(const residency::Plan& plan, const WeightSizes& sizes);
+/// Says in one sentence what the plan converts unasked.
+void log_conversion(const residency::Plan& plan, const WeightSizes& sizes);
 
 }  // namespace dsfp4::engine

@@ -69,7 +69,7 @@ void stage_layers(const ModelBytes& model, const Wishes& wishes, std::size_t cou
     plan.staged_bytes += model.layers[i];
     plan.layer_buffer_bytes = std::max(plan.layer_buffer_bytes, model.layers[i]);
   }
-  plan.layer_buffers = static_cast<std::size_t>(1 + wishes.prefetch_layers);
+  plan.layer_buffers = std::min(static_cast<std::size_t>(1 + wishes.prefetch_layers), count - 1);
 }
 
 // In VRAM, RAM and the files, with chunks of `step.rows`, and `count` layers streamed to VRAM.
@@ -107,25 +107,26 @@ Trial try_tiers_with(const ModelBytes& model, const Budgets& budgets, const Wish
   return plan;
 }
 
-// Of so many layers that may be streamed, and have to be. Fewer than the buffers take would save
-// nothing.
+// Fewer layers than this fill their buffers, of which there are two at least, and save nothing.
+constexpr std::uint64_t kFewestStreamed = 3;
+
+// Of so many layers that may be streamed, and have to be.
 struct StreamedCount {
   std::size_t least = 0, most = 0;
 };
 
 StreamedCount streamed_count(const ModelBytes& model, const Wishes& wishes) {
   const std::uint64_t layers = model.layers.size();
-  const std::uint64_t stay = std::min(wishes.max_gpu_layers.value_or(kMost), layers);
+  const std::uint64_t stay = wishes.max_gpu_layers.value_or(kMost);
   if (stay < wishes.min_layers) {
     throw ParameterError("min_layers", "must be at most max_gpu_layers, " + std::to_string(stay) +
                                            ", not " + std::to_string(wishes.min_layers));
   }
-  const auto buffers = static_cast<std::uint64_t>(1 + wishes.prefetch_layers);
   StreamedCount count;
   count.most = layers - std::min(layers, wishes.min_layers);
-  if (count.most <= buffers) count.most = 0;
-  count.least = layers - stay;
-  if (count.least > 0) count.least = std::max(count.least, buffers + 1);
+  if (count.most < kFewestStreamed) count.most = 0;
+  count.least = layers - std::min(layers, stay);
+  if (count.least > 0) count.least = std::max(count.least, kFewestStreamed);
   if (count.least > count.most) count.least = count.most;
   return count;
 }
@@ -135,8 +136,7 @@ Trial try_tiers(const ModelBytes& model, const Budgets& budgets, const Wishes& w
                 const ModelBytes::Step& step) {
   const auto [least, most] = streamed_count(model, wishes);
   Trial best = try_tiers_with(model, budgets, wishes, step, least);
-  const auto buffers = static_cast<std::size_t>(1 + wishes.prefetch_layers);
-  for (std::size_t count = std::max(least, buffers) + 1; count <= most; ++count) {
+  for (std::size_t count = std::max(least + 1, kFewestStreamed); count <= most; ++count) {
     const auto* lacking = std::get_if<Shortage>(&best);
     if (lacking == nullptr || !lacking->vram) break;
     Trial next = try_tiers_with(model, budgets, wishes, step, count);
@@ -205,7 +205,16 @@ Trial plan_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes
   }
   const auto* shortage = std::get_if<Shortage>(&trial);
   if (shortage == nullptr || !shortage->vram) return trial;
-  return try_in_vram(try_tiers, smaller, budgets, wishes);
+  trial = try_in_vram(try_tiers, smaller, budgets, wishes);
+  if (auto* lacking = std::get_if<Shortage>(&trial)) {
+    Wishes none_must_stay = wishes;
+    none_must_stay.min_layers = 0;
+    if (wishes.min_layers > 0 && lacking->vram &&
+        std::holds_alternative<Plan>(try_in_vram(try_tiers, smaller, budgets, none_must_stay))) {
+      lacking->lower += lacking->lower.empty() ? "min_layers" : " or min_layers";
+    }
+  }
+  return trial;
 }
 
 }  // namespace dsfp4::residency::planning

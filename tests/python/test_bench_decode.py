@@ -84,6 +84,16 @@ def test_the_floor_beside_a_gpu_adds_the_dense_part_to_both_wires() -> None:
     assert slow_disk["time_over_floor"] == pytest.approx(2.0)
 
 
+def test_layers_that_a_gpu_copies_from_ram_are_not_the_disks() -> None:
+    run = counted(demand_bytes=1e9, streamed_bytes=8e9)
+    rates = Rates(ssd=1.0, dense=0.01, wires=WIRES)  # a token's dense part has the copies in it
+    assert decode_floor.floor_parts(run, rates) == pytest.approx(
+        {"ssd": 1.0, "dense": 0.1, "wires": 0.0}
+    )
+    assert decode_floor.judge(run, rates)["useful_bytes"] == 1e9
+    assert decode_floor.judge(run, Rates(ssd=1.0, compute=0.1))["useful_bytes"] == 9e9
+
+
 def test_hit_rates_add_up_over_the_tiers() -> None:
     run = counted(device_hits=5, hits=3, misses=1, joined=0, prefetched=1)
     assert decode_floor.hit_rates(run) == {"vram": 0.5, "ram": 0.3, "ssd": 0.2}
@@ -112,9 +122,10 @@ def test_a_row_is_the_median_run_of_its_share() -> None:
 
 def test_a_prompt_beside_a_gpu_has_its_experts_copied_once() -> None:
     prompt = {"seconds": 1.0, "needed_bytes": 1e9, "routed_bytes": 10e9, "compute": 0.9}
+    prompt["streamed_bytes"] = 2.5e9
     on_gpu = decode_floor.judge_prompt(prompt, Rates(ssd=10.0, dense=0.1, wires=WIRES))
-    assert on_gpu["floor_seconds"] == pytest.approx({"ssd": 0.1, "copies": 0.2})
-    assert on_gpu["time_over_floor"] == pytest.approx(5.0)
+    assert on_gpu["floor_seconds"] == pytest.approx({"ssd": 0.1, "copies": 0.25})
+    assert on_gpu["time_over_floor"] == pytest.approx(4.0)
     on_cpu = decode_floor.judge_prompt(prompt, Rates(ssd=10.0, compute=0.1))
     assert on_cpu["floor_seconds"] == pytest.approx({"ssd": 0.1, "compute": 0.9})
     assert "compute" not in on_cpu

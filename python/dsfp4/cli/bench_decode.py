@@ -208,7 +208,8 @@ def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[s
     distinct = sum(len(np.unique(layer)) for layer in chosen)
     read = after["read_bytes"] - before["read_bytes"]
     routed = distinct * after["image_bytes"]
-    needed = routed + after["streamed_bytes"] - before["streamed_bytes"]
+    streamed = after["streamed_bytes"] - before["streamed_bytes"]
+    needed = routed + (streamed if arguments.device == "cpu" else 0)  # beside a GPU: from RAM
     return {
         "tokens": tokens,
         "seconds": seconds,
@@ -216,6 +217,7 @@ def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[s
         "distinct_experts": distinct,
         "read_bytes": read,
         "routed_bytes": routed,
+        "streamed_bytes": streamed,
         "needed_bytes": needed,
         "read_over_needed": read / needed if needed > 0 else 0.0,  # all was in memory
         "wait_seconds": waited,

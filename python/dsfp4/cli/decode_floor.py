@@ -116,7 +116,7 @@ def floor_of(parts: Mapping[str, float]) -> float:
 
 def floor_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     """Return the seconds of `ssd`, and of `compute` or, beside a GPU, `dense` and `wires`."""
-    parts = {"ssd": useful_bytes(run) / rates.ssd / 1e9}
+    parts = {"ssd": useful_bytes(run, rates) / rates.ssd / 1e9}
     if rates.wires is None:
         parts["compute"] = rates.compute * run["tokens"]
         return parts
@@ -126,9 +126,10 @@ def floor_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     return parts
 
 
-def useful_bytes(run: Mapping[str, Any]) -> int:
-    """Return the bytes that had to be read."""
-    return run["demand_bytes"] + run["prefetched_bytes"] + run["streamed_bytes"]
+def useful_bytes(run: Mapping[str, Any], rates: Rates) -> int:
+    """Return the bytes that had to be read. Beside a GPU, layers are streamed from RAM."""
+    streamed = run["streamed_bytes"] if rates.wires is None else 0
+    return run["demand_bytes"] + run["prefetched_bytes"] + streamed
 
 
 def hit_rates(run: Mapping[str, Any]) -> dict[str, float]:
@@ -144,7 +145,7 @@ def hit_rates(run: Mapping[str, Any]) -> dict[str, float]:
 
 def judge(run: Mapping[str, Any], rates: Rates) -> dict[str, Any]:
     """Set what was measured beside the floor."""
-    useful = useful_bytes(run)
+    useful = useful_bytes(run, rates)
     parts = floor_parts(run, rates)
     tiers = hit_rates(run)
     read = run["read_bytes"]
@@ -198,7 +199,8 @@ def judge_prompt(prompt: Mapping[str, Any], rates: Rates) -> dict[str, Any]:
     if rates.wires is None:
         parts["compute"] = compute
     else:
-        parts["copies"] = prompt["routed_bytes"] / rates.wires["copies"]
+        copied = prompt["routed_bytes"] + prompt["streamed_bytes"]
+        parts["copies"] = copied / rates.wires["copies"]
     return judged | {
         "floor_seconds": parts,
         "time_over_floor": prompt["seconds"] / floor_of(parts),

@@ -32,7 +32,7 @@ INSTANTIATE_TEST_SUITE_P(All, LayersInRam,
 
 TEST_P(LayersInRam, AnyNumberOfThemChangesNoBit) {
   for (std::int64_t stay = 0; stay <= kModelLayers; ++stay) {
-    for (const std::int64_t ahead : {0, 1, 2}) {
+    for (const std::int64_t ahead : {0, 1, 2, 16}) {
       LoadOptions some = options(stay);
       some.memory.prefetch_layers = ahead;
       const auto engine = load(some, as_a_gpu());

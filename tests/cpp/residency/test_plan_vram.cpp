@@ -197,12 +197,26 @@ TEST(PlanInVram, MaxGpuLayersAndMinLayersAreKept) {
   EXPECT_EQ(streamed(kVramFloor - 50, with_layers({}, 3)), 3u);
   EXPECT_TRUE(refusal(model, budgets_of(kVramFloor - 51), with_layers({}, 3)));
   EXPECT_TRUE(refusal(model, budgets_of(kVramFloor - 1), with_layers({}, 6)));
+  EXPECT_TRUE(refusal(model, budgets_of(kVramFloor - 1), with_layers({}, 60)));
+  EXPECT_EQ(streamed(kVramFloor, with_layers({}, 60)), 0u);
+  EXPECT_TRUE(says(refusal(model, budgets_of(kVramFloor - 51), with_layers({}, 3)), "min_layers"));
+  EXPECT_FALSE(says(refusal(model, budgets_of(1), with_layers({}, 3)), "min_layers"));
   try {
     plan(kEnough, kEnough, with_layers(2, 3), model);
     FAIL() << "it was taken";
   } catch (const ParameterError& error) {
     EXPECT_EQ(error.parameter(), "min_layers");
   }
+}
+
+TEST(PlanInVram, BuffersAreFewerThanTheLayersThatUseThem) {
+  Wishes wishes = with_layers(0);
+  wishes.prefetch_layers = 16;
+  const Plan all = plan(kEnough, kEnough, wishes, layered_model());
+  EXPECT_EQ(all.streamed_layers(), 6u);
+  EXPECT_EQ(all.layer_buffers, 5u);
+  wishes.max_gpu_layers = 3;
+  EXPECT_EQ(plan(kEnough, kEnough, wishes, layered_model()).layer_buffers, 2u);
 }
 
 TEST(PlanInVram, WeightsAreConvertedBeforeLayersAreStreamed) {
