@@ -1,4 +1,4 @@
-// What the plans of a model in RAM and of one in VRAM share.
+// Parts of make_plan() that a model in RAM and one in VRAM share.
 #pragma once
 
 #include <cstdint>

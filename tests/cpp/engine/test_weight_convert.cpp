@@ -28,7 +28,7 @@ using format::WeightFormat;
 using residency::DenseFormats;
 using residency::DenseRole;
 
-// What convert() writes to the emulated device.
+// The matrix that convert() writes to the emulated device.
 EncodedMatrix converted(const EncodedMatrix& from, WeightFormat to, int threads,
                         const Poll& poll = {}) {
   ops::testing::EmulatedDevice device;
