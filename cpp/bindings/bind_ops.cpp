@@ -159,7 +159,7 @@ class PyBackend {
 
   /// The routed part of an MoE layer.
   nb::object moe(const std::vector<nb::handle>& expert_weights, const Floats& x_array,
-                 const ConstArray<std::int32_t>& chosen, const Floats& weights) {
+                 const ConstArray<std::int32_t>& chosen, const Floats& weights, bool decode) {
     const ops::ConstMatrix x = matrix_of(x_array, "x");
     std::vector<ops::WeightView> matrices;
     matrices.reserve(expert_weights.size());
@@ -172,8 +172,15 @@ class PyBackend {
     Result y(x.rows, x.cols);
     {
       const ReleasedGil released;
-      ops_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view(), ops::Phase::kDecode);
-      ops_->combine(routed.view(), {weights.data(), weights.size()}, given.top_k, y.view());
+      const std::span<const float> mixing(weights.data(), weights.size());
+      if (decode) {
+        ops_->experts(given.tasks, given.top_k, x, hidden.view(), routed.view(),
+                      ops::Phase::kDecode);
+        ops_->combine(routed.view(), mixing, given.top_k, y.view());
+      } else {
+        ops_->add_experts(given.tasks, mixing, given.top_k, x, hidden.view(), routed.view(),
+                          y.view(), ops::Phase::kPrefill);
+      }
     }
     return y.array();
   }
@@ -335,7 +342,7 @@ void bind_ops(nb::module_& m) {
       .def("route", &PyBackend::route, nb::arg("spec"), nb::arg("logits"), nb::arg("bias"),
            nb::arg("experts"))
       .def("moe", &PyBackend::moe, nb::arg("experts"), nb::arg("x"), nb::arg("chosen"),
-           nb::arg("weights"))
+           nb::arg("weights"), nb::arg("decode"))
       .def("mla_attention", &PyBackend::mla_attention, nb::arg("shape"), nb::arg("kv_b_proj"),
            nb::arg("q"), nb::arg("latents"), nb::arg("rows"), nb::arg("decode"),
            nb::arg("fp8_cache"));

@@ -45,7 +45,7 @@ std::size_t scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase)
       std::max(attention, ops::mlp_scratch_bytes(spec.intermediate_size, rows));
   if (spec.moe_layers() == 0) return stream + dense;
   const std::size_t moe = ops::routing_bytes(rows, spec.router) +
-                          std::max(attention, experts_scratch_bytes(spec, rows));
+                          std::max(attention, experts_scratch_bytes(spec, rows, phase));
   return stream + std::max(dense, moe);
 }
 

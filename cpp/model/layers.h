@@ -34,6 +34,6 @@ void choose_experts(const ModelSpec& spec, const LayerWeights& weights, Phase ph
 /// Scratch bytes that attention, and routed experts wherever they are, take from the arena in a
 /// step of `rows` rows.
 std::size_t mla_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
-std::size_t experts_scratch_bytes(const ModelSpec& spec, std::int64_t rows);
+std::size_t experts_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase);
 
 }  // namespace dsfp4::model

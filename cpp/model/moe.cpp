@@ -14,11 +14,11 @@ void choose_experts(const ModelSpec& spec, const LayerWeights& weights, Phase ph
   ops.route(spec.router, logits, weights.e_score_correction_bias, forced, routing);
 }
 
-std::size_t experts_scratch_bytes(const ModelSpec& spec, std::int64_t rows) {
+std::size_t experts_scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase) {
   const residency::MoeShape shape{spec.hidden_size, spec.moe_intermediate_size,
                                   spec.shared_intermediate_size, spec.router};
-  return std::max(residency::ResidentExperts::scratch_bytes(shape, rows),
-                  residency::TieredExperts::scratch_bytes(shape, rows));
+  return std::max(residency::ResidentExperts::scratch_bytes(shape, rows, phase),
+                  residency::TieredExperts::scratch_bytes(shape, rows, phase));
 }
 
 }  // namespace dsfp4::model

@@ -44,7 +44,7 @@ Pass::Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena,
 
 bool Pass::in_pieces() const {
   return decoder_.streamed_ != nullptr || decoder_.embedding_ != nullptr ||
-         decoder_.experts_.needs_host() || host_takes_part();
+         decoder_.experts_.needs_host(batch_.phase) || host_takes_part();
 }
 
 bool Pass::host_takes_part() const {
@@ -153,7 +153,7 @@ void Pass::dense_part(const LayerWeights& weights, const ops::Routing& routing) 
 void Pass::start_experts(const LayerWeights& weights, const ops::Routing& routing) {
   const ModelSpec& spec = decoder_.spec_;
   ops::HostRouting on_host;
-  if (decoder_.experts_.needs_host() || host_takes_part()) {
+  if (decoder_.experts_.needs_host(batch_.phase) || host_takes_part()) {
     const bool with_x = decoder_.experts_.needs_x(batch_.phase, x_.rows);
     routings_.fetch(routing, with_x ? normed_ : ops::ConstMatrix());
     on_host = routings_.get();

@@ -308,12 +308,7 @@ void CudaBackend::expand_value(const MlaShape& shape, const WeightView& kv_b_pro
 void CudaBackend::route(const RouterSpec& spec, ConstMatrix logits, DeviceSpan<const float> bias,
                         std::span<const std::int32_t> forced, Routing out) {
   check_router(spec, static_cast<std::size_t>(logits.cols), bias.size);
-  for (const std::int32_t e : forced) {
-    if (e < 0 || e >= spec.experts) {
-      throw ParameterError("experts", "expert " + std::to_string(e) + " is not one of 0.." +
-                                          std::to_string(spec.experts - 1));
-    }
-  }
+  check_forced(spec, forced);
   if (!forced.empty()) {
     refuse_recording("forced experts cannot be recorded: a recording would keep them");
     forced_.reserve(device_->memory(), forced.size_bytes());
@@ -325,21 +320,39 @@ void CudaBackend::route(const RouterSpec& spec, ConstMatrix logits, DeviceSpan<c
       on_device(out)));
 }
 
-void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
-                          Matrix hidden, Matrix out, Phase /*phase*/) {
-  if (tasks.empty()) return;
-  refuse_recording("experts() cannot be recorded: a recording would keep its tasks");
+void CudaBackend::translate(std::span<const ExpertTask> tasks) {
   host_experts_.clear();
   host_tasks_.clear();
   for (const ExpertTask& task : tasks) host_experts_.push_back(unwrap(*task.expert));
   for (std::size_t t = 0; t < tasks.size(); ++t) {
     host_tasks_.push_back({&host_experts_[t], tasks[t].pairs});
   }
+}
+
+void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
+                          Matrix hidden, Matrix out, Phase /*phase*/) {
+  if (tasks.empty()) return;
+  refuse_recording("experts() cannot be recorded: a recording would keep its tasks");
+  translate(tasks);
   const auto count = static_cast<std::int64_t>(tasks.size());
   std::byte* space = workspace(
       plugin_.expert_tasks_workspace(opened(), host_experts_.data(), count, x.rows, top_k));
   check(plugin_.expert_tasks(opened(), host_tasks_.data(), count, top_k, unwrap(x), unwrap(hidden),
                              unwrap(out), space));
+}
+
+void CudaBackend::add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                              std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out,
+                              Matrix y, Phase /*phase*/) {
+  if (tasks.empty()) return;
+  refuse_recording("add_experts() cannot be recorded: a recording would keep its tasks");
+  translate(tasks);
+  const auto count = static_cast<std::int64_t>(tasks.size());
+  std::byte* space = workspace(
+      plugin_.add_expert_tasks_workspace(opened(), host_experts_.data(), count, out.rows));
+  check(plugin_.add_expert_tasks(opened(), host_tasks_.data(), count, top_k, unwrap(x),
+                                 unwrap(weights.data), unwrap(hidden), unwrap(out), unwrap(y),
+                                 space));
 }
 
 void CudaBackend::combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
@@ -413,6 +426,9 @@ CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
     for (const auto workspace_of : {plugin_.experts_workspace, plugin_.expert_tasks_workspace}) {
       bytes = std::max(bytes, workspace_of(opened(), &first, experts, largest.rows, largest.top_k));
     }
+    const std::int64_t rows_added = added_pairs(largest.rows, largest.top_k);
+    bytes =
+        std::max(bytes, plugin_.add_expert_tasks_workspace(opened(), &first, experts, rows_added));
   }
   bytes =
       std::max(bytes, plugin_.sample_workspace(opened(), std::max<std::int64_t>(largest.vocab, 1)));

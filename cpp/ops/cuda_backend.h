@@ -71,6 +71,11 @@ class CudaBackend final : public Ops {
                Matrix out, Phase phase) override;
   void combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                Matrix y) override;
+  /// As experts(); throws CudaError, with nothing queued, where the pairs do not fit `hidden` and
+  /// `out`.
+  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                   Phase phase) override;
   bool has_routed_experts() const override { return true; }
   void routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                       std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
@@ -122,6 +127,8 @@ class CudaBackend final : public Ops {
   /// Throws CudaError if what runs now is recorded.
   void refuse_recording(const char* problem) const;
   std::byte* workspace(std::size_t bytes);
+  /// Tasks as the plugin takes them, in host_tasks_.
+  void translate(std::span<const ExpertTask> tasks);
   /// Of the largest step, in bytes.
   struct StepMemory {
     std::size_t workspace, ids, rows, blocks, forced;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "dsfp4/error.h"
@@ -39,6 +40,16 @@ void rotate(float* v, const float* angle, std::int64_t n) {
 }
 
 }  // namespace
+
+std::int64_t checked_pairs(std::span<const ExpertTask> tasks, std::int64_t rows) {
+  std::int64_t pairs = 0;
+  for (const ExpertTask& task : tasks) pairs += std::ssize(task.pairs);
+  if (pairs > rows) {
+    throw std::logic_error("add_experts() of " + std::to_string(pairs) + " pairs in scratch for " +
+                           std::to_string(rows));
+  }
+  return pairs;
+}
 
 void HostBackend::embed(const WeightView& table, std::span<const std::int32_t> ids, Matrix out) {
   for (std::size_t t = 0; t < ids.size(); ++t) {
@@ -100,12 +111,7 @@ void HostBackend::route(const RouterSpec& spec, ConstMatrix logits, DeviceSpan<c
                         std::span<const std::int32_t> forced, Routing out) {
   check_router(spec, static_cast<std::size_t>(logits.cols), bias.size);
   const auto k = static_cast<std::size_t>(spec.top_k);
-  for (const std::int32_t e : forced) {
-    if (e < 0 || e >= spec.experts) {
-      throw ParameterError("experts", "expert " + std::to_string(e) + " is not one of 0.." +
-                                          std::to_string(spec.experts - 1));
-    }
-  }
+  check_forced(spec, forced);
   pool_.parallel_for(logits.rows, 2, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
       const auto at = static_cast<std::size_t>(t) * k;

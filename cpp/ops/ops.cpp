@@ -1,5 +1,6 @@
 #include "ops/ops.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace dsfp4::ops {
@@ -14,6 +15,11 @@ std::size_t kv_value_bytes(KvFormat format) {
       return 1;
   }
   return 0;
+}
+
+std::int64_t added_pairs(std::int64_t rows, std::int64_t top_k) {
+  constexpr std::int64_t kEnough = 1024;  // that a call's beginning and end cost little
+  return std::min(rows * top_k, std::max(rows, kEnough));
 }
 
 void Ops::routed_experts(std::span<const ExpertView> /*experts*/, const Routing& /*routing*/,

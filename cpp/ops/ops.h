@@ -31,6 +31,10 @@ struct Segment {
   std::span<const SequenceRows> batch;
 };
 
+/// The pairs that one add_experts() may have in a step of `rows` tokens: all of a short step, else
+/// about one a row, and always those of any one expert.
+std::int64_t added_pairs(std::int64_t rows, std::int64_t top_k);
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -119,6 +123,14 @@ class Ops {
   /// y[t] += sum over slots k, ascending, of weights[t, k] * pairs[t * top_k + k].
   virtual void combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                        Matrix y) = 0;
+  /// Task by task, in the order given: y[p / top_k] += weights[p] * down(silu(gate x) * up x), x =
+  /// row p / top_k, for every pair p of the task, whose tokens differ. So a token's bits depend on
+  /// the order of its own experts, not on where calls begin and end. `hidden` and `out` are scratch
+  /// [added_pairs() of the step, moe_intermediate_size] and [as many, hidden_size], and hold the
+  /// pairs of one call: more are std::logic_error, on a GPU CudaError.
+  virtual void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                           std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                           Phase phase) = 0;
 
   /// True where there is routed_experts(); else the host, which must know the choice, makes tasks
   /// for experts() of it, and sums with combine().

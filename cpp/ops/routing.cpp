@@ -94,6 +94,22 @@ void check_router(const RouterSpec& spec, std::size_t logits, std::size_t bias) 
           "must be between 1 and the number of experts in the kept groups");
 }
 
+void check_forced(const RouterSpec& spec, std::span<const std::int32_t> forced) {
+  const auto top_k = static_cast<std::size_t>(spec.top_k);
+  for (std::size_t p = 0; p < forced.size(); ++p) {
+    const std::int32_t expert = forced[p];
+    if (expert < 0 || expert >= spec.experts) {
+      throw ParameterError("experts", "expert " + std::to_string(expert) + " is not one of 0.." +
+                                          std::to_string(spec.experts - 1));
+    }
+    const auto before = forced.subspan(p - p % top_k, p % top_k);
+    if (std::ranges::find(before, expert) != before.end()) {
+      throw ParameterError("experts", "expert " + std::to_string(expert) +
+                                          " is named twice for token " + std::to_string(p / top_k));
+    }
+  }
+}
+
 void route_token(const RouterSpec& spec, std::span<const float> logits, std::span<const float> bias,
                  std::span<const std::int32_t> forced, std::span<std::int32_t> own,
                  std::span<std::int32_t> used, std::span<float> weights) {

@@ -97,7 +97,12 @@ void DeviceTier::compute_cached(std::span<const Job> jobs, const Target& target)
 void DeviceTier::run(std::span<const ops::ExpertTask> tasks, const Target& target) {
   const ExpertLayer& layer = *target.layer;
   if (trace_ != nullptr) trace_->begin_ops();
-  ops_.experts(tasks, layer.top_k, layer.x, target.hidden, target.routed, layer.phase);
+  if (layer.phase == ops::Phase::kPrefill) {
+    ops_.add_experts(tasks, layer.routing.weights, layer.top_k, layer.x, target.hidden,
+                     target.routed, layer.y, layer.phase);
+  } else {
+    ops_.experts(tasks, layer.top_k, layer.x, target.hidden, target.routed, layer.phase);
+  }
   if (trace_ != nullptr) trace_->end_ops("layer " + std::to_string(layer.layer) + " experts");
 }
 
@@ -117,9 +122,13 @@ std::vector<DeviceTier::Job> DeviceTier::by_worth(std::span<const Job> jobs) con
 
 void DeviceTier::compute(std::span<const Job> given, const Target& target, bool keep) {
   if (given.empty()) return;
-  std::vector<Job> jobs;
+  std::vector<Job> jobs;  // copied from the last to the first
   try {
-    jobs = by_worth(given);
+    if (target.layer->phase == ops::Phase::kPrefill) {
+      jobs.assign(given.rbegin(), given.rend());
+    } else {
+      jobs = by_worth(given);
+    }
   } catch (...) {
     for (const Job& job : given) store_.unpin(job.key);
     throw;

@@ -53,20 +53,23 @@ class DeviceTier {
 
   static std::size_t staging_bytes(const Shape& shape);
 
-  /// One expert of a layer, and where its pairs' results go.
+  /// One expert of a layer, and its pairs.
   struct Job {
     ExpertKey key = 0;
     std::span<const std::int32_t> pairs;
   };
   struct Target {
     const ExpertLayer* layer = nullptr;
-    ops::Matrix hidden, routed;  // scratch and results, on the device
+    // Scratch on the device: of all pairs, or in prefill, where they are added at once, of a
+    // call's.
+    ops::Matrix hidden, routed;
   };
 
   /// Queues experts that are in VRAM.
   void compute_cached(std::span<const Job> jobs, const Target& target);
   /// Of `jobs` in RAM, pinned there and checked: the first go to the processor, the others to the
-  /// GPU. Takes the pins over, also where it throws; `keep`: what is copied may stay in VRAM.
+  /// GPU; in prefill all, in their order. Takes the pins over, also where it throws; `keep`: what
+  /// is copied may stay in VRAM.
   void compute(std::span<const Job> jobs, const Target& target, bool keep);
 
   /// A layer is over, and PCIe has nothing to do until the next one's choice is known: copies as

@@ -12,8 +12,9 @@
 
 namespace dsfp4::residency {
 
-/// One MoE layer of one step: y[t] = shared(x[t]) + sum over slots k, ascending, of
-/// routing.weights[t, k] * expert(routing.used[t, k])(x[t]).
+/// One MoE layer of one step: y[t] = shared(x[t]) + sum over k of routing.weights[t, k] *
+/// expert(routing.used[t, k])(x[t]): over slots, ascending, in decode; in prefill by the experts'
+/// numbers, ascending, each added as soon as it is computed.
 struct ExpertLayer {
   std::int64_t layer = 0;  // the model's number
   ops::Phase phase = ops::Phase::kPrefill;
@@ -58,7 +59,7 @@ class ExpertRunner {
 
   /// Whether start() must know the choice on the host. Else it only queues ops, and its work is
   /// over at once.
-  virtual bool needs_host() const = 0;
+  virtual bool needs_host(ops::Phase phase) const = 0;
   /// True where it must know x there, too, in a step of so many rows.
   virtual bool needs_x(ops::Phase phase, std::int64_t rows) const {
     static_cast<void>(phase), static_cast<void>(rows);

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "ops/mlp.h"
+#include "ops/scratch.h"
 
 namespace dsfp4::residency {
 
@@ -31,6 +32,16 @@ std::vector<ChosenExpert> group_by_expert(std::span<const std::int32_t> used,
     begin = end;
   }
   return chosen;
+}
+
+std::int64_t pairs_held(std::int64_t tokens, std::int64_t top_k, ops::Phase phase) {
+  return phase == ops::Phase::kPrefill ? ops::added_pairs(tokens, top_k) : tokens * top_k;
+}
+
+std::size_t pair_scratch_bytes(const MoeShape& shape, std::int64_t tokens, ops::Phase phase) {
+  const std::int64_t pairs = pairs_held(tokens, shape.router.top_k, phase);
+  return ops::scratch_bytes(pairs * shape.moe_intermediate_size) +
+         ops::scratch_bytes(pairs * shape.hidden_size);
 }
 
 }  // namespace dsfp4::residency

@@ -25,4 +25,11 @@ void shared_into(const ExpertLayer& layer, ops::Ops& ops, memory::Arena& arena);
 std::vector<ChosenExpert> group_by_expert(std::span<const std::int32_t> used,
                                           std::span<std::int32_t> pairs);
 
+/// Pairs whose results a step of `tokens` tokens holds at once: in prefill ops::added_pairs(), as
+/// they are added at once; in decode all, tokens * top_k.
+std::int64_t pairs_held(std::int64_t tokens, std::int64_t top_k, ops::Phase phase);
+
+/// Arena bytes for these: a row of moe_intermediate_size and one of hidden_size each.
+std::size_t pair_scratch_bytes(const MoeShape& shape, std::int64_t tokens, ops::Phase phase);
+
 }  // namespace dsfp4::residency

@@ -24,13 +24,15 @@ class ResidentExperts::Work final : public ExpertWork {
     const std::int64_t pairs = tokens * layer.top_k;
     const std::span<const ops::ExpertView> experts = runner.experts_of_(layer.layer);
     const ops::ExpertView* shared = layer.shared;
+    const bool routed = !runner.needs_host(layer.phase);
     const bool in_a_slot =
-        shared != nullptr && ops_.takes_shared(experts, *shared, tokens, layer.top_k);
+        routed && shared != nullptr && ops_.takes_shared(experts, *shared, tokens, layer.top_k);
     if (!in_a_slot) shared_into(layer, ops_, arena);
-    hidden_ = ops::scratch_matrix(arena, in_a_slot ? pairs + tokens : pairs,
-                                  runner.moe_intermediate_size_);
-    routed_ = ops::scratch_matrix(arena, pairs, runner.hidden_size_);
-    if (!runner.needs_host()) {
+    const std::int64_t held = pairs_held(tokens, layer.top_k, layer.phase);
+    hidden_ =
+        ops::scratch_matrix(arena, in_a_slot ? held + tokens : held, runner.moe_intermediate_size_);
+    routed_ = ops::scratch_matrix(arena, held, runner.hidden_size_);
+    if (routed) {
       ops_.routed_experts(experts, layer.routing, layer.top_k, layer.x, hidden_, routed_, layer.y,
                           in_a_slot ? shared : nullptr);
       over_ = true;
@@ -44,16 +46,35 @@ class ResidentExperts::Work final : public ExpertWork {
 
   bool advance() override {
     if (over_) return false;
-    const auto group = std::span(tasks_).subspan(done_, std::min(kGroup, tasks_.size() - done_));
-    ops_.experts(group, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
+    const bool adds = layer_.phase == ops::Phase::kPrefill;
+    const std::span<const ops::ExpertTask> group = next_group(adds);
+    if (adds) {
+      ops_.add_experts(group, layer_.routing.weights, layer_.top_k, layer_.x, hidden_, routed_,
+                       layer_.y, layer_.phase);
+    } else {
+      ops_.experts(group, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
+    }
     done_ += group.size();
     if (done_ < tasks_.size()) return true;
-    ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
+    if (!adds) ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
     over_ = true;
     return false;
   }
 
  private:
+  // At most kGroup, and, where scratch holds a group alone, no more pairs than it has rows for.
+  std::span<const ops::ExpertTask> next_group(bool adds) const {
+    const auto left = std::span(tasks_).subspan(done_);
+    std::size_t count = 0;
+    std::int64_t pairs = 0;
+    while (count < std::min(kGroup, left.size())) {
+      pairs += std::ssize(left[count].pairs);
+      if (adds && pairs > routed_.rows) break;
+      ++count;
+    }
+    return left.first(count);
+  }
+
   ops::Ops& ops_;
   const ExpertLayer layer_;
   const ops::ScratchScope scope_;
@@ -69,11 +90,13 @@ std::unique_ptr<ExpertWork> ResidentExperts::start(const ExpertLayer& layer, mem
   return std::make_unique<Work>(*this, layer, arena);
 }
 
-std::size_t ResidentExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
-  const std::int64_t pairs = tokens * shape.router.top_k;
+std::size_t ResidentExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens,
+                                           ops::Phase phase) {
+  // In decode the shared expert may be one more of every token.
+  const std::int64_t more = phase == ops::Phase::kDecode ? tokens : 0;
   return std::max(ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
-                  ops::scratch_bytes((pairs + tokens) * shape.moe_intermediate_size) +
-                      ops::scratch_bytes(pairs * shape.hidden_size));
+                  pair_scratch_bytes(shape, tokens, phase) +
+                      ops::scratch_bytes(more * shape.moe_intermediate_size));
 }
 
 }  // namespace dsfp4::residency

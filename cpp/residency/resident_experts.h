@@ -21,11 +21,14 @@ class ResidentExperts final : public ExpertRunner {
         moe_intermediate_size_(moe_intermediate_size),
         experts_of_(std::move(experts_of)) {}
 
-  bool needs_host() const override { return !ops_.has_routed_experts(); }
+  bool needs_host(ops::Phase phase) const override {
+    return phase == ops::Phase::kPrefill || !ops_.has_routed_experts();
+  }
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
-  /// Arena bytes that work takes for `tokens` tokens.
-  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
+  /// Arena bytes that work takes for `tokens` tokens: pair_scratch_bytes(), or what is computed
+  /// before if that takes more.
+  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens, ops::Phase phase);
 
  private:
   class Work;

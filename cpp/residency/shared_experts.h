@@ -11,7 +11,7 @@ class SharedExperts final : public ExpertRunner {
   /// The ops must outlive this.
   explicit SharedExperts(ops::Ops& ops) : ops_(ops) {}
 
-  bool needs_host() const override { return false; }
+  bool needs_host(ops::Phase /*phase*/) const override { return false; }
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,
                                     ReadAhead& ahead) override;
 

@@ -35,7 +35,7 @@ class TieredExperts::Work final : public ExpertWork {
         device_(runner.device_),
         order_(layer.on_host.used.size()),
         chosen_(group_by_expert(layer.on_host.used, order_)) {
-    for (auto* list : {&ready_, &reading_, &missing_}) list->reserve(chosen_.size());
+    for (auto* list : {&in_vram_, &ready_, &reading_, &missing_}) list->reserve(chosen_.size());
   }
   // What a GPU still reads: pins of experts that are being copied are the tier's, its slots go to
   // events, and scratch is written behind the ops that read it.
@@ -47,13 +47,12 @@ class TieredExperts::Work final : public ExpertWork {
 
   // Everything but the experts' own arithmetic, reads first.
   void begin() {
-    const ops::ConstMatrix x = layer_.x;
-    const std::int64_t pairs = x.rows * layer_.top_k;
     runner_.stats_.total_pairs += order_.size();
     runner_.prefetcher_.chosen(moe_layer_, chosen_, ahead_);
     if (device_ != nullptr) {
       device_->reach_layer();
       device_->reap();
+      if (streams_) device_->end_ahead();
     }
     find();
     std::vector<std::int32_t> left_out;
@@ -66,10 +65,13 @@ class TieredExperts::Work final : public ExpertWork {
     predict();
     shared_into(layer_, runner_.ops_, arena_);
 
-    hidden_ = ops::scratch_matrix(arena_, pairs, runner_.moe_intermediate_size_);
-    routed_ = ops::scratch_matrix(arena_, pairs, runner_.hidden_size_);
+    const std::int64_t held = pairs_held(layer_.x.rows, layer_.top_k, layer_.phase);
+    hidden_ = ops::scratch_matrix(arena_, held, runner_.moe_intermediate_size_);
+    routed_ = ops::scratch_matrix(arena_, held, runner_.hidden_size_);
+    if (streams_) return;
     if (device_ != nullptr) {
-      device_->compute_cached(in_vram_, target());
+      compute_in_vram(in_vram_);
+      in_vram_.clear();
       device_->end_ahead();
     }
     for (const std::int32_t pair : left_out) runner_.ops_.zero(routed_.slice(pair, 1));
@@ -80,8 +82,8 @@ class TieredExperts::Work final : public ExpertWork {
     if (device_ != nullptr) device_->reap();
     runner_.prefetcher_.take(ahead_);
     if (missing_.empty()) runner_.prefetcher_.submit(ahead_);
-    if (!ready_.empty()) {
-      compute_group();
+    if (const Group group = next_group(); !group.experts.empty()) {
+      compute(group);
       collect({});
       fetch();
     } else if (!reading_.empty()) {
@@ -96,9 +98,9 @@ class TieredExperts::Work final : public ExpertWork {
         make_room();
       }
     }
-    if (!ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
+    if (!in_vram_.empty() || !ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
     store_.trim();
-    runner_.ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
+    if (!streams_) runner_.ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
     if (device_ != nullptr && !streams_) copy_ahead();
     over_ = true;
     return false;
@@ -113,13 +115,18 @@ class TieredExperts::Work final : public ExpertWork {
   std::size_t copying() const { return device_ != nullptr ? device_->copying() : 0; }
   std::size_t pins() const { return ready_.size() + reading_.size() + copying(); }
   DeviceTier::Target target() const { return {&layer_, hidden_, routed_}; }
+  // A prompt's may have to wait for their turn: one that only passes by is not there until then.
+  bool in_vram(std::size_t i) const {
+    if (device_ == nullptr) return false;
+    return streams_ ? device_->experts().is_cached(key(i)) : device_->experts().has(key(i));
+  }
+  void miss(std::size_t i) { missing_.insert(std::ranges::upper_bound(missing_, i), i); }
 
   // Pins what is in RAM; what is in no memory is left in missing_.
   void find() {
     for (std::size_t i = 0; i < chosen_.size(); ++i) {
-      if (device_ != nullptr && device_->experts().has(key(i))) {
-        in_vram_.push_back({key(i), chosen_[i].pairs});
-        runner_.stats_.used_bytes += store_.image_bytes(key(i));
+      if (in_vram(i)) {
+        in_vram_.push_back(i);
         continue;
       }
       switch (store_.pin(key(i), keep())) {
@@ -137,11 +144,30 @@ class TieredExperts::Work final : public ExpertWork {
 
   // If every slot is pinned, one is enough to let another step go on.
   void leave_a_slot() {
+    if (streams_) return unpin_beyond(most_pins() - std::min(most_pins(), copying()));
     while (pins() > most_pins() && !(ready_.empty() && reading_.empty())) {
       std::vector<std::size_t>& list = reading_.empty() ? ready_ : reading_;
       store_.unpin(key(list.back()));
-      missing_.push_back(list.back());
+      miss(list.back());
       list.pop_back();
+    }
+  }
+
+  // Pins only what is among the first `count` of those that are not in VRAM, so that a prompt's
+  // next one always gets a slot.
+  void unpin_beyond(std::size_t count) {
+    std::vector<std::size_t> left(missing_);
+    for (const auto* list : {&ready_, &reading_})
+      left.insert(left.end(), list->begin(), list->end());
+    if (left.size() <= count) return;
+    std::ranges::sort(left);
+    for (auto* list : {&ready_, &reading_}) {
+      std::erase_if(*list, [&, end = left[count]](std::size_t i) {
+        if (i < end) return false;
+        store_.unpin(key(i));
+        miss(i);
+        return true;
+      });
     }
   }
 
@@ -158,29 +184,86 @@ class TieredExperts::Work final : public ExpertWork {
     if (missing_.empty()) runner_.prefetcher_.submit(ahead_);
   }
 
-  // Nothing is pinned: cancelled speculation still holds the slots, or another step does.
+  // Cancelled speculation still holds the slots, or another step does, or what a prompt has pinned
+  // though it comes later.
   void make_room() {
     fetch();
     if (!reading_.empty() || store_.wait_for_room()) return;
     // The rest is cached. One of these goes, as there is no other way on.
-    if (store_.fetch(key(missing_.front()), true) == ExpertStore::Found::kNoRoom) return;
+    if (store_.fetch(key(missing_.front()), true) == ExpertStore::Found::kNoRoom) {
+      if (!ready_.empty()) unpin_beyond(missing_.size() + ready_.size() - 1);
+      return;
+    }
     reading_.push_back(missing_.front());
     missing_.erase(missing_.begin());
   }
 
-  void compute_group() {
-    const std::size_t count = streams_ ? std::min(kPromptGroup, ready_.size()) : ready_.size();
-    const auto start = Trace::Clock::now();
-    std::vector<ExpertKey> keys;
-    std::vector<DeviceTier::Job> jobs;
-    for (std::size_t n = 0; n < count; ++n) {
-      keys.push_back(key(ready_[n]));
-      jobs.push_back({keys.back(), chosen_[ready_[n]].pairs});
-      runner_.stats_.used_bytes += store_.image_bytes(keys.back());
+  struct Group {
+    std::vector<std::size_t> experts;
+    bool in_vram = false;
+  };
+
+  // All that are ready; of a prompt a few that follow each other from the next on and lie in one
+  // memory, with no more pairs than scratch has rows for.
+  Group next_group() {
+    if (!streams_) return {ready_};
+    Group group;
+    std::int64_t pairs = 0;
+    for (std::size_t i = next_; i < chosen_.size() && group.experts.size() < kPromptGroup; ++i) {
+      if (chosen_[i].pairs.empty()) continue;  // left out
+      pairs += std::ssize(chosen_[i].pairs);
+      const bool there = std::ranges::binary_search(in_vram_, i);
+      if (there && !in_vram(i)) {  // it had to go: it is read as others are, and before them
+        if (!group.experts.empty()) break;
+        std::erase(in_vram_, i);
+        miss(i);
+        unpin_beyond(0);
+        break;
+      }
+      if (!there && std::ranges::find(ready_, i) == ready_.end()) break;
+      if (!group.experts.empty() && (there != group.in_vram || pairs > routed_.rows)) break;
+      group.in_vram = there;
+      group.experts.push_back(i);
     }
+    return group;
+  }
+
+  void compute(const Group& group) {
+    if (device_ != nullptr && group.in_vram) {
+      compute_in_vram(group.experts);
+    } else {
+      compute_ready(group.experts);
+    }
+    const auto is_done = [&](std::size_t i) {
+      return std::ranges::find(group.experts, i) != group.experts.end();
+    };
+    std::erase_if(in_vram_, is_done);
+    next_ = group.experts.back() + 1;
+  }
+
+  std::vector<DeviceTier::Job> jobs_of(std::span<const std::size_t> experts) {
+    std::vector<DeviceTier::Job> jobs;
+    jobs.reserve(experts.size());
+    for (const std::size_t i : experts) {
+      jobs.push_back({key(i), chosen_[i].pairs});
+      runner_.stats_.used_bytes += store_.image_bytes(key(i));
+    }
+    return jobs;
+  }
+
+  void compute_in_vram(std::span<const std::size_t> experts) {
+    device_->compute_cached(jobs_of(experts), target());
+  }
+
+  void compute_ready(std::span<const std::size_t> experts) {
+    const auto start = Trace::Clock::now();
+    const std::vector<DeviceTier::Job> jobs = jobs_of(experts);
+    std::vector<ExpertKey> keys(jobs.size());
+    std::ranges::transform(jobs, keys.begin(), &DeviceTier::Job::key);
     store_.check(keys);
     const auto done = [&] {
-      ready_.erase(ready_.begin(), ready_.begin() + static_cast<std::ptrdiff_t>(count));
+      std::erase_if(ready_,
+                    [&](std::size_t i) { return std::ranges::find(experts, i) != experts.end(); });
     };
     if (device_ != nullptr) {
       done();  // the tier has the pins from here on
@@ -190,7 +273,7 @@ class TieredExperts::Work final : public ExpertWork {
       for (const ExpertKey pinned : keys) store_.unpin(pinned);
       done();
     }
-    runner_.stats_.compute_seconds += span(Trace::Track::kCompute, count, start);
+    runner_.stats_.compute_seconds += span(Trace::Track::kCompute, jobs.size(), start);
   }
 
   void compute_where_they_lie(std::span<const DeviceTier::Job> jobs) {
@@ -201,7 +284,12 @@ class TieredExperts::Work final : public ExpertWork {
       views.push_back(store_.view(job.key));
       tasks.push_back({&views.back(), job.pairs});
     }
-    runner_.ops_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
+    if (streams_) {
+      runner_.ops_.add_experts(tasks, layer_.routing.weights, layer_.top_k, layer_.x, hidden_,
+                               routed_, layer_.y, layer_.phase);
+    } else {
+      runner_.ops_.experts(tasks, layer_.top_k, layer_.x, hidden_, routed_, layer_.phase);
+    }
   }
 
   // A prediction may pay for copies alone.
@@ -263,9 +351,9 @@ class TieredExperts::Work final : public ExpertWork {
   ops::Matrix hidden_, routed_;
   std::vector<std::int32_t> order_;  // pairs, by expert
   std::vector<ChosenExpert> chosen_;
-  std::vector<DeviceTier::Job> in_vram_;
-  // Indices into chosen_; the first two are pinned.
-  std::vector<std::size_t> ready_, reading_, missing_;
+  std::size_t next_ = 0;  // of a prompt's: all before are computed
+  // Indices into chosen_, those of in_vram_ and missing_ ascending; ready_ and reading_ are pinned.
+  std::vector<std::size_t> in_vram_, ready_, reading_, missing_;
 };
 
 TieredExperts::TieredExperts(ops::Ops& ops, ExpertStore& store, ops::RouterSpec router,
@@ -364,12 +452,11 @@ void TieredExperts::note_use(std::int64_t moe_layer, const ExpertLayer& layer) {
   }
 }
 
-std::size_t TieredExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
-  const std::int64_t pairs = tokens * shape.router.top_k;
+std::size_t TieredExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens,
+                                         ops::Phase phase) {
   return std::max({Prefetcher::scratch_bytes(shape, tokens),
                    ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
-                   ops::scratch_bytes(pairs * shape.moe_intermediate_size) +
-                       ops::scratch_bytes(pairs * shape.hidden_size)});
+                   pair_scratch_bytes(shape, tokens, phase)});
 }
 
 }  // namespace dsfp4::residency

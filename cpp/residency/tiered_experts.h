@@ -4,8 +4,9 @@
 // For one layer: reads of missing experts are submitted first (as many as there are slots), then
 // what the next layers will probably need, then everything that is in RAM is computed, the shared
 // expert too, then what arrives, in whatever order; the results are summed in slot order at the
-// end. So neither the cache nor the disk can change a token's bits, but for a DeviceTier
-// that splits experts by measured rates.
+// end. A prompt's experts are read and computed by number, ascending, and each is added at once, so
+// that no more than a group's results are kept. So neither the cache nor the disk can change a
+// token's bits, but for a DeviceTier that splits experts by measured rates.
 //
 // Work that is left for another step's keeps its pins, but never all of two or more slots,
 // so the other can go on.
@@ -57,7 +58,7 @@ class TieredExperts final : public ExpertRunner {
                 std::int64_t moe_intermediate_size, std::int64_t most_rows, DeviceTier* device,
                 Trace* trace);
 
-  bool needs_host() const override { return true; }
+  bool needs_host(ops::Phase /*phase*/) const override { return true; }
   bool needs_x(ops::Phase phase, std::int64_t rows) const override {
     return device_ != nullptr && device_->uses_host(phase, rows);
   }
@@ -67,8 +68,9 @@ class TieredExperts final : public ExpertRunner {
   void after_error() noexcept override {
     if (device_ != nullptr) device_->give_up();
   }
-  /// Arena bytes that work takes for `tokens` tokens.
-  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens);
+  /// Arena bytes that work takes for `tokens` tokens: pair_scratch_bytes(), or what is computed
+  /// before if that takes more.
+  static std::size_t scratch_bytes(const MoeShape& shape, std::int64_t tokens, ops::Phase phase);
 
   /// Between steps only; the statistics may be read at any time.
   void configure(const TieredOptions& options);

@@ -142,8 +142,9 @@ def test_route(backend, family, forced):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_moe(backend, fmt):
+def test_moe(backend, decode, fmt):
     rng = np.random.default_rng(6)
     experts, decoded = [], []
     for _ in range(5):
@@ -158,7 +159,7 @@ def test_moe(backend, fmt):
     for t in range(9):
         for k in range(3):
             expected[t] += weights[t, k] * oracle.mlp(x64[t : t + 1], *decoded[chosen[t, k]])[0]
-    actual = ops.moe(experts, x, chosen, weights, backend, threads=2)
+    actual = ops.moe(experts, x, chosen, weights, backend, decode=decode, threads=2)
     assert relative_error(actual, expected) < TOLERANCE[backend]
 
 

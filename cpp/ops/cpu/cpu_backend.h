@@ -50,6 +50,9 @@ class CpuBackend final : public HostBackend {
 
   void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ops::ConstMatrix x,
                ops::Matrix hidden, ops::Matrix out, Phase phase) override;
+  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                   std::int64_t top_k, ops::ConstMatrix x, ops::Matrix hidden, ops::Matrix out,
+                   ops::Matrix y, Phase phase) override;
 
  private:
   /// Rows of activations, packed for a Matmul.
@@ -69,10 +72,13 @@ class CpuBackend final : public HostBackend {
     return isa_.matmul(format, Inputs::kBf16, phase);
   }
   Packed pack(const Matmul& matmul, ConstMatrix x, Inputs inputs);
-  /// Packed rows for the first projections of all tasks, room for those of the second ones; fills
-  /// tokens_ and first_token_.
-  void prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
-               Phase phase);
+  /// The tokens of all pairs, to tokens_ and first_token_.
+  void list_tokens(std::span<const ExpertTask> tasks, std::int64_t top_k);
+  /// Packed rows for the first projections of all tasks, room for those of the second ones.
+  void prepare(std::span<const ExpertTask> tasks, ConstMatrix x, Matrix hidden, Phase phase);
+  /// out[p] of every pair p of the tasks, whose tokens are listed.
+  void compute_experts(std::span<const ExpertTask> tasks, ConstMatrix x, Matrix hidden, Matrix out,
+                       Phase phase);
   /// Packs the rows of `hidden` that these tasks name, the first of them task `first_task` of the
   /// op, into hidden_.
   void pack_hidden(std::span<const ExpertTask> tasks, std::size_t first_task, ConstMatrix hidden,
@@ -107,6 +113,8 @@ class CpuBackend final : public HostBackend {
   Packed hidden_;                         // packed inputs of the down-projections, by pair
   std::vector<std::int32_t> tokens_;      // of the pairs of all tasks
   std::vector<std::size_t> first_token_;  // of each task, in tokens_
+  std::vector<std::int32_t> places_;      // rows of scratch of the pairs that are added: 0, 1, ...
+  std::vector<ExpertTask> placed_;        // tasks whose pairs are those
   Scratch groups_memory_;
   std::vector<std::int64_t> first_group_;  // of each task in work, and one past the last
   Scratch partials_;                       // of latent attention

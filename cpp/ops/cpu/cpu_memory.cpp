@@ -13,6 +13,7 @@ struct CpuBackend::StepMemory {
   std::array<std::size_t, kPackings> x{};  // packed activations
   std::size_t hidden = 0;                  // and the experts' between their two passes
   std::size_t tokens = 0;                  // of all pairs
+  std::size_t places = 0;                  // of all pairs
   std::size_t groups = 0;                  // of tiles
   std::size_t partials = 0;                // of latent attention
   std::size_t thread = 0;                  // of one thread
@@ -47,11 +48,12 @@ CpuBackend::StepMemory CpuBackend::step_memory(const Largest& largest) const {
     }
     const std::int64_t down = largest.widest.expert_down.at(f);
     if (down == 0) continue;
-    const auto pairs = static_cast<std::size_t>(largest.rows * largest.top_k);
+    const auto pairs = static_cast<std::size_t>(added_pairs(largest.rows, largest.top_k));
     memory.hidden =
         std::max({memory.hidden, pairs * isa_.prefill.at(f)->packed_bytes(down),
                   static_cast<std::size_t>(largest.top_k) * isa_.decode.at(f)->packed_bytes(down)});
     memory.tokens = pairs * sizeof(std::int32_t);
+    memory.places = memory.tokens;
   }
 
   memory.thread = std::max({multiply_bytes_, prefill_task_bytes(layer_, largest.mla, largest.rows),
@@ -79,7 +81,8 @@ CpuBackend::StepMemory CpuBackend::step_memory(const Largest& largest) const {
 
 std::uint64_t CpuBackend::working_bytes(const Largest& largest) const {
   const StepMemory memory = step_memory(largest);
-  std::uint64_t bytes = memory.hidden + memory.tokens + memory.groups + memory.partials;
+  std::uint64_t bytes =
+      memory.hidden + memory.tokens + memory.places + memory.groups + memory.partials;
   for (const std::size_t x : memory.x) bytes += x;
   return bytes + static_cast<std::uint64_t>(pool_.size()) * ThreadScratch::padded(memory.thread);
 }
@@ -91,6 +94,7 @@ void CpuBackend::reserve(const Largest& largest) {
   }
   hidden_memory_.get(memory.hidden);
   tokens_.reserve(memory.tokens / sizeof(std::int32_t));
+  places_.reserve(memory.places / sizeof(std::int32_t));
   groups_memory_.get(memory.groups);
   partials_.get(memory.partials);
   thread_memory_.reserve(memory.thread);

@@ -5,6 +5,7 @@
 // for up to 96 tokens.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "base/checked.h"
 #include "ops/cpu/cpu_backend.h"
@@ -12,18 +13,29 @@
 namespace dsfp4::ops::cpu {
 namespace {
 
+constexpr std::int64_t kAddedColumns = 128;  // of a piece: long enough runs, enough pieces
+
 std::size_t row_bytes(const WeightView& weight) {
   return format::data_bytes(weight.format, 1, weight.cols);
 }
 
 }  // namespace
 
-void CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x,
-                         Matrix hidden, Phase phase) {
-  std::array<bool, kPackings> packed{};
-  std::size_t stride = 0;
+void CpuBackend::list_tokens(std::span<const ExpertTask> tasks, std::int64_t top_k) {
   tokens_.clear();
   first_token_.clear();
+  for (const ExpertTask& task : tasks) {
+    first_token_.push_back(tokens_.size());
+    for (const std::int32_t pair : task.pairs) {
+      tokens_.push_back(static_cast<std::int32_t>(pair / top_k));
+    }
+  }
+}
+
+void CpuBackend::prepare(std::span<const ExpertTask> tasks, ConstMatrix x, Matrix hidden,
+                         Phase phase) {
+  std::array<bool, kPackings> packed{};
+  std::size_t stride = 0;
   for (const ExpertTask& task : tasks) {
     for (const WeightView* weight : {&task.expert->gate_proj, &task.expert->up_proj}) {
       const Matmul& matmul = matmul_of(weight->format, phase);
@@ -33,10 +45,6 @@ void CpuBackend::prepare(std::span<const ExpertTask> tasks, std::int64_t top_k, 
     }
     const Matmul& down = matmul_of(task.expert->down_proj.format, phase);
     stride = std::max(stride, down.packed_bytes(hidden.cols));
-    first_token_.push_back(tokens_.size());
-    for (const std::int32_t pair : task.pairs) {
-      tokens_.push_back(static_cast<std::int32_t>(pair / top_k));
-    }
   }
   hidden_ = {hidden_memory_.get(static_cast<std::size_t>(hidden.rows) * stride), stride};
 }
@@ -90,9 +98,46 @@ std::size_t CpuBackend::gate_and_up_bytes(std::int64_t rows, std::int64_t block)
 void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ops::ConstMatrix x,
                          ops::Matrix between, ops::Matrix results, Phase phase) {
   if (tasks.empty()) return;
-  const Matrix hidden = unwrap(between);
+  list_tokens(tasks, top_k);
+  compute_experts(tasks, unwrap(x), unwrap(between), unwrap(results), phase);
+}
+
+// Threads split columns: each adds to every token in the tasks' order.
+void CpuBackend::add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                             std::int64_t top_k, ops::ConstMatrix x, ops::Matrix between,
+                             ops::Matrix results, ops::Matrix sums, Phase phase) {
+  if (tasks.empty()) return;
+  const std::int64_t pairs = checked_pairs(tasks, std::min(between.rows, results.rows));
   const Matrix out = unwrap(results);
-  prepare(tasks, top_k, unwrap(x), hidden, phase);
+  const Matrix y = unwrap(sums);
+  list_tokens(tasks, top_k);
+  places_.resize(static_cast<std::size_t>(pairs));
+  std::iota(places_.begin(), places_.end(), 0);
+  placed_.clear();
+  placed_.reserve(tasks.size());
+  for (std::size_t t = 0; t < tasks.size(); ++t) {
+    const auto rows = std::span(places_).subspan(first_token_[t], tasks[t].pairs.size());
+    placed_.push_back({tasks[t].expert, rows});
+  }
+  compute_experts(placed_, unwrap(x), unwrap(between), out, phase);
+
+  const std::span<const float> mixing = unwrap(weights);
+  pool_.parallel_for(ceil_div(y.cols, kAddedColumns), 1, [&](std::int64_t from, std::int64_t to) {
+    const std::int64_t at = from * kAddedColumns;
+    const std::int64_t count = std::min(to * kAddedColumns, y.cols) - at;
+    std::int64_t row = 0;
+    for (const ExpertTask& task : tasks) {
+      for (const std::int32_t pair : task.pairs) {
+        layer_.add_scaled(mixing[static_cast<std::size_t>(pair)], out.row(row++) + at,
+                          y.row(pair / top_k) + at, count);
+      }
+    }
+  });
+}
+
+void CpuBackend::compute_experts(std::span<const ExpertTask> tasks, ConstMatrix x, Matrix hidden,
+                                 Matrix out, Phase phase) {
+  prepare(tasks, x, hidden, phase);
   if (phase == Phase::kPrefill && isa_.tiles != nullptr && tiles_fit(tasks)) {
     return experts_in_tiles(tasks, hidden, out);
   }

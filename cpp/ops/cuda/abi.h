@@ -211,6 +211,16 @@ struct Plugin {
                                         std::int64_t tokens, std::int64_t top_k);
   bool (*expert_tasks)(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
                        ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace);
+  /// Task by task, in their order, as if one ended before the next: y[p / top_k] += weights[p] *
+  /// what expert_tasks() gives for pair p. A task's tokens are distinct. hidden and out are scratch
+  /// of at least as many rows as there are pairs, and out's rows stand for x.rows above: a pair's
+  /// result does not depend on which tasks are in a call. Else as expert_tasks(). Workspace: for up
+  /// to `tasks` tasks and `rows` rows of out.
+  std::size_t (*add_expert_tasks_workspace)(Device*, const ExpertView* expert, std::int64_t tasks,
+                                            std::int64_t rows);
+  bool (*add_expert_tasks)(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
+                           ConstMatrix x, const float* weights, Matrix hidden, Matrix out, Matrix y,
+                           std::byte* workspace);
 
   /// `id` is on the host; waits for it.
   std::size_t (*sample_workspace)(Device*, std::int64_t vocab);

@@ -1,5 +1,9 @@
 // Some pairs of a step, from a list of tasks on the host: one copy brings the list to the device,
-// then come the kernels that fit.
+// then come the kernels that fit. Where results are added at once, the tokens of the pairs are
+// gathered first, so that scratch has a row for each pair of the call only.
+#include <numeric>
+#include <vector>
+
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/decode.cuh"
 #include "ops/cuda/kernels.h"
@@ -89,6 +93,47 @@ Path path_of(Device* device, const ExpertTask* tasks, std::int64_t count, ConstM
   return large ? Path::kLarge : small ? Path::kSmall : Path::kPlain;
 }
 
+constexpr int kThreads = 256;
+
+// to[r] = x[pairs[r] / top_k].
+__global__ void gather_kernel(ConstMatrix x, const std::int32_t* pairs, std::int64_t top_k,
+                              Matrix to) {
+  begin_kernel();
+  const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  const std::int64_t row = blockIdx.y;
+  if (i >= x.cols) return;
+  to.data[row * to.stride + i] = x.data[pairs[row] / top_k * x.stride + i];
+}
+
+// y[pairs[r] / top_k] += weights[pairs[r]] * results[r], for pairs of distinct tokens.
+__global__ void add_weighted_kernel(ConstMatrix results, const std::int32_t* pairs,
+                                    const float* weights, std::int64_t top_k, Matrix y) {
+  begin_kernel();
+  const std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  const std::int64_t row = blockIdx.y;
+  if (i >= y.cols) return;
+  const std::int32_t pair = pairs[row];
+  y.data[pair / top_k * y.stride + i] += weights[pair] * results.data[row * results.stride + i];
+}
+
+// The pairs of all tasks, one after the other, to device memory.
+bool copy_pairs(Device* device, const ExpertTask* tasks, std::int64_t count, std::int64_t pairs,
+                std::int32_t* to) {
+  std::size_t bytes = static_cast<std::size_t>(pairs) * sizeof(std::int32_t);
+  if (bytes > kMostTaskBytes) {
+    return fail(cudaErrorInvalidValue, "add_expert_tasks: more than kMostTaskBytes of pairs",
+                __FILE__, __LINE__);
+  }
+  std::byte* staged = ring_space(device, bytes, true);
+  if (staged == nullptr) return false;
+  auto* at = reinterpret_cast<std::int32_t*>(staged);
+  for (std::int64_t t = 0; t < count; ++t) {
+    at = std::copy(tasks[t].pairs.begin(), tasks[t].pairs.end(), at);
+  }
+  DSFP4_TRY(cudaMemcpyAsync(to, staged, bytes, cudaMemcpyHostToDevice, device->stream));
+  return true;
+}
+
 }  // namespace
 
 std::size_t expert_tasks_workspace(Device*, const ExpertView* expert, std::int64_t tasks,
@@ -126,6 +171,60 @@ bool expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count, s
       break;
   }
   return tasks_plain(device, list, top_k, x, hidden, out);
+}
+
+std::size_t add_expert_tasks_workspace(Device* device, const ExpertView* expert, std::int64_t tasks,
+                                       std::int64_t rows) {
+  Carver carver(nullptr);
+  carver.take<std::int32_t>(rows);
+  return carver.used() +
+         expert_tasks_workspace(device, expert, tasks, std::max(rows, kFewTokens + 1), 1);
+}
+
+bool add_expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count,
+                      std::int64_t top_k, ConstMatrix x, const float* weights, Matrix hidden,
+                      Matrix out, Matrix y, std::byte* workspace) {
+  const std::int64_t pairs = checked_pairs(tasks, count, top_k, x, hidden, out);
+  if (pairs <= 0) return pairs == 0;
+  if (pairs > std::min(hidden.rows, out.rows)) {
+    return fail(cudaErrorInvalidValue, "add_expert_tasks: more pairs than rows of scratch",
+                __FILE__, __LINE__);
+  }
+  Carver carver(workspace);
+  auto* const there = carver.take<std::int32_t>(pairs);
+  if (!copy_pairs(device, tasks, count, pairs, there)) return false;
+  const unsigned blocks = blocks_for(out.cols, kThreads);
+  DSFP4_TRY(launch(device, gather_kernel, dim3(blocks, static_cast<unsigned>(pairs)), kThreads, 0,
+                   x, there, top_k, out));
+
+  // Pairs by their rows of scratch, each a token of its own. Its x is read before its result is
+  // written. Not the call but the step chooses the kernels: by the rows of `out`.
+  std::vector<std::int32_t> rows(static_cast<std::size_t>(pairs));
+  std::iota(rows.begin(), rows.end(), 0);
+  std::vector<ExpertTask> placed;
+  placed.reserve(static_cast<std::size_t>(count));
+  std::size_t first = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    placed.push_back({tasks[t].expert, std::span(rows).subspan(first, tasks[t].pairs.size())});
+    first += tasks[t].pairs.size();
+  }
+  const std::int64_t tokens = std::max(pairs, std::min(out.rows, kFewTokens + 1));
+  const ConstMatrix gathered{out.data, tokens, out.cols, out.stride};
+  if (!expert_tasks(device, placed.data(), count, 1, gathered, hidden, out,
+                    workspace + carver.used())) {
+    return false;
+  }
+
+  std::int64_t row = 0;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const auto size = static_cast<std::int64_t>(tasks[t].pairs.size());
+    if (size == 0) continue;
+    const ConstMatrix results{out.data + row * out.stride, size, out.cols, out.stride};
+    DSFP4_TRY(launch(device, add_weighted_kernel, dim3(blocks, static_cast<unsigned>(size)),
+                     kThreads, 0, results, there + row, weights, top_k, y));
+    row += size;
+  }
+  return true;
 }
 
 }  // namespace dsfp4::ops::cuda

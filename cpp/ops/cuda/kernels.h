@@ -125,6 +125,11 @@ std::size_t expert_tasks_workspace(Device*, const ExpertView* expert, std::int64
                                    std::int64_t tokens, std::int64_t top_k);
 bool expert_tasks(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
                   ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace);
+std::size_t add_expert_tasks_workspace(Device*, const ExpertView* expert, std::int64_t tasks,
+                                       std::int64_t rows);
+bool add_expert_tasks(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
+                      ConstMatrix x, const float* weights, Matrix hidden, Matrix out, Matrix y,
+                      std::byte* workspace);
 
 // sampler.cu
 std::size_t sample_workspace(Device*, std::int64_t vocab);

@@ -338,6 +338,8 @@ constexpr Plugin kPlugin{
     .takes_shared = takes_shared,
     .expert_tasks_workspace = expert_tasks_workspace,
     .expert_tasks = with<expert_tasks>,
+    .add_expert_tasks_workspace = add_expert_tasks_workspace,
+    .add_expert_tasks = with<add_expert_tasks>,
     .sample_workspace = sample_workspace,
     .sample = with<sample>,
     .begin_capture = with<begin_capture>,

@@ -181,21 +181,43 @@ class ReferenceBackend final : public HostBackend {
   void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ConstMatrix x, Matrix hidden,
                Matrix out, Phase phase) override {
     for (const ExpertTask& task : tasks) {
-      const ExpertView& expert = *task.expert;
       for (const std::int32_t pair : task.pairs) {
         const ConstMatrix token{x.row(pair / top_k), 1, x.cols, x.stride};
-        const Matrix gate = hidden.slice(pair, 1);
-        std::vector<float> up_values(static_cast<std::size_t>(gate.cols));
-        const Matrix up{up_values.data(), 1, gate.cols, gate.cols};
-        linear(expert.gate_proj, token, gate, phase, Inputs::kF32);
-        linear(expert.up_proj, token, up, phase, Inputs::kF32);
-        silu_mul(gate, up);
-        linear(expert.down_proj, gate, out.slice(pair, 1), phase, Inputs::kF32);
+        one_expert(*task.expert, token, hidden.slice(pair, 1), out.slice(pair, 1), phase);
+      }
+    }
+  }
+
+  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                   Phase phase) override {
+    checked_pairs(tasks, std::min(hidden.rows, out.rows));
+    const std::span<const float> mixing = unwrap(weights);
+    std::int64_t row = 0;
+    for (const ExpertTask& task : tasks) {
+      for (const std::int32_t pair : task.pairs) {
+        const ConstMatrix token{x.row(pair / top_k), 1, x.cols, x.stride};
+        const Matrix result = out.slice(row, 1);
+        one_expert(*task.expert, token, hidden.slice(row++, 1), result, phase);
+        const float weight = mixing[static_cast<std::size_t>(pair)];
+        const float* from = unwrap(result.data);
+        float* to = unwrap(y.row(pair / top_k));
+        for (std::int64_t i = 0; i < y.cols; ++i) to[i] += weight * from[i];
       }
     }
   }
 
  private:
+  void one_expert(const ExpertView& expert, ConstMatrix token, Matrix gate, Matrix out,
+                  Phase phase) {
+    std::vector<float> up_values(static_cast<std::size_t>(gate.cols));
+    const Matrix up{up_values.data(), 1, gate.cols, gate.cols};
+    linear(expert.gate_proj, token, gate, phase, Inputs::kF32);
+    linear(expert.up_proj, token, up, phase, Inputs::kF32);
+    silu_mul(gate, up);
+    linear(expert.down_proj, gate, out, phase, Inputs::kF32);
+  }
+
   // out[i] = sum over s of p[s] * rows[s, i].
   static void weighted_sum(const std::vector<double>& p, const float* rows, std::int64_t stride,
                            std::int64_t cols, float* out) {

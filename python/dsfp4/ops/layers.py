@@ -235,16 +235,19 @@ def moe(
     weights: Any,
     backend: str = "reference",
     *,
+    decode: bool = True,
     threads: int = 1,
 ) -> Floats:
     """Sum over the chosen experts of weight * down(silu(gate x) * up x).
 
-    ``experts`` are (gate, up, down); ``chosen`` and ``weights`` are [tokens, top_k].
+    ``experts`` are (gate, up, down); ``chosen`` and ``weights`` are [tokens, top_k]. ``decode``:
+    sums over slots, in order; else, as in a prompt, adds one expert after the other.
     """
     flat = [weight._core for expert in experts for weight in expert]
     core = _backend(backend, threads)
     checked_chosen = as_input(chosen, np.int32, "chosen")
-    return as_output(core.moe(flat, _floats(x, "x"), checked_chosen, _floats(weights, "weights")))
+    mixing = _floats(weights, "weights")
+    return as_output(core.moe(flat, _floats(x, "x"), checked_chosen, mixing, decode))
 
 
 def sample(

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "dsfp4/error.h"
+#include "ops/routing.h"
 
 namespace dsfp4::ops::testing {
 namespace {
@@ -221,7 +222,7 @@ void EmulatedOps::expand_value(const MlaShape& shape, const WeightView& kv_b_pro
 
 void EmulatedOps::route(const RouterSpec& spec, ConstMatrix logits, DeviceSpan<const float> bias,
                         std::span<const std::int32_t> forced, Routing out) {
-  require_below(forced, spec.experts, "experts");
+  check_forced(spec, forced);
   if (!forced.empty()) device_->refuse_in_recording("route() with forced experts");
   op("route", [=, kept = keep(forced)](Ops& reference, Operands& in) {
     reference.route(spec, in(logits), in(bias), kept, in(out));
@@ -241,6 +242,17 @@ void EmulatedOps::combine(ConstMatrix pairs, DeviceSpan<const float> weights, st
                           Matrix y) {
   op("combine", [=](Ops& reference, Operands& in) {
     reference.combine(in(pairs), in(weights), top_k, in(y));
+  });
+}
+
+void EmulatedOps::add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                              std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out,
+                              Matrix y, Phase phase) {
+  if (tasks.empty()) return;
+  device_->refuse_in_recording("add_experts()");
+  op("add_experts", [=, kept = keep(tasks)](Ops& reference, Operands& in) {
+    reference.add_experts(in.tasks(kept), in(weights), top_k, in(x), in(hidden), in(out), in(y),
+                          phase);
   });
 }
 

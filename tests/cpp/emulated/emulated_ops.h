@@ -63,6 +63,9 @@ class EmulatedOps final : public Ops {
                Matrix out, Phase phase) override;
   void combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                Matrix y) override;
+  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                   Phase phase) override;
   bool has_routed_experts() const override { return has_routed_experts_; }
   void routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                       std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,

@@ -85,21 +85,22 @@ std::vector<float> everything(Ops& ops, WeightFormat format) {
   const Matrix routed = room.matrix(rows * spec.top_k, kWidth);
   const Matrix y = room.matrix(rows, kWidth);
   ops.zero(y);
+  const std::vector<std::int32_t> used = room.get(routing.used);
+  std::vector<std::vector<std::int32_t>> chosen(experts.size());
+  for (std::size_t p = 0; p < used.size(); ++p) {
+    chosen[static_cast<std::size_t>(used[p])].push_back(static_cast<std::int32_t>(p));
+  }
+  std::vector<ExpertTask> tasks;
+  for (std::size_t e = 0; e < experts.size(); ++e) tasks.push_back({&experts[e], chosen[e]});
   if (ops.has_routed_experts()) {
     ops.routed_experts(experts, routing, spec.top_k, x, hidden, routed, y, nullptr);
   } else {
-    const std::vector<std::int32_t> used = room.get(routing.used);
-    std::vector<std::vector<std::int32_t>> chosen(experts.size());
-    for (std::size_t p = 0; p < used.size(); ++p) {
-      chosen[static_cast<std::size_t>(used[p])].push_back(static_cast<std::int32_t>(p));
-    }
-    std::vector<ExpertTask> tasks;
-    for (std::size_t e = 0; e < experts.size(); ++e) tasks.push_back({&experts[e], chosen[e]});
     ops.experts(tasks, spec.top_k, x, hidden, routed, phase);
-    tasks.clear();  // what an op was given is the caller's again
-    chosen.clear();
     ops.combine(routed, routing.weights, spec.top_k, y);
   }
+  ops.add_experts(tasks, routing.weights, spec.top_k, x, hidden, routed, y, phase);
+  tasks.clear();  // what an op was given is the caller's again
+  chosen.clear();
   ops.silu_mul(y, x);
 
   std::vector<float> results = room.get(y);
@@ -205,6 +206,7 @@ TEST_F(EmulatedSegments, WhatCannotBeRecordedIsRefused) {
       [&] { device.synchronize(); },
       [&] { ops.sample(slot, {}); },
       [&] { ops.experts(tasks, 1, slot, slot, slot, Phase::kDecode); },
+      [&] { ops.add_experts(tasks, {}, 1, slot, slot, slot, slot, Phase::kPrefill); },
       [&] { ops.route({.experts = 8, .top_k = 1}, slot, {}, forced, {}); },
   };
   step({0, 1}, 0, one);

@@ -57,6 +57,45 @@ TEST_P(ThreeTiers, EachTierIsUsed) {
   EXPECT_GT(stats.misses + stats.prefetched, 0u);
 }
 
+TEST_P(ThreeTiers, AnExpertCrossesEachWireOnceAPrompt) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 0;
+  options.strategy.cpu_cache_size = 0.0;
+  options.memory.prefetch_layers = 0;
+  options.memory.cpu_share = 0.0;
+  LoadOptions in_ram = load_options();
+  in_ram.strategy.cpu_cache_size = 0.0;
+  in_ram.memory.prefetch_layers = 0;
+  const auto beside = load(options, as_a_gpu());
+  Engine alone(folder_.path(), in_ram);
+  for (Engine* engine : {beside.get(), &alone}) {
+    const Ids ids = {3, 10, 17, 24, 1, 8, 15, 22, 29, 6, 13, 20, 27, 4, 11, 18, 25, 2, 9, 16};
+    const std::int64_t layers = engine->spec().moe_layers();
+    const auto of_layer = ids.size() * static_cast<std::size_t>(engine->spec().router.top_k);
+    Floats logits(ids.size() * static_cast<std::size_t>(engine->spec().vocab_size));
+    Ids chosen(static_cast<std::size_t>(layers) * of_layer);
+    ForwardOptions forward;
+    forward.chosen_experts = chosen;
+    const ModelStats before = engine->stats();
+    engine->forward(ids, logits, forward);
+    const ModelStats after = engine->stats();
+    EXPECT_EQ(logits, right_.prompt);
+    std::uint64_t distinct = 0;
+    for (std::size_t first = 0; first < chosen.size(); first += of_layer) {
+      distinct += std::set(chosen.begin() + static_cast<std::ptrdiff_t>(first),
+                           chosen.begin() + static_cast<std::ptrdiff_t>(first + of_layer))
+                      .size();
+    }
+    EXPECT_EQ(after.misses - before.misses, distinct);
+    const std::uint64_t used = after.used_bytes - before.used_bytes;
+    EXPECT_GE(after.read_bytes - before.read_bytes, used);  // files are read by whole blocks
+    EXPECT_LT(after.read_bytes - before.read_bytes, used + distinct * 20'000);
+    if (engine != beside.get()) continue;
+    EXPECT_EQ(after.uploads - before.uploads, distinct);
+    EXPECT_EQ(after.uploaded_bytes - before.uploaded_bytes, used);
+  }
+}
+
 TEST_P(ThreeTiers, TheNextLayersExpertsArePredicted) {
   LoadOptions options = load_options();
   options.strategy.max_experts = 3;

@@ -130,6 +130,71 @@ TEST_P(CpuIsa, ExpertsAgreeWithReferenceInAnyGrouping) {
   }
 }
 
+TEST_P(CpuIsa, ExpertsAreAddedInOrderInAnyGrouping) {
+  const auto reference = make_reference_ops(1);
+  const auto one = backend(1);
+  const auto three = backend(3);
+  constexpr std::int64_t kTokens = 21;
+  constexpr std::int64_t kTopK = 2;
+  constexpr WeightFormat kFormat = WeightFormat::kNvfp4;
+  const Experts a(kFormat, kFormat, kFormat, 60);
+  const Experts b(kFormat, kFormat, WeightFormat::kBF16, 61);
+  OwnedMatrix x(kTokens, Experts::kHidden, 62);
+  std::vector<float> mixing;
+  std::vector<std::int32_t> even, odd;  // one of each token; the last has none
+  for (std::int32_t p = 0; p + 2 < kTokens * kTopK; ++p) (p % 2 == 0 ? even : odd).push_back(p);
+  for (std::int64_t p = 0; p < kTokens * kTopK; ++p) {
+    mixing.push_back(0.7f / static_cast<float>(1 + p));
+  }
+  using Calls = std::vector<std::vector<ExpertTask>>;
+  const Calls whole = {{{&b.view, odd}, {&a.view, even}}};
+  const Calls parts = {{{&b.view, std::span(odd).first(7)}},
+                       {{&b.view, std::span(odd).subspan(7)}, {&a.view, std::span(even).first(3)}},
+                       {{&a.view, std::span(even).subspan(3)}}};
+  const auto run = [&](Ops& ops, const Calls& calls) {
+    OwnedMatrix hidden(2 * kTokens, Experts::kIntermediate);
+    OwnedMatrix out(2 * kTokens, Experts::kHidden);
+    OwnedMatrix y(kTokens, Experts::kHidden, 63);
+    for (const auto& tasks : calls) {
+      ops.add_experts(tasks, mixing, kTopK, x.view(), hidden.view(), out.view(), y.view(), phase());
+    }
+    return y.values;
+  };
+  // The same as experts(), whose rows are multiplied and added one after the other.
+  const auto added = [&](Ops& ops) {
+    OwnedMatrix hidden(kTokens * kTopK, Experts::kIntermediate);
+    OwnedMatrix out(kTokens * kTopK, Experts::kHidden);
+    OwnedMatrix y(kTokens, Experts::kHidden, 63);
+    ops.experts(whole[0], kTopK, x.view(), hidden.view(), out.view(), phase());
+    for (const ExpertTask& task : whole[0]) {
+      for (const std::int32_t p : task.pairs) {
+        for (std::int64_t i = 0; i < Experts::kHidden; ++i) {
+          y.values[static_cast<std::size_t>(p / kTopK * Experts::kHidden + i)] +=
+              mixing[static_cast<std::size_t>(p)] *
+              out.values[static_cast<std::size_t>(p * Experts::kHidden + i)];
+        }
+      }
+    }
+    return y.values;
+  };
+  const auto result = run(*one, whole);
+  EXPECT_LT(relative_error(run(*reference, whole), added(*reference)), 1e-6);
+  EXPECT_LT(relative_error(result, added(*one)), 1e-6);
+  EXPECT_LT(relative_error(result, run(*reference, whole)), kTolerance);
+  EXPECT_EQ(result, run(*three, parts));
+  const OwnedMatrix untouched(kTokens, Experts::kHidden, 63);
+  EXPECT_EQ(result.back(), untouched.values.back()) << "a token that no task names is left alone";
+
+  OwnedMatrix small(kTokens, Experts::kHidden);
+  OwnedMatrix hidden(2 * kTokens, Experts::kIntermediate);
+  OwnedMatrix y(kTokens, Experts::kHidden);
+  for (Ops* ops : {reference.get(), static_cast<Ops*>(one.get())}) {
+    EXPECT_THROW(ops->add_experts(whole[0], mixing, kTopK, x.view(), hidden.view(), small.view(),
+                                  y.view(), phase()),
+                 std::logic_error);
+  }
+}
+
 // The phases differ where the table says so, and nowhere else.
 TEST_P(CpuIsa, PhaseChoosesTheArithmetic) {
   const Isa& isa = *std::get<0>(GetParam());

@@ -78,8 +78,18 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
       }
     }
     for (const auto& chosen : pairs) tasks.push_back({&expert_, chosen});
-    ops.experts(tasks, kTopK, x_.view.slice(0, rows), hidden_.view.slice(0, rows * kTopK),
-                routed_.view.slice(0, rows * kTopK), phase);
+    const std::int64_t held = phase == Phase::kPrefill ? added_pairs(rows, kTopK) : rows * kTopK;
+    const ops::Matrix x = x_.view.slice(0, rows);
+    const ops::Matrix hidden = hidden_.view.slice(0, held);
+    const ops::Matrix routed = routed_.view.slice(0, held);
+    if (phase == Phase::kDecode) {
+      ops.experts(tasks, kTopK, x, hidden, routed, phase);
+    } else {
+      for (const ExpertTask& task : tasks) {
+        ops.add_experts({&task, 1}, weights_, kTopK, x, hidden, routed, few_.view.slice(0, rows),
+                        phase);
+      }
+    }
 
     const std::vector<DevicePtr<std::byte>> blocks(kContext / kKvBlockTokens + 1, block_.data());
     const std::int64_t position = phase == Phase::kPrefill ? 0 : kContext - rows;
@@ -104,6 +114,7 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
       std::vector<std::byte>(static_cast<std::size_t>(kKvBlockTokens * kMla.cache_width()) * 2);
   Activations wide_x_{kRows, kIntermediate}, x_{kRows, kHidden}, few_{kRows, 16};
   Activations hidden_{kRows * kTopK, kMoeIntermediate}, routed_{kRows * kTopK, 16};
+  std::vector<float> weights_ = std::vector<float>(static_cast<std::size_t>(kRows * kTopK));
   Activations q_{kRows, 128 * 192}, attended_{kRows, 128 * 128};
   Activations q_abs_{1, 128 * 512}, latent_{1, 128 * 512};
 };

@@ -282,6 +282,12 @@ TEST_F(CudaSegments, RefuseTasks) {
     const ExpertTask task{&expert, {&pair, 1}};
     backend_.experts({&task, 1}, 1, {}, {}, {}, Phase::kDecode);
   });
+  expect_refused([&] {
+    const ExpertView expert;
+    const std::int32_t pair = 0;
+    const ExpertTask task{&expert, {&pair, 1}};
+    backend_.add_experts({&task, 1}, {}, 1, {}, {}, {}, {}, Phase::kPrefill);
+  });
 }
 
 TEST_F(CudaSegments, RefuseForcedExperts) {

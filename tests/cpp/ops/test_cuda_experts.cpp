@@ -114,6 +114,47 @@ TEST_P(CudaExperts, AgreeWithReference) {
   EXPECT_LT(relative_error(on_host(dy), expected.values), kTolerance);
 }
 
+// In one call, and in one for each expert with other bytes in scratch: the same bits.
+TEST_P(CudaExperts, AddedInOrderAgreeWithReference) {
+  const std::int64_t held = added_pairs(c_.tokens, c_.top_k);
+  const std::vector<float> weights = random_values(pairs_, 45);
+  std::vector<float> weights_copy = weights;
+  const DeviceSpan<const float> mixing{
+      on_device(weights_copy.data(), static_cast<std::size_t>(pairs_)),
+      static_cast<std::size_t>(pairs_)};
+  OwnedMatrix hidden(held, c_.intermediate);
+  OwnedMatrix out(held, c_.hidden);
+  OwnedMatrix expected(c_.tokens, c_.hidden, 44);
+  const Matrix at_once = on_device(expected);
+  const Matrix one_by_one = on_device(expected);
+  const Matrix x = on_device(x_);
+  const Matrix dhidden = on_device(hidden);
+  const Matrix dout = on_device(out);
+  const std::vector<ExpertTask> tasks = tasks_of(device_);
+  for (const ExpertTask& task : tasks_of(host_)) {
+    reference_->add_experts({&task, 1}, weights, c_.top_k, x_.view(), hidden.view(), out.view(),
+                            expected.view(), Phase::kPrefill);
+  }
+  for (std::size_t first = 0; first < tasks.size();) {  // as many as scratch holds
+    std::size_t count = 0;
+    std::int64_t rows = 0;
+    while (first + count < tasks.size()) {
+      rows += std::ssize(tasks[first + count].pairs);
+      if (rows > held) break;
+      ++count;
+    }
+    backend_->add_experts(std::span(tasks).subspan(first, count), mixing, c_.top_k, x, dhidden,
+                          dout, at_once, Phase::kPrefill);
+    first += count;
+  }
+  for (const ExpertTask& task : tasks) {
+    backend_->add_experts({&task, 1}, mixing, c_.top_k, x, dhidden, dout, one_by_one,
+                          Phase::kPrefill);
+  }
+  EXPECT_LT(relative_error(on_host(at_once), expected.values), kTolerance);
+  EXPECT_EQ(on_host(at_once), on_host(one_by_one));
+}
+
 TEST_P(CudaExperts, OfTasksAgreeWithReference) {
   OwnedMatrix hidden(pairs_, c_.intermediate);
   OwnedMatrix expected(pairs_, c_.hidden);

@@ -95,6 +95,18 @@ TEST(Routing, LowerIndexWinsATieAndNanIsLast) {
   EXPECT_EQ(route(spec, {1.0f, 1.0f, 1.0f, 1.0f}).own, (std::vector<std::int32_t>{0, 1, 2}));
 }
 
+TEST(Routing, ForcedExpertsAreChecked) {
+  RouterSpec spec;
+  spec.experts = 4;
+  spec.top_k = 2;
+  const auto check = [&](const std::vector<std::int32_t>& forced) { check_forced(spec, forced); };
+  EXPECT_NO_THROW(check({}));
+  EXPECT_NO_THROW(check({0, 3, 3, 0}));
+  EXPECT_THROW(check({0, 4}), ParameterError);
+  EXPECT_THROW(check({-1, 0}), ParameterError);
+  EXPECT_THROW(check({0, 1, 2, 2}), ParameterError);
+}
+
 TEST(Routing, SpecIsChecked) {
   RouterSpec spec = v3_spec();
   EXPECT_NO_THROW(check_router(spec, 8, 8));
