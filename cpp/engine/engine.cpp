@@ -10,6 +10,7 @@
 #include "dsfp4/error.h"
 #include "engine/context.h"
 #include "engine/kept_rates.h"
+#include "engine/prompt.h"
 #include "engine/quantization.h"
 #include "engine/sampler.h"
 #include "memory/source.h"
@@ -80,14 +81,6 @@ Poll polling(const KeepGoing& keep_going) {
   if (!keep_going) return {};
   return [&keep_going] {
     if (!keep_going()) throw CancelledError();
-  };
-}
-
-// Asks on_prefill as well, with the tokens of the prompt that are done.
-KeepGoing prefill_going(const GenerateOptions& options, std::int64_t done, std::int64_t total) {
-  return [&options, done, total] {
-    if (options.keep_going && !options.keep_going()) return false;
-    return !options.on_prefill || options.on_prefill(done, total);
   };
 }
 
@@ -315,7 +308,7 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
   const Turns::Turn turn(turns_, options.keep_going);
   if (!turn.came()) throw CancelledError();
   Sequence sequence(cache_);
-  const std::int64_t chunk = options.decode ? 1 : prefill_chunk_;
+  const std::int64_t chunk = options.decode ? 1 : piece_rows(count, prefill_chunk_);
   for (std::int64_t at = 0; at < count; at += chunk) {
     const std::int64_t rows = std::min(chunk, count - at);
     const auto first_pair = static_cast<std::size_t>(at * spec().router.top_k);
@@ -397,9 +390,10 @@ GenerationResult Engine::generate(std::span<const std::int32_t> prompt,
 bool Engine::prefill(Sequence& sequence, std::span<const std::int32_t> prompt,
                      const GenerateOptions& options, std::span<float> logits) {
   const auto total = static_cast<std::int64_t>(prompt.size());
+  const std::int64_t piece = piece_rows(total, prefill_chunk_);
   std::optional<std::int32_t> sampled;  // never, without a draw
   for (std::int64_t at = 0; at < total;) {
-    const std::int64_t rows = std::min(prefill_chunk_, total - at);
+    const std::int64_t rows = std::min(piece, total - at);
     const auto ids = prompt.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows));
     if (!last_logits(sequence, model::Phase::kPrefill, ids, prefill_going(options, at, total),
                      logits, {}, sampled)) {

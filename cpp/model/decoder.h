@@ -14,6 +14,10 @@
 
 namespace dsfp4::model {
 
+/// Rows of a prefill that go through the dense part of a layer together: enough that reading the
+/// layer's weights once more for each piece costs little beside the products.
+constexpr std::int64_t kDenseRows = 1024;
+
 /// One step of the model: some tokens of one or more sequences.
 struct Batch {
   Phase phase = Phase::kPrefill;
@@ -27,6 +31,8 @@ struct Batch {
   /// Receives the routers' logits; layer l's rows begin l * logits_layer_stride in. May be null.
   float* router_logits = nullptr;
   std::int64_t logits_layer_stride = 0;
+  /// 1 to kDenseRows; changes no bit.
+  std::int64_t dense_rows = kDenseRows;
 };
 
 /// Arena bytes that a Pass of `rows` rows takes in that phase.

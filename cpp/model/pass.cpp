@@ -94,30 +94,38 @@ void Pass::piece() {
   }
 }
 
-// All that needs the layer's dense weights; the routed experts are begun.
+// Some rows through all that needs the layer's dense weights; after the last ones, the routed
+// experts are begun.
 void Pass::run_layer() {
   if (!use_) use_.emplace(decoder_.streamed_, layer_);
   if (!use_->enter()) return;
-  const ModelSpec& spec = decoder_.spec_;
   const LayerWeights& weights = decoder_.weights_.layers[static_cast<std::size_t>(layer_)];
+  if (dense_done_ == 0) begin_layer(weights);
+  const std::int64_t left = x_.rows - dense_done_;
+  const std::int64_t rows =
+      batch_.phase == Phase::kPrefill ? std::min(left, batch_.dense_rows) : left;
+  run_ops([&] { dense_part(weights, dense_done_, rows); });
+  dense_done_ += rows;
+  if (dense_done_ < x_.rows) return;
+  dense_done_ = 0;
+  if (decoder_.spec_.is_moe(layer_)) {
+    start_experts(weights);
+  } else {
+    end_layer();
+  }
+  use_.reset();
+}
+
+void Pass::begin_layer(const LayerWeights& weights) {
+  const ModelSpec& spec = decoder_.spec_;
   const std::size_t layer_bytes = kv_layer_bytes(spec, decoder_.kv_format_);
   for (ops::SequenceRows& sequence : sequences_) {
     sequence.kv.layer_offset = static_cast<std::size_t>(layer_) * layer_bytes;
     sequence.kv.scale = weights.self_attn.k_scale;
   }
-  const bool moe = spec.is_moe(layer_);
-  ops::Routing routing;
-  if (moe) {
-    layer_scope_.emplace(arena_);
-    routing = ops::take_routing(arena_, x_.rows, spec.router);
-  }
-  run_ops([&] { dense_part(weights, routing); });
-  if (!moe) {
-    end_layer();
-  } else {
-    start_experts(weights, routing);
-  }
-  use_.reset();
+  if (!spec.is_moe(layer_)) return;
+  layer_scope_.emplace(arena_);
+  routing_ = ops::take_routing(arena_, x_.rows, spec.router);
 }
 
 // Runs ops of this layer; in a decode step, as a segment.
@@ -134,28 +142,33 @@ void Pass::run_ops(const std::function<void()>& body) {
   if (trace != nullptr) trace->end_ops("layer " + std::to_string(layer_) + " dense");
 }
 
-// Attention, and the MLP or the router.
-void Pass::dense_part(const LayerWeights& weights, const ops::Routing& routing) {
+// Attention, and the MLP or the router, for `rows` rows from `first` on.
+void Pass::dense_part(const LayerWeights& weights, std::int64_t first, std::int64_t rows) {
   const ModelSpec& spec = decoder_.spec_;
   ops::Ops& ops = decoder_.ops_;
-  ops.rms_norm(x_, weights.input_layernorm, spec.rms_norm_eps, normed_);
-  mla_attention(spec, weights.self_attn, {batch_.phase, sequences_, cos_sin_}, ops, arena_, normed_,
-                block_);
-  ops.add(block_, x_);
-  ops.rms_norm(x_, weights.post_attention_layernorm, spec.rms_norm_eps, normed_);
+  const ops::Matrix x = x_.slice(first, rows);
+  const ops::Matrix normed = normed_.slice(first, rows);
+  const ops::Matrix block = block_.slice(first, rows);
+  const std::vector<ops::SequenceRows> sequences = sequences_of(first, rows);
+  ops.rms_norm(x, weights.input_layernorm, spec.rms_norm_eps, normed);
+  mla_attention(spec, weights.self_attn, {batch_.phase, sequences, cos_sin_.slice(first, rows)},
+                ops, arena_, normed, block);
+  ops.add(block, x);
+  ops.rms_norm(x, weights.post_attention_layernorm, spec.rms_norm_eps, normed);
   if (spec.is_moe(layer_)) {
-    choose_experts(spec, weights, batch_.phase, forced_experts(), ops, normed_, routing);
+    choose_experts(spec, weights, batch_.phase, forced_experts(first, rows), ops, normed,
+                   routing_of(first, rows));
   } else {
-    ops::mlp(weights.mlp, ops, arena_, normed_, block_, batch_.phase);
+    ops::mlp(weights.mlp, ops, arena_, normed, block, batch_.phase);
   }
 }
 
-void Pass::start_experts(const LayerWeights& weights, const ops::Routing& routing) {
+void Pass::start_experts(const LayerWeights& weights) {
   const ModelSpec& spec = decoder_.spec_;
   ops::HostRouting on_host;
   if (decoder_.experts_.needs_host(batch_.phase) || host_takes_part()) {
     const bool with_x = decoder_.experts_.needs_x(batch_.phase, x_.rows);
-    routings_.fetch(routing, with_x ? normed_ : ops::ConstMatrix());
+    routings_.fetch(routing_, with_x ? normed_ : ops::ConstMatrix());
     on_host = routings_.get();
     tell_choice(on_host);
   }
@@ -163,7 +176,7 @@ void Pass::start_experts(const LayerWeights& weights, const ops::Routing& routin
   work_ = decoder_.experts_.start({.layer = layer_,
                                    .phase = batch_.phase,
                                    .x = normed_,
-                                   .routing = routing,
+                                   .routing = routing_,
                                    .on_host = on_host,
                                    .top_k = spec.router.top_k,
                                    .y = block_,
@@ -180,12 +193,35 @@ void Pass::end_layer() {
   done_ = true;
 }
 
-std::span<const std::int32_t> Pass::forced_experts() const {
+// The parts of the sequences that lie in those rows, which count from 0 there.
+std::vector<ops::SequenceRows> Pass::sequences_of(std::int64_t first, std::int64_t rows) const {
+  std::vector<ops::SequenceRows> parts;
+  parts.reserve(sequences_.size());
+  for (const ops::SequenceRows& sequence : sequences_) {
+    const std::int64_t begin = std::max(sequence.first_row, first);
+    const std::int64_t end = std::min(sequence.first_row + sequence.rows, first + rows);
+    if (begin >= end) continue;
+    const std::int64_t position = sequence.position + begin - sequence.first_row;
+    parts.push_back({begin - first, end - begin, position, sequence.kv});
+  }
+  return parts;
+}
+
+ops::Routing Pass::routing_of(std::int64_t first, std::int64_t rows) const {
+  const auto top_k = decoder_.spec_.router.top_k;
+  const auto at = static_cast<std::size_t>(first * top_k);
+  const auto pairs = static_cast<std::size_t>(rows * top_k);
+  return {routing_.experts.subspan(at, pairs), routing_.used.subspan(at, pairs),
+          routing_.weights.subspan(at, pairs), routing_.logits.slice(first, rows)};
+}
+
+std::span<const std::int32_t> Pass::forced_experts(std::int64_t first, std::int64_t rows) const {
   if (batch_.forced_experts == nullptr) return {};
   const ModelSpec& spec = decoder_.spec_;
   const std::int64_t moe_layer = layer_ - spec.dense_layers;
-  return {batch_.forced_experts + moe_layer * batch_.expert_layer_stride,
-          batch_.ids.size() * static_cast<std::size_t>(spec.router.top_k)};
+  return {
+      batch_.forced_experts + moe_layer * batch_.expert_layer_stride + first * spec.router.top_k,
+      static_cast<std::size_t>(rows * spec.router.top_k)};
 }
 
 void Pass::tell_choice(const ops::HostRouting& routing) const {

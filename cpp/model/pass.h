@@ -19,7 +19,8 @@
 namespace dsfp4::model {
 
 /// Between two calls of advance() another pass may go on, with an arena of its own: this one then
-/// holds no layer's dense weights, and never all slots of experts. It is left by destroying it,
+/// holds dense weights only as LayerStream keeps them for steps that take turns, and never all
+/// slots of experts. It is left by destroying it,
 /// which gives back everything it holds; what it wrote to the KV cache does not count.
 class Pass {
  public:
@@ -33,10 +34,10 @@ class Pass {
   Pass& operator=(const Pass&) = delete;
 
   bool done() const noexcept { return done_; }
-  /// Runs one piece: a layer up to its experts, or one group of them. Waits for a layer or an
-  /// expert for kPollPeriod at most. A decode step in which the host has no part is one piece.
-  /// Throws what reads of weights throw (IoError, CheckpointError); the pass is to be destroyed
-  /// then.
+  /// Runs one piece: the dense part of a layer, in a prefill for Batch::dense_rows rows at most, or
+  /// one group of its experts. Waits for a layer or an expert for kPollPeriod at most. A decode
+  /// step in which the host has no part is one piece. Throws what reads of weights throw (IoError,
+  /// CheckpointError); the pass is to be destroyed then.
   void advance();
   /// Once done(): the normed hidden states [rows, hidden]; they live as long as the pass. The
   /// tokens' latents are in the KV cache then.
@@ -49,11 +50,14 @@ class Pass {
   void embed();
   void piece();
   void run_layer();
+  void begin_layer(const LayerWeights& weights);
   void run_ops(const std::function<void()>& body);
-  void dense_part(const LayerWeights& weights, const ops::Routing& routing);
-  void start_experts(const LayerWeights& weights, const ops::Routing& routing);
+  void dense_part(const LayerWeights& weights, std::int64_t first, std::int64_t rows);
+  void start_experts(const LayerWeights& weights);
   void end_layer();
-  std::span<const std::int32_t> forced_experts() const;
+  std::vector<ops::SequenceRows> sequences_of(std::int64_t first, std::int64_t rows) const;
+  ops::Routing routing_of(std::int64_t first, std::int64_t rows) const;
+  std::span<const std::int32_t> forced_experts(std::int64_t first, std::int64_t rows) const;
   void tell_choice(const ops::HostRouting& routing) const;
 
   const Decoder& decoder_;
@@ -66,9 +70,11 @@ class Pass {
   ops::Matrix x_, normed_, block_, cos_sin_;  // x_ is the residual stream
   residency::ReadAhead ahead_;
   std::optional<ops::ScratchScope> layer_scope_;
-  std::optional<residency::DenseLayers::Use> use_;  // a layer that is waited for
+  ops::Routing routing_;                            // of the layer
+  std::optional<residency::DenseLayers::Use> use_;  // until the layer's dense part is done
   std::unique_ptr<residency::ExpertWork> work_;     // of the layer; null: it has yet to run
   std::int64_t layer_ = 0;
+  std::int64_t dense_done_ = 0;  // rows that are through the dense part of the layer
   bool begun_ = false;
   bool in_segment_ = false;  // of the whole step
   bool done_ = false;

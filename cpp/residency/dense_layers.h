@@ -13,8 +13,9 @@ class DenseLayers {
 
   /// Brings the layer's weights to where its views point, for ops that follow; waits for at most
   /// kPollPeriod: false, they are not there yet, ask again. Called for every layer of a step, in
-  /// order; one that is in memory all the time takes nothing. What it throws names the layer, which
-  /// may be entered again then.
+  /// order; one that is in memory all the time takes nothing. Who needs a layer over several turns
+  /// enters it again at each: it may have been given up for another step's, and is then brought
+  /// anew. What it throws names the layer, which may be entered again then.
   virtual bool enter(std::int64_t layer) = 0;
   /// The weights are no longer needed in this step, or no longer waited for.
   virtual void leave(std::int64_t layer) noexcept = 0;

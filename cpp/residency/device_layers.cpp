@@ -37,6 +37,8 @@ void DeviceLayers::copy(std::size_t index, std::uint64_t bytes) {
 
 bool DeviceLayers::enter(std::int64_t layer) {
   const auto found = std::ranges::find(layers_, layer, &StagedLayer::layer);
+  // Another step's, which has not done with it: its ops so far come before the next copy.
+  if (entered_ != kNone && layers_[entered_].layer != layer) leave(layers_[entered_].layer);
   try {
     if (found != layers_.end()) {
       const auto index = static_cast<std::size_t>(found - layers_.begin());

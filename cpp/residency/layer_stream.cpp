@@ -80,6 +80,7 @@ void LayerStream::read_ahead() {
 void LayerStream::drop_first() noexcept {
   const Reading first = ring_.front();
   ring_.pop_front();
+  entered_ = false;
   reader_.cancel(first.ticket);
   if (first.ticket.quiet()) {
     buffers_->release(first.buffer);
@@ -103,6 +104,7 @@ bool LayerStream::enter(std::int64_t layer) {
   }
   try {
     ring_.front().kept_for = kKeptFor;
+    if (entered_) return true;
     if (!wait_for(ring_.front())) return false;
     const std::byte* const buffer = buffers_->data(ring_.front().buffer);
     found->from.point(buffer);
@@ -161,7 +163,6 @@ void LayerStream::leave(std::int64_t layer) noexcept {
   if (ring_.empty() || layers_[ring_.front().index].layer != layer) return;
   ring_.front().kept_for = 0;
   if (!entered_) return;
-  entered_ = false;
   drop_first();
   try {
     read_ahead();

@@ -43,6 +43,20 @@ residency::ModelBytes bytes_with(std::int64_t max_context) {
   return model_bytes({spec, *backend, nullptr, ops::KvFormat::kBf16, max_context}, WeightSizes());
 }
 
+// Only the residual stream, the experts' sum and the choice grow with every row of a prompt.
+TEST(ModelBytes, AttentionOfAPromptTakesWhatAPieceOfItTakes) {
+  checkpoint::ModelConfig config = r1();
+  config.n_routed_experts = 0;
+  config.first_k_dense_replace = config.num_hidden_layers;
+  const model::ModelSpec spec = model::make_spec(config);
+  const auto bytes = [&](std::int64_t rows) {
+    return model::scratch_bytes(spec, rows, model::Phase::kPrefill);
+  };
+  const std::uint64_t a_row = 4 * (3 * 7168 + 64);
+  EXPECT_EQ(bytes(4096) - bytes(model::kDenseRows), (4096 - model::kDenseRows) * a_row);
+  EXPECT_GT(bytes(model::kDenseRows), 2 * model::kDenseRows * a_row);
+}
+
 // A prompt that is cut into chunks reads most experts once for each of them.
 TEST(ModelBytes, APromptOf4096TokensOfR1IsOneChunk) {
   const residency::ModelBytes bytes = bytes_with(163840);

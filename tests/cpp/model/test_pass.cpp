@@ -28,6 +28,7 @@ using Values = std::vector<float>;
 
 constexpr std::int64_t kModelLayers = 4;
 constexpr std::int64_t kMostRows = 24;
+constexpr std::int64_t kFewRows = 7;  // of a layer's dense part: several pieces for a prompt
 
 enum class Memory { kRam, kRamAndVram };
 
@@ -117,18 +118,23 @@ class PassTest : public ::testing::TestWithParam<std::tuple<dsfp4::testing::Tiny
   // time, as steps may be recorded.
   class Run {
    public:
-    Run(PassTest& test, Ids ids, Phase phase, memory::Arena& arena)
+    // `own`: ids of a sequence before the others', which are then a second one; 0: one sequence.
+    Run(PassTest& test, Ids ids, Phase phase, memory::Arena& arena,
+        std::int64_t dense_rows = kFewRows, std::int64_t own = 0)
         : device_(test.ops_->device()),
+          before_(*test.cache_),
           sequence_(*test.cache_),
           ids_(std::move(ids)),
-          part_(sequence_.next_rows(0, std::ssize(ids_))),
           arena_(arena),
           routings_(test.ops_->device(), kMostRows, test.decoder_->spec().router,
                     test.decoder_->spec().hidden_size) {
       Batch batch;
       batch.phase = phase;
       batch.ids = ids_;
-      batch.sequences = {&part_, 1};
+      if (own > 0) parts_.push_back(before_.next_rows(0, own));
+      parts_.push_back(sequence_.next_rows(own, std::ssize(ids_) - own));
+      batch.sequences = parts_;
+      batch.dense_rows = dense_rows;
       pass_.emplace(*test.decoder_, batch, arena_, routings_);
     }
     Pass& pass() { return *pass_; }
@@ -146,9 +152,9 @@ class PassTest : public ::testing::TestWithParam<std::tuple<dsfp4::testing::Tiny
 
    private:
     ops::Device& device_;
-    Sequence sequence_;
+    Sequence before_, sequence_;
     Ids ids_;
-    ops::SequenceRows part_;
+    std::vector<ops::SequenceRows> parts_;
     memory::Arena& arena_;
     ops::RoutingReader routings_;
     std::optional<Pass> pass_;
@@ -205,6 +211,29 @@ TEST_P(PassTest, TwoThatTakeTurnsGiveTheBitsOfOneAfterTheOther) {
   EXPECT_GT(tier_->stats().host_bytes, 0u);
   EXPECT_GT(device_experts_->stats().hits, 0u);
   EXPECT_GT(device_experts_->stats().brought, 0u);
+}
+
+// Of one sequence, and of two that meet within a piece.
+TEST_P(PassTest, PiecesOfRowsChangeNoBit) {
+  for (const std::int64_t own : {0, 9}) {
+    const Values whole =
+        Run(*this, prompt(), Phase::kPrefill, *first_arena_, kDenseRows, own).finish();
+    for (const std::int64_t rows : {1, 3, 7, 10, 19, 20}) {
+      Run run(*this, prompt(), Phase::kPrefill, *first_arena_, rows, own);
+      EXPECT_EQ(run.finish(), whole) << rows << " rows, " << own;
+    }
+  }
+  expect_nothing_held();
+}
+
+TEST_P(PassTest, ALayersDensePartIsSeveralPieces) {
+  const auto pieces = [&](std::int64_t rows) {
+    Run run(*this, {3, 1, 4, 1, 5, 9}, Phase::kPrefill, *first_arena_, rows);
+    int count = 0;
+    for (; !run.pass().done(); ++count) run.pass().advance();
+    return count;
+  };
+  EXPECT_GE(pieces(1), pieces(6) + 3 * kModelLayers);
 }
 
 // Left after every piece: for good, or until another pass has gone all its way.
