@@ -415,6 +415,14 @@ void bind_model(nb::module_& m) {
           nb::arg("prefetch_layers").none(), nb::arg("expert_threshold"),
           nb::arg("cpu_share").none())
       .def(
+          "set_compute_streams",
+          [](const Handle& model, bool prefetch, bool compute, bool transfer) {
+            const KeepGoing go_on = keep_going();
+            const ReleasedGil released;
+            model->set_compute_streams({prefetch, compute, transfer}, go_on);
+          },
+          nb::arg("prefetch"), nb::arg("compute"), nb::arg("transfer"))
+      .def(
           "set_memory_strategy",
           [](const Handle& model, std::optional<double> cpu_cache_size,
              std::optional<double> prefetch_size, std::optional<std::int64_t> max_experts,

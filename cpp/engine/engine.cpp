@@ -219,16 +219,23 @@ residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,
   return plan;
 }
 
-void Engine::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going) {
+template <typename Change>
+void Engine::change(const KeepGoing& keep_going, const Change& change) {
   const Turns::Turn turn(turns_, keep_going);
   if (!turn.came()) throw CancelledError();
-  tiers_.configure(config);
+  change();
+}
+
+void Engine::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going) {
+  change(keep_going, [&] { tiers_.configure(config); });
 }
 
 void Engine::set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going) {
-  const Turns::Turn turn(turns_, keep_going);
-  if (!turn.came()) throw CancelledError();
-  tiers_.place(strategy, polling(keep_going));
+  change(keep_going, [&] { tiers_.place(strategy, polling(keep_going)); });
+}
+
+void Engine::set_compute_streams(const ComputeStreams& streams, const KeepGoing& keep_going) {
+  change(keep_going, [&] { tiers_.overlap(streams); });
 }
 
 void Engine::check_ids(std::span<const std::int32_t> ids, const char* parameter) const {

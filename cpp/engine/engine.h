@@ -48,6 +48,7 @@ class Engine {
   GenerationResult generate(std::span<const std::int32_t> prompt, const GenerateOptions& options,
                             const TokenCallback& on_token);
   void set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going = {});
+  void set_compute_streams(const ComputeStreams& streams, const KeepGoing& keep_going = {});
   void set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going = {});
   ModelStats stats() const { return tiers_.stats(); }
 
@@ -58,6 +59,9 @@ class Engine {
   /// Plans, with a context that memory can be asked to spare where the user named none.
   void make_planned(const LoadOptions& options, const Machine& machine, const WeightSizes& sizes,
                     std::optional<std::uint64_t> vram);
+  /// Makes a change in its turn.
+  template <typename Change>
+  void change(const KeepGoing& keep_going, const Change& change);
   Running running() const { return {spec_, *ops_, host_ops_.get(), kv_format_, max_context_}; }
   /// Runs the batch's ids as the sequence's next tokens, and `use` with the pass that is done.
   /// False: `keep_going`, asked before each piece of it, said no, and `use` was not called.

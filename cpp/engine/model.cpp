@@ -53,6 +53,10 @@ std::int64_t Model::max_context() const noexcept { return impl_->engine.max_cont
 std::uint64_t Model::weight_bytes() const noexcept { return impl_->engine.weight_bytes(); }
 const std::string& Model::device() const noexcept { return impl_->device; }
 
+void Model::set_compute_streams(const ComputeStreams& streams, const KeepGoing& keep_going) {
+  impl_->here().set_compute_streams(streams, keep_going);
+}
+
 void Model::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going) {
   impl_->here().set_memory_config(config, keep_going);
 }

@@ -187,6 +187,13 @@ void Tiers::configure(const MemoryConfig& config) {
   }
 }
 
+void Tiers::overlap(const ComputeStreams& streams) noexcept {
+  if (stream_ != nullptr) stream_->read_ahead(streams.prefetch);
+  if (device_layers_ != nullptr) device_layers_->overlap(streams.transfer);
+  if (device_tier_ != nullptr) device_tier_->overlap(streams.compute, streams.transfer);
+  if (tiered_ != nullptr) tiered_->overlap(streams.prefetch);
+}
+
 void Tiers::place(const MemoryStrategy& strategy, const Poll& poll) {
   planned_.check(strategy);
   const auto stays = [](const auto& now, const auto& at_load, const char* name) {

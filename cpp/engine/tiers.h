@@ -52,6 +52,7 @@ class Tiers {
 
   // Between steps only.
   void configure(const MemoryConfig& config);
+  void overlap(const ComputeStreams& streams) noexcept;
   /// Throws ParameterError if the experts were loaded whole, MemoryLimitError if there is no room,
   /// and what `poll` throws while reads in flight are waited for; then nothing has changed.
   void place(const MemoryStrategy& strategy, const Poll& poll);

@@ -45,8 +45,9 @@ bool DeviceLayers::enter(std::int64_t layer) {
       copy(index, found->bytes);
       device_.wait(ops::Queue::kCompute, buffer_of(index).copied);
       entered_ = index;
+      if (!overlaps_) device_.wait_for(buffer_of(index).copied);
     }
-    copy_ahead(layer);
+    if (overlaps_) copy_ahead(layer);
   } catch (...) {
     forget();
     throw;

@@ -37,6 +37,9 @@ class DeviceLayers final : public DenseLayers {
   bool enter(std::int64_t layer) override;
   void leave(std::int64_t layer) noexcept override;
 
+  /// Between steps only. False: a layer is copied when it is entered, and waited for.
+  void overlap(bool on) noexcept { overlaps_ = on; }
+
   /// After an error: what was to be copied may not have been.
   void forget() noexcept;
 
@@ -61,6 +64,7 @@ class DeviceLayers final : public DenseLayers {
   ops::Device& device_;
   std::vector<Buffer> buffers_;
   std::size_t entered_ = kNone;
+  bool overlaps_ = true;
   Counter<std::uint64_t> copied_bytes_;
 };
 

@@ -104,6 +104,7 @@ void DeviceTier::run(std::span<const ops::ExpertTask> tasks, const Target& targe
     ops_.experts(tasks, layer.top_k, layer.x, target.hidden, target.routed, layer.phase);
   }
   if (trace_ != nullptr) trace_->end_ops("layer " + std::to_string(layer.layer) + " experts");
+  if (!overlaps_compute_) ops_.device().synchronize();
 }
 
 // The processor gets the first, which are worth least, and VRAM keeps the others.
@@ -293,6 +294,7 @@ void DeviceTier::copy(const Job& job, const Target& target, bool keep) {
   }
   copying_.push_back({job.key, bytes});
   queued_ += bytes;
+  if (!overlaps_copies_) experts_.wait_copied(job.key);
 }
 
 // True where this expert may stay in VRAM now. Another that has to go for it is kept in RAM: there
@@ -353,6 +355,7 @@ bool DeviceTier::promote(ExpertKey key) {
 
 // An expert that is copied for nothing costs nothing then.
 std::size_t DeviceTier::most_ahead() const {
+  if (!overlaps_copies_) return 0;
   const auto bytes = static_cast<double>(store_.slot_size());
   return std::min(kMostAhead, static_cast<std::size_t>(gap_ * copy_rate_ / bytes));
 }

@@ -108,6 +108,11 @@ class DeviceTier {
     share_ = share;
     owed_ = 0.0;
   }
+  /// False: ops, or copies, are waited for as soon as they are queued. Between steps only.
+  void overlap(bool compute, bool copies) noexcept {
+    overlaps_compute_ = compute;
+    overlaps_copies_ = copies;
+  }
   /// Bytes a second of copies and of the processor, both at work, to start with; 0: not known.
   void start_rates(double copy, double host);
   /// True where the processor may compute in a step of so many rows.
@@ -155,6 +160,8 @@ class DeviceTier {
   std::optional<std::chrono::steady_clock::time_point> layer_ended_;
   double gap_ = 0.0;    // seconds from there to the next layer's choice
   int promotions_ = 0;  // in this layer
+  bool overlaps_compute_ = true;
+  bool overlaps_copies_ = true;
   std::optional<double> share_;
   double owed_ = 0.0;  // jobs that the share asks for, beyond those that the processor had
   // Bytes a second. Where no rate is known the first few copies are waited for.

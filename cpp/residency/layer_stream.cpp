@@ -36,21 +36,21 @@ LayerStream::LayerStream(std::vector<StreamedLayer> layers, std::size_t buffers,
       buffers_(std::make_shared<memory::SlotPool>(buffers, largest_slot(layers_),
                                                   "the buffers of streamed layers")) {
   stalled_.reserve(buffers);
-  read_ahead();
+  begin_reads(layers_.size());
 }
 
 LayerStream::~LayerStream() {
   while (!ring_.empty()) drop_first();
 }
 
-// Fills the free buffers with what comes next.
-void LayerStream::read_ahead() {
+// Fills the free buffers with what comes next, until `most` layers are in the ring.
+void LayerStream::begin_reads(std::size_t most) {
   std::erase_if(stalled_, [&](const Reading& reading) {
     if (!reading.ticket.quiet()) return false;
     buffers_->release(reading.buffer);
     return true;
   });
-  while (buffers_->free_count() > 0 && ring_.size() < layers_.size()) {
+  while (buffers_->free_count() > 0 && ring_.size() < most) {
     Reading reading{next_, buffers_->acquire(), 0, {}};
     const StreamedLayer& layer = layers_[next_];
     try {
@@ -99,7 +99,8 @@ bool LayerStream::enter(std::int64_t layer) {
     drop_first();
   }
   if (ring_.empty()) next_ = index;
-  for (read_ahead(); ring_.empty(); read_ahead()) {
+  const std::size_t most = ahead_ ? layers_.size() : 1;
+  for (begin_reads(most); ring_.empty(); begin_reads(most)) {
     if (!wait_for_buffer(layer)) return false;
   }
   try {
@@ -165,7 +166,7 @@ void LayerStream::leave(std::int64_t layer) noexcept {
   if (!entered_) return;
   drop_first();
   try {
-    read_ahead();
+    if (ahead_) begin_reads(layers_.size());
   } catch (const std::exception& error) {  // enter() tries again, and throws
     log(LogLevel::kInfo, error.what());
   }

@@ -54,6 +54,9 @@ class LayerStream final : public DenseLayers {
   bool enter(std::int64_t layer) override;
   void leave(std::int64_t layer) noexcept override;
 
+  /// Between steps only. False: a layer's read begins when it is entered.
+  void read_ahead(bool on) noexcept { ahead_ = on; }
+
   const LayerStreamStats& stats() const noexcept { return stats_; }
   std::size_t layers() const noexcept { return layers_.size(); }
 
@@ -65,7 +68,7 @@ class LayerStream final : public DenseLayers {
     storage::ReadTicket ticket;
   };
 
-  void read_ahead();
+  void begin_reads(std::size_t most);
   bool stays(Reading& other);
   bool wait_for(const Reading& reading);
   bool wait_for_buffer(std::int64_t layer);
@@ -81,6 +84,7 @@ class LayerStream final : public DenseLayers {
   std::vector<Reading> stalled_;  // dropped, but still with the system
   std::size_t next_ = 0;          // index of the layer to be read after those
   bool entered_ = false;          // the first of the ring is in use
+  bool ahead_ = true;
   LayerStreamStats stats_;
 };
 

@@ -82,7 +82,9 @@ class TieredExperts::Work final : public ExpertWork {
     if (device_ != nullptr) device_->reap();
     runner_.prefetcher_.take(ahead_);
     if (missing_.empty()) runner_.prefetcher_.submit(ahead_);
-    if (const Group group = next_group(); !group.experts.empty()) {
+    Group group;
+    if (runner_.overlaps_reads_ || reading_.empty()) group = next_group();
+    if (!group.experts.empty()) {
       compute(group);
       collect({});
       fetch();
@@ -386,6 +388,7 @@ void TieredExperts::begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& a
 }
 
 std::int64_t TieredExperts::layers_ahead(ops::Phase phase) const {
+  if (!overlaps_reads_) return 0;
   const bool pays = phase == ops::Phase::kPrefill || store_.cache_room() > 0;
   return options_.prefetch_layers.value_or(pays ? 1 : 0);
 }

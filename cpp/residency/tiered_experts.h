@@ -74,6 +74,9 @@ class TieredExperts final : public ExpertRunner {
 
   /// Between steps only; the statistics may be read at any time.
   void configure(const TieredOptions& options);
+  /// Between steps only. False: nothing is read ahead, and a layer's routed experts are computed
+  /// once all its reads are over.
+  void overlap(bool reads) noexcept { overlaps_reads_ = reads; }
   const TieredOptions& options() const noexcept { return options_; }
   const TieredStats& stats() const noexcept { return stats_; }
   const PrefetchStats& prefetch_stats() const noexcept { return prefetcher_.stats(); }
@@ -94,6 +97,7 @@ class TieredExperts final : public ExpertRunner {
   DeviceTier* device_;
   Trace* trace_;
   TieredOptions options_;
+  bool overlaps_reads_ = true;
   TieredStats stats_;
   Prefetcher prefetcher_;
 };

@@ -54,6 +54,20 @@ struct MemoryConfig {
   std::optional<double> cpu_share = std::nullopt;
 };
 
+/// Stages of a step that go on while others do. One that is switched off is waited for each time: to
+/// find a fault, and to see what the overlap brings. The text is the same either way, beside a GPU
+/// with cpu_share 0. A model that lies in one memory has nothing to switch off.
+struct ComputeStreams {
+  /// Reads. Off: nothing is read ahead, and a layer's routed experts are computed once all its reads
+  /// are over.
+  bool prefetch = true;
+  /// A GPU's ops. Off: each group of experts has been computed before anything else goes on.
+  bool compute = true;
+  /// Copies between RAM and VRAM. Off: each one has been made before anything else goes on, and none
+  /// is made ahead.
+  bool transfer = true;
+};
+
 /// The use of RAM and VRAM. GB are 10^9 bytes. Nothing given: planned from what the machine has.
 struct MemoryStrategy {
   /// GB of RAM for cached experts. A model whose experts all fit is loaded whole.
@@ -285,6 +299,7 @@ class DSFP4_API Model {
   /// MemoryLimitError, and then nothing has changed.
   void set_memory_config(const MemoryConfig& config, const KeepGoing& keep_going = {});
   void set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going = {});
+  void set_compute_streams(const ComputeStreams& streams, const KeepGoing& keep_going = {});
   /// Returns at once, while another call runs, too: then its numbers are of that moment.
   ModelStats stats() const;
 

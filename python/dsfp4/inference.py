@@ -153,6 +153,10 @@ class DeepseekInference:
         """Change where RAM and VRAM go; see Model.set_memory_strategy()."""
         self.model.set_memory_strategy(strategy)
 
+    def set_compute_streams(self, streams: Mapping[str, bool]) -> None:
+        """Switch overlap of stages on or off; see Model.set_compute_streams()."""
+        self.model.set_compute_streams(streams)
+
     def stats(self) -> dict[str, Any]:
         """Return what was counted since loading; see Model.stats()."""
         return self.model.stats()

@@ -226,6 +226,26 @@ class Model:
             )
         self._core.set_memory_strategy(**wanted)
 
+    def set_compute_streams(self, streams: Mapping[str, bool]) -> None:
+        """Switch overlap of stages on or off, from the next call on; what is not named is on.
+
+        Keys: `prefetch`, reads (off: nothing is read ahead, and a layer's routed experts are
+        computed once all its reads are over); `compute`, a GPU's ops (off: each group of experts has
+        been computed before anything else goes on); `transfer`, copies between RAM and VRAM (off:
+        each has been made before anything else goes on). To find a fault, and to see what overlap
+        brings: the text is the same, beside a GPU with `cpu_share` 0. Raises ParameterError.
+        """
+        if not isinstance(streams, Mapping):
+            raise parameter_error("streams", f"must map stages to bools, not be {streams!r}")
+        wanted = dict.fromkeys(("prefetch", "compute", "transfer"), True)
+        for name, value in streams.items():
+            if name not in wanted:
+                raise parameter_error("streams", f"has {name!r}; it may have {', '.join(wanted)}")
+            if not isinstance(value, bool | np.bool_):
+                raise parameter_error("streams", f"{name} must be True or False, not {value!r}")
+            wanted[name] = bool(value)
+        self._core.set_compute_streams(**wanted)
+
     def stats(self) -> dict[str, Any]:
         """Return what was counted since loading: hits, misses, bytes and seconds by name.
 

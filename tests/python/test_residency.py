@@ -1,6 +1,7 @@
 """Models whose experts stay in their files: the same bits as one that is loaded whole."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -364,3 +365,25 @@ def test_cancelled_while_reads_are_in_flight(folder: Path, whole: dsfp4.Model) -
     assert np.array_equal(model.forward(ids), whole.forward(ids))
     stats = model.stats()
     assert stats["hits"] + stats["misses"] + stats["joined"] + stats["prefetched"] > 0
+
+
+def test_compute_streams_change_no_bit(folder: Path, whole: dsfp4.Model) -> None:
+    ids = random_ids(whole, 40)
+    right = whole.forward(ids)
+    model = tiered(folder, 10)
+    for off in ("prefetch", "compute", "transfer"):
+        model.set_compute_streams({off: False})
+        np.testing.assert_array_equal(model.forward(ids), right)
+    model.set_compute_streams({})
+    np.testing.assert_array_equal(model.forward(ids), right)
+
+
+def test_what_is_no_stage_is_named(folder: Path) -> None:
+    model = tiered(folder, 10)
+    for streams, words in (
+        ({"read": False}, "has 'read'; it may have prefetch, compute, transfer"),
+        ({"compute": 0}, "compute must be True or False, not 0"),
+        (["compute"], "must map stages to bools"),
+    ):
+        with pytest.raises(ParameterError, match=re.escape(words)):
+            model.set_compute_streams(streams)  # type: ignore[arg-type]
