@@ -14,7 +14,7 @@ namespace dsfp4::engine {
 /// Tokens of a prompt that pass the layers together, where all weights are in memory.
 inline constexpr std::int64_t kPrefillChunk = 256;
 /// And at most, where experts are read from the SSD, once for each chunk.
-inline constexpr std::int64_t kLongestPrefillChunk = 4096;
+inline constexpr std::int64_t kLongestPrefillChunk = 32768;
 
 /// How a model is run.
 struct Running {

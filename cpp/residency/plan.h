@@ -74,7 +74,7 @@ inline constexpr std::size_t kDeviceRing = 8;
 
 /// A chunk's activations may be so large, in bytes; beyond the smaller amount they take an eighth
 /// of what the experts' cache would have at most, below it a half.
-inline constexpr std::uint64_t kActivationBytes = std::uint64_t{2} << 30;
+inline constexpr std::uint64_t kActivationBytes = std::uint64_t{4} << 30;
 inline constexpr std::uint64_t kSmallActivationBytes = std::uint64_t{1} << 30;
 
 /// The memory of a model is VRAM if a GPU holds it, else RAM.
