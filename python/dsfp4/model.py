@@ -230,10 +230,11 @@ class Model:
         """Switch overlap of stages on or off, from the next call on; what is not named is on.
 
         Keys: `prefetch`, reads (off: nothing is read ahead, and a layer's routed experts are
-        computed once all its reads are over); `compute`, a GPU's ops (off: each group of experts has
-        been computed before anything else goes on); `transfer`, copies between RAM and VRAM (off:
-        each has been made before anything else goes on). To find a fault, and to see what overlap
-        brings: the text is the same, beside a GPU with `cpu_share` 0. Raises ParameterError.
+        computed once all its reads are over); `compute`, a GPU's ops (off: each group of experts
+        has been computed before anything else goes on); `transfer`, copies between RAM and VRAM
+        (off: each has been made before anything else goes on). To find a fault, and to see what
+        overlap brings: the text is the same, beside a GPU with `cpu_share` 0. Raises
+        ParameterError.
         """
         if not isinstance(streams, Mapping):
             raise parameter_error("streams", f"must map stages to bools, not be {streams!r}")

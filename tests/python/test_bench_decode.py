@@ -185,11 +185,32 @@ def test_shares_are_measured_in_one_load(folder: Path, monkeypatch: pytest.Monke
 def test_one_share_makes_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = measured(folder, monkeypatch, "--cpu-cache-size", "0", "--prompt", "9")
     assert report["cpu_shares"] == []
-    assert report["prefill"][0]["tokens"] == 9
+    (prompt,) = report["prefill"]
+    assert (prompt["tokens"], prompt["cached"]) == (9, False)
     text = "\n".join(decode_report.lines(report))
     assert "cpu-share" not in text
     assert "held" not in text
     assert "0.25 s of processor time a GB" in text
+
+
+def test_a_prompt_is_measured_with_experts_in_ram_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = dsfp4.Model(folder, cpu_cache_size=0, threads=1, max_context=64).stats()["slot_bytes"]
+    config = dsfp4.Model(folder, threads=1, max_context=64).config
+    experts = config["n_routed_experts"] * (
+        config["num_hidden_layers"] - config["first_k_dense_replace"]
+    )
+    fill = bench_decode._fill_cache
+    monkeypatch.setattr(bench_decode, "_fill_cache", lambda model: fill(model) or True)
+    size = str((experts - 1) * slots * 1e-9)  # one more would be loaded whole
+    cold, cached = measured(folder, monkeypatch, "--cpu-cache-size", size, "--prompt", "9")[
+        "prefill"
+    ]
+    assert (cold["cached"], cached["cached"]) == (False, True)
+    assert cold["needed_bytes"] == cold["routed_bytes"] > 0
+    assert cached["needed_bytes"] == 0
+    assert cached["read_bytes"] < cold["read_bytes"]
 
 
 def test_reads_held_to_a_rate_are_said_in_words(

@@ -74,7 +74,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         action="append",
         default=[],
         metavar="N",
-        help="also prefill N tokens with an empty cache; may be given several times",
+        help="also prefill N tokens with an empty cache, then with one that holds all experts if "
+        "it is that large; may be given several times",
     )
     parser.add_argument(
         "--max-context",
@@ -112,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the report that --json prints."""
     folder = resolve_model(arguments.model)
     files = sorted(folder.glob("*.safetensors"))
-    prompts = [_prefill(arguments, folder, tokens) for tokens in arguments.prompt]
+    prompts = [row for tokens in arguments.prompt for row in _prefill(arguments, folder, tokens)]
     disk = decode_floor.Disk(files, arguments.reader)
     wires = None
     if arguments.device == "cuda":
@@ -195,28 +196,40 @@ def _ids(draw: np.random.Generator, model: Model, count: int) -> np.ndarray:
     return draw.integers(2, model.config["vocab_size"], count)
 
 
-def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
-    """Return what one prompt took and read, beside the distinct weights that it needed."""
+def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> list[dict[str, Any]]:
+    """Return what a prompt took from an empty cache, and from one that holds all, if it can."""
     model = _load(arguments, folder, tokens + 1)
+    prompts = [_one_prefill(model, tokens, cached=False)]
+    if _fill_cache(model):
+        prompts.append(_one_prefill(model, tokens, cached=True))
+    return prompts
+
+
+def _one_prefill(model: Model, tokens: int, *, cached: bool) -> dict[str, Any]:
+    """Return what one prompt took and read, beside the distinct weights that it needed."""
     ids = np.random.default_rng(1).integers(2, model.config["vocab_size"], tokens)
     before = model.stats()
     start = time.perf_counter()
     _, chosen = model.forward(ids, return_experts=True)
     seconds = time.perf_counter() - start
     after = model.stats()
-    waited = sum(after[name] - before[name] for name in ("wait_seconds", "stream_wait_seconds"))
-    distinct = sum(len(np.unique(layer)) for layer in chosen)
-    read = after["read_bytes"] - before["read_bytes"]
-    routed = distinct * after["image_bytes"]
-    streamed = after["streamed_bytes"] - before["streamed_bytes"]
-    needed = routed + (streamed if arguments.device == "cpu" else 0)  # beside a GPU: from RAM
+
+    def gained(name: str) -> float:
+        return after[name] - before[name]
+
+    waited = gained("wait_seconds") + gained("stream_wait_seconds")
+    read, streamed = gained("read_bytes"), gained("streamed_bytes")
+    routed = sum(len(np.unique(layer)) for layer in chosen) * after["image_bytes"]
+    from_files = 0 if cached else routed
+    needed = from_files + (streamed if model.device == "cpu" else 0)  # beside a GPU: from RAM
     return {
         "tokens": tokens,
+        "cached": cached,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
-        "distinct_experts": distinct,
         "read_bytes": read,
         "routed_bytes": routed,
+        "uploaded_bytes": gained("uploaded_bytes"),
         "streamed_bytes": streamed,
         "needed_bytes": needed,
         "read_over_needed": read / needed if needed > 0 else 0.0,  # all was in memory
@@ -275,16 +288,19 @@ def _decode_shares(
     return list(zip(shares, runs, strict=True))
 
 
-def _fill_cache(model: Model) -> None:
-    """Have every expert read once, where the cache holds them all."""
+def _fill_cache(model: Model) -> bool:
+    """Have every expert read once, where the cache holds them all; say whether it does."""
     config, stats = model.config, model.stats()
     layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
     experts, top_k = config["n_routed_experts"], config["num_experts_per_tok"]
-    if not stats["tiered"] or stats["cache_slots"] < layers * experts:
-        return
+    if not stats["tiered"]:
+        return True
+    if stats["cache_slots"] < layers * experts:
+        return False
     count = _tokens_for_all_experts(config)
     forced = (np.arange(count * top_k, dtype=np.int32) % experts).reshape(1, count, top_k)
     model.forward([2] * count, experts=np.repeat(forced, layers, axis=0), decode=True)
+    return True
 
 
 def _compute_seconds(model: Model, one_id: int, tokens: int = 4) -> float:

@@ -21,10 +21,14 @@ def lines(report: Mapping[str, Any]) -> Iterable[str]:
         yield from _run(name, report[name])
     yield from _shares(report["cpu_shares"])
     for prompt in report["prefill"]:
+        where = (
+            "experts in RAM"
+            if prompt["cached"]
+            else (f"read {prompt['read_over_needed']:.4f} times the weights that it needs")
+        )
         yield (
             f"prefill of {prompt['tokens']}: {prompt['tokens_per_s']:.1f} tokens/s, "
-            f"{prompt['seconds']:.1f} s; {_floor(prompt['floor_seconds'])}; read "
-            f"{prompt['read_over_needed']:.4f} times the weights that it needs"
+            f"{prompt['seconds']:.1f} s; {_floor(prompt['floor_seconds'])}; {where}"
         )
     yield f"peak memory {report['peak_rss_bytes'] / 1e9:.2f} GB"
 
