@@ -167,7 +167,7 @@ void Pass::start_experts(const LayerWeights& weights) {
   const ModelSpec& spec = decoder_.spec_;
   ops::HostRouting on_host;
   if (decoder_.experts_.needs_host(batch_.phase) || host_takes_part()) {
-    const bool with_x = decoder_.experts_.needs_x(batch_.phase, x_.rows);
+    const bool with_x = decoder_.experts_.needs_x(x_.rows);
     routings_.fetch(routing_, with_x ? normed_ : ops::ConstMatrix());
     on_host = routings_.get();
     tell_choice(on_host);

@@ -72,8 +72,11 @@ void DeviceTier::start_rates(double copy, double host) {
   if (copy > 0.0) measured_copies_ = kMeasuredCopies;
 }
 
-bool DeviceTier::uses_host(ops::Phase phase, std::int64_t rows) const {
-  return phase == ops::Phase::kDecode && rows <= ops::kMostHostRows && share_ != 0.0;
+// Its results are not added at once, so there has to be scratch for all.
+bool DeviceTier::uses_host(std::int64_t rows) const {
+  const std::int64_t pairs = rows * shape_.top_k;
+  return rows <= ops::kMostHostRows && share_ != 0.0 &&
+         ops::added_pairs(rows, shape_.top_k) == pairs;
 }
 
 void DeviceTier::compute_cached(std::span<const Job> jobs, const Target& target) {
@@ -97,7 +100,7 @@ void DeviceTier::compute_cached(std::span<const Job> jobs, const Target& target)
 void DeviceTier::run(std::span<const ops::ExpertTask> tasks, const Target& target) {
   const ExpertLayer& layer = *target.layer;
   if (trace_ != nullptr) trace_->begin_ops();
-  if (layer.phase == ops::Phase::kPrefill) {
+  if (target.adds) {
     ops_.add_experts(tasks, layer.routing.weights, layer.top_k, layer.x, target.hidden,
                      target.routed, layer.y, layer.phase);
   } else {
@@ -125,7 +128,7 @@ void DeviceTier::compute(std::span<const Job> given, const Target& target, bool 
   if (given.empty()) return;
   std::vector<Job> jobs;  // copied from the last to the first
   try {
-    if (target.layer->phase == ops::Phase::kPrefill) {
+    if (target.adds) {
       jobs.assign(given.rbegin(), given.rend());
     } else {
       jobs = by_worth(given);

@@ -60,9 +60,9 @@ class DeviceTier {
   };
   struct Target {
     const ExpertLayer* layer = nullptr;
-    // Scratch on the device: of all pairs, or in prefill, where they are added at once, of a
-    // call's.
+    // Scratch on the device: of all pairs or, where they are added at once, of a call's.
     ops::Matrix hidden, routed;
+    bool adds = false;  // at once to the layer's y, in the order of the jobs
   };
 
   /// Queues experts that are in VRAM.
@@ -116,7 +116,7 @@ class DeviceTier {
   /// Bytes a second of copies and of the processor, both at work, to start with; 0: not known.
   void start_rates(double copy, double host);
   /// True where the processor may compute in a step of so many rows.
-  bool uses_host(ops::Phase phase, std::int64_t rows) const;
+  bool uses_host(std::int64_t rows) const;
   DeviceExperts& experts() noexcept { return experts_; }
   const DeviceTierStats& stats() const noexcept { return stats_; }
 

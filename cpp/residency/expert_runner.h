@@ -61,8 +61,8 @@ class ExpertRunner {
   /// over at once.
   virtual bool needs_host(ops::Phase phase) const = 0;
   /// True where it must know x there, too, in a step of so many rows.
-  virtual bool needs_x(ops::Phase phase, std::int64_t rows) const {
-    static_cast<void>(phase), static_cast<void>(rows);
+  virtual bool needs_x(std::int64_t rows) const {
+    static_cast<void>(rows);
     return false;
   }
   /// A step of `rows` tokens begins: time to read what its first MoE layer is sure to need.

@@ -31,7 +31,7 @@ class TieredExperts::Work final : public ExpertWork {
         arena_(arena),
         scope_(arena),
         ahead_(ahead),
-        streams_(layer.phase == ops::Phase::kPrefill),
+        streams_(layer.phase == ops::Phase::kPrefill && layer.on_host.x.rows == 0),
         device_(runner.device_),
         order_(layer.on_host.used.size()),
         chosen_(group_by_expert(layer.on_host.used, order_)) {
@@ -116,7 +116,7 @@ class TieredExperts::Work final : public ExpertWork {
   std::size_t most_pins() const { return std::max<std::size_t>(2, store_.options().slots) - 1; }
   std::size_t copying() const { return device_ != nullptr ? device_->copying() : 0; }
   std::size_t pins() const { return ready_.size() + reading_.size() + copying(); }
-  DeviceTier::Target target() const { return {&layer_, hidden_, routed_}; }
+  DeviceTier::Target target() const { return {&layer_, hidden_, routed_, streams_}; }
   // A prompt's may have to wait for their turn: one that only passes by is not there until then.
   bool in_vram(std::size_t i) const {
     if (device_ == nullptr) return false;
@@ -347,6 +347,8 @@ class TieredExperts::Work final : public ExpertWork {
   memory::Arena& arena_;
   const ops::ScratchScope scope_;
   ReadAhead& ahead_;
+  // A prompt's experts are added at once. A short one that the processor helps with is like
+  // decoding.
   bool streams_;
   DeviceTier* device_;
   bool over_ = false;

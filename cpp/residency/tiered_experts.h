@@ -59,8 +59,8 @@ class TieredExperts final : public ExpertRunner {
                 Trace* trace);
 
   bool needs_host(ops::Phase /*phase*/) const override { return true; }
-  bool needs_x(ops::Phase phase, std::int64_t rows) const override {
-    return device_ != nullptr && device_->uses_host(phase, rows);
+  bool needs_x(std::int64_t rows) const override {
+    return device_ != nullptr && device_->uses_host(rows);
   }
   void begin_step(ops::Phase phase, std::int64_t rows, ReadAhead& ahead) override;
   std::unique_ptr<ExpertWork> start(const ExpertLayer& layer, memory::Arena& arena,

@@ -54,17 +54,17 @@ struct MemoryConfig {
   std::optional<double> cpu_share = std::nullopt;
 };
 
-/// Stages of a step that go on while others do. One that is switched off is waited for each time: to
-/// find a fault, and to see what the overlap brings. The text is the same either way, beside a GPU
-/// with cpu_share 0. A model that lies in one memory has nothing to switch off.
+/// Stages of a step that go on while others do. One that is switched off is waited for each time:
+/// to find a fault, and to see what the overlap brings. The text is the same either way, beside a
+/// GPU with cpu_share 0. A model that lies in one memory has nothing to switch off.
 struct ComputeStreams {
-  /// Reads. Off: nothing is read ahead, and a layer's routed experts are computed once all its reads
-  /// are over.
+  /// Reads. Off: nothing is read ahead, and a layer's routed experts are computed once all its
+  /// reads are over.
   bool prefetch = true;
   /// A GPU's ops. Off: each group of experts has been computed before anything else goes on.
   bool compute = true;
-  /// Copies between RAM and VRAM. Off: each one has been made before anything else goes on, and none
-  /// is made ahead.
+  /// Copies between RAM and VRAM. Off: each one has been made before anything else goes on, and
+  /// none is made ahead.
   bool transfer = true;
 };
 

@@ -1,6 +1,7 @@
 // A model whose dense weights lie on the emulated device, its experts there, in RAM and in files.
 // The device and the processor both compute as `reference` does, so every placement must give the
 // bits of a model that lies in RAM.
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
@@ -124,6 +125,29 @@ TEST_P(ThreeTiers, TheProcessorsShareIsWhatIsAskedFor) {
     const ModelStats after = engine->stats();
     EXPECT_EQ(after.cpu_bytes > before.cpu_bytes, share == 1.0);
     EXPECT_EQ(after.device_hits, 0u);
+  }
+}
+
+TEST_P(ThreeTiers, TheProcessorHelpsWithAShortPrompt) {
+  LoadOptions options = load_options();
+  options.strategy.max_experts = 0;
+  options.memory.cpu_share = 0.5;
+  const auto engine = load(options, as_a_gpu());
+  Engine alone(folder_.path(), load_options());
+  for (const std::int64_t tokens : {1, 5, 16, 17}) {
+    Ids ids(static_cast<std::size_t>(tokens));
+    for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int32_t>(3 * i % 29);
+    Floats logits(ids.size() * static_cast<std::size_t>(engine->spec().vocab_size));
+    Floats right(logits.size());
+    const ModelStats before = engine->stats();
+    engine->forward(ids, logits, {});
+    const ModelStats after = engine->stats();
+    alone.forward(ids, right, {});
+    EXPECT_EQ(after.cpu_bytes > before.cpu_bytes, tokens <= ops::kMostHostRows) << tokens;
+    EXPECT_GT(after.uploads, before.uploads) << tokens;
+    for (std::size_t i = 0; i < logits.size(); ++i) {  // the order of a sum is another one
+      ASSERT_NEAR(logits[i], right[i], 1e-4f * (1.0f + std::abs(right[i]))) << tokens;
+    }
   }
 }
 
