@@ -355,7 +355,7 @@ def measure_model(folder: Path, tokens: int) -> float:
 
     model = Model(folder, max_context=tokens)
     ids = np.random.default_rng(2).integers(2, model.config["vocab_size"], tokens)
-    _, chosen = model.forward(ids, return_experts=True)
+    chosen = model.chosen_experts(ids)
     experts = model.config["n_routed_experts"]
     return float(np.mean([fit_exponent(layer, experts) for layer in chosen]))
 

@@ -188,8 +188,8 @@ Handle load(const std::string& path, const std::string& device, int threads,
 // Results that are not asked for have no rows. Logits go to `on_logits` if there is one.
 nb::tuple forward(const Handle& handle, const Ids& ids,
                   const std::optional<ConstArray<std::int32_t>>& experts, bool decode,
-                  bool return_router_logits, const std::optional<nb::callable>& on_logits,
-                  std::uint64_t ram_limit) {
+                  bool return_logits, bool return_router_logits,
+                  const std::optional<nb::callable>& on_logits, std::uint64_t ram_limit) {
   Model& model = *handle;
   const std::vector<std::int32_t> tokens = ids_of(ids);
   const auto count = static_cast<std::int64_t>(tokens.size());
@@ -198,7 +198,7 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
   const auto layers = static_cast<std::size_t>(model.moe_layers());
   const auto top_k = static_cast<std::size_t>(model.num_experts_per_tok());
   const auto width = static_cast<std::size_t>(model.num_experts());
-  const std::size_t rows = on_logits || return_router_logits ? 0 : tokens.size();
+  const std::size_t rows = return_logits && !on_logits ? tokens.size() : 0;
   const std::size_t router_layers = return_router_logits ? layers : 0;
   const std::size_t values_per_token = layers * top_k + router_layers * width;
   const std::uint64_t bytes = sizeof(float) * (rows * vocab + tokens.size() * values_per_token);
@@ -215,9 +215,8 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
   options.router_logits = routers;
   options.decode = decode;
   options.keep_going = keep_going();
-  if (rows == 0) {
+  if (on_logits) {
     options.on_logits = [&](std::int64_t first, std::span<const float> window) {
-      if (!on_logits) return;
       const nb::gil_scoped_acquire gil;
       (*on_logits)(first, own_array(std::vector<float>(window.begin(), window.end()),
                                     {window.size() / vocab, vocab}));
@@ -242,14 +241,14 @@ nb::tuple forward(const Handle& handle, const Ids& ids,
                         own_array(std::move(routers), {router_layers, tokens.size(), width}));
 }
 
-std::vector<double> dense_seconds(const Handle& model, const Ids& ids) {
+std::vector<double> token_seconds(const Handle& model, const Ids& ids, bool routed_experts) {
   using Clock = std::chrono::steady_clock;
   const std::vector<std::int32_t> tokens = ids_of(ids);
   std::vector<double> seconds;
   seconds.reserve(tokens.size());
   ForwardOptions options;
   options.decode = true;
-  options.routed_experts = false;
+  options.routed_experts = routed_experts;
   options.keep_going = keep_going();
   const ReleasedGil released;
   auto start = Clock::now();
@@ -443,9 +442,9 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("weight_bytes", get<&Model::weight_bytes>)
       .def_prop_ro("device", get<&Model::device>)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
-           nb::arg("decode") = false, nb::arg("return_router_logits") = false,
-           nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
-      .def("dense_seconds", &dense_seconds, nb::arg("ids"))
+           nb::arg("decode") = false, nb::arg("return_logits") = true,
+           nb::arg("return_router_logits") = false, nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
+      .def("token_seconds", &token_seconds, nb::arg("ids"), nb::arg("routed_experts"))
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,
            nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,

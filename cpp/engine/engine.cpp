@@ -285,7 +285,7 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
   const auto count = static_cast<std::int64_t>(ids.size());
   const auto pairs = static_cast<std::size_t>(spec().moe_layers() * count * spec().router.top_k);
   const auto vocab = static_cast<std::size_t>(spec().vocab_size);
-  if (logits.size() != (options.on_logits ? 0 : ids.size() * vocab)) {
+  if (!logits.empty() && (options.on_logits || logits.size() != ids.size() * vocab)) {
     throw ParameterError("logits", options.on_logits
                                        ? "must be empty, as on_logits receives them"
                                        : "must hold vocab_size values for each token");
@@ -335,7 +335,7 @@ void Engine::forward(std::span<const std::int32_t> ids, std::span<float> logits,
     }
     const bool ran =
         step(decoder, sequence, batch, options.keep_going, [&](ops::ConstMatrix hidden) {
-          if (!options.on_logits) head(hidden, batch.phase, logits.data() + at * spec().vocab_size);
+          if (!logits.empty()) head(hidden, batch.phase, logits.data() + at * spec().vocab_size);
           for (std::int64_t row = 0; options.on_logits && row < rows; row += kLogitRows) {
             const std::int64_t some = std::min(kLogitRows, rows - row);
             head(hidden.slice(row, some), batch.phase, window.data());

@@ -289,7 +289,8 @@ class DSFP4_API Model {
   const std::string& device() const noexcept;
 
   /// Logits of every token of `ids` given those before it, row-major into `logits`
-  /// [ids.size(), vocab_size()]; empty with options.on_logits, which gets them instead. Throws
+  /// [ids.size(), vocab_size()]; empty where they are not wanted, and with options.on_logits, which
+  /// gets them instead. Throws
   /// ParameterError for an id outside the vocabulary or a span of the wrong size,
   /// ContextLengthError for too many ids.
   void forward(std::span<const std::int32_t> ids, std::span<float> logits,

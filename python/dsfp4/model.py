@@ -315,16 +315,25 @@ class Model:
         are float32 [MoE layers, tokens, experts]. This is what `bench/replay.py` replays. Raises
         MemoryLimitError as forward() does.
         """
-        _, chosen, logits = self._forward(ids, None, decode, return_router_logits=True)
+        _, chosen, logits = self._forward(
+            ids, None, decode, return_logits=False, return_router_logits=True
+        )
         return chosen, logits
 
-    def dense_seconds(self, ids: Ids) -> list[float]:
-        """Return the seconds of each of `ids`, one by one, without the routed experts.
+    def chosen_experts(self, ids: Ids, decode: bool = False) -> Experts:
+        """Return the experts that each of `ids` chooses, as forward()'s `return_experts`.
 
-        For `dsfp4 bench decode`; only of a model whose experts are not all in memory. The first
-        tokens also pay for what is new.
+        The context is empty at first. No logits are computed: it takes a prefill's time and memory.
         """
-        return self._core.dense_seconds(check_integers("ids", ids))
+        return self._forward(ids, None, decode, return_logits=False)[1]
+
+    def token_seconds(self, ids: Ids, *, routed_experts: bool = True) -> list[float]:
+        """Return the seconds of each of `ids`, decoded one by one from an empty context.
+
+        For `dsfp4 bench decode`. Without routed experts: what all else takes; only of a model whose
+        experts are not all in memory. The first tokens also pay for what is new.
+        """
+        return self._core.token_seconds(check_integers("ids", ids), routed_experts)
 
     def _forward(
         self, ids: Ids, experts: npt.ArrayLike | None, decode: bool, **wanted: Any

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import dsfp4
@@ -271,16 +272,25 @@ def test_a_cache_for_all_experts_is_filled_before_shares_are_compared(
     assert len(forced[0]) == layers
 
 
-def test_the_dense_part_is_timed_token_by_token(folder: Path) -> None:
+def test_tokens_are_timed_one_by_one_with_and_without_experts(folder: Path) -> None:
     options: dict[str, Any] = {"threads": 1, "max_context": 64, "warm_start": False}
     tiered = dsfp4.Model(folder, cpu_cache_size=0, **options)
-    seconds = tiered.dense_seconds([3, 4, 5])
+    seconds = tiered.token_seconds([3, 4, 5], routed_experts=False)
     assert len(seconds) == 3
     assert min(seconds) > 0
     assert tiered.stats()["total_pairs"] == 0
     assert decode_floor.dense_seconds(tiered, 3) > 0
+    assert len(tiered.token_seconds([3, 4, 5])) == 3
+    assert tiered.stats()["total_pairs"] == 3 * tiered._core.moe_layers * 4
     with pytest.raises(ParameterError, match="routed_experts"):
-        dsfp4.Model(folder, **options).dense_seconds([3])
+        dsfp4.Model(folder, **options).token_seconds([3], routed_experts=False)
+
+
+def test_a_prompt_s_experts_are_known_without_logits(folder: Path) -> None:
+    model = dsfp4.Model(folder, threads=1, max_context=64)
+    ids = range(3, 40)
+    _, chosen = model.forward(ids, return_experts=True)
+    assert np.array_equal(model.chosen_experts(ids), chosen)
 
 
 def test_settings_go_back_to_auto(folder: Path) -> None:

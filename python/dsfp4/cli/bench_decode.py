@@ -7,7 +7,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,27 +199,35 @@ def _ids(draw: np.random.Generator, model: Model, count: int) -> np.ndarray:
 def _prefill(arguments: argparse.Namespace, folder: Path, tokens: int) -> list[dict[str, Any]]:
     """Return what a prompt took from an empty cache, and from one that holds all, if it can."""
     model = _load(arguments, folder, tokens + 1)
-    prompts = [_one_prefill(model, tokens, cached=False)]
-    if _fill_cache(model):
-        prompts.append(_one_prefill(model, tokens, cached=True))
-    return prompts
-
-
-def _one_prefill(model: Model, tokens: int, *, cached: bool) -> dict[str, Any]:
-    """Return what one prompt took and read, beside the distinct weights that it needed."""
     ids = np.random.default_rng(1).integers(2, model.config["vocab_size"], tokens)
+    runs = {False: _one_prefill(model, ids)}
+    if _fill_cache(model):
+        model.generate(ids, max_tokens=1)  # some kernels are loaded when they are first used
+        runs[True] = _one_prefill(model, ids)
+    distinct = sum(len(np.unique(layer)) for layer in model.chosen_experts(ids))
+    return [_beside_needed(model, run, distinct, cached) for cached, run in runs.items()]
+
+
+def _one_prefill(model: Model, ids: np.ndarray) -> dict[str, Any]:
+    """Return the time of a prompt up to its first token, and what the counters gained."""
     before = model.stats()
     start = time.perf_counter()
-    _, chosen = model.forward(ids, return_experts=True)
+    model.generate(ids, max_tokens=1)
     seconds = time.perf_counter() - start
     after = model.stats()
+    counts = ("wait_seconds", "stream_wait_seconds", "read_bytes", "streamed_bytes")
+    gained = {name: after[name] - before[name] for name in (*counts, "uploaded_bytes")}
+    return {"tokens": len(ids), "seconds": seconds, **gained}
 
-    def gained(name: str) -> float:
-        return after[name] - before[name]
 
-    waited = gained("wait_seconds") + gained("stream_wait_seconds")
-    read, streamed = gained("read_bytes"), gained("streamed_bytes")
-    routed = sum(len(np.unique(layer)) for layer in chosen) * after["image_bytes"]
+def _beside_needed(
+    model: Model, run: Mapping[str, Any], distinct: int, cached: bool
+) -> dict[str, Any]:
+    """Set a prompt beside the distinct weights that it needed."""
+    tokens, seconds = run["tokens"], run["seconds"]
+    waited = run["wait_seconds"] + run["stream_wait_seconds"]
+    read, streamed = run["read_bytes"], run["streamed_bytes"]
+    routed = distinct * model.stats()["image_bytes"]
     from_files = 0 if cached else routed
     needed = from_files + (streamed if model.device == "cpu" else 0)  # beside a GPU: from RAM
     return {
@@ -229,7 +237,7 @@ def _one_prefill(model: Model, tokens: int, *, cached: bool) -> dict[str, Any]:
         "tokens_per_s": tokens / seconds,
         "read_bytes": read,
         "routed_bytes": routed,
-        "uploaded_bytes": gained("uploaded_bytes"),
+        "uploaded_bytes": run["uploaded_bytes"],
         "streamed_bytes": streamed,
         "needed_bytes": needed,
         "read_over_needed": read / needed if needed > 0 else 0.0,  # all was in memory
@@ -242,7 +250,7 @@ def _decode(model: Model, ids: np.ndarray) -> dict[str, Any]:
     """Decode the ids one by one; return the time, and what the counters gained."""
     before = model.stats()
     start, cpu_start = time.perf_counter(), time.process_time()
-    model.routing_trace(ids, decode=True)
+    model.token_seconds(ids)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     after = model.stats()
     counted = {
@@ -282,7 +290,7 @@ def _decode_shares(
         ids = _ids(draw, model, arguments.tokens)
         for i in order:
             model.set_memory_config(cpu_share="auto" if shares[i] is None else shares[i])
-            model.routing_trace(ids[:_WARM_UP], decode=True)
+            model.token_seconds(ids[:_WARM_UP])
             runs[i].append(_decode(model, ids))
         order.reverse()
     return list(zip(shares, runs, strict=True))

@@ -105,7 +105,7 @@ def routed_format(description: Mapping[str, Any]) -> str:
 
 def dense_seconds(model: Model, one_id: int) -> float:
     """Return the median seconds of a token without its routed experts."""
-    times = model.dense_seconds([one_id] * LONGEST)
+    times = model.token_seconds([one_id] * LONGEST, routed_experts=False)
     return statistics.median(times[_WARM_UP:])
 
 
