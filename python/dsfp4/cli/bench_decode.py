@@ -19,6 +19,7 @@ from dsfp4.cli.options import integer, quantization, real, share
 from dsfp4.demo import resolve_model
 from dsfp4.model import Model
 
+_STAGES = ("prefetch", "compute", "transfer")
 _WARM_UP = 4  # tokens, after a change of cpu_share
 _PARTS = 4  # that tokens are decoded in, each between two windows of the disk's rate
 _LEAST_PART = 8  # tokens
@@ -97,6 +98,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--ram-limit", type=real(1e-9, 1e9), metavar="GB", help="of the process")
     parser.add_argument("--trace", metavar="FILE", help="a timeline for ui.perfetto.dev")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="also decode, and prefill the last --prompt, with the overlap of each stage of "
+        "set_compute_streams() switched off",
+    )
     parser.set_defaults(execute=execute)
 
 
@@ -118,13 +125,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     wires = None
     if arguments.device == "cuda":
         wires = decode_floor.wire_rates(folder, arguments.threads, arguments.memory_limit)
-    model = _load(arguments, folder, _context(arguments.tokens, _core.read_config(str(folder))))
+    context = _context(arguments.tokens, _core.read_config(str(folder)))
+    if arguments.stages:
+        context = max(context, *(tokens + 1 for tokens in arguments.prompt[-1:]))
+    model = _load(arguments, folder, context)
     draw = np.random.default_rng(0)
     disk.measure()
     cold, warm = (
         _decode_between(disk, model, _ids(draw, model, arguments.tokens)) for _ in range(2)
     )
     shares = _decode_shares(model, arguments, draw)
+    stages = _without_stages(model, arguments, draw) if arguments.stages else []
     one_id = int(_ids(draw, model, 1)[0])
     compute = dense = 0.0
     if wires is not None and model.stats()["tiered"]:
@@ -153,6 +164,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cold": decode_floor.judge(cold, rates),
         "warm": decode_floor.judge(warm, rates),
         "cpu_shares": [decode_floor.judge_share(share, runs, rates) for share, runs in shares],
+        "stages": stages,
         "prefill": [decode_floor.judge_prompt(prompt, rates) for prompt in prompts],
         "reserved_bytes": model.stats()["reserved_bytes"],
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -294,6 +306,26 @@ def _decode_shares(
             runs[i].append(_decode(model, ids))
         order.reverse()
     return list(zip(shares, runs, strict=True))
+
+
+def _without_stages(
+    model: Model, arguments: argparse.Namespace, draw: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Return the seconds with all stages overlapped, then with each switched off."""
+    _fill_cache(model)
+    ids = _ids(draw, model, arguments.tokens)
+    prompts = [_ids(draw, model, tokens) for tokens in arguments.prompt[-1:]]
+    rows = []
+    for stage in (None, *_STAGES):
+        model.set_compute_streams({} if stage is None else {stage: False})
+        model.token_seconds(ids[:_WARM_UP])
+        row: dict[str, Any] = {"off": stage, "decode_seconds": _decode(model, ids)["seconds"]}
+        for prompt in prompts:
+            row["prompt_tokens"] = len(prompt)
+            row["prompt_seconds"] = _one_prefill(model, prompt)["seconds"]
+        rows.append(row)
+    model.set_compute_streams({})
+    return rows
 
 
 def _fill_cache(model: Model) -> bool:

@@ -20,6 +20,8 @@ def lines(report: Mapping[str, Any]) -> Iterable[str]:
     for name in ("cold", "warm"):
         yield from _run(name, report[name])
     yield from _shares(report["cpu_shares"])
+    for row in report["stages"]:
+        yield _stage(row, report["tokens"])
     for prompt in report["prefill"]:
         where = (
             "experts in RAM"
@@ -87,6 +89,16 @@ def _run(name: str, run: Mapping[str, Any]) -> Iterable[str]:
             f"({run['uploaded_bytes'] / 1e9:.1f} GB), {run['cpu_bytes'] / 1e9:.1f} GB computed "
             f"by the processor in {run['cpu_seconds']:.2f} s"
         )
+
+
+def _stage(row: Mapping[str, Any], tokens: int) -> str:
+    stages = "all stages overlap" if row["off"] is None else f"without {row['off']}"
+    prompt = (
+        f", a prompt of {row['prompt_tokens']} in {row['prompt_seconds']:.2f} s"
+        if "prompt_seconds" in row
+        else ""
+    )
+    return f"{stages}: {tokens / row['decode_seconds']:.2f} tokens/s{prompt}"
 
 
 def _shares(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
