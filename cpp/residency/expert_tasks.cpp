@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <numeric>
 
 #include "ops/mlp.h"
 #include "ops/scratch.h"
@@ -19,17 +18,22 @@ void shared_into(const ExpertLayer& layer, ops::Ops& ops, memory::Arena& arena) 
 
 std::vector<ChosenExpert> group_by_expert(std::span<const std::int32_t> used,
                                           std::span<std::int32_t> pairs) {
-  std::iota(pairs.begin(), pairs.end(), 0);
-  std::stable_sort(pairs.begin(), pairs.end(), [&](std::int32_t a, std::int32_t b) {
-    return used[static_cast<std::size_t>(a)] < used[static_cast<std::size_t>(b)];
-  });
+  if (used.empty()) return {};
+  // By counting: a long prompt has hundreds of thousands of pairs.
+  std::vector<std::size_t> ends(static_cast<std::size_t>(std::ranges::max(used)) + 1, 0);
+  for (const std::int32_t expert : used) ++ends[static_cast<std::size_t>(expert)];
   std::vector<ChosenExpert> chosen;
-  for (std::size_t begin = 0; begin < pairs.size();) {
-    const std::int32_t expert = used[static_cast<std::size_t>(pairs[begin])];
-    std::size_t end = begin + 1;
-    while (end < pairs.size() && used[static_cast<std::size_t>(pairs[end])] == expert) ++end;
-    chosen.push_back({expert, pairs.subspan(begin, end - begin)});
-    begin = end;
+  chosen.reserve(std::min(ends.size(), used.size()));
+  std::size_t begin = 0;
+  for (std::size_t e = 0; e < ends.size(); ++e) {
+    const std::size_t count = ends[e];
+    ends[e] = begin;
+    if (count == 0) continue;
+    chosen.push_back({static_cast<std::int32_t>(e), pairs.subspan(begin, count)});
+    begin += count;
+  }
+  for (std::size_t pair = 0; pair < used.size(); ++pair) {
+    pairs[ends[static_cast<std::size_t>(used[pair])]++] = static_cast<std::int32_t>(pair);
   }
   return chosen;
 }

@@ -17,6 +17,10 @@ namespace {
 constexpr std::chrono::milliseconds kSoon{1};
 /// Experts of a prompt that are computed together.
 constexpr std::size_t kPromptGroup = 4;
+/// The last rows of a prompt tell what experts are worth: what was before them has faded.
+constexpr std::int64_t kNotedRows = 512;
+/// Of these, as many as are noted while a group of experts is copied and computed.
+constexpr std::int64_t kNotedAtOnce = 64;
 
 }  // namespace
 
@@ -32,6 +36,7 @@ class TieredExperts::Work final : public ExpertWork {
         scope_(arena),
         ahead_(ahead),
         streams_(layer.phase == ops::Phase::kPrefill && layer.on_host.x.rows == 0),
+        noted_(streams_ ? std::max<std::int64_t>(0, layer.x.rows - kNotedRows) : 0),
         device_(runner.device_),
         order_(layer.on_host.used.size()),
         chosen_(group_by_expert(layer.on_host.used, order_)) {
@@ -60,8 +65,7 @@ class TieredExperts::Work final : public ExpertWork {
     leave_a_slot();
     fetch();
     store_.drop_speculation(moe_layer_);
-    runner_.note_use(moe_layer_, layer_);
-    if (device_ != nullptr) device_->experts().revalue();
+    if (!streams_) note_use(layer_.x.rows);
     predict();
     shared_into(layer_, runner_.ops_, arena_);
 
@@ -88,6 +92,7 @@ class TieredExperts::Work final : public ExpertWork {
       compute(group);
       collect({});
       fetch();
+      note_use(kNotedAtOnce);
     } else if (!reading_.empty()) {
       // One on its way back from VRAM is here soon, and only this thread finds out.
       collect(device_ != nullptr && device_->takes_back() ? kSoon : kPollPeriod);
@@ -101,6 +106,7 @@ class TieredExperts::Work final : public ExpertWork {
       }
     }
     if (!in_vram_.empty() || !ready_.empty() || !reading_.empty() || !missing_.empty()) return true;
+    note_use(layer_.x.rows);
     store_.trim();
     if (!streams_) runner_.ops_.combine(routed_, layer_.routing.weights, layer_.top_k, layer_.y);
     if (device_ != nullptr && !streams_) copy_ahead();
@@ -174,6 +180,15 @@ class TieredExperts::Work final : public ExpertWork {
   }
 
   std::vector<std::int32_t> leave_out();
+
+  // Tells the policy of the next rows, at most so many.
+  void note_use(std::int64_t rows) {
+    const std::int64_t end = std::min(layer_.x.rows, noted_ + rows);
+    if (noted_ == end) return;
+    runner_.note_use(moe_layer_, layer_, noted_, end);
+    noted_ = end;
+    if (device_ != nullptr) device_->experts().revalue();
+  }
 
   // Submits reads of missing experts, as many as there are slots for.
   void fetch() {
@@ -350,6 +365,7 @@ class TieredExperts::Work final : public ExpertWork {
   // A prompt's experts are added at once. A short one that the processor helps with is like
   // decoding.
   bool streams_;
+  std::int64_t noted_;  // rows that the policy has been told of, or never will be
   DeviceTier* device_;
   bool over_ = false;
   ops::Matrix hidden_, routed_;
@@ -446,12 +462,13 @@ std::vector<std::int32_t> TieredExperts::Work::leave_out() {
   return left_out;
 }
 
-void TieredExperts::note_use(std::int64_t moe_layer, const ExpertLayer& layer) {
+void TieredExperts::note_use(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t first,
+                             std::int64_t end) {
   const std::span<const float> bias = routers_[static_cast<std::size_t>(moe_layer)].bias_on_host;
   const auto width = static_cast<std::size_t>(router_.experts);
   const auto slots = static_cast<std::size_t>(layer.top_k);
   std::vector<float> scores(width);
-  for (std::size_t t = 0; t < static_cast<std::size_t>(layer.x.rows); ++t) {
+  for (auto t = static_cast<std::size_t>(first); t < static_cast<std::size_t>(end); ++t) {
     selection_scores(router_.scoring, layer.on_host.logits.subspan(t * width, width), bias, scores);
     store_.note_use(moe_layer, layer.on_host.used.subspan(t * slots, slots), scores);
   }

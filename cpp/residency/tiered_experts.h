@@ -85,7 +85,9 @@ class TieredExperts final : public ExpertRunner {
   class Work;
 
   std::int64_t layers_ahead(ops::Phase phase) const;
-  void note_use(std::int64_t moe_layer, const ExpertLayer& layer);
+  /// Tells the policy of these rows of the step.
+  void note_use(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t first,
+                std::int64_t end);
 
   ops::Ops& ops_;
   ExpertStore& store_;

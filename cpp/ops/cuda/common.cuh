@@ -24,7 +24,8 @@ struct Device {
   cudaStream_t stream = nullptr;  // of Queue::kCompute
   cudaStream_t uploads = nullptr;
   cudaStream_t downloads = nullptr;
-  std::byte* ring = nullptr;  // the host's, two halves: small uploads pass through it
+  std::byte* ring = nullptr;              // the host's, two halves: small uploads pass through it
+  const std::byte* ring_there = nullptr;  // as kernels reach it; null: they cannot
   std::size_t ring_at = 0;
   cudaEvent_t ring_left[2] = {};  // recorded as a half has been handed out
   cudaEvent_t marks[kMarks] = {};
@@ -36,7 +37,7 @@ constexpr std::size_t kRingHalf = kMostTaskBytes;
 
 /// Up to `bytes` of the ring, at least one, and all of them if `whole` (at most kRingHalf), for a
 /// copy that is queued before the next call; null if that failed. Waits only where copies of half a
-/// ring ago have not run.
+/// ring ago have not run. At a multiple of 256 bytes.
 std::byte* ring_space(Device*, std::size_t& bytes, bool whole);
 
 /// Notes a failure; always false.

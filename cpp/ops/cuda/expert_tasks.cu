@@ -1,4 +1,4 @@
-// Some pairs of a step, from a list of tasks on the host: one copy brings the list to the device,
+// Some pairs of a step, from a list of tasks on the host: the list is brought to the device,
 // then come the kernels that fit. Where results are added at once, the tokens of the pairs are
 // gathered first, so that scratch has a row for each pair of the call only.
 #include <numeric>
@@ -116,6 +116,28 @@ __global__ void add_weighted_kernel(ConstMatrix results, const std::int32_t* pai
   y.data[pair / top_k * y.stride + i] += weights[pair] * results.data[row * results.stride + i];
 }
 
+__global__ void bring_kernel(const uint4* from, uint4* to, std::size_t count) {
+  begin_kernel();
+  const std::size_t i = blockIdx.x * std::size_t{kThreads} + threadIdx.x;
+  if (i < count) to[i] = from[i];
+}
+
+// Brings a list from the ring. A kernel reads it: a copy would stand in line behind experts that
+// are being uploaded, and those wait for what this list is for. Writes up to a multiple of 16
+// bytes.
+bool bring(Device* device, const std::byte* staged, void* to, std::size_t bytes) {
+  if (device->ring_there == nullptr) {
+    DSFP4_TRY(cudaMemcpyAsync(to, staged, bytes, cudaMemcpyHostToDevice, device->stream));
+    return true;
+  }
+  const auto* from = reinterpret_cast<const uint4*>(device->ring_there + (staged - device->ring));
+  const std::size_t count = (bytes + sizeof(uint4) - 1) / sizeof(uint4);
+  DSFP4_TRY(launch(device, bring_kernel,
+                   dim3(blocks_for(static_cast<std::int64_t>(count), kThreads)), kThreads, 0, from,
+                   static_cast<uint4*>(to), count));
+  return true;
+}
+
 // The pairs of all tasks, one after the other, to device memory.
 bool copy_pairs(Device* device, const ExpertTask* tasks, std::int64_t count, std::int64_t pairs,
                 std::int32_t* to) {
@@ -130,8 +152,7 @@ bool copy_pairs(Device* device, const ExpertTask* tasks, std::int64_t count, std
   for (std::int64_t t = 0; t < count; ++t) {
     at = std::copy(tasks[t].pairs.begin(), tasks[t].pairs.end(), at);
   }
-  DSFP4_TRY(cudaMemcpyAsync(to, staged, bytes, cudaMemcpyHostToDevice, device->stream));
-  return true;
+  return bring(device, staged, to, bytes);
 }
 
 }  // namespace
@@ -160,7 +181,7 @@ bool expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count, s
   if (staged == nullptr) return false;
   Carver here(staged);
   fill(carve(here, count, pairs, tile), tasks);
-  DSFP4_TRY(cudaMemcpyAsync(workspace, staged, bytes, cudaMemcpyHostToDevice, device->stream));
+  if (!bring(device, staged, workspace, bytes)) return false;
   const ExpertView& first = *tasks[0].expert;
   switch (path) {
     case Path::kLarge:

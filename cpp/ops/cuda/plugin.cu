@@ -118,6 +118,9 @@ bool open(int index, [[maybe_unused]] bool portable, Device** device) {
 
 bool use_ring(Device* device, std::byte* ring) {
   device->ring = ring;
+  void* there = nullptr;
+  if (cudaHostGetDevicePointer(&there, ring, 0) != cudaSuccess) cudaGetLastError();
+  device->ring_there = static_cast<const std::byte*>(there);
   return true;
 }
 
@@ -355,7 +358,7 @@ constexpr Plugin kPlugin{
 }  // namespace
 
 std::byte* ring_space(Device* device, std::size_t& bytes, bool whole) {
-  std::size_t at = device->ring_at;
+  std::size_t at = aligned(device->ring_at) % kRingBytes;
   if (whole && bytes > kRingHalf - at % kRingHalf) {
     at = (at / kRingHalf + 1) * kRingHalf % kRingBytes;
   }
