@@ -20,6 +20,8 @@
 #include "checkpoint/catalogue.h"
 #include "checkpoint/config.h"
 #include "checkpoint/layout.h"
+#include "checkpoint/leftovers.h"
+#include "checkpoint/shard_index.h"
 #include "checkpoint/summary.h"
 #include "dsfp4/error.h"
 #include "engine/verify.h"
@@ -120,6 +122,14 @@ nb::dict read_config(const path& folder) {
   return config_dict(config);
 }
 
+std::optional<std::vector<std::string>> needed_shards(const path& folder) {
+  const ReleasedGil released;
+  const ModelConfig config = checkpoint::read_config(folder);
+  const std::optional<checkpoint::ShardIndex> index = checkpoint::read_shard_index(folder);
+  if (!index) return std::nullopt;
+  return checkpoint::needed_shards(*index, config);
+}
+
 nb::dict describe(const path& folder) {
   ModelConfig config;
   checkpoint::Summary summary;
@@ -217,6 +227,10 @@ void bind_checkpoint(nb::module_& m) {
   m.def("read_config", &read_config, nb::arg("folder"),
         nb::sig("def read_config(folder: str | os.PathLike) -> dict[str, typing.Any]"),
         "config.json of a checkpoint folder, validated, with the family's defaults filled in.");
+  m.def("needed_shards", &needed_shards, nb::arg("folder"),
+        nb::sig("def needed_shards(folder: str | os.PathLike) -> list[str] | None"),
+        "Names of the shards that decoding needs, by the index and config.json alone; None where "
+        "there is no index.");
   m.def("describe", &describe, nb::arg("folder"),
         nb::sig("def describe(folder: str | os.PathLike) -> dict[str, typing.Any]"),
         "What a checkpoint holds, by role, and the bytes that one decoded token reads.");

@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "dsfp4/error.h"
+
 namespace dsfp4::checkpoint {
 namespace {
 
@@ -106,12 +108,43 @@ bool is_outside_the_decoder(std::string_view name) {
   return is_one_of(first, kParts) || first.starts_with("image_");
 }
 
+// Of the scales of the KV cache, layers take k_proj's.
 bool is_activation_or_cache_scale(const Name& name) {
   constexpr std::string_view kActivations[] = {"input_scale", "input_global_scale"};
   constexpr std::string_view kCache[] = {"q_scale", "k_scale", "v_scale"};
   return is_one_of(name.part, kActivations) ||
-         (is_one_of(name.part, kCache) && name.in_layer == "self_attn");
+         (is_one_of(name.part, kCache) && name.in_layer == "self_attn" &&
+          !name.whole.ends_with(".self_attn.k_proj.k_scale"));
 }
+
+// What decoding needs none of, by its name. All names of the checkpoint are shown first: a layer
+// beyond the last is an MTP layer by its parts.
+class NamesWithoutUse {
+ public:
+  explicit NamesWithoutUse(std::int64_t layers) : layers_(layers) {}
+
+  void show(const Name& name) {
+    constexpr std::string_view kMtp[] = {"eh_proj", "enorm", "hnorm", "shared_head"};
+    if (is_beyond(name) && is_one_of(name.in_layer, kMtp)) mtp_layers_.insert(name.layer);
+  }
+
+  bool contains(const Name& name) const {
+    if (is_beyond(name)) return mtp_layers_.contains(name.layer);
+    return is_outside_the_decoder(name.whole) || name.whole.ends_with("rotary_emb.inv_freq") ||
+           is_activation_or_cache_scale(name);
+  }
+
+  bool is_beyond(const Name& name) const { return name.layer >= layers_; }
+
+  std::string describe_beyond() const {
+    return "is of a layer beyond num_hidden_layers, " + std::to_string(layers_) +
+           " in config.json, that is no MTP layer (it has no eh_proj)";
+  }
+
+ private:
+  std::int64_t layers_;
+  std::set<std::int64_t> mtp_layers_;
+};
 
 // A weight that was converted back to BF16 and kept its scales.
 bool is_stale_weight_scale(const Catalogue& catalogue, const Name& name) {
@@ -122,7 +155,8 @@ bool is_stale_weight_scale(const Catalogue& catalogue, const Name& name) {
   return weight != nullptr && (weight->dtype == DType::kBF16 || weight->dtype == DType::kF32);
 }
 
-std::string describe_leftover(const Name& name) {
+// What a tensor of that name is that no role takes; empty if only its neighbours can tell.
+std::string_view describe_unsupported(const Name& name) {
   const auto has = [&](std::string_view text) { return name.whole.find(text) != name.whole.npos; };
   if (name.part == "pre_quant_scale" || name.part == "_pre_quant_scale") {
     return "scales what its matrix is multiplied with (AWQ, as in ModelOpt's NVFP4_AWQ), which is "
@@ -143,6 +177,12 @@ std::string describe_leftover(const Name& name) {
   }
   if (name.part == "bias") return "is a bias; layers have none here";
   if (has(".indexer.")) return "is of sparse attention's indexer, which is not supported";
+  return "";
+}
+
+std::string describe_leftover(const Name& name) {
+  const std::string_view known = describe_unsupported(name);
+  if (!known.empty()) return std::string(known);
   return "is not used here and not known to be without effect; a model that needs it is not "
          "supported";
 }
@@ -150,18 +190,15 @@ std::string describe_leftover(const Name& name) {
 class LeftoverCheck {
  public:
   LeftoverCheck(const Catalogue& catalogue, const ModelConfig& config)
-      : catalogue_(catalogue), layers_(config.num_hidden_layers) {
-    for (const TensorInfo& tensor : catalogue.tensors()) find_mtp(Name(tensor.name));
-    for (const std::string_view name : catalogue.absent_tensors()) find_mtp(Name(name));
+      : catalogue_(catalogue), unused_(config.num_hidden_layers) {
+    for (const TensorInfo& tensor : catalogue.tensors()) unused_.show(Name(tensor.name));
+    for (const std::string_view name : catalogue.absent_tensors()) unused_.show(Name(name));
   }
 
   void check(const TensorInfo& tensor) const {
     const Name name(tensor.name);
     if (is_known(name) || is_in_adapter(tensor)) return;
-    if (is_beyond(name)) {
-      catalogue_.fail(tensor, "is of a layer beyond num_hidden_layers, " + std::to_string(layers_) +
-                                  " in config.json, that is no MTP layer (it has no eh_proj)");
-    }
+    if (unused_.is_beyond(name)) catalogue_.fail(tensor, unused_.describe_beyond());
     if (tensor.name == "lm_head.weight") {
       catalogue_.unsupported(tensor,
                              "is a head of its own beside tie_word_embeddings in "
@@ -175,17 +212,9 @@ class LeftoverCheck {
   }
 
  private:
-  void find_mtp(const Name& name) {
-    constexpr std::string_view kMtp[] = {"eh_proj", "enorm", "hnorm", "shared_head"};
-    if (is_beyond(name) && is_one_of(name.in_layer, kMtp)) mtp_layers_.insert(name.layer);
-  }
-
-  bool is_beyond(const Name& name) const { return name.layer >= layers_; }
-
   bool is_known(const Name& name) const {
-    if (is_beyond(name)) return mtp_layers_.contains(name.layer);
-    return is_outside_the_decoder(name.whole) || name.whole.ends_with("rotary_emb.inv_freq") ||
-           is_activation_or_cache_scale(name) || is_stale_weight_scale(catalogue_, name);
+    if (unused_.is_beyond(name)) return unused_.contains(name);
+    return unused_.contains(name) || is_stale_weight_scale(catalogue_, name);
   }
 
   // PEFT's files, whose names its loaders fix.
@@ -194,8 +223,7 @@ class LeftoverCheck {
   }
 
   const Catalogue& catalogue_;
-  std::int64_t layers_;
-  std::set<std::int64_t> mtp_layers_;
+  NamesWithoutUse unused_;
 };
 
 }  // namespace
@@ -209,6 +237,32 @@ void check_leftovers(const Catalogue& catalogue, const ModelConfig& config,
     if (!used.contains(i)) leftover.check(tensors[i]);
   }
   for (const std::string_view absent : catalogue.absent_tensors()) leftover.check_absent(absent);
+}
+
+std::vector<std::string> needed_shards(const ShardIndex& index, const ModelConfig& config) {
+  NamesWithoutUse unused(config.num_hidden_layers);
+  for (const ShardIndex::Entry& entry : index.entries) unused.show(Name(index.name(entry)));
+  std::vector<bool> needed(index.shards.size());
+  for (const ShardIndex::Entry& entry : index.entries) {
+    const Name name(index.name(entry));
+    if (unused.contains(name)) continue;
+    if (unused.is_beyond(name)) {
+      throw CheckpointError(index.file, std::string(name.whole), entry.at,
+                            unused.describe_beyond());
+    }
+    if (const std::string_view problem = describe_unsupported(name); !problem.empty()) {
+      throw UnsupportedError(index.file + ": '" + std::string(name.whole) + "' at byte " +
+                             std::to_string(entry.at) + ": " + std::string(problem));
+    }
+    needed[entry.shard] = true;
+  }
+  std::vector<std::string> shards;
+  shards.reserve(index.shards.size());
+  for (std::size_t i = 0; i < index.shards.size(); ++i) {
+    if (needed[i]) shards.push_back(index.shards[i]);
+  }
+  std::ranges::sort(shards);
+  return shards;
 }
 
 }  // namespace dsfp4::checkpoint

@@ -2,9 +2,13 @@
 // matrix that is passed over gives wrong answers and no sign of it.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "checkpoint/catalogue.h"
 #include "checkpoint/config.h"
 #include "checkpoint/layout.h"
+#include "checkpoint/shard_index.h"
 
 namespace dsfp4::checkpoint {
 
@@ -15,5 +19,10 @@ namespace dsfp4::checkpoint {
 /// in a shard that is not there.
 void check_leftovers(const Catalogue& catalogue, const ModelConfig& config,
                      const ModelLayout& layout);
+
+/// The shards, sorted, that hold a tensor which decoding may need, by the names in the index alone:
+/// it tells what to download before any shard is there. A shard of nothing but MTP layers is none.
+/// Throws the errors above for a name that no checkpoint that is run here has.
+std::vector<std::string> needed_shards(const ShardIndex& index, const ModelConfig& config);
 
 }  // namespace dsfp4::checkpoint

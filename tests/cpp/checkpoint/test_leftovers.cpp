@@ -1,9 +1,12 @@
 // Tensors that no role takes: those of published checkpoints pass, any other is named.
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "checkpoint/leftovers.h"
 #include "checkpoint/malformed.h"
+#include "checkpoint/shard_index.h"
 
 namespace dsfp4::testing {
 namespace {
@@ -130,6 +133,72 @@ TEST_F(Leftovers, AdaptersOfTheirOwn) {
   std::filesystem::remove(folder_.path() / adapter.name);
   expect_unsupported(checkpoint, "other.safetensors",
                      "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight", "merge it");
+}
+
+// ---- by the names of an index alone -------------------------------------------------------------
+
+class NeededShards : public Malformed {
+ protected:
+  // An index that has the sound checkpoint's names and these besides, each in a shard of its own
+  // that is not there, as no other shard is.
+  std::vector<std::string> needed(const std::vector<std::string>& others) {
+    TinyCheckpoint checkpoint = make_tiny_checkpoint(TinyKind::kNvfp4);
+    checkpoint.shards.clear();
+    int number = 3;
+    for (const std::string& name : others) {
+      const std::string shard = "model-0000" + std::to_string(number++) + ".safetensors";
+      checkpoint.index.find("weight_map")->set(name, JsonNode::text(shard));
+    }
+    checkpoint.write(folder_.path());
+    const auto config = checkpoint::read_config(folder_.path());
+    const auto index = checkpoint::read_shard_index(folder_.path());
+    if (!index) throw std::logic_error("the checkpoint was written without its index");
+    return checkpoint::needed_shards(*index, config);
+  }
+
+  const std::string first_ = "model-00001-of-00002.safetensors";
+};
+
+TEST_F(NeededShards, HoldATensorThatMayBeUsed) {
+  const std::vector<std::string> sound = {first_, kShard};
+  EXPECT_EQ(needed({}), sound);
+  // One shard of the MTP layer has none of the parts that mark it.
+  EXPECT_EQ(needed({"model.layers.2.mlp.experts.0.up_proj.weight", "model.layers.2.eh_proj.weight",
+                    "mtp.0.norm.weight", "vision.patch_embed.proj.weight"}),
+            sound);
+  EXPECT_EQ(needed({"model.layers.0.mlp.down_proj.input_scale", "model.rotary_emb.inv_freq",
+                    "model.layers.0.self_attn.v_proj.v_scale"}),
+            sound);
+  // Layers take the first; only the dtype of its neighbour tells of the second.
+  for (const char* name :
+       {"model.layers.0.self_attn.k_proj.k_scale", "lm_head.weight_scale", "lm_head.other"}) {
+    const std::vector<std::string> more = {first_, kShard, "model-00003.safetensors"};
+    EXPECT_EQ(needed({name}), more) << name;
+  }
+}
+
+TEST_F(NeededShards, OfWhatCannotBeRunAreNone) {
+  const auto refusal = [&](const std::string& name) -> std::string {
+    try {
+      needed({name});
+    } catch (const UnsupportedError& error) {
+      return error.what();
+    } catch (const CheckpointError& error) {
+      EXPECT_EQ(error.tensor(), name);
+      return error.what();
+    }
+    return "accepted";
+  };
+  const struct {
+    std::string name, words;
+  } names[] = {{"model.layers.0.self_attn.indexer.wk.weight", "indexer"},
+               {"model.layers.0.mlp.down_proj.pre_quant_scale", "NVFP4 without AWQ is"},
+               {"model.layers.0.self_attn.q_a_proj.bias", "layers have none"},
+               {"model.layers.2.mlp.up_proj.weight", "beyond num_hidden_layers, 2"}};
+  for (const auto& [name, words] : names) {
+    EXPECT_NE(refusal(name).find(words), std::string::npos) << refusal(name);
+    EXPECT_NE(refusal(name).find(kIndex), std::string::npos) << refusal(name);
+  }
 }
 
 // ---- published checkpoints ----------------------------------------------------------------------
