@@ -6,6 +6,7 @@ __all__ = [
     "ContextLengthError",
     "CudaError",
     "Dsfp4Error",
+    "HubError",
     "IoError",
     "MemoryLimitError",
     "ParameterError",
@@ -98,3 +99,16 @@ class CudaError(Dsfp4Error, RuntimeError):
         self.call = call
         self.source = source
         self.line = line
+
+
+class HubError(Dsfp4Error):
+    """The Hugging Face Hub cannot be reached or refuses to give `repository`, "org/name".
+
+    `status` is HTTP's, 0 if there was no answer.
+    """
+
+    def __init__(self, message: str, *, repository: str = "", status: int = 0) -> None:
+        """Keeps the facts as attributes."""
+        super().__init__(message)
+        self.repository = repository
+        self.status = status

@@ -28,6 +28,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "ContextLengthError": {"requested": 9, "limit": 8},
     "CudaError": {"code": 2, "call": "cudaMalloc", "source": "plugin.cu", "line": 3},
     "Dsfp4Error": {},
+    "HubError": {"repository": "org/name", "status": 404},
     "IoError": {"file": "a", "offset": 5, "errno": 28},
     "MemoryLimitError": {"needed": 3, "available": 2},
     "ParameterError": {"parameter": "ids"},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dsfp4
-from dsfp4.cli import bench, chat, demo, eval, info, quantize, run, verify
+from dsfp4.cli import bench, chat, demo, eval, info, pull, quantize, run, verify
 from dsfp4.cli.parser import CommandParser
 from dsfp4.errors import Dsfp4Error
 
@@ -25,7 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="dsfp4",
         description="Runs DeepSeek models in FP4 from the folders that Hugging Face publishes. "
-        "MODEL is such a folder, or the word demo: the small model that is built in.",
+        "MODEL is such a folder, a repository that was pulled (org/name), or the word demo: the "
+        "small model that is built in.",
         examples=(
             "dsfp4 demo                     the built-in model answers a question",
             "dsfp4 chat demo                talk to it",
@@ -41,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="print the folder that CMake's find_package(dsfp4) needs as dsfp4_DIR, and exit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, run, chat, info, eval, verify, quantize, bench):
+    for command in (demo, run, chat, pull, info, eval, verify, quantize, bench):
         command.add_command(commands)
     return parser
 

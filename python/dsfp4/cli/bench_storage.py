@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dsfp4 import _core
+from dsfp4 import _core, hub
 from dsfp4.cli.options import integer, real
 from dsfp4.demo import DEMO, resolve_model
 from dsfp4.errors import IoError, ParameterError, UnsupportedError
@@ -90,7 +90,8 @@ def execute(arguments: argparse.Namespace) -> None:
 def _files(text: str) -> list[Path]:
     """Return what there is to read: the file, or the folder's shards."""
     path = Path(text).expanduser()
-    if text == DEMO or path.is_dir():
+    is_repository = not path.exists() and hub.parse_repository(text) is not None
+    if text == DEMO or path.is_dir() or is_repository:
         folder = resolve_model(text)
         files = sorted(folder.glob("*.safetensors"))
         if not files:

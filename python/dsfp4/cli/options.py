@@ -94,7 +94,11 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
     """Add the positional argument MODEL."""
-    parser.add_argument(name, metavar=name.upper(), help="a checkpoint folder, or the word demo")
+    parser.add_argument(
+        name,
+        metavar=name.upper(),
+        help="a checkpoint folder, a repository that was pulled (org/name), or the word demo",
+    )
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
