@@ -16,6 +16,7 @@ from dsfp4.hub import Repository
 from dsfp4.model import Progress
 
 _OLDEST = (1, 2)  # huggingface_hub, whose hf_hub_download() tells of progress from there on
+_MARK = ".dsfp4-pull"  # in the folder `to`: says what is downloaded there
 _KEPT = "complete files are kept: pull again to go on"
 
 
@@ -40,16 +41,19 @@ def pull(
     """Download what the model in `repository`, "org/name", needs to run.
 
     `revision` is a branch, a tag or a commit; without one it is main, or that of
-    "org/name@revision". The files go to the folder `to`, or into the Hub's cache, where "org/name"
-    then is a model. Before any weight is downloaded, a model that cannot be run is refused by its
-    configuration and the names of its tensors, and a lack of space by the sizes of the files. Files
-    are downloaded one by one: those that are complete stay, whatever happens, and are not
-    downloaded again. `progress` is called with bytes done and in all, of those that are not there.
+    "org/name@revision". The files go into the Hub's cache, where "org/name" then is a model, or to
+    the folder `to`, which is empty or absent unless this was pulled to it before. Before any weight
+    is downloaded, a model that cannot be run is refused by its configuration and the names of its
+    tensors, and a lack of space by the sizes of the files. Files are downloaded one by one:
+    complete ones stay, whatever happens, and are not downloaded again; of the one that was not
+    complete nothing is kept. `progress` is called with bytes done and in all, of those that are not
+    there.
 
-    Needs the package huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and more from the
-    environment. Raises HubError where the Hub cannot be reached or refuses, or that package is not
-    installed; IoError where the disk has no room or refuses; UnsupportedError and CheckpointError
-    for a model that cannot be run or lacks files; ParameterError for a wrong name.
+    Needs the package huggingface_hub, which reads HF_TOKEN and more from the environment. Raises
+    HubError where the Hub (HF_ENDPOINT, if set) cannot be reached or refuses, or that package is
+    not installed; IoError where the disk has no room or refuses; UnsupportedError and
+    CheckpointError for a model that cannot be run or lacks files; ParameterError for a wrong name
+    or a folder that holds something else.
     """
     wanted = parse(repository, revision)
     _require_package()
@@ -106,6 +110,8 @@ class _Download:
                 f"'{self._repository}' has no {hub.CONFIG}: it is no model as Hugging Face "
                 "publishes them"
             )
+        if self._to is not None:
+            _claim(self._to, self._repository)
         self._fetch(hub.CONFIG)
         _core.read_config(self._folder)  # refuses what this engine does not run
         for name in hub.side_files(self._files):
@@ -170,6 +176,23 @@ class _Download:
             cache_dir=hub.cache_folder(),
             local_dir=self._to,
             tqdm_class=_counter(on_bytes),
+        )
+
+
+def _claim(folder: Path, repository: Repository) -> None:
+    """Mark `folder` as the repository's. Raises ParameterError if it has files of something else.
+
+    huggingface_hub replaces what has the name of a file to download.
+    """
+    mark = folder / _MARK
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        mark.write_text(f"{repository}\n")
+    elif not mark.is_file() or mark.read_text() != f"{repository}\n":
+        raise ParameterError(
+            f"'{folder}' holds files, and '{repository}' was not pulled to it; choose another "
+            "folder, or an empty one",
+            parameter="to",
         )
 
 
@@ -282,6 +305,8 @@ def _typed_errors(repository: Repository) -> Iterator[None]:
         if error.errno is None:  # not the system's: what came is not what was sent
             raise refusal(f"{_first_line(error)}; {_KEPT}", error) from error
         raise IoError(str(error), file=str(error.filename or ""), errno=error.errno) from error
+    except RuntimeError as error:  # of hf_xet
+        raise refusal(f"{_first_line(error)}; {_KEPT}", error) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,13 @@
 
 import errno
 import json
+import os
+import pty
+import re
+import select
 import shutil
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -187,29 +193,47 @@ def test_complete_files_are_kept(hub: HubServer, impatient: None) -> None:
     dsfp4.Model(NAME)
 
 
-def test_ctrl_c(hub: HubServer, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupting:
-        seconds = 1.0
+def test_ctrl_c_on_a_terminal(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories[NAME].stalled = {SHARDS[1]}
+    to = tmp_path / "a folder"
+    screen, terminal = pty.openpty()
+    command = [sys.executable, "-m", "dsfp4", "pull", NAME, "--to", str(to)]
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=terminal, text=True
+    ) as process:
+        os.close(terminal)
+        shown = ""
+        while SHARDS[1] not in hub.downloaded():  # the rest of it never comes
+            if select.select([screen], [], [], 0.05)[0]:
+                shown += os.read(screen, 1000).decode()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+        assert process.wait() == 130
+    shown += os.read(screen, 10000).decode()
+    os.close(screen)
+    assert re.search(r"downloading .* of 5.8 MB, .*/s", shown)
+    assert f"`dsfp4 pull {NAME} --to '{to}'` goes on" in shown
+    hub.repositories[NAME].stalled = set()
+    hub.gets.clear()
+    pull(NAME, to=to)
+    assert hub.downloaded() == SHARDS[1:]
+    dsfp4.Model(to)
 
-        def __init__(self, verb: str) -> None:
-            self._fed = False
 
-        def __call__(self, done: int, total: int) -> None:
-            if done > total // 2:
-                raise KeyboardInterrupt
-
-        def __enter__(self) -> "Interrupting":
-            return self
-
-        def __exit__(self, *exception: object) -> None:
-            pass
-
-    with monkeypatch.context() as patched:
-        patched.setattr("dsfp4.cli.pull.Progress", Interrupting)
-        assert main(["pull", NAME, "--to", "a folder"]) == 130
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert f"`dsfp4 pull {NAME} --to 'a folder'` goes on" in said.err
+def test_a_folder_of_something_else(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["org/other"] = hub.repositories[NAME]
+    pull(NAME, to=tmp_path / "mine")
+    before = files_of(tmp_path / "mine")
+    with pytest.raises(ParameterError, match="'org/other' was not pulled to it"):
+        pull("org/other", to=tmp_path / "mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(ParameterError, match="holds files"):
+        pull(NAME, to=tmp_path / "other")
+    assert files_of(tmp_path / "mine") == before
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
 
 
 def test_nobody_there(hub: HubServer, monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
