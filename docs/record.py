@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 from dsfp4.demo import resolve_model
 from fixtures.checkpoint_io import dequantized_weights, to_bf16, write_shard
+from fixtures.hub_server import HubRepository, serve_hub
 from machine import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +58,14 @@ CHAPTERS: list[tuple[str, list[Step]]] = [
     ),
     ("A conversation", [("dsfp4 chat demo --temperature 0.5 --seed 1", _CHAT)]),
     ("What a checkpoint holds", [("dsfp4 info demo", []), ("dsfp4 info original", [])]),
+    (
+        "A model of the Hub",
+        [
+            ("dsfp4 info org/demo-model", []),
+            ("dsfp4 pull org/demo-model", []),
+            ("dsfp4 run org/demo-model 'What is a king?' --temperature 0.5 --seed 1", []),
+        ],
+    ),
     (
         "Converting",
         [
@@ -93,6 +102,7 @@ CHAPTERS: list[tuple[str, list[Step]]] = [
             ("dsfp4 run demo", []),
             ("dsfp4 run demo Hello --temperature hot", []),
             ("dsfp4 chat", []),
+            ("dsfp4 pull", []),
             ("dsfp4 info", []),
             ("dsfp4 info nowhere", []),
             ("dsfp4 eval demo", []),
@@ -132,7 +142,8 @@ def record(command: str, typed: Sequence[str], folder: Path) -> tuple[str, int]:
     """
     screen, terminal = pty.openpty()
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "XDG_STATE_HOME")}
+    ignored = ("CI", "XDG_STATE_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE")
+    environment = {k: v for k, v in os.environ.items() if k not in ignored}
     environment |= {"HOME": str(folder), "TERM": "dumb", "COLUMNS": str(COLUMNS)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     process = subprocess.Popen(
@@ -199,10 +210,13 @@ def main() -> None:
         "Every command as a new user types it, made by `python docs/record.py` on",
         f"{machine()}. `demo` is the built-in model: 33 million parameters,",
         "real and small. `original` is the demo model with its weights in BF16, `model` and",
-        "`damaged` are copies of it, one bit of the latter flipped. An exit code is shown where it",
-        "is not 0.",
+        "`damaged` are copies of it, one bit of the latter flipped; the Hub is a server on this",
+        "machine that has the demo model. An exit code is shown where it is not 0.",
     ]
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, serve_hub() as hub:
+        os.environ["HF_ENDPOINT"] = hub.url
+        files = {path.name: path.read_bytes() for path in resolve_model("demo").iterdir()}
+        hub.repositories["org/demo-model"] = HubRepository({"main": files})
         folder = Path(name)
         prepare(folder)
         for heading, steps in CHAPTERS:

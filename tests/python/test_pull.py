@@ -350,9 +350,15 @@ def test_the_command(hub: HubServer, capsys: Capture) -> None:
     assert (Path(folder) / SHARDS[0]).is_file()
     assert "5.8 MB in " in said.err
     assert "the model has 5.98 MB in 10 files" in said.err
-    assert "2.19 MB of weights that it does not use were left out" in said.err
+    assert ", and 2.19 MB of weights that are not needed to decode\n" in said.err
     assert f"`dsfp4 chat {NAME}` talks to it" in said.err
     assert "\r" not in said.err, "progress is for terminals"
+    assert main(["pull", NAME, "--json"]) == 0
+    said = capsys.readouterr()
+    facts = json.loads(said.out)
+    assert said.err == ""
+    assert (facts["folder"], facts["files"], facts["downloaded"]) == (folder, 10, 0)
+    assert facts["seconds"] > 0
     assert main(["info", NAME]) == 0
     assert main(["verify", NAME]) == 0
     assert "deepseek_v3: 3 layers" in capsys.readouterr().out

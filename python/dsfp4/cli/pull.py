@@ -1,9 +1,12 @@
 """`dsfp4 pull REPOSITORY`: download a model from the Hugging Face Hub."""
 
 import argparse
+import json
 import shlex
 import sys
+from dataclasses import asdict
 
+from dsfp4.cli.options import add_json_flag
 from dsfp4.cli.progress import Progress, format_bytes
 from dsfp4.cli.text import rate_line
 from dsfp4.pull import parse, pull
@@ -32,6 +35,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--to", metavar="FOLDER", help="download there; default: into the Hub's cache"
     )
+    add_json_flag(parser)
     parser.set_defaults(execute=execute)
 
 
@@ -46,17 +50,16 @@ def execute(arguments: argparse.Namespace) -> None:
         again += ["--to", arguments.to] if arguments.to else []
         print(f"complete files are kept; `{shlex.join(again)}` goes on", file=sys.stderr)
         raise
+    if arguments.json:
+        facts = asdict(pulled) | {"folder": str(pulled.folder), "seconds": progress.seconds}
+        print(json.dumps(facts, indent=2))
+        return
     print(pulled.folder)
-    rate = pulled.downloaded / 1e6
-    print(
-        f"{rate_line(format_bytes(pulled.downloaded), rate, progress.seconds, 'MB/s')}; the model "
-        f"has {format_bytes(pulled.needed)} in {pulled.files} files",
-        file=sys.stderr,
+    speed = rate_line(
+        format_bytes(pulled.downloaded), pulled.downloaded / 1e6, progress.seconds, "MB/s"
     )
+    size = f"the model has {format_bytes(pulled.needed)} in {pulled.files} files"
     if pulled.left_out:
-        print(
-            f"{format_bytes(pulled.left_out)} of weights that it does not use were left out",
-            file=sys.stderr,
-        )
+        size += f", and {format_bytes(pulled.left_out)} of weights that are not needed to decode"
     model = shlex.quote(str(pulled.folder) if arguments.to else str(repository))
-    print(f"`dsfp4 chat {model}` talks to it", file=sys.stderr)
+    print(f"{speed}; {size}\n`dsfp4 chat {model}` talks to it", file=sys.stderr)
