@@ -5,7 +5,6 @@ Nothing here uses the network or the huggingface_hub package; pull.py does.
 
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -122,7 +121,8 @@ def find_in_cache(repository: Repository) -> Path | None:
         missing = _missing_files(snapshot)
         if not missing:
             return snapshot
-        problem = f"{len(missing)} of its files are not there, '{missing[0]}' for one"
+        more = f", and {len(missing) - 1} other files" if len(missing) > 1 else ""
+        problem = f"'{missing[0]}' is missing{more}"
     raise CheckpointError(
         f"'{repository}' is not complete in the Hub's cache, '{folder}': {problem}; "
         f"`dsfp4 pull {repository}` completes it",
@@ -136,9 +136,9 @@ def set_revision(repository: Repository, commit: str) -> None:
         return
     path = _folder(repository) / "refs" / repository.revision
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(commit)
-    os.replace(file.name, path)  # readers find the old one or the new one
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(commit)
+    new.replace(path)  # readers find the old one or the new one
 
 
 def _is_weights(name: str) -> bool:

@@ -61,7 +61,8 @@ class Memory(TypedDict, total=False):
 class DeepseekInference:
     """A checkpoint with its tokenizer, ready to write text.
 
-    `model_path` is a checkpoint folder or "demo". `device` "auto" is the fastest backend present;
+    `model_path` is a checkpoint folder, "org/name" or "org/name@revision" for a repository in the
+    Hub's cache (`dsfp4 pull`), or "demo". `device` "auto" is the fastest backend present;
     `threads` 0 is one for each core; `max_context` is in tokens, 0 is the model's own limit, or
     less where its KV cache would take over an eighth of the memory;
     `kv_cache_dtype` is "bf16", or "fp8" for half the memory and a little less precision;

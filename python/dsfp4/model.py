@@ -48,10 +48,11 @@ def check_limit(memory_limit: float | None) -> float:
 class Model:
     """A checkpoint, loaded on one device.
 
-    `path` is a checkpoint folder or "demo"; `device` is "cpu", "cuda" (an NVIDIA GPU whose memory
-    holds at least the KV cache, the head and the dense weights of a few layers), "reference"
-    (scalar and slow: the truth that the others are compared with) or "auto", the fastest present: a
-    GPU that is too small is passed over with a warning; `threads` 0 is one for each core;
+    `path` is a checkpoint folder, "org/name" or "org/name@revision" for a repository in the Hub's
+    cache (`dsfp4 pull`), or "demo"; `device` is "cpu", "cuda" (an NVIDIA GPU whose memory holds at
+    least the KV cache, the head and the dense weights of a few layers), "reference" (scalar and
+    slow: the truth that the others are compared with) or "auto", the fastest present: a GPU that is
+    too small is passed over with a warning; `threads` 0 is one for each core;
     `max_context` is in tokens, 0 is the model's own limit, or less where its KV cache would take
     over an eighth of the memory; `kv_cache_dtype` is "bf16" (FP32 on
     "reference") or "fp8" (half the memory, an error of some percent in each cached value);

@@ -15,7 +15,7 @@ from dsfp4.errors import Dsfp4Error, HubError, IoError, ParameterError, Unsuppor
 from dsfp4.hub import Repository
 from dsfp4.model import Progress
 
-_OLDEST = (1, 2)  # huggingface_hub, whose hf_hub_download() tells of progress from there on
+_OLDEST = (1, 20)  # huggingface_hub; from there on it resumes after a broken connection
 _MARK = ".dsfp4-pull"  # in the folder `to`: says what is downloaded there
 _KEPT = "complete files are kept: pull again to go on"
 
@@ -125,7 +125,9 @@ class _Download:
         def report(before: int, count: int) -> None:
             progress(before + count, total)
 
-        for name in needed:  # also what is there under another revision, and is only linked
+        # One by one: huggingface_hub keeps no part of a file, so no more than one is lost. What is
+        # there under another revision is linked.
+        for name in needed:
             self._fetch(name, partial(report, done))
             done += missing.get(name, 0)
             progress(done, total)

@@ -149,6 +149,11 @@ def drop_shard(snapshot: Path) -> None:
     (snapshot / "model-00002-of-00003.safetensors").unlink()
 
 
+def drop_shards(snapshot: Path) -> None:
+    for path in snapshot.glob("*.safetensors"):
+        path.unlink()
+
+
 def drop_blob(snapshot: Path) -> None:
     (snapshot / "model-00002-of-00003.safetensors").resolve().unlink()
 
@@ -173,8 +178,9 @@ def drop_reference(snapshot: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (drop_shard, "1 of its files are not there, 'model-00002-of-00003.safetensors'"),
-        (drop_blob, "1 of its files are not there, 'model-00002-of-00003.safetensors'"),
+        (drop_shard, "'model-00002-of-00003.safetensors' is missing; "),
+        (drop_shards, "'model-00001-of-00003.safetensors' is missing, and 2 other files; "),
+        (drop_blob, "'model-00002-of-00003.safetensors' is missing; "),
         (drop_config, "'config.json'"),
         (drop_index_and_shards, "'model.safetensors'"),
         (drop_snapshot, "'config.json'"),

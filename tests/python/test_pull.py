@@ -245,6 +245,37 @@ def test_nobody_there(hub: HubServer, monkeypatch: pytest.MonkeyPatch, impatient
         pull(NAME)
 
 
+@pytest.mark.parametrize(
+    ("raised", "error", "words"),
+    [
+        (RuntimeError("Xet's\nmore"), HubError, "Xet's; complete files are kept"),
+        (OSError("Consistency check failed.\nmore"), HubError, "check failed; complete files are"),
+        (OSError(errno.ENOSPC, "No space left", "x"), IoError, "No space left"),
+    ],
+)
+def test_other_failures(
+    hub: HubServer,
+    raised: Exception,
+    error: type[Exception],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **more: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(error, match=words) as caught:
+        pull(NAME)
+    assert getattr(caught.value, "errno", None) == getattr(raised, "errno", None)
+
+
+def test_sizes_that_are_not_told(hub: HubServer) -> None:
+    hub.repositories[NAME].tells_sizes = False
+    with pytest.raises(HubError, match="does not tell the size"):
+        pull(NAME)
+    assert not {*SHARDS} & {*hub.downloaded()}
+
+
 def test_refused_by_the_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HubError, match=r"no such repository.*check the name") as error:
         pull("org/nothing")
