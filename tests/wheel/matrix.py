@@ -23,6 +23,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 STABLE_ABI_SINCE = (3, 12)
 MAX_BYTES = 60_000_000
 MAX_IMPORT_SECONDS = 0.5
+HEAVY = {"torch", "tensorflow", "jax"}  # neither the package nor downloads need them
 
 
 def run(*command: object, **options: object) -> str:
@@ -113,11 +114,14 @@ def test(python: str, version: str, wheel: Path, work: Path, pytest: list[str]) 
     made = environment(python, work / f"use-{version}")
     pip_install(made, wheel)
     have = packages(made)
-    assert not {"torch", "tensorflow", "jax"} & set(have), have
+    assert not HEAVY & set(have), have
     seconds = import_seconds(made)
     assert seconds < MAX_IMPORT_SECONDS, f"import dsfp4 takes {seconds:.3f} s"
     run(made, "-m", "dsfp4", "demo", cwd="/")
     full = run(made, "-c", "import platform; print(platform.python_version())").strip()
+    pip_install(made, f"{wheel}[hub]")
+    with_hub = packages(made)
+    assert not HEAVY & set(with_hub), with_hub
     pip_install(made, f"{wheel}[test]")
     said = run(made, "-m", "pytest", "-q", "-p", "no:cacheprovider", *pytest, cwd=ROOT)
     tests = said.strip().splitlines()[-1].strip("= ")
