@@ -53,8 +53,7 @@ class Bench {
     const ops::ScratchScope scope(arena_);
     const Matrix x = random(tokens, cols);
     const Matrix y = ops::scratch_matrix(arena_, tokens, rows);
-    const auto bytes = static_cast<double>(format::data_bytes(format, rows, cols) +
-                                           format::scale_bytes(format, rows, cols));
+    const auto bytes = static_cast<double>(format::stored_bytes(format, rows, cols));
     const int rotate = rotations(bytes);
     std::vector<WeightView> weights(static_cast<std::size_t>(rotate));
     for (WeightView& view : weights) view = weight(format, rows, cols);
@@ -112,8 +111,7 @@ class Bench {
       if (!chosen_by[e].empty()) tasks.push_back({&views[e], chosen_by[e]});
     }
     const double bytes = static_cast<double>(tasks.size()) * 3.0 *
-                         static_cast<double>(format::data_bytes(format, kExpert, kHidden) +
-                                             format::scale_bytes(format, kExpert, kHidden));
+                         static_cast<double>(format::stored_bytes(format, kExpert, kHidden));
     const double flops = 6.0 * static_cast<double>(pairs * kHidden * kExpert);
     time("experts " + of, rotate, bytes, flops, [&](int i) {
       backend_.routed_experts(views, routings[static_cast<std::size_t>(i)], kTopK, x, hidden,
@@ -255,8 +253,7 @@ class Bench {
   // `bytes` counts what one token reads.
   model::ModelWeights r1_weights(const model::ModelSpec& spec, double& bytes) {
     const auto read = [&](WeightFormat format, std::int64_t rows, std::int64_t cols) {
-      bytes += static_cast<double>(format::data_bytes(format, rows, cols) +
-                                   format::scale_bytes(format, rows, cols));
+      bytes += static_cast<double>(format::stored_bytes(format, rows, cols));
       return weight(format, rows, cols);
     };
     const auto mlp = [&](std::int64_t width) {
@@ -286,8 +283,7 @@ class Bench {
         layer.shared_experts = mlp(kExpert);
         layer.experts = make_experts(WeightFormat::kNvfp4, spec.router.experts);
         bytes += static_cast<double>(kTopK) * 3.0 *
-                 static_cast<double>(format::data_bytes(WeightFormat::kNvfp4, kExpert, kHidden) +
-                                     format::scale_bytes(WeightFormat::kNvfp4, kExpert, kHidden));
+                 static_cast<double>(format::stored_bytes(WeightFormat::kNvfp4, kExpert, kHidden));
       } else {
         layer.mlp = mlp(spec.intermediate_size);
       }

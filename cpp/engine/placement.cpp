@@ -50,11 +50,6 @@ std::vector<FileMatrix> dense_matrices(const checkpoint::LayerSource& source,
   return all;
 }
 
-std::uint64_t stored_bytes(const ops::WeightView& view) {
-  return format::data_bytes(view.format, view.rows, view.cols) +
-         format::scale_bytes(view.format, view.rows, view.cols);
-}
-
 bool is_converted(const residency::FileGroup& group, const DenseFormats& formats) {
   return std::ranges::any_of(group.matrices, [&](const FileMatrix& matrix) {
     return matrix.format_in(formats) != matrix.source->format;
@@ -276,7 +271,7 @@ void Placement::take_matrices(Group& group, Arena& arena) {
     const std::size_t scales = format::scale_bytes(to.format, to.rows, to.cols);
     if (scales > 0) to.scales = arena.take(scales);
     *matrix.view = to;
-    weight_bytes_ += stored_bytes(*matrix.view) - matrix.source->bytes();
+    weight_bytes_ += format::stored_bytes(to.format, to.rows, to.cols) - matrix.source->bytes();
   }
 }
 

@@ -56,6 +56,10 @@ std::size_t scale_bytes(WeightFormat format, std::int64_t rows, std::int64_t col
   return 0;
 }
 
+std::size_t stored_bytes(WeightFormat format, std::int64_t rows, std::int64_t cols) {
+  return data_bytes(format, rows, cols) + scale_bytes(format, rows, cols);
+}
+
 namespace {
 
 // Pieces are searched without a branch a byte first: there is hardly ever anything to find.

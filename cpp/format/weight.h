@@ -32,6 +32,8 @@ std::string_view weight_format_name(WeightFormat format);
 std::size_t data_bytes(WeightFormat format, std::int64_t rows, std::int64_t cols);
 /// Bytes of its block scales; 0 for kF32 and kBF16.
 std::size_t scale_bytes(WeightFormat format, std::int64_t rows, std::int64_t cols);
+/// Bytes of both.
+std::size_t stored_bytes(WeightFormat format, std::int64_t rows, std::int64_t cols);
 
 /// A weight matrix [rows = out features, cols = in features], row-major, in its stored format.
 /// Views own nothing. `data` and `scales` may have any alignment: they point into bytes that were

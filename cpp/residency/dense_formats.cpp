@@ -11,10 +11,6 @@ using format::WeightFormat;
 constexpr std::array<std::string_view, kDenseRoles> kNames = {"attention", "o_proj",
                                                               "shared_experts", "mlp", "lm_head"};
 
-std::size_t stored_bytes(WeightFormat format, std::int64_t rows, std::int64_t cols) {
-  return format::data_bytes(format, rows, cols) + format::scale_bytes(format, rows, cols);
-}
-
 }  // namespace
 
 std::string_view dense_role_name(DenseRole role) { return kNames[static_cast<std::size_t>(role)]; }
@@ -33,7 +29,10 @@ WeightFormat DenseFormats::of(DenseRole role, WeightFormat published, std::int64
                               std::int64_t cols) const {
   const WeightFormat wanted = by_role[static_cast<std::size_t>(role)].value_or(published);
   if (wanted == WeightFormat::kNvfp4 && cols % format::kNvfp4Group != 0) return published;
-  if (stored_bytes(wanted, rows, cols) >= stored_bytes(published, rows, cols)) return published;
+  const auto bytes_in = [&](WeightFormat format) {
+    return format::stored_bytes(format, rows, cols);
+  };
+  if (bytes_in(wanted) >= bytes_in(published)) return published;
   return wanted;
 }
 

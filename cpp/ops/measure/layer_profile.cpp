@@ -14,8 +14,7 @@ namespace {
 using format::WeightFormat;
 
 double bytes_of(const WeightView& weight) {
-  return static_cast<double>(format::data_bytes(weight.format, weight.rows, weight.cols) +
-                             format::scale_bytes(weight.format, weight.rows, weight.cols));
+  return static_cast<double>(format::stored_bytes(weight.format, weight.rows, weight.cols));
 }
 
 double multiply_adds(const WeightView& weight) {

@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         wires = decode_floor.wire_rates(folder, arguments.threads, arguments.memory_limit)
     context = _context(arguments.tokens, _core.read_config(str(folder)))
     if arguments.stages:
-        context = max(context, *(tokens + 1 for tokens in arguments.prompt[-1:]))
+        context = max([context, *(tokens + 1 for tokens in arguments.prompt[-1:])])
     model = _load(arguments, folder, context)
     draw = np.random.default_rng(0)
     disk.measure()

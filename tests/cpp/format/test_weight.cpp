@@ -30,6 +30,7 @@ TEST(Weight, NamesAndSizes) {
     EXPECT_EQ(weight_format_name(sizes.format), sizes.name);
     EXPECT_EQ(data_bytes(sizes.format, 130, 160), sizes.data) << sizes.name;
     EXPECT_EQ(scale_bytes(sizes.format, 130, 160), sizes.scales) << sizes.name;
+    EXPECT_EQ(stored_bytes(sizes.format, 130, 160), sizes.data + sizes.scales) << sizes.name;
   }
 }
 
