@@ -142,6 +142,8 @@ nb::dict stats(const Handle& model) {
   put("uploads_ahead_used", s.uploads_ahead_used);
   put("cpu_bytes", s.cpu_bytes);
   put("cpu_seconds", s.cpu_seconds);
+  put("layer_upload_bytes", s.layer_upload_bytes);
+  put("layer_upload_wait_seconds", s.layer_upload_wait_seconds);
   put("rates", rates(s.rates));
   return d;
 }

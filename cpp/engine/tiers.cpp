@@ -69,8 +69,8 @@ Tiers::Tiers(ops::Ops& ops, ops::Ops* host, const model::ModelSpec& spec, Loaded
         traces.host);
   }
   if (!loaded.staged.empty()) {
-    device_layers_ = std::make_unique<residency::DeviceLayers>(std::move(loaded.staged),
-                                                               plan.layer_buffers, device_);
+    device_layers_ = std::make_unique<residency::DeviceLayers>(
+        std::move(loaded.staged), plan.layer_buffers, device_, traces.device);
   }
   if (plan.tiered) {
     make_store(ops, host, spec, plan, traces);
@@ -271,7 +271,8 @@ ModelStats Tiers::stats() const {
   }
   if (device_layers_ != nullptr) {
     stats.streamed_layers = device_layers_->layers();
-    stats.streamed_bytes = device_layers_->copied_bytes();
+    stats.layer_upload_bytes = device_layers_->stats().copied_bytes;
+    stats.layer_upload_wait_seconds = device_layers_->stats().wait_seconds;
   }
   if (loaded_.reader != nullptr) count_reads(loaded_.reader->stats(), stats);
   if (!tiered()) return stats;

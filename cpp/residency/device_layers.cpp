@@ -1,6 +1,8 @@
 #include "residency/device_layers.h"
 
 #include <algorithm>
+#include <chrono>
+#include <string>
 #include <utility>
 
 #include "base/checked.h"
@@ -9,11 +11,19 @@
 namespace dsfp4::residency {
 
 DeviceLayers::DeviceLayers(std::vector<StagedLayer> layers, std::size_t buffers,
-                           ops::Device& device)
-    : layers_(std::move(layers)), device_(device), buffers_(buffers) {
+                           ops::Device& device, DeviceTrace* trace)
+    : layers_(std::move(layers)),
+      device_(device),
+      trace_(trace),
+      buffers_(buffers),
+      waits_(layers_.size()) {
   for (Buffer& buffer : buffers_) {
     buffer.copied = device_.make_event();
     buffer.read = device_.make_event();
+  }
+  for (Wait& wait : waits_) {
+    wait.begin = device_.make_timed_event();
+    wait.end = device_.make_timed_event();
   }
 }
 
@@ -29,9 +39,13 @@ void DeviceLayers::copy(std::size_t index, std::uint64_t bytes) {
   bytes = std::min(bytes, layer.bytes - buffer.queued);
   if (bytes == 0) return;
   const auto at = static_cast<std::ptrdiff_t>(buffer.queued);
+  if (trace_ != nullptr) trace_->begin_copy();
   device_.copy_in(ops::Queue::kUpload, layer.from + at, layer.to + at, bytes);
+  if (trace_ != nullptr) {
+    trace_->end_copy("layer " + std::to_string(layer.layer) + " dense weights", bytes);
+  }
   buffer.queued += bytes;
-  copied_bytes_ += bytes;
+  stats_.copied_bytes += bytes;
   if (buffer.queued == layer.bytes) device_.record(ops::Queue::kUpload, buffer.copied);
 }
 
@@ -40,10 +54,11 @@ bool DeviceLayers::enter(std::int64_t layer) {
   // Another step's, which has not done with it: its ops so far come before the next copy.
   if (entered_ != kNone && layers_[entered_].layer != layer) leave(layers_[entered_].layer);
   try {
+    count_waits();
     if (found != layers_.end()) {
       const auto index = static_cast<std::size_t>(found - layers_.begin());
       copy(index, found->bytes);
-      device_.wait(ops::Queue::kCompute, buffer_of(index).copied);
+      wait_for_copy(index);
       entered_ = index;
       if (!overlaps_) device_.wait_for(buffer_of(index).copied);
     }
@@ -53,6 +68,30 @@ bool DeviceLayers::enter(std::int64_t layer) {
     throw;
   }
   return true;
+}
+
+// Holds up the ops that follow. The wait is timed, unless the layer's last one has not ended.
+void DeviceLayers::wait_for_copy(std::size_t index) {
+  Wait& wait = waits_[index];
+  const bool timed = entered_ != index && !wait.under_way;
+  if (timed) device_.record(ops::Queue::kCompute, wait.begin);
+  device_.wait(ops::Queue::kCompute, buffer_of(index).copied);
+  if (!timed) return;
+  device_.record(ops::Queue::kCompute, wait.end);
+  wait.under_way = true;
+  under_way_.push_back(index);
+}
+
+void DeviceLayers::count_waits() {
+  while (!under_way_.empty()) {
+    Wait& wait = waits_[under_way_.front()];
+    if (!device_.passed(wait.end)) return;
+    const std::chrono::duration<double> time =
+        device_.time_of(wait.end) - device_.time_of(wait.begin);
+    stats_.wait_seconds += std::max(time.count(), 0.0);  // the clocks are compared anew at times
+    wait.under_way = false;
+    under_way_.pop_front();
+  }
 }
 
 // A piece of the next layers' copies: the nearest one's share of the layers before it, then those
@@ -89,8 +128,10 @@ void DeviceLayers::leave(std::int64_t layer) noexcept {
 }
 
 void DeviceLayers::forget() noexcept {
-  entered_ = kNone;
+  if (entered_ != kNone) leave(layers_[entered_].layer);  // ops may still read it
   for (Buffer& buffer : buffers_) buffer.holds = kNone;
+  for (Wait& wait : waits_) wait.under_way = false;
+  under_way_.clear();
 }
 
 }  // namespace dsfp4::residency

@@ -8,11 +8,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "base/counter.h"
 #include "ops/device.h"
 #include "residency/dense_layers.h"
+#include "residency/device_trace.h"
 
 namespace dsfp4::residency {
 
@@ -24,13 +26,21 @@ struct StagedLayer {
   std::uint64_t bytes = 0;
 };
 
-/// Not safe to use from several threads at once, but for copied_bytes().
+struct DeviceLayerStats {
+  Counter<std::uint64_t> copied_bytes;  // from RAM to VRAM
+  /// In which ops waited for these copies, by the device's clock. Each wait is counted once another
+  /// layer is entered after its end.
+  Counter<double> wait_seconds;
+};
+
+/// Not safe to use from several threads at once, but for stats().
 class DeviceLayers final : public DenseLayers {
  public:
   /// `layers`: ascending, more than `buffers`, which is at least 2; layers[i] goes to buffer
-  /// i % buffers. The device and all memory must outlive this, and the device's queues must be
-  /// empty before the memory goes.
-  DeviceLayers(std::vector<StagedLayer> layers, std::size_t buffers, ops::Device& device);
+  /// i % buffers. The device, all memory and `trace`, which may be null, must outlive this, and the
+  /// device's queues must be empty before the memory goes.
+  DeviceLayers(std::vector<StagedLayer> layers, std::size_t buffers, ops::Device& device,
+               DeviceTrace* trace = nullptr);
 
   /// Waits for nothing but a full queue: ops of the layer wait for the copy. Throws what the device
   /// throws.
@@ -44,8 +54,7 @@ class DeviceLayers final : public DenseLayers {
   void forget() noexcept;
 
   std::size_t layers() const noexcept { return layers_.size(); }
-  /// From RAM to VRAM.
-  std::uint64_t copied_bytes() const noexcept { return copied_bytes_; }
+  const DeviceLayerStats& stats() const noexcept { return stats_; }
 
  private:
   struct Buffer {
@@ -54,18 +63,28 @@ class DeviceLayers final : public DenseLayers {
     ops::Event copied;          // once all are
     ops::Event read;            // the ops before are done with it
   };
+  // The ops' wait for a layer's copy.
+  struct Wait {
+    ops::Event begin, end;
+    bool under_way = false;
+  };
   static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
 
   Buffer& buffer_of(std::size_t index) { return buffers_[index % buffers_.size()]; }
   void copy(std::size_t index, std::uint64_t bytes);
   void copy_ahead(std::int64_t layer);
+  void wait_for_copy(std::size_t index);
+  void count_waits();
 
   const std::vector<StagedLayer> layers_;
   ops::Device& device_;
+  DeviceTrace* const trace_;
   std::vector<Buffer> buffers_;
+  std::vector<Wait> waits_;            // by layer
+  std::deque<std::size_t> under_way_;  // indices into waits_, the oldest first
   std::size_t entered_ = kNone;
   bool overlaps_ = true;
-  Counter<std::uint64_t> copied_bytes_;
+  DeviceLayerStats stats_;
 };
 
 }  // namespace dsfp4::residency

@@ -66,10 +66,9 @@ void DeviceTrace::end(Line& line, std::string name, std::uint64_t bytes) {
 
 void DeviceTrace::end_copy(ExpertKey key, std::uint64_t bytes) {
   const auto number = static_cast<std::int64_t>(key);
-  end(copies_,
-      "layer " + std::to_string(experts_.first_layer + number / experts_.per_layer) + " expert " +
-          std::to_string(number % experts_.per_layer),
-      bytes);
+  end_copy("layer " + std::to_string(experts_.first_layer + number / experts_.per_layer) +
+               " expert " + std::to_string(number % experts_.per_layer),
+           bytes);
 }
 
 void DeviceTrace::poll() {

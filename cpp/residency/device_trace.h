@@ -14,7 +14,7 @@
 
 namespace dsfp4::residency {
 
-/// Ops are spans of Track::kDevice, copies of experts of Track::kCopies; each begins when its queue
+/// Ops are spans of Track::kDevice, copies of weights of Track::kCopies; each begins when its queue
 /// has come to it, and is written some time after its end. Nobody waits for a span: one for which
 /// no event is free is left out, which is said at the end. Used by one thread at a time, not while
 /// a segment is recorded. What the device throws comes out of all calls but the destructor; spans
@@ -40,11 +40,12 @@ class DeviceTrace {
   DeviceTrace(const DeviceTrace&) = delete;
   DeviceTrace& operator=(const DeviceTrace&) = delete;
 
-  /// Around the calls that queue ops in kCompute, or an expert's copies in kUpload. A begin() whose
+  /// Around the calls that queue ops in kCompute, or copies of weights in kUpload. A begin() whose
   /// end() did not come is forgotten at the next one.
   void begin_ops() { begin(ops_); }
   void end_ops(std::string name) { end(ops_, std::move(name), 0); }
   void begin_copy() { begin(copies_); }
+  void end_copy(std::string name, std::uint64_t bytes) { end(copies_, std::move(name), bytes); }
   void end_copy(ExpertKey key, std::uint64_t bytes);
 
   /// Writes the spans that have ended. The others call it, too.

@@ -81,8 +81,9 @@ struct MemoryStrategy {
   /// at first 0.
   std::optional<double> gpu_reserved;
   /// Layers whose dense weights stay in VRAM, at most and at least; 0 to 2^31 - 1. Those of the
-  /// others lie in RAM and are copied for each step, while the layers before them compute. Not
-  /// given: as many as fit stay. Taken when the model is loaded.
+  /// others, three at least, as fewer save nothing, lie in RAM and are copied for each step, while
+  /// the layers before them compute. Not given: as many as fit stay. Taken when the model is
+  /// loaded.
   std::optional<std::int64_t> max_gpu_layers = std::nullopt;
   std::optional<std::int64_t> min_layers = std::nullopt;
 };
@@ -108,9 +109,9 @@ struct ModelStats {
   std::uint64_t predicted = 0, predicted_used = 0, predictable = 0;
   double wait_seconds = 0.0;          // with nothing left to compute but what was being read
   double expert_seconds = 0.0;        // computing experts
-  std::uint64_t streamed_layers = 0;  // whose dense weights are read, or copied, for each step
-  std::uint64_t streamed_bytes = 0;   // that steps computed with, or were copied to VRAM
-  double stream_wait_seconds = 0.0;   // for those
+  std::uint64_t streamed_layers = 0;  // whose dense weights are brought in anew for each step
+  std::uint64_t streamed_bytes = 0;   // of those, from the SSD, that steps computed with
+  double stream_wait_seconds = 0.0;   // for those reads
   std::uint64_t reads = 0, read_bytes = 0, read_retries = 0, read_stalls = 0, reads_in_flight = 0;
   double ssd_busy_seconds = 0.0;  // with at least one read in flight
   // Of a model whose experts lie in VRAM, too:
@@ -123,7 +124,9 @@ struct ModelStats {
   std::uint64_t uploads_ahead_used = 0;  // those that were then chosen; not among `hits`
   std::uint64_t cpu_bytes = 0;           // of experts that the processor computed
   double cpu_seconds = 0.0;
-  Rates rates;  // of the machine, measured before; 0: not known
+  std::uint64_t layer_upload_bytes = 0;    // of streamed_layers, from RAM to VRAM
+  double layer_upload_wait_seconds = 0.0;  // in which the GPU waited for those copies
+  Rates rates;                             // of the machine, measured before; 0: not known
 };
 
 struct LoadOptions {

@@ -45,7 +45,7 @@ def counted(**values: Any) -> dict[str, Any]:
         ),
         *("predicted_used", "predictable", "wait_seconds", "stream_wait_seconds", "uploads"),
         *("expert_seconds", "ssd_busy_seconds", "uploaded_bytes", "cpu_bytes", "cpu_seconds"),
-        *("image_bytes", "process_cpu_seconds"),
+        *("image_bytes", "process_cpu_seconds", "layer_upload_bytes", "layer_upload_wait_seconds"),
     )
     return {name: 0 for name in names} | {"tokens": 10, "seconds": 1.0} | values
 
@@ -86,13 +86,15 @@ def test_the_floor_beside_a_gpu_adds_the_dense_part_to_both_wires() -> None:
 
 
 def test_layers_that_a_gpu_copies_from_ram_are_not_the_disks() -> None:
-    run = counted(demand_bytes=1e9, streamed_bytes=8e9)
+    run = counted(demand_bytes=1e9, layer_upload_bytes=8e9)
     rates = Rates(ssd=1.0, dense=0.01, wires=WIRES)  # a token's dense part has the copies in it
     assert decode_floor.floor_parts(run, rates) == pytest.approx(
         {"ssd": 1.0, "dense": 0.1, "wires": 0.0}
     )
     assert decode_floor.judge(run, rates)["useful_bytes"] == 1e9
-    assert decode_floor.judge(run, Rates(ssd=1.0, compute=0.1))["useful_bytes"] == 9e9
+    assert decode_floor.judge(run, rates)["layer_upload_bytes"] == 8e9
+    from_ssd = counted(demand_bytes=1e9, streamed_bytes=8e9)
+    assert decode_floor.judge(from_ssd, Rates(ssd=1.0, compute=0.1))["useful_bytes"] == 9e9
 
 
 def test_hit_rates_add_up_over_the_tiers() -> None:
@@ -123,7 +125,7 @@ def test_a_row_is_the_median_run_of_its_share() -> None:
 
 def test_a_prompt_beside_a_gpu_has_its_experts_copied_once() -> None:
     prompt = {"seconds": 1.0, "needed_bytes": 1e9, "routed_bytes": 10e9, "compute": 0.9}
-    prompt["streamed_bytes"] = 2.5e9
+    prompt |= {"streamed_bytes": 0, "layer_upload_bytes": 2.5e9}
     on_gpu = decode_floor.judge_prompt(prompt, Rates(ssd=10.0, dense=0.1, wires=WIRES))
     assert on_gpu["floor_seconds"] == pytest.approx({"ssd": 0.1, "copies": 0.25})
     assert on_gpu["time_over_floor"] == pytest.approx(4.0)

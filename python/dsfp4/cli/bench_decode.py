@@ -46,6 +46,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--memory-limit", type=real(1e-9, 1e6), metavar="GB", help="of VRAM")
     parser.add_argument("--max-experts", type=integer(0, 1 << 30), metavar="N", help="in VRAM")
     parser.add_argument("--max-gpu-layers", type=integer(0, 1 << 30), metavar="N", help="in VRAM")
+    parser.add_argument("--min-layers", type=integer(0, 1 << 30), metavar="N", help="in VRAM")
     parser.add_argument(
         "--quantization", type=quantization, default="auto", metavar="ROLE=FORMAT,...|auto|keep"
     )
@@ -179,6 +180,7 @@ def _load(arguments: argparse.Namespace, folder: Path, max_context: int) -> Mode
         memory_limit=arguments.memory_limit,
         max_experts=arguments.max_experts,
         max_gpu_layers=arguments.max_gpu_layers,
+        min_layers=arguments.min_layers,
         quantization=arguments.quantization,
         cpu_share=arguments.cpu_share[0] if arguments.cpu_share else None,
         threads=arguments.threads,
@@ -241,7 +243,7 @@ def _beside_needed(
     read, streamed = run["read_bytes"], run["streamed_bytes"]
     routed = distinct * model.stats()["image_bytes"]
     from_files = 0 if cached else routed
-    needed = from_files + (streamed if model.device == "cpu" else 0)  # beside a GPU: from RAM
+    needed = from_files + streamed
     return {
         "tokens": tokens,
         "cached": cached,
@@ -251,6 +253,8 @@ def _beside_needed(
         "routed_bytes": routed,
         "uploaded_bytes": run["uploaded_bytes"],
         "streamed_bytes": streamed,
+        "layer_upload_bytes": gained("layer_upload_bytes"),
+        "layer_upload_wait_seconds": gained("layer_upload_wait_seconds"),
         "needed_bytes": needed,
         "read_over_needed": read / needed if needed > 0 else 0.0,  # all was in memory
         "wait_seconds": waited,

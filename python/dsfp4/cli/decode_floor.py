@@ -21,7 +21,10 @@ _WIRE_SECONDS = 1.0  # alone, the other alone, and both
 _WARM_UP = 4  # tokens: a layer is run, recorded, and then replayed
 _DENSE_TOKENS = 32
 LONGEST = _WARM_UP + _DENSE_TOKENS  # the longest sequence here
-_GPU_COUNTS = ("device_hits", "uploads", "uploaded_bytes", "cpu_bytes", "cpu_seconds")
+_GPU_COUNTS = (
+    *("device_hits", "uploads", "uploaded_bytes", "cpu_bytes", "cpu_seconds"),
+    *("layer_upload_bytes", "layer_upload_wait_seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def floor_of(parts: Mapping[str, float]) -> float:
 
 def floor_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     """Return the seconds of `ssd`, and of `compute` or, beside a GPU, `dense` and `wires`."""
-    parts = {"ssd": useful_bytes(run, rates) / rates.ssd / 1e9}
+    parts = {"ssd": useful_bytes(run) / rates.ssd / 1e9}
     if rates.wires is None:
         parts["compute"] = rates.compute * run["tokens"]
         return parts
@@ -126,10 +129,9 @@ def floor_parts(run: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     return parts
 
 
-def useful_bytes(run: Mapping[str, Any], rates: Rates) -> int:
-    """Return the bytes that had to be read. Beside a GPU, layers are streamed from RAM."""
-    streamed = run["streamed_bytes"] if rates.wires is None else 0
-    return run["demand_bytes"] + run["prefetched_bytes"] + streamed
+def useful_bytes(run: Mapping[str, Any]) -> int:
+    """Return the bytes that had to be read."""
+    return run["demand_bytes"] + run["prefetched_bytes"] + run["streamed_bytes"]
 
 
 def hit_rates(run: Mapping[str, Any]) -> dict[str, float]:
@@ -145,7 +147,7 @@ def hit_rates(run: Mapping[str, Any]) -> dict[str, float]:
 
 def judge(run: Mapping[str, Any], rates: Rates) -> dict[str, Any]:
     """Set what was measured beside the floor."""
-    useful = useful_bytes(run, rates)
+    useful = useful_bytes(run)
     parts = floor_parts(run, rates)
     tiers = hit_rates(run)
     read = run["read_bytes"]
@@ -199,7 +201,7 @@ def judge_prompt(prompt: Mapping[str, Any], rates: Rates) -> dict[str, Any]:
     if rates.wires is None:
         parts["compute"] = compute
     else:
-        copied = prompt["routed_bytes"] + prompt["streamed_bytes"]
+        copied = prompt["routed_bytes"] + prompt["layer_upload_bytes"]
         parts["copies"] = copied / rates.wires["copies"]
     return judged | {
         "floor_seconds": parts,

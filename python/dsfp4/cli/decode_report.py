@@ -10,7 +10,7 @@ _PART_NAMES = {
     "compute": "arithmetic",
     "dense": "dense part",
     "wires": "experts over both wires",
-    "copies": "experts over PCIe",
+    "copies": "weights over PCIe",
 }
 
 
@@ -88,6 +88,11 @@ def _run(name: str, run: Mapping[str, Any]) -> Iterable[str]:
             f"  {run['device_hits']} experts were in VRAM, {run['uploads']} copied there "
             f"({run['uploaded_bytes'] / 1e9:.1f} GB), {run['cpu_bytes'] / 1e9:.1f} GB computed "
             f"by the processor in {run['cpu_seconds']:.2f} s"
+        )
+    if run["layer_upload_bytes"] > 0:
+        yield (
+            f"  {run['layer_upload_bytes'] / 1e9:.1f} GB of dense weights copied to VRAM; the GPU "
+            f"waited for them for {run['layer_upload_wait_seconds']:.2f} s"
         )
 
 

@@ -79,13 +79,13 @@ TEST_P(ComputeStreamsTest, WithoutTransferNoLayerIsCopiedAhead) {
   ask(*engine);
   engine->set_compute_streams({.transfer = false});
   const auto copied = [&](std::int64_t tokens) {
-    const std::uint64_t before = engine->stats().streamed_bytes;
+    const std::uint64_t before = engine->stats().layer_upload_bytes;
     const Ids ids(static_cast<std::size_t>(tokens), 5);
     Floats logits(ids.size() * static_cast<std::size_t>(engine->spec().vocab_size));
     ForwardOptions forward;
     forward.decode = true;
     engine->forward(ids, logits, forward);
-    return engine->stats().streamed_bytes - before;
+    return engine->stats().layer_upload_bytes - before;
   };
   copied(1);
   const std::uint64_t once = copied(1);

@@ -66,6 +66,7 @@ class ThreeTiersFixture : public ::testing::TestWithParam<dsfp4::testing::TinyKi
   std::unique_ptr<Engine> load(const LoadOptions& options,
                                const ops::testing::EmulatedOptions& device = {}) {
     Machine machine;
+    machine.reading = reading_;
     machine.make_ops = [&] {
       auto made = std::make_unique<EmulatedOps>(device);
       device_ = made->emulated();
@@ -88,6 +89,7 @@ class ThreeTiersFixture : public ::testing::TestWithParam<dsfp4::testing::TinyKi
   }
 
   dsfp4::testing::ScratchFolder folder_;
+  storage::ReaderOptions reading_;  // of the next load()
   std::shared_ptr<EmulatedDevice> device_;
   Says right_;
 };

@@ -1,11 +1,20 @@
 // Dense weights that are copied from RAM to a device for every step.
+#include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
+#include <map>
 #include <random>
+#include <string>
+#include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 
+#include "base/files.h"
+#include "base/trace.h"
 #include "dsfp4/error.h"
 #include "emulated/emulated_device.h"
 #include "memory/arena.h"
@@ -77,10 +86,10 @@ TEST_F(DeviceLayersTest, EachIsCopiedOnceAStepAheadOfItsOps) {
     for (int step = 1; step <= 3; ++step) {
       for (std::int64_t layer = 0; layer < 15; ++layer) enter_and_leave(layer);
       const std::uint64_t steps = static_cast<std::uint64_t>(step) * all_bytes();
-      EXPECT_LE(stream.copied_bytes(), steps + (buffers - 1) * 4000);  // of the next step
+      EXPECT_LE(stream.stats().copied_bytes, steps + (buffers - 1) * 4000);  // of the next step
       // With more buffers some layers have one to themselves.
       if (buffers == 2) {
-        EXPECT_GE(stream.copied_bytes(), steps);
+        EXPECT_GE(stream.stats().copied_bytes, steps);
       }
     }
     device_.delay_copies(Queue::kUpload, {});
@@ -91,14 +100,14 @@ TEST_F(DeviceLayersTest, EachIsCopiedOnceAStepAheadOfItsOps) {
 TEST_F(DeviceLayersTest, ACopyIsSpreadOverTheLayersBefore) {
   make(4, 2);
   enter_and_leave(0);
-  const std::uint64_t first = made_->copied_bytes();
+  const std::uint64_t first = made_->stats().copied_bytes;
   EXPECT_EQ(first, 1334u);  // a third of layer 3
   enter_and_leave(1);
-  EXPECT_EQ(made_->copied_bytes(), 2667u);
+  EXPECT_EQ(made_->stats().copied_bytes, 2667u);
   enter_and_leave(2);
-  EXPECT_EQ(made_->copied_bytes(), 4000u);
+  EXPECT_EQ(made_->stats().copied_bytes, 4000u);
   enter_and_leave(3);
-  EXPECT_EQ(made_->copied_bytes(), 4000u + 1850);  // half of layer 5
+  EXPECT_EQ(made_->stats().copied_bytes, 4000u + 1850);  // half of layer 5
 }
 
 TEST_F(DeviceLayersTest, NoBufferIsFilledWhileOpsReadIt) {
@@ -152,6 +161,71 @@ TEST_F(DeviceLayersTest, AfterAnErrorNothingCountsAsCopied) {
   device_.clear_error();
   stream.forget();
   for (std::int64_t layer = 0; layer < 11; ++layer) enter_and_leave(layer);
+}
+
+// Ops that the device has not come to when the layers are forgotten.
+TEST_F(DeviceLayersTest, WhatIsForgottenStaysUntilItsOpsHaveReadIt) {
+  DeviceLayers& stream = make(5, 2);
+  memory::Arena read(kMostBytes, "a test", device_.staging());
+  std::byte* const found = memory::on_host(device_.staging(), read.take(layers_[0].bytes));
+  ASSERT_TRUE(stream.enter(3));
+  device_.hold(Queue::kCompute);
+  device_.copy_out(Queue::kCompute, layers_[0].to, found, layers_[0].bytes);
+  stream.forget();
+  ASSERT_TRUE(stream.enter(7));                               // into the same buffer
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));  // time for a copy that does not wait
+  device_.let_go(Queue::kCompute);
+  device_.synchronize();
+  EXPECT_EQ(std::count(found, found + layers_[0].bytes, std::byte{1}),
+            static_cast<std::ptrdiff_t>(layers_[0].bytes));
+}
+
+TEST_F(DeviceLayersTest, WaitsOfOpsAreCountedOnceTheyAreOver) {
+  DeviceLayers& stream = make(5, 2);
+  device_.hold(Queue::kUpload);
+  ASSERT_TRUE(stream.enter(3));
+  stream.leave(3);
+  ASSERT_TRUE(stream.enter(4));
+  EXPECT_EQ(stream.stats().wait_seconds, 0.0);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));  // in which the ops' queue stands
+  device_.let_go(Queue::kUpload);
+  device_.synchronize();
+  EXPECT_EQ(stream.stats().wait_seconds, 0.0);
+  ASSERT_TRUE(stream.enter(5));
+  EXPECT_GT(stream.stats().wait_seconds, 0.0);
+  // A device that has failed tells no times.
+  device_.fail_copy(Queue::kUpload, 1);
+  EXPECT_THROW(
+      {
+        for (std::int64_t layer = 6; layer < 13; ++layer) enter_and_leave(layer);
+      },
+      CudaError);
+  device_.clear_error();
+  for (std::int64_t layer = 0; layer < 13; ++layer) enter_and_leave(layer);
+}
+
+TEST_F(DeviceLayersTest, CopiesAreSpansOfTheTrace) {
+  const auto path = std::filesystem::path(::testing::TempDir()) /
+                    ("device_layers." + std::to_string(::getpid()) + ".json");
+  {
+    Trace trace(path);
+    DeviceTrace device_trace(trace, device_, {});
+    make(4, 2);
+    made_ = std::make_unique<DeviceLayers>(layers_, 2, device_, &device_trace);
+    for (std::int64_t layer = 0; layer < 10; ++layer) enter_and_leave(layer);
+    device_.synchronize();
+  }
+  std::map<std::string, std::uint64_t> bytes;
+  for (const auto& event : nlohmann::json::parse(read_whole_file(path))) {
+    if (event.at("ph") != "X") continue;
+    bytes[event.at("name")] += std::uint64_t(event.at("args").at("bytes"));
+  }
+  std::filesystem::remove(path);
+  EXPECT_EQ(bytes["layer 5 dense weights"], layers_[1].bytes);
+  EXPECT_EQ(bytes["layer 7 dense weights"], layers_[2].bytes);
+  std::uint64_t all = 0;
+  for (const auto& [name, copied] : bytes) all += copied;
+  EXPECT_EQ(all, made_->stats().copied_bytes);
 }
 
 }  // namespace
