@@ -51,6 +51,7 @@ namespace {
   } else if (budgets.ram_limit == 0) {
     advice = "free some memory, or set ram_limit if the machine can spare more";
   }
+  if (!shortage.raise.empty()) advice += ", or raise " + shortage.raise;
   throw MemoryLimitError(shortage.purpose, shortage.needed, ceiling, advice + lower);
 }
 

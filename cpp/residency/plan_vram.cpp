@@ -126,9 +126,17 @@ StreamedCount streamed_count(const ModelBytes& model, const Wishes& wishes) {
   count.most = layers - std::min(layers, wishes.min_layers);
   if (count.most < kFewestStreamed) count.most = 0;
   count.least = layers - std::min(layers, stay);
-  if (count.least > 0) count.least = std::max(count.least, kFewestStreamed);
-  if (count.least > count.most) count.least = count.most;
-  return count;
+  if (count.least == 0) return count;
+  count.least = std::max<std::size_t>(count.least, kFewestStreamed);
+  if (count.least <= count.most) return count;
+  std::string refusal = "must be at least " + std::to_string(layers) + ", all layers";
+  if (layers >= kFewestStreamed) {
+    refusal += ", or min_layers at most " + std::to_string(layers - kFewestStreamed);
+  }
+  throw ParameterError("max_gpu_layers", refusal + ": fewer than " +
+                                             std::to_string(kFewestStreamed) +
+                                             " streamed layers fill their buffers and save "
+                                             "nothing");
 }
 
 // With as few layers streamed as possible.
@@ -163,12 +171,38 @@ Trial try_in_vram(Attempt in_tiers, const ModelBytes& model, const Budgets& budg
     return whole;
   }
   if (model.experts == 0) {
+    if (!wants_all(model, wishes)) {
+      throw ParameterError("max_gpu_layers", "must be at least " +
+                                                 std::to_string(model.layers.size()) +
+                                                 ", all layers: a model without routed experts "
+                                                 "lies in VRAM whole");
+    }
     const std::uint64_t beside_kv =
         sum_of({wishes.gpu_reserved, whole.dense_bytes, whole.step_bytes});
     return Shortage{kDeviceWhole, needed, shorter_context(model, beside_kv, vram_of(budgets)),
                     true};
   }
   return best_plan(in_tiers, model, budgets, wishes);
+}
+
+// In the first formats that fit with no more layers streamed than asked for, else with as many as
+// it takes.
+Trial in_first_formats_that_fit(const ModelBytes& model, const Budgets& budgets,
+                                const Wishes& wishes) {
+  ModelBytes smaller = model;
+  Trial trial = try_in_vram(try_tiers_as_wished, smaller, budgets, wishes);
+  const auto lacks_vram = [&] {
+    const auto* shortage = std::get_if<Shortage>(&trial);
+    return shortage != nullptr && shortage->vram;
+  };
+  for (const ModelBytes::Converted& converted : model.converted) {
+    if (!lacks_vram()) break;
+    smaller.formats = converted.formats;
+    smaller.dense = converted.dense;
+    smaller.layers = converted.layers;
+    trial = try_in_vram(try_tiers_as_wished, smaller, budgets, wishes);
+  }
+  return lacks_vram() ? try_in_vram(try_tiers, smaller, budgets, wishes) : trial;
 }
 
 }  // namespace
@@ -193,26 +227,21 @@ std::optional<Shortage> place_device_slots(const ModelBytes& model, const Wishes
 }
 
 Trial plan_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
-  ModelBytes smaller = model;
-  Trial trial = try_in_vram(try_tiers_as_wished, smaller, budgets, wishes);
-  for (const ModelBytes::Converted& converted : model.converted) {
-    const auto* shortage = std::get_if<Shortage>(&trial);
-    if (shortage == nullptr || !shortage->vram) break;
-    smaller.formats = converted.formats;
-    smaller.dense = converted.dense;
-    smaller.layers = converted.layers;
-    trial = try_in_vram(try_tiers_as_wished, smaller, budgets, wishes);
-  }
-  const auto* shortage = std::get_if<Shortage>(&trial);
-  if (shortage == nullptr || !shortage->vram) return trial;
-  trial = try_in_vram(try_tiers, smaller, budgets, wishes);
-  if (auto* lacking = std::get_if<Shortage>(&trial)) {
-    Wishes none_must_stay = wishes;
-    none_must_stay.min_layers = 0;
-    if (wishes.min_layers > 0 && lacking->vram &&
-        std::holds_alternative<Plan>(try_in_vram(try_tiers, smaller, budgets, none_must_stay))) {
+  Trial trial = in_first_formats_that_fit(model, budgets, wishes);
+  auto* const lacking = std::get_if<Shortage>(&trial);
+  if (lacking == nullptr) return trial;
+  const auto loads_with = [&](const Wishes& other) {
+    return std::holds_alternative<Plan>(in_first_formats_that_fit(model, budgets, other));
+  };
+  Wishes freer = wishes;
+  if (lacking->vram && wishes.min_layers > 0) {
+    freer.min_layers = 0;
+    if (loads_with(freer))
       lacking->lower += lacking->lower.empty() ? "min_layers" : " or min_layers";
-    }
+  }
+  if (!lacking->vram && wishes.max_gpu_layers) {
+    freer.max_gpu_layers.reset();
+    if (loads_with(freer)) lacking->raise = "max_gpu_layers";
   }
   return trial;
 }

@@ -21,6 +21,7 @@ struct Shortage {
   std::uint64_t needed = 0;  // bytes from which on it would fit
   std::string lower;         // what may be lowered instead; empty: nothing helps
   bool vram = false;
+  std::string raise = {};  // what may be raised instead
 };
 
 inline constexpr const char* kFloor =

@@ -209,6 +209,59 @@ TEST(PlanInVram, MaxGpuLayersAndMinLayersAreKept) {
   }
 }
 
+// Says what is wrong with a wish.
+std::string bad_wish(const Wishes& wishes, const ModelBytes& model) {
+  try {
+    plan(kEnough, kEnough, wishes, model);
+    return "";
+  } catch (const ParameterError& error) {
+    return error.what();
+  }
+}
+
+TEST(PlanInVram, TooFewLayersToStreamAreRefused) {
+  const ModelBytes model = layered_model();
+  EXPECT_EQ(bad_wish(with_layers(5, 3), model), "");
+  const std::string six = bad_wish(with_layers(5, 4), model);
+  EXPECT_NE(six.find("'max_gpu_layers': must be at least 6, all layers, or min_layers at most 3: "
+                     "fewer than 3 streamed layers"),
+            std::string::npos)
+      << six;
+  ModelBytes two = small_model();
+  two.layers = {60, 50};
+  for (const std::uint64_t stay : {0, 1}) {
+    const std::string refusal = bad_wish(with_layers(stay), two);
+    EXPECT_NE(refusal.find("must be at least 2, all layers: fewer"), std::string::npos) << refusal;
+  }
+  EXPECT_EQ(bad_wish(with_layers(2), two), "");
+  two.layers = {60, 50, 50};
+  EXPECT_EQ(plan(kEnough, kEnough, with_layers(2), two).streamed_layers(), 3u);
+}
+
+TEST(PlanInVram, LayersOfAModelWithoutExpertsAreNotStreamed) {
+  ModelBytes model = layered_model();
+  model.experts = model.expert_bytes = model.expert_slot = model.device_slot = 0;
+  EXPECT_EQ(bad_wish(with_layers(6), model), "");
+  EXPECT_NE(bad_wish(with_layers(3), model).find("'max_gpu_layers': must be at least 6"),
+            std::string::npos);
+}
+
+TEST(PlanInVram, WhereStreamedLayersTakeTooMuchRamThatIsSaid) {
+  const ModelBytes model = layered_model();  // 320 bytes of layers
+  const auto with = [&](std::uint64_t vram, const Wishes& wishes) {
+    return refusal(model, budgets_of(vram, kRamFloor + 319), wishes);
+  };
+  EXPECT_FALSE(refusal(model, budgets_of(kEnough, kRamFloor + 320), with_layers(0)));
+  const auto error = with(kEnough, with_layers(0));
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->needed(), error->available() + 1);
+  EXPECT_TRUE(says(error, "raise ram_limit, or raise max_gpu_layers, or lower prefetch_size"));
+  // VRAM takes only so many more.
+  EXPECT_TRUE(says(with(kVramFloor - 100, with_layers(0)), "raise max_gpu_layers"));
+  EXPECT_FALSE(says(with(kVramFloor - 200, with_layers(0)), "max_gpu_layers"));
+  EXPECT_FALSE(says(with(kVramFloor - 200, wishes_of()), "max_gpu_layers"));
+}
+
 TEST(PlanInVram, BuffersAreFewerThanTheLayersThatUseThem) {
   Wishes wishes = with_layers(0);
   wishes.prefetch_layers = 16;
