@@ -9,6 +9,7 @@
 
 #include "dsfp4/error.h"
 #include "ops/cuda_plugin.h"
+#include "ops/host_routing.h"
 #include "ops/raw.h"
 #include "ops/routing.h"
 
@@ -414,17 +415,21 @@ std::optional<std::int32_t> CudaBackend::sample(ConstMatrix logits, const Sample
 
 CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
   const auto rows = static_cast<std::size_t>(largest.rows);
+  const auto dense_rows = static_cast<std::size_t>(largest.dense_rows);
   constexpr std::size_t kBf16 = 2;
-  std::size_t bytes = rows * static_cast<std::size_t>(largest.width) * kBf16;
-  bytes = std::max(
-      bytes, plugin_.prefill_workspace(opened(), &largest.mla, largest.context, largest.rows));
+  std::size_t bytes = kBf16 * std::max(dense_rows * static_cast<std::size_t>(largest.width),
+                                       rows * static_cast<std::size_t>(largest.step_width));
+  bytes = std::max(bytes, plugin_.prefill_workspace(opened(), &largest.mla, largest.context,
+                                                    largest.dense_rows));
   bytes = std::max(
       bytes, plugin_.latent_workspace(opened(), &largest.mla, 1, rounded_length(largest.context)));
   if (!largest.experts.empty()) {
     const raw::ExpertView first = unwrap(largest.experts.front());
     const auto experts = static_cast<std::int64_t>(largest.experts.size());
+    // Results of all pairs are kept for few rows only; those of other steps are added at once.
+    const std::int64_t kept = std::min(largest.rows, kMostHostRows);
     for (const auto workspace_of : {plugin_.experts_workspace, plugin_.expert_tasks_workspace}) {
-      bytes = std::max(bytes, workspace_of(opened(), &first, experts, largest.rows, largest.top_k));
+      bytes = std::max(bytes, workspace_of(opened(), &first, experts, kept, largest.top_k));
     }
     const std::int64_t rows_added = added_pairs(largest.rows, largest.top_k);
     bytes =
@@ -434,9 +439,9 @@ CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
       std::max(bytes, plugin_.sample_workspace(opened(), std::max<std::int64_t>(largest.vocab, 1)));
   const auto blocks = static_cast<std::size_t>(largest.context / kKvBlockTokens + 1);
   return {bytes, std::max(rows * sizeof(std::int32_t), kSmallBuffer),
-          std::max(rows * sizeof(cuda::RowPlace), kSmallBuffer),
+          std::max(dense_rows * sizeof(cuda::RowPlace), kSmallBuffer),
           std::max(blocks * sizeof(std::byte*), kSmallBuffer),
-          rows * static_cast<std::size_t>(largest.top_k) * sizeof(std::int32_t)};
+          dense_rows * static_cast<std::size_t>(largest.top_k) * sizeof(std::int32_t)};
 }
 
 std::uint64_t CudaBackend::working_bytes(const Largest& largest) const {

@@ -159,9 +159,11 @@ class Ops {
   /// The largest steps to come, so that all memory they need is taken now.
   struct Largest {
     MlaShape mla;
-    std::int64_t rows = 0;     // of a step
-    std::int64_t context = 0;  // tokens of a sequence
-    std::int64_t width = 0;    // columns of the widest weight
+    std::int64_t rows = 0;        // of a step
+    std::int64_t dense_rows = 0;  // of those that pass attention and dense MLPs together
+    std::int64_t context = 0;     // tokens of a sequence
+    std::int64_t width = 0;       // columns of the widest weight
+    std::int64_t step_width = 0;  // of the widest that all rows of a step pass together
     std::int64_t vocab = 0;
     std::int64_t top_k = 0;
     std::span<const ExpertView> experts = {};  // of any layer, perhaps without data; may be empty

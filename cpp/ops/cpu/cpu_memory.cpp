@@ -42,7 +42,8 @@ CpuBackend::StepMemory CpuBackend::step_memory(const Largest& largest) const {
   for (std::size_t f = 0; f < format::kWeightFormats; ++f) {
     const std::int64_t width = largest.widest.all.at(f);
     if (width > 0) {
-      add_packed(*isa_.prefill.at(f), largest.rows, width);
+      add_packed(*isa_.prefill.at(f), largest.dense_rows, width);
+      add_packed(*isa_.prefill.at(f), largest.rows, std::min(width, largest.step_width));
       add_packed(*isa_.decode.at(f), 1, width);
       if (isa_.prefill.at(f) != isa_.exact) in_tiles = std::max(in_tiles, width);
     }
@@ -56,9 +57,10 @@ CpuBackend::StepMemory CpuBackend::step_memory(const Largest& largest) const {
     memory.places = memory.tokens;
   }
 
-  memory.thread = std::max({multiply_bytes_, prefill_task_bytes(layer_, largest.mla, largest.rows),
-                            latent_task_bytes(layer_, largest.mla, largest.mla.heads),
-                            absorb_task_bytes(layer_, largest.mla, 1)});
+  memory.thread =
+      std::max({multiply_bytes_, prefill_task_bytes(layer_, largest.mla, largest.dense_rows),
+                latent_task_bytes(layer_, largest.mla, largest.mla.heads),
+                absorb_task_bytes(layer_, largest.mla, 1)});
   memory.partials = latent_partial_bytes(layer_, largest.mla, largest.context);
   const bool experts = largest.moe_intermediate_size > 0;
   if (experts) {
@@ -67,7 +69,10 @@ CpuBackend::StepMemory CpuBackend::step_memory(const Largest& largest) const {
   if (isa_.tiles == nullptr) return memory;
   const Tiles& tiles = *isa_.tiles;
   const std::int64_t groups = ceil_div(largest.rows, kTileTokens);
-  memory.groups = static_cast<std::size_t>(groups) * tiles.group_bytes(in_tiles);
+  const std::int64_t dense_groups = ceil_div(largest.dense_rows, kTileTokens);
+  memory.groups = std::max(
+      static_cast<std::size_t>(dense_groups) * tiles.group_bytes(in_tiles),
+      static_cast<std::size_t>(groups) * tiles.group_bytes(std::min(in_tiles, largest.step_width)));
   if (experts) {
     const std::int64_t wider = std::max(largest.hidden_size, largest.moe_intermediate_size);
     const std::int64_t most = groups_at_once(tiles.group_bytes(wider)) + groups;

@@ -19,7 +19,8 @@ using testing::AllocationMeter;
 constexpr std::int64_t kHidden = 7168;
 constexpr std::int64_t kIntermediate = 18432;
 constexpr std::int64_t kMoeIntermediate = 2048;
-constexpr std::int64_t kRows = 20;
+constexpr std::int64_t kRows = 40;
+constexpr std::int64_t kDenseRows = 20;  // of those, through a layer's dense weights together
 constexpr std::int64_t kTopK = 8;
 constexpr std::int64_t kContext = 1100;  // three pieces of it in decode
 constexpr MlaShape kMla = {128, 512, 128, 64, 128, 0.1f};
@@ -51,6 +52,8 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
     Ops::Largest sizes;
     sizes.mla = kMla;
     sizes.rows = kRows;
+    sizes.dense_rows = kDenseRows;
+    sizes.step_width = kHidden;
     sizes.context = kContext;
     sizes.top_k = kTopK;
     sizes.hidden_size = kHidden;
@@ -65,9 +68,12 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
   // Every op that packs or works in memory of its own; few rows of a weight, all of its columns.
   void run_step(Ops& ops, Phase phase) {
     const std::int64_t rows = phase == Phase::kPrefill ? kRows : 1;
+    const std::int64_t dense_rows = phase == Phase::kPrefill ? kDenseRows : 1;
     for (const Zeros* wide : {&wide_, &wide_bf16_}) {
-      ops.linear(wide->view, wide_x_.view.slice(0, rows), few_.view.slice(0, rows), phase);
+      ops.linear(wide->view, wide_x_.view.slice(0, dense_rows), few_.view.slice(0, dense_rows),
+                 phase);
     }
+    ops.linear(shared_.view, x_.view.slice(0, rows), few_.view.slice(0, rows), phase);
     ops.linear(router_.view, x_.view.slice(0, rows), few_.view.slice(0, rows), phase, Inputs::kF32);
 
     std::vector<ExpertTask> tasks;
@@ -93,8 +99,8 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
 
     const std::vector<DevicePtr<std::byte>> blocks(kContext / kKvBlockTokens + 1, block_.data());
     const std::int64_t position = phase == Phase::kPrefill ? 0 : kContext - rows;
-    const SequenceRows sequence{0, rows, position, {blocks, 0, KvFormat::kBf16, 1.0f}};
-    const ops::Matrix q = q_.view.slice(0, rows);
+    const SequenceRows sequence{0, dense_rows, position, {blocks, 0, KvFormat::kBf16, 1.0f}};
+    const ops::Matrix q = q_.view.slice(0, dense_rows);
     if (phase == Phase::kPrefill) {
       ops.prefill_attention(kMla, kv_b_.view, {&sequence, 1}, q, attended_.view);
       return;
@@ -106,16 +112,16 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
 
  private:
   Zeros wide_{GetParam(), 16, kIntermediate}, wide_bf16_{WeightFormat::kBF16, 16, kIntermediate};
-  Zeros router_{WeightFormat::kBF16, 16, kHidden};
+  Zeros router_{WeightFormat::kBF16, 16, kHidden}, shared_{GetParam(), 16, kHidden};
   Zeros gate_{GetParam(), kMoeIntermediate, kHidden}, down_{GetParam(), 16, kMoeIntermediate};
   ExpertView expert_{gate_.view, gate_.view, down_.view};
   Zeros kv_b_{WeightFormat::kBF16, 128 * 256, 512};
   std::vector<std::byte> block_ =
       std::vector<std::byte>(static_cast<std::size_t>(kKvBlockTokens * kMla.cache_width()) * 2);
-  Activations wide_x_{kRows, kIntermediate}, x_{kRows, kHidden}, few_{kRows, 16};
+  Activations wide_x_{kDenseRows, kIntermediate}, x_{kRows, kHidden}, few_{kRows, 16};
   Activations hidden_{kRows * kTopK, kMoeIntermediate}, routed_{kRows * kTopK, 16};
   std::vector<float> weights_ = std::vector<float>(static_cast<std::size_t>(kRows * kTopK));
-  Activations q_{kRows, 128 * 192}, attended_{kRows, 128 * 128};
+  Activations q_{kDenseRows, 128 * 192}, attended_{kDenseRows, 128 * 128};
   Activations q_abs_{1, 128 * 512}, latent_{1, 128 * 512};
 };
 

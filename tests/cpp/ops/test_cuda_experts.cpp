@@ -9,6 +9,7 @@
 
 #include "ops/cuda_backend.h"
 #include "ops/cuda_fixture.h"
+#include "ops/host_routing.h"
 
 namespace dsfp4::ops {
 namespace {
@@ -306,16 +307,16 @@ TEST_F(CudaTasks, TakeNoMemoryOnceItIsReserved) {
   const std::vector<ExpertView> layer(8, expert_);
   Ops::Largest largest;
   largest.mla = {16, 512, 128, 64, 128, 0.1f};
-  largest.rows = 64;
+  largest.rows = largest.dense_rows = 64;
   largest.context = 256;
-  largest.width = 512;
+  largest.width = largest.step_width = 512;
   largest.vocab = 1000;
   largest.top_k = 8;
   largest.experts = layer;
   limited.reserve(largest);
   const auto wait_for_uploads = [&] { backend_->device().synchronize(); };
   const std::size_t before = limited.device().memory().available();
-  for (const std::int64_t tokens : {1, 64}) {
+  for (const std::int64_t tokens : {std::int64_t{1}, kMostHostRows}) {
     const std::int64_t pairs = tokens * 8;
     const Matrix x = on_device(OwnedMatrix(tokens, 512, 5));
     const Matrix hidden = on_device(OwnedMatrix(pairs, 256));

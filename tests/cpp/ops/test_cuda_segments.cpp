@@ -31,9 +31,9 @@ class CudaSegmentsTest : public Cuda {
                  on_device(random_weight(WeightFormat::kBF16, 120, 32, 6))}};
     Ops::Largest largest;  // so that no memory moves
     largest.mla = kShape;
-    largest.rows = 2;
+    largest.rows = largest.dense_rows = 2;
     largest.context = 128;
-    largest.width = 132;
+    largest.width = largest.step_width = 132;
     largest.vocab = kVocab;
     largest.top_k = 1;
     largest.experts = experts_;
