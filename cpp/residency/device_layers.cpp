@@ -72,24 +72,22 @@ bool DeviceLayers::enter(std::int64_t layer) {
 
 // Holds up the ops that follow. The wait is timed, unless the layer's last one has not ended.
 void DeviceLayers::wait_for_copy(std::size_t index) {
-  Wait& wait = waits_[index];
-  const bool timed = entered_ != index && !wait.under_way;
+  const Wait& wait = waits_[index];
+  const bool timed = std::ranges::find(under_way_, index) == under_way_.end();
   if (timed) device_.record(ops::Queue::kCompute, wait.begin);
   device_.wait(ops::Queue::kCompute, buffer_of(index).copied);
   if (!timed) return;
   device_.record(ops::Queue::kCompute, wait.end);
-  wait.under_way = true;
   under_way_.push_back(index);
 }
 
 void DeviceLayers::count_waits() {
   while (!under_way_.empty()) {
-    Wait& wait = waits_[under_way_.front()];
+    const Wait& wait = waits_[under_way_.front()];
     if (!device_.passed(wait.end)) return;
     const std::chrono::duration<double> time =
         device_.time_of(wait.end) - device_.time_of(wait.begin);
     stats_.wait_seconds += std::max(time.count(), 0.0);  // the clocks are compared anew at times
-    wait.under_way = false;
     under_way_.pop_front();
   }
 }
@@ -130,8 +128,6 @@ void DeviceLayers::leave(std::int64_t layer) noexcept {
 void DeviceLayers::forget() noexcept {
   if (entered_ != kNone) leave(layers_[entered_].layer);  // ops may still read it
   for (Buffer& buffer : buffers_) buffer.holds = kNone;
-  for (Wait& wait : waits_) wait.under_way = false;
-  under_way_.clear();
 }
 
 }  // namespace dsfp4::residency

@@ -66,7 +66,6 @@ class DeviceLayers final : public DenseLayers {
   // The ops' wait for a layer's copy.
   struct Wait {
     ops::Event begin, end;
-    bool under_way = false;
   };
   static constexpr std::size_t kNone = static_cast<std::size_t>(-1);
 
@@ -81,7 +80,7 @@ class DeviceLayers final : public DenseLayers {
   DeviceTrace* const trace_;
   std::vector<Buffer> buffers_;
   std::vector<Wait> waits_;            // by layer
-  std::deque<std::size_t> under_way_;  // indices into waits_, the oldest first
+  std::deque<std::size_t> under_way_;  // of those, the oldest first
   std::size_t entered_ = kNone;
   bool overlaps_ = true;
   DeviceLayerStats stats_;

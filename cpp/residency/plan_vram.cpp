@@ -124,7 +124,6 @@ StreamedCount streamed_count(const ModelBytes& model, const Wishes& wishes) {
   }
   StreamedCount count;
   count.most = layers - std::min(layers, wishes.min_layers);
-  if (count.most < kFewestStreamed) count.most = 0;
   count.least = layers - std::min(layers, stay);
   if (count.least == 0) return count;
   count.least = std::max<std::size_t>(count.least, kFewestStreamed);

@@ -68,8 +68,9 @@ class Model:
     within `memory_limit`, that are left to others; None is planned from what is available, and no
     `gpu_reserved`. `max_gpu_layers` and `min_layers` are how many layers' dense weights stay in
     VRAM at most and at least: those of the others, three or more, lie in RAM and are copied for
-    each step while the layers before them compute; None is as many as fit. `prefetch_layers`, `expert_threshold`
-    and `cpu_share` are as in `set_memory_config()`, where "auto" says what None means here.
+    each step while the layers before them compute; None is as many as fit. `prefetch_layers`,
+    `expert_threshold` and `cpu_share` are as in `set_memory_config()`, where "auto" says what None
+    means here.
     `quantization` says in which formats dense weights lie in memory, converted while they are
     loaded: "auto" is as published, and where VRAM does not hold that, FP8 first, then NVFP4, for as
     few roles as it takes; "keep" is always as published; a mapping names roles, "attention" (all of

@@ -58,6 +58,14 @@ def test_cpu_share_may_be_given_several_times() -> None:
     assert several.repeat == 3
 
 
+def test_the_numbers_of_layers_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(bench_decode, "Model", lambda *_, **options: given.update(options))
+    arguments = parse("--max-gpu-layers", "5", "--min-layers", "3")
+    bench_decode._load(arguments, Path("folder"), 100)
+    assert (given["max_gpu_layers"], given["min_layers"]) == (5, 3)
+
+
 @pytest.mark.parametrize("text", ["-0.1", "1.5", "nan", "half", ""])
 def test_bad_shares_are_named(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -194,6 +202,10 @@ def test_one_share_makes_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert "cpu-share" not in text
     assert "held" not in text
     assert "0.25 s of processor time a GB" in text
+    assert "dense weights copied" not in text
+    report["warm"] |= {"layer_upload_bytes": 3e9, "layer_upload_wait_seconds": 0.5}
+    text = "\n".join(decode_report.lines(report))
+    assert "3.0 GB of dense weights copied to VRAM; the GPU waited for them for 0.50 s" in text
 
 
 def test_a_prompt_is_measured_with_experts_in_ram_too(

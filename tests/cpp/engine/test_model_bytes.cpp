@@ -57,6 +57,18 @@ TEST(ModelBytes, AttentionOfAPromptTakesWhatAPieceOfItTakes) {
   EXPECT_GT(bytes(model::kDenseRows), 2 * model::kDenseRows * a_row);
 }
 
+TEST(ModelBytes, OpsWorkInMemoryForTheRowsThatPassThemTogether) {
+  const model::ModelSpec spec = model::make_spec(r1());
+  const auto backend = ops::make_reference_ops(1);
+  const Running running{spec, *backend, nullptr, ops::KvFormat::kBf16, 163840};
+  const ops::Ops::Largest prompt = largest_step(running, WeightSizes(), 32768);
+  EXPECT_EQ(prompt.rows, 32768);
+  EXPECT_EQ(prompt.dense_rows, model::kDenseRows);
+  EXPECT_EQ(prompt.width, 18432);
+  EXPECT_EQ(prompt.step_width, 7168);
+  EXPECT_EQ(largest_step(running, WeightSizes(), 1000).dense_rows, 1000);
+}
+
 // A prompt that is cut into chunks reads most experts once for each of them.
 TEST(ModelBytes, APromptOf16384TokensOfR1IsOneChunk) {
   const residency::ModelBytes bytes = bytes_with(163840);

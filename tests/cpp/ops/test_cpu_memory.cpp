@@ -19,7 +19,7 @@ using testing::AllocationMeter;
 constexpr std::int64_t kHidden = 7168;
 constexpr std::int64_t kIntermediate = 18432;
 constexpr std::int64_t kMoeIntermediate = 2048;
-constexpr std::int64_t kRows = 40;
+constexpr std::int64_t kRows = 60;
 constexpr std::int64_t kDenseRows = 20;  // of those, through a layer's dense weights together
 constexpr std::int64_t kTopK = 8;
 constexpr std::int64_t kContext = 1100;  // three pieces of it in decode
@@ -138,6 +138,17 @@ TEST_P(CpuMemory, IsPlannedAndTakenAtStart) {
       run_step(backend, phase);
       EXPECT_LT(step.peak_bytes(), kSmall) << isa->name << " phase " << static_cast<int>(phase);
     }
+  }
+}
+
+TEST_P(CpuMemory, OfWideWeightsIsThatOfTheRowsThatPassThemTogether) {
+  for (const Isa* isa : isas_under_test()) {
+    const CpuBackend backend(kThreads, *isa);
+    Ops::Largest sizes = largest();
+    const std::uint64_t planned = backend.working_bytes(sizes);
+    sizes.dense_rows = kRows;
+    const std::uint64_t wider = static_cast<std::uint64_t>(kRows) * (kIntermediate - kHidden);
+    EXPECT_GE(backend.working_bytes(sizes), planned + wider) << isa->name;  // a byte each at least
   }
 }
 

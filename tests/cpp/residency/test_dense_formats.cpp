@@ -1,5 +1,7 @@
 // The formats that dense weights are converted to.
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -32,7 +34,8 @@ TEST(DenseFormats, AMatrixIsConvertedOnlyIfItGetsSmaller) {
   EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kF32), WeightFormat::kFp8Block);
   EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kFp8Block), WeightFormat::kFp8Block);
   EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kNvfp4), WeightFormat::kNvfp4);
-  EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kBF16, 1, 2), WeightFormat::kBF16);  // 4 bytes of 6
+  EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kBF16, 1, 2), WeightFormat::kBF16);  // 6 bytes, not 4
+  EXPECT_EQ(of(DenseRole::kMlp, WeightFormat::kBF16, 1, 4), WeightFormat::kBF16);  // 8, as before
   EXPECT_EQ(of(DenseRole::kOProj, WeightFormat::kFp8Block), WeightFormat::kNvfp4);
   EXPECT_EQ(of(DenseRole::kOProj, WeightFormat::kMxfp4), WeightFormat::kMxfp4);
   EXPECT_EQ(of(DenseRole::kOProj, WeightFormat::kBF16, 128, 24), WeightFormat::kBF16);
@@ -66,8 +69,18 @@ TEST(DenseFormats, TheLadderTakesFp8FirstAndLeavesTheHead) {
       EXPECT_EQ(nvfp4, now == WeightFormat::kNvfp4);
     }
   }
-  EXPECT_EQ(describe(ladder.back()),
-            "attention to fp8, o_proj and shared_experts and mlp to nvfp4");
+}
+
+// What was measured to cost less comes first.
+TEST(DenseFormats, TheLaddersStepsAreThese) {
+  std::vector<std::string> steps;
+  for (const DenseFormats& formats : format_ladder()) steps.push_back(describe(formats));
+  EXPECT_EQ(steps, (std::vector<std::string>{
+                       "", "attention and o_proj to fp8",
+                       "attention and o_proj and shared_experts and mlp to fp8",
+                       "attention and shared_experts and mlp to fp8, o_proj to nvfp4",
+                       "attention and shared_experts to fp8, o_proj and mlp to nvfp4",
+                       "attention to fp8, o_proj and shared_experts and mlp to nvfp4"}));
 }
 
 }  // namespace

@@ -126,6 +126,36 @@ TEST_F(DeviceLayersTest, NoBufferIsFilledWhileOpsReadIt) {
   enter_and_leave(9);
 }
 
+// The last one's buffer is the first one's of the next step, too.
+TEST_F(DeviceLayersTest, NoLayerGivesWayToOneThatComesLater) {
+  make(4, 3);
+  for (int piece = 0; piece < 20; ++piece) enter_and_leave(7);  // as a long prompt does
+  const std::uint64_t copied = layers_[2].bytes + layers_[3].bytes;
+  EXPECT_EQ(made_->stats().copied_bytes, copied);
+  enter_and_leave(8);
+  enter_and_leave(9);
+  EXPECT_EQ(made_->stats().copied_bytes, copied);
+  enter_and_leave(0);  // a third of layer 3
+  EXPECT_EQ(made_->stats().copied_bytes, copied + 1334);
+}
+
+TEST_F(DeviceLayersTest, WithoutOverlapTheHostWaitsForEachAndCopiesNoneAhead) {
+  make(4, 2);
+  const auto waits = [&](std::int64_t layer) {
+    const std::int64_t before = device_.counts().host_waits;
+    const DenseLayers::Use entered(made_.get(), layer);
+    EXPECT_TRUE(made_->enter(layer));
+    return device_.counts().host_waits - before;
+  };
+  EXPECT_EQ(waits(3), 0);
+  made_->overlap(false);
+  const std::uint64_t copied = made_->stats().copied_bytes;
+  EXPECT_EQ(waits(4), 0);
+  EXPECT_EQ(made_->stats().copied_bytes, copied);
+  EXPECT_EQ(waits(7), 1);
+  EXPECT_EQ(made_->stats().copied_bytes, copied + layers_[2].bytes);
+}
+
 TEST_F(DeviceLayersTest, AnyOrderOfLayersFindsItsWeights) {
   for (const std::size_t buffers : {2u, 3u}) {
     for (const std::size_t count : {buffers + 1, std::size_t{7}}) {
@@ -193,6 +223,21 @@ TEST_F(DeviceLayersTest, WaitsOfOpsAreCountedOnceTheyAreOver) {
   EXPECT_EQ(stream.stats().wait_seconds, 0.0);
   ASSERT_TRUE(stream.enter(5));
   EXPECT_GT(stream.stats().wait_seconds, 0.0);
+  // One that is entered again meanwhile keeps the wait that it has.
+  device_.synchronize();
+  const ops::Event begun = device_.make_event();
+  device_.hold(Queue::kUpload);
+  ASSERT_TRUE(stream.enter(11));
+  stream.leave(11);
+  device_.record(Queue::kDownload, begun);
+  while (!device_.passed(begun)) std::this_thread::yield();
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  const double before = stream.stats().wait_seconds;
+  ASSERT_TRUE(stream.enter(11));
+  device_.let_go(Queue::kUpload);
+  device_.synchronize();
+  ASSERT_TRUE(stream.enter(12));
+  EXPECT_GT(stream.stats().wait_seconds, before + 1e-3);
   // A device that has failed tells no times.
   device_.fail_copy(Queue::kUpload, 1);
   EXPECT_THROW(

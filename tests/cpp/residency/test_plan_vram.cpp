@@ -286,12 +286,32 @@ TEST(PlanInVram, WeightsAreConvertedBeforeLayersAreStreamed) {
   EXPECT_EQ(both.staged_bytes, 120u);
 }
 
+TEST(PlanInVram, StreamedLayersAreNotConvertedForTheSakeOfRam) {
+  ModelBytes model = layered_model();  // 320 bytes of layers, or 240
+  model.converted = {{formats_of(DenseRole::kMlp, format::WeightFormat::kFp8Block),
+                      500,
+                      {40, 40, 40, 40, 40, 40}}};
+  const auto error = refusal(model, budgets_of(kEnough, kRamFloor + 319), with_layers(0));
+  EXPECT_TRUE(says(error, "of RAM"));
+}
+
 TEST(PlanInVram, StreamedLayersTakeRam) {
   const ModelBytes model = layered_model();
   const auto error = refusal(model, budgets_of(kVramFloor - 50, kRamFloor + 149), wishes_of());
   ASSERT_TRUE(error);
   EXPECT_FALSE(says(error, "VRAM"));
+  EXPECT_EQ(error->needed(), error->available() + 1);  // with no more layers than VRAM asks for
   EXPECT_EQ(plan(kVramFloor - 50, kRamFloor + 150, wishes_of(), model).cache_slots, 0u);
+}
+
+// Those that are larger than the last one would make every buffer larger.
+TEST(PlanInVram, LargerLayersAreStreamedLast) {
+  ModelBytes model = small_model();
+  model.layers = {60, 50, 55, 50, 50, 55, 50};
+  const Plan four = plan(kEnough, kEnough, with_layers(3), model);
+  EXPECT_EQ(four.streamed, (std::vector<bool>{false, true, false, true, true, false, true}));
+  EXPECT_EQ(four.layer_buffer_bytes, 50u);
+  EXPECT_EQ(plan(kEnough, kEnough, with_layers(0), model).layer_buffer_bytes, 60u);
 }
 
 TEST(PlanInVram, EitherCacheMayAskForTiers) {
@@ -421,6 +441,27 @@ TEST(PlanInVram, ChunksAreLongerWhereTheyCostLittleOfTheCache) {
   EXPECT_EQ(plan(10'000, kEnough, wishes_of(20), model).chunk, 1000);  // they fit beside it
   EXPECT_EQ(plan(kEnough, kEnough, wishes_of(), model).chunk, 256);    // whole: nothing is read
   EXPECT_EQ(plan(kVramFloor, kEnough, wishes_of(), model).chunk, 256);
+}
+
+// Up to 1 GiB they may take half of the cache, beyond that an eighth.
+TEST(PlanInVram, LongChunksTakeASmallerShareOfTheCache) {
+  ModelBytes model = small_model();
+  model.device_slot = kSmallActivationBytes / 4;
+  model.expert_bytes = model.experts * model.device_slot;
+  const std::uint64_t vram = kVram + 16 * model.device_slot + 1000;  // eight cached
+  const auto chunk = [&](std::uint64_t step_bytes) {
+    model.steps = {{256, 150, 30}, {512, step_bytes, 30}};
+    return plan(vram, kEnough, wishes_of(), model).chunk;
+  };
+  EXPECT_EQ(chunk(kSmallActivationBytes), 512);
+  EXPECT_EQ(chunk(kSmallActivationBytes + 1), 256);
+  EXPECT_EQ(chunk(model.device_slot), 512);
+}
+
+TEST(PlanInVram, NoChunkTakesMoreThanItsActivationsMay) {
+  ModelBytes model = small_model();
+  model.steps = {{256, 150, 30}, {1024, kActivationBytes, 30}, {2048, kActivationBytes + 1, 30}};
+  EXPECT_EQ(plan(2 * kActivationBytes, kEnough, wishes_of(7), model).chunk, 1024);
 }
 
 TEST(PlanInVram, SlotsOfBothMemoriesChangeAndTheRestStays) {
