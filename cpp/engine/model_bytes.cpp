@@ -22,8 +22,7 @@ ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
   largest.width = std::max({spec.hidden_size, spec.intermediate_size, spec.q_lora_rank,
                             spec.shared_intermediate_size, spec.moe_intermediate_size,
                             spec.mla.heads * spec.mla.v_head_dim, spec.mla.kv_lora_rank});
-  largest.step_width =
-      std::max({spec.hidden_size, spec.shared_intermediate_size, spec.moe_intermediate_size});
+  largest.step_width = std::max(spec.hidden_size, spec.moe_intermediate_size);
   largest.vocab = spec.vocab_size;
   largest.top_k = spec.router.top_k;
   largest.hidden_size = spec.hidden_size;

@@ -38,15 +38,17 @@ void Decoder::head(ops::ConstMatrix hidden, ops::Matrix logits, Phase phase) con
 }
 
 std::size_t scratch_bytes(const ModelSpec& spec, std::int64_t rows, Phase phase) {
-  const std::size_t stream = 3 * ops::scratch_bytes(rows * spec.hidden_size) +
-                             ops::scratch_bytes(rows * spec.mla.qk_rope_head_dim);
   const std::int64_t piece = phase == Phase::kPrefill ? std::min(rows, kDenseRows) : rows;
+  const std::size_t stream = 2 * ops::scratch_bytes(rows * spec.hidden_size) +
+                             ops::scratch_bytes(piece * spec.hidden_size) +
+                             ops::scratch_bytes(rows * spec.mla.qk_rope_head_dim);
   const std::size_t attention = mla_scratch_bytes(spec, piece, phase);
   const std::size_t dense =
       std::max(attention, ops::mlp_scratch_bytes(spec.intermediate_size, piece));
   if (spec.moe_layers() == 0) return stream + dense;
+  const std::size_t shared = ops::mlp_scratch_bytes(spec.shared_intermediate_size, piece);
   const std::size_t moe = ops::routing_bytes(rows, spec.router) +
-                          std::max(attention, experts_scratch_bytes(spec, rows, phase));
+                          std::max({attention, shared, experts_scratch_bytes(spec, rows, phase)});
   return stream + std::max(dense, moe);
 }
 

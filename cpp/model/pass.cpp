@@ -38,8 +38,13 @@ Pass::Pass(const Decoder& decoder, const Batch& batch, memory::Arena& arena,
   const ModelSpec& spec = decoder.spec_;
   x_ = scratch_matrix(arena, rows, spec.hidden_size);
   normed_ = scratch_matrix(arena, rows, spec.hidden_size);
-  block_ = scratch_matrix(arena, rows, spec.hidden_size);
+  block_ = scratch_matrix(arena, rows_at_once(rows), spec.hidden_size);
   cos_sin_ = scratch_matrix(arena, rows, spec.mla.qk_rope_head_dim);
+}
+
+// Of the dense part of a layer.
+std::int64_t Pass::rows_at_once(std::int64_t rows) const {
+  return batch_.phase == Phase::kPrefill ? std::min(rows, batch_.dense_rows) : rows;
 }
 
 bool Pass::in_pieces() const {
@@ -101,9 +106,7 @@ void Pass::run_layer() {
   if (!use_->enter()) return;
   const LayerWeights& weights = decoder_.weights_.layers[static_cast<std::size_t>(layer_)];
   if (dense_done_ == 0) begin_layer(weights);
-  const std::int64_t left = x_.rows - dense_done_;
-  const std::int64_t rows =
-      batch_.phase == Phase::kPrefill ? std::min(left, batch_.dense_rows) : left;
+  const std::int64_t rows = rows_at_once(x_.rows - dense_done_);
   run_ops([&] { dense_part(weights, dense_done_, rows); });
   dense_done_ += rows;
   if (dense_done_ < x_.rows) return;
@@ -142,13 +145,14 @@ void Pass::run_ops(const std::function<void()>& body) {
   if (trace != nullptr) trace->end_ops("layer " + std::to_string(layer_) + " dense");
 }
 
-// Attention, and the MLP or the router, for `rows` rows from `first` on.
+// Attention, and the MLP or the router, for `rows` rows from `first` on. In a prefill the shared
+// experts, too, as nobody else adds to the residual stream yet.
 void Pass::dense_part(const LayerWeights& weights, std::int64_t first, std::int64_t rows) {
   const ModelSpec& spec = decoder_.spec_;
   ops::Ops& ops = decoder_.ops_;
   const ops::Matrix x = x_.slice(first, rows);
   const ops::Matrix normed = normed_.slice(first, rows);
-  const ops::Matrix block = block_.slice(first, rows);
+  const ops::Matrix block = block_.slice(0, rows);
   const std::vector<ops::SequenceRows> sequences = sequences_of(first, rows);
   ops.rms_norm(x, weights.input_layernorm, spec.rms_norm_eps, normed);
   mla_attention(spec, weights.self_attn, {batch_.phase, sequences, cos_sin_.slice(first, rows)},
@@ -158,9 +162,11 @@ void Pass::dense_part(const LayerWeights& weights, std::int64_t first, std::int6
   if (spec.is_moe(layer_)) {
     choose_experts(spec, weights, batch_.phase, forced_experts(first, rows), ops, normed,
                    routing_of(first, rows));
-  } else {
-    ops::mlp(weights.mlp, ops, arena_, normed, block, batch_.phase);
+    if (batch_.phase == Phase::kDecode || spec.shared_intermediate_size == 0) return;
   }
+  const ops::ExpertView& mlp = spec.is_moe(layer_) ? weights.shared_experts : weights.mlp;
+  ops::mlp(mlp, ops, arena_, normed, block, batch_.phase);
+  ops.add(block, x);
 }
 
 void Pass::start_experts(const LayerWeights& weights) {
@@ -172,22 +178,23 @@ void Pass::start_experts(const LayerWeights& weights) {
     on_host = routings_.get();
     tell_choice(on_host);
   }
-  const bool has_shared = spec.shared_intermediate_size > 0;
+  const bool adds = batch_.phase == Phase::kPrefill;
+  const bool with_shared = !adds && spec.shared_intermediate_size > 0;
   work_ = decoder_.experts_.start({.layer = layer_,
                                    .phase = batch_.phase,
                                    .x = normed_,
                                    .routing = routing_,
                                    .on_host = on_host,
                                    .top_k = spec.router.top_k,
-                                   .y = block_,
-                                   .shared = has_shared ? &weights.shared_experts : nullptr},
+                                   .y = adds ? x_ : block_,
+                                   .shared = with_shared ? &weights.shared_experts : nullptr},
                                   arena_, ahead_);
 }
 
 void Pass::end_layer() {
   layer_scope_.reset();
   ops::Ops& ops = decoder_.ops_;
-  ops.add(block_, x_);
+  if (batch_.phase == Phase::kDecode && decoder_.spec_.is_moe(layer_)) ops.add(block_, x_);
   if (++layer_ < decoder_.spec_.layers) return;
   ops.rms_norm(x_, decoder_.weights_.norm, decoder_.spec_.rms_norm_eps, x_);
   done_ = true;

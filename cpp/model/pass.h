@@ -57,6 +57,7 @@ class Pass {
   void end_layer();
   std::vector<ops::SequenceRows> sequences_of(std::int64_t first, std::int64_t rows) const;
   ops::Routing routing_of(std::int64_t first, std::int64_t rows) const;
+  std::int64_t rows_at_once(std::int64_t rows) const;
   std::span<const std::int32_t> forced_experts(std::int64_t first, std::int64_t rows) const;
   void tell_choice(const ops::HostRouting& routing) const;
 

@@ -342,10 +342,10 @@ void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k,
                              unwrap(out), space));
 }
 
-void CudaBackend::add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                              std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out,
-                              Matrix y, Phase /*phase*/) {
-  if (tasks.empty()) return;
+void CudaBackend::add_fitting_experts(std::span<const ExpertTask> tasks,
+                                      DeviceSpan<const float> weights, std::int64_t top_k,
+                                      ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                                      Phase /*phase*/) {
   refuse_recording("add_experts() cannot be recorded: a recording would keep its tasks");
   translate(tasks);
   const auto count = static_cast<std::int64_t>(tasks.size());
@@ -417,8 +417,7 @@ CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
   const auto rows = static_cast<std::size_t>(largest.rows);
   const auto dense_rows = static_cast<std::size_t>(largest.dense_rows);
   constexpr std::size_t kBf16 = 2;
-  std::size_t bytes = kBf16 * std::max(dense_rows * static_cast<std::size_t>(largest.width),
-                                       rows * static_cast<std::size_t>(largest.step_width));
+  std::size_t bytes = kBf16 * dense_rows * static_cast<std::size_t>(largest.width);
   bytes = std::max(bytes, plugin_.prefill_workspace(opened(), &largest.mla, largest.context,
                                                     largest.dense_rows));
   bytes = std::max(

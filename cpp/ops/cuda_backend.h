@@ -71,11 +71,6 @@ class CudaBackend final : public Ops {
                Matrix out, Phase phase) override;
   void combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                Matrix y) override;
-  /// As experts(); throws CudaError, with nothing queued, where the pairs do not fit `hidden` and
-  /// `out`.
-  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
-                   Phase phase) override;
   bool has_routed_experts() const override { return true; }
   void routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                       std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
@@ -86,6 +81,11 @@ class CudaBackend final : public Ops {
   std::uint64_t working_bytes(const Largest& largest) const override;
   void reserve(const Largest& largest) override;
   std::optional<std::int32_t> sample(ConstMatrix logits, const SampleSpec& spec) override;
+
+ protected:
+  void add_fitting_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                           std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                           Phase phase) override;
 
  private:
   /// Device memory that grows on demand and is kept.

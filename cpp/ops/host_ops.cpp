@@ -41,16 +41,6 @@ void rotate(float* v, const float* angle, std::int64_t n) {
 
 }  // namespace
 
-std::int64_t checked_pairs(std::span<const ExpertTask> tasks, std::int64_t rows) {
-  std::int64_t pairs = 0;
-  for (const ExpertTask& task : tasks) pairs += std::ssize(task.pairs);
-  if (pairs > rows) {
-    throw std::logic_error("add_experts() of " + std::to_string(pairs) + " pairs in scratch for " +
-                           std::to_string(rows));
-  }
-  return pairs;
-}
-
 void HostBackend::embed(const WeightView& table, std::span<const std::int32_t> ids, Matrix out) {
   for (std::size_t t = 0; t < ids.size(); ++t) {
     if (ids[t] < 0 || ids[t] >= table.rows) {

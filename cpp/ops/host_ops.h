@@ -30,9 +30,6 @@ class HostBackend : public Ops {
   ThreadPool pool_;
 };
 
-/// All pairs of the tasks. Throws std::logic_error where `rows` of scratch are too few for them.
-std::int64_t checked_pairs(std::span<const ExpertTask> tasks, std::int64_t rows);
-
 /// Address of token `t` in a sequence's cache.
 inline std::byte* kv_row(const KvView& kv, std::int64_t t, std::size_t row_bytes) {
   return unwrap(kv.blocks[static_cast<std::size_t>(t / kKvBlockTokens)]) + kv.layer_offset +

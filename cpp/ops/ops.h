@@ -31,8 +31,8 @@ struct Segment {
   std::span<const SequenceRows> batch;
 };
 
-/// The pairs that one add_experts() may have in a step of `rows` tokens: all of a short step, else
-/// about one a row, and always those of any one expert.
+/// The pairs that add_experts() has scratch for in a step of `rows` tokens: all of a short step,
+/// else about one a row, but not more than it takes to compute at full speed.
 std::int64_t added_pairs(std::int64_t rows, std::int64_t top_k);
 
 class Ops {
@@ -126,11 +126,11 @@ class Ops {
   /// Task by task, in the order given: y[p / top_k] += weights[p] * down(silu(gate x) * up x), x =
   /// row p / top_k, for every pair p of the task, whose tokens differ. So a token's bits depend on
   /// the order of its own experts, not on where calls begin and end. `hidden` and `out` are scratch
-  /// [added_pairs() of the step, moe_intermediate_size] and [as many, hidden_size], and hold the
-  /// pairs of one call: more are std::logic_error, on a GPU CudaError.
-  virtual void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                           std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
-                           Phase phase) = 0;
+  /// [added_pairs() of the step, moe_intermediate_size] and [as many, hidden_size]: so many pairs
+  /// are computed at once.
+  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                   Phase phase);
 
   /// True where there is routed_experts(); else the host, which must know the choice, makes tasks
   /// for experts() of it, and sums with combine().
@@ -181,6 +181,14 @@ class Ops {
   virtual void reserve(const Largest& largest) { static_cast<void>(largest); }
   /// Tells of experts, or of a change of them, before routed_experts() is called with them.
   virtual void prepare_experts(std::span<const ExpertView> experts) { static_cast<void>(experts); }
+
+ protected:
+  /// add_experts() of tasks, at least one, that have no more pairs together than `hidden` and `out`
+  /// have rows.
+  virtual void add_fitting_experts(std::span<const ExpertTask> tasks,
+                                   DeviceSpan<const float> weights, std::int64_t top_k,
+                                   ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                                   Phase phase) = 0;
 };
 
 /// The scalar truth, on the host's device. `threads` > 1 splits independent outputs; no sum is

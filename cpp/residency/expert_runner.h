@@ -22,8 +22,11 @@ struct ExpertLayer {
   ops::Routing routing;      // [tokens, top_k]
   ops::HostRouting on_host;  // the same, where the runner needs_host()
   std::int64_t top_k = 0;
-  ops::Matrix y;                            // [tokens, hidden_size]
-  const ops::ExpertView* shared = nullptr;  // null: the model has none; read in start() only
+  /// [tokens, hidden_size]; in a prefill, the experts' results are added to it.
+  ops::Matrix y;
+  /// Null: the model has none, or this is a prefill, which has added its results. Read in start()
+  /// only.
+  const ops::ExpertView* shared = nullptr;
 };
 
 /// A layer's experts under way. It may be left at any time: destruction gives back pins and

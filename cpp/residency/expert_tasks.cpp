@@ -9,6 +9,7 @@
 namespace dsfp4::residency {
 
 void shared_into(const ExpertLayer& layer, ops::Ops& ops, memory::Arena& arena) {
+  if (layer.phase == ops::Phase::kPrefill) return;
   if (layer.shared != nullptr) {
     ops::mlp(*layer.shared, ops, arena, layer.x, layer.y, layer.phase);
   } else {

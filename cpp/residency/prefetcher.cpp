@@ -16,6 +16,10 @@ constexpr std::int64_t kPairsPerExpert = 8;
 /// So many rows' predictions fit into the staging memory at least: of one token, many layers'.
 constexpr std::int64_t kLeastRows = 64;
 
+std::int64_t staged_rows(std::int64_t most_rows) {
+  return std::clamp(most_rows, kLeastRows, kPredictedRows);
+}
+
 }  // namespace
 
 Prefetcher::Prefetcher(ops::Ops& ops, ExpertStore& store, const ops::RouterSpec& router,
@@ -30,7 +34,7 @@ Prefetcher::Prefetcher(ops::Ops& ops, ExpertStore& store, const ops::RouterSpec&
                ops.device().staging()),
       choices_(memory::on_host(ops.device().staging(),
                                staging_.take(staging_.size()).as<std::int32_t>())),
-      most_pairs_(std::max(most_rows, kLeastRows) * router.top_k),
+      most_pairs_(staged_rows(most_rows) * router.top_k),
       there_(ops.device().make_event()) {}
 
 Prefetcher::~Prefetcher() {
@@ -42,7 +46,7 @@ Prefetcher::~Prefetcher() {
 }
 
 std::size_t Prefetcher::staging_bytes(std::int64_t most_rows, std::int64_t top_k) {
-  const std::int64_t pairs = std::max(most_rows, kLeastRows) * top_k;
+  const std::int64_t pairs = staged_rows(most_rows) * top_k;
   return memory::Arena::padded(static_cast<std::size_t>(pairs) * sizeof(std::int32_t));
 }
 
@@ -57,7 +61,8 @@ void Prefetcher::expect(std::int64_t rows, ReadAhead& step) {
 void Prefetcher::predict(std::int64_t moe_layer, const ExpertLayer& layer, std::int64_t ahead,
                          bool reads, memory::Arena& arena, ReadAhead& step) {
   step.named.clear();
-  const std::int64_t rows = layer.x.rows;
+  const std::int64_t rows = std::min(layer.x.rows, kPredictedRows);
+  const ops::ConstMatrix x = layer.x.slice(layer.x.rows - rows, rows);
   const std::int64_t pairs = rows * router_.top_k;
   const std::int64_t left = static_cast<std::int64_t>(routers_.size()) - (moe_layer + 1);
   guess_ = {guess_.number + 1, moe_layer + 1, std::min({ahead, left, most_pairs_ / pairs}), rows,
@@ -68,7 +73,7 @@ void Prefetcher::predict(std::int64_t moe_layer, const ExpertLayer& layer, std::
     const ops::ScratchScope scope(arena);
     const RouterView& router = routers_[static_cast<std::size_t>(guess_.first_layer + i)];
     const ops::Routing guess = ops::take_routing(arena, rows, router_);
-    ops_.linear(router.gate, layer.x, guess.logits, layer.phase, ops::Inputs::kF32);
+    ops_.linear(router.gate, x, guess.logits, layer.phase, ops::Inputs::kF32);
     ops_.route(router_, guess.logits, router.bias, {}, guess);
     ops_.device().copy_out(ops::Queue::kCompute, guess.experts.data, choices_ + i * pairs,
                            guess.experts.size_bytes());
@@ -148,7 +153,7 @@ void Prefetcher::chosen(std::int64_t moe_layer, std::span<const ChosenExpert> ch
 }
 
 std::size_t Prefetcher::scratch_bytes(const MoeShape& shape, std::int64_t tokens) {
-  return ops::routing_bytes(tokens, shape.router);
+  return ops::routing_bytes(std::min(tokens, kPredictedRows), shape.router);
 }
 
 }  // namespace dsfp4::residency

@@ -28,6 +28,9 @@ struct RouterView {
   std::vector<float> bias_on_host;
 };
 
+/// The last rows of a prompt are asked for all of it.
+inline constexpr std::int64_t kPredictedRows = 1024;
+
 struct PrefetchStats {
   Counter<std::uint64_t> predicted;       // experts named by the prediction one layer ahead
   Counter<std::uint64_t> predicted_used;  // of those, experts that were then chosen

@@ -47,7 +47,8 @@ class ResidentExperts::Work final : public ExpertWork {
   bool advance() override {
     if (over_) return false;
     const bool adds = layer_.phase == ops::Phase::kPrefill;
-    const std::span<const ops::ExpertTask> group = next_group(adds);
+    const auto left = std::span(tasks_).subspan(done_);
+    const auto group = left.first(std::min(kGroup, left.size()));
     if (adds) {
       ops_.add_experts(group, layer_.routing.weights, layer_.top_k, layer_.x, hidden_, routed_,
                        layer_.y, layer_.phase);
@@ -62,19 +63,6 @@ class ResidentExperts::Work final : public ExpertWork {
   }
 
  private:
-  // At most kGroup, and, where scratch holds a group alone, no more pairs than it has rows for.
-  std::span<const ops::ExpertTask> next_group(bool adds) const {
-    const auto left = std::span(tasks_).subspan(done_);
-    std::size_t count = 0;
-    std::int64_t pairs = 0;
-    while (count < std::min(kGroup, left.size())) {
-      pairs += std::ssize(left[count].pairs);
-      if (adds && pairs > routed_.rows) break;
-      ++count;
-    }
-    return left.first(count);
-  }
-
   ops::Ops& ops_;
   const ExpertLayer layer_;
   const ops::ScratchScope scope_;
@@ -92,11 +80,11 @@ std::unique_ptr<ExpertWork> ResidentExperts::start(const ExpertLayer& layer, mem
 
 std::size_t ResidentExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens,
                                            ops::Phase phase) {
-  // In decode the shared expert may be one more of every token.
-  const std::int64_t more = phase == ops::Phase::kDecode ? tokens : 0;
+  const std::size_t pairs = pair_scratch_bytes(shape, tokens, phase);
+  if (phase == ops::Phase::kPrefill) return pairs;
+  // The shared expert may be one more of every token.
   return std::max(ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
-                  pair_scratch_bytes(shape, tokens, phase) +
-                      ops::scratch_bytes(more * shape.moe_intermediate_size));
+                  pairs + ops::scratch_bytes(tokens * shape.moe_intermediate_size));
 }
 
 }  // namespace dsfp4::residency

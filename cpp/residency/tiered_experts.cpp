@@ -221,14 +221,12 @@ class TieredExperts::Work final : public ExpertWork {
   };
 
   // All that are ready; of a prompt a few that follow each other from the next on and lie in one
-  // memory, with no more pairs than scratch has rows for.
+  // memory.
   Group next_group() {
     if (!streams_) return {ready_};
     Group group;
-    std::int64_t pairs = 0;
     for (std::size_t i = next_; i < chosen_.size() && group.experts.size() < kPromptGroup; ++i) {
       if (chosen_[i].pairs.empty()) continue;  // left out
-      pairs += std::ssize(chosen_[i].pairs);
       const bool there = std::ranges::binary_search(in_vram_, i);
       if (there && !in_vram(i)) {  // it had to go: it is read as others are, and before them
         if (!group.experts.empty()) break;
@@ -238,7 +236,7 @@ class TieredExperts::Work final : public ExpertWork {
         break;
       }
       if (!there && std::ranges::find(ready_, i) == ready_.end()) break;
-      if (!group.experts.empty() && (there != group.in_vram || pairs > routed_.rows)) break;
+      if (!group.experts.empty() && there != group.in_vram) break;
       group.in_vram = there;
       group.experts.push_back(i);
     }
@@ -476,8 +474,8 @@ void TieredExperts::note_use(std::int64_t moe_layer, const ExpertLayer& layer, s
 
 std::size_t TieredExperts::scratch_bytes(const MoeShape& shape, std::int64_t tokens,
                                          ops::Phase phase) {
-  return std::max({Prefetcher::scratch_bytes(shape, tokens),
-                   ops::mlp_scratch_bytes(shape.shared_intermediate_size, tokens),
+  const std::int64_t shared = phase == ops::Phase::kDecode ? shape.shared_intermediate_size : 0;
+  return std::max({Prefetcher::scratch_bytes(shape, tokens), ops::mlp_scratch_bytes(shared, tokens),
                    pair_scratch_bytes(shape, tokens, phase)});
 }
 

@@ -150,11 +150,12 @@ struct LoadOptions {
   MemoryConfig memory;
   MemoryStrategy strategy;
   /// Formats that dense weights are converted to while they are loaded, by role: "attention" (all
-  /// of self_attn but o_proj), "o_proj", "shared_experts", "mlp" (of the dense layers), "lm_head";
-  /// to "fp8" (128 x 128 tiles), all but attention and lm_head also to "nvfp4"; "keep": as
-  /// published, like the roles that are not named. A matrix is converted only if that makes it
-  /// smaller. Not given: all as published; where VRAM does not hold that, FP8 first, then NVFP4, as
-  /// few roles as it takes, but not lm_head. Weights that stay on the SSD are as published.
+  /// of self_attn but o_proj), "o_proj", "shared_experts", "mlp" (of the dense layers), "lm_head"
+  /// (unless it is the embedding, too); to "fp8" (128 x 128 tiles), all but attention and lm_head
+  /// also to "nvfp4"; "keep": as published, like the roles that are not named. A matrix is
+  /// converted only if that makes it smaller. Not given: all as published; where VRAM does not hold
+  /// that, FP8 first, then NVFP4, as few roles as it takes, but not lm_head. Weights that stay on
+  /// the SSD are as published.
   std::optional<std::map<std::string, std::string>> quantization;
   /// Which experts stay in RAM: "default", "lru", "lfu", "lrfu" or "router".
   std::string cache_policy = "default";

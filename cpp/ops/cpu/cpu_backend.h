@@ -50,9 +50,11 @@ class CpuBackend final : public HostBackend {
 
   void experts(std::span<const ExpertTask> tasks, std::int64_t top_k, ops::ConstMatrix x,
                ops::Matrix hidden, ops::Matrix out, Phase phase) override;
-  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                   std::int64_t top_k, ops::ConstMatrix x, ops::Matrix hidden, ops::Matrix out,
-                   ops::Matrix y, Phase phase) override;
+
+ protected:
+  void add_fitting_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                           std::int64_t top_k, ops::ConstMatrix x, ops::Matrix hidden,
+                           ops::Matrix out, ops::Matrix y, Phase phase) override;
 
  private:
   /// Rows of activations, packed for a Matmul.

@@ -37,8 +37,8 @@ CpuBackend::StepMemory CpuBackend::step_memory(const Largest& largest) const {
     std::size_t& x = memory.x.at(static_cast<std::size_t>(matmul.packing));
     x = std::max(x, static_cast<std::size_t>(rows) * matmul.packed_bytes(cols));
   };
-  add_packed(*isa_.exact, largest.rows, largest.hidden_size);  // the router
-  std::int64_t in_tiles = 0;                                   // columns
+  add_packed(*isa_.exact, largest.dense_rows, largest.hidden_size);  // the router
+  std::int64_t in_tiles = 0;                                         // columns
   for (std::size_t f = 0; f < format::kWeightFormats; ++f) {
     const std::int64_t width = largest.widest.all.at(f);
     if (width > 0) {
@@ -75,7 +75,9 @@ CpuBackend::StepMemory CpuBackend::step_memory(const Largest& largest) const {
       static_cast<std::size_t>(groups) * tiles.group_bytes(std::min(in_tiles, largest.step_width)));
   if (experts) {
     const std::int64_t wider = std::max(largest.hidden_size, largest.moe_intermediate_size);
-    const std::int64_t most = groups_at_once(tiles.group_bytes(wider)) + groups;
+    const std::int64_t task_groups =
+        ceil_div(added_pairs(largest.rows, largest.top_k), kTileTokens);
+    const std::int64_t most = groups_at_once(tiles.group_bytes(wider)) + task_groups;
     memory.groups = std::max(memory.groups, static_cast<std::size_t>(most) *
                                                 (tiles.group_bytes(largest.hidden_size) +
                                                  tiles.group_bytes(largest.moe_intermediate_size)));

@@ -103,15 +103,16 @@ void CpuBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k, 
 }
 
 // Threads split columns: each adds to every token in the tasks' order.
-void CpuBackend::add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                             std::int64_t top_k, ops::ConstMatrix x, ops::Matrix between,
-                             ops::Matrix results, ops::Matrix sums, Phase phase) {
-  if (tasks.empty()) return;
-  const std::int64_t pairs = checked_pairs(tasks, std::min(between.rows, results.rows));
+void CpuBackend::add_fitting_experts(std::span<const ExpertTask> tasks,
+                                     DeviceSpan<const float> weights, std::int64_t top_k,
+                                     ops::ConstMatrix x, ops::Matrix between, ops::Matrix results,
+                                     ops::Matrix sums, Phase phase) {
+  std::size_t pairs = 0;
+  for (const ExpertTask& task : tasks) pairs += task.pairs.size();
   const Matrix out = unwrap(results);
   const Matrix y = unwrap(sums);
   list_tokens(tasks, top_k);
-  places_.resize(static_cast<std::size_t>(pairs));
+  places_.resize(pairs);
   std::iota(places_.begin(), places_.end(), 0);
   placed_.clear();
   placed_.reserve(tasks.size());

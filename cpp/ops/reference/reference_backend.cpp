@@ -188,10 +188,10 @@ class ReferenceBackend final : public HostBackend {
     }
   }
 
-  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
-                   Phase phase) override {
-    checked_pairs(tasks, std::min(hidden.rows, out.rows));
+ protected:
+  void add_fitting_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                           std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                           Phase phase) override {
     const std::span<const float> mixing = unwrap(weights);
     std::int64_t row = 0;
     for (const ExpertTask& task : tasks) {

@@ -245,10 +245,10 @@ void EmulatedOps::combine(ConstMatrix pairs, DeviceSpan<const float> weights, st
   });
 }
 
-void EmulatedOps::add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                              std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out,
-                              Matrix y, Phase phase) {
-  if (tasks.empty()) return;
+void EmulatedOps::add_fitting_experts(std::span<const ExpertTask> tasks,
+                                      DeviceSpan<const float> weights, std::int64_t top_k,
+                                      ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                                      Phase phase) {
   device_->refuse_in_recording("add_experts()");
   op("add_experts", [=, kept = keep(tasks)](Ops& reference, Operands& in) {
     reference.add_experts(in.tasks(kept), in(weights), top_k, in(x), in(hidden), in(out), in(y),

@@ -63,9 +63,6 @@ class EmulatedOps final : public Ops {
                Matrix out, Phase phase) override;
   void combine(ConstMatrix pairs, DeviceSpan<const float> weights, std::int64_t top_k,
                Matrix y) override;
-  void add_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
-                   std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
-                   Phase phase) override;
   bool has_routed_experts() const override { return has_routed_experts_; }
   void routed_experts(std::span<const ExpertView> experts, const Routing& routing,
                       std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
@@ -74,6 +71,11 @@ class EmulatedOps final : public Ops {
   void prepare_experts(std::span<const ExpertView> experts) override;
   /// Waits as a GPU's would, and leaves the choice to the host.
   std::optional<std::int32_t> sample(ConstMatrix logits, const SampleSpec& spec) override;
+
+ protected:
+  void add_fitting_experts(std::span<const ExpertTask> tasks, DeviceSpan<const float> weights,
+                           std::int64_t top_k, ConstMatrix x, Matrix hidden, Matrix out, Matrix y,
+                           Phase phase) override;
 
  private:
   using Body = std::function<void(Ops& reference, Operands& in)>;

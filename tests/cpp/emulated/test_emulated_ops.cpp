@@ -193,7 +193,8 @@ TEST_F(EmulatedSegments, WhatCannotBeRecordedIsRefused) {
   const float* from = staged(values);
   float value = 0.0f;
   const ExpertView expert{};
-  const std::vector<ExpertTask> tasks{{&expert, {}}};
+  const std::vector<std::int32_t> pairs{0};
+  const std::vector<ExpertTask> tasks{{&expert, pairs}};
   const std::vector<std::int32_t> forced{0};
   const std::function<void()> refused[] = {
       [&] { device.upload(&value, slot.data, 4); },

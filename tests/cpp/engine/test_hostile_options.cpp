@@ -220,13 +220,12 @@ TEST_F(HostileOptions, Forward) {
   const auto refuses = [&](const ForwardOptions& options) {
     return refused([&] { model_->forward(ids, logits, options); });
   };
-  std::vector<std::int32_t> experts(pairs, 3);
+  std::vector<std::int32_t> experts = {3, 0, 3, 0};
   ForwardOptions forced;
   forced.forced_experts = experts;
   EXPECT_EQ(refuses(forced), "");
   for (const std::int32_t expert : {kMinInt, -1, 4, kMaxInt}) {
-    experts.assign(pairs, 0);
-    experts.back() = expert;
+    experts = {3, 0, 3, expert};
     EXPECT_EQ(refuses(forced), "experts") << expert;
   }
   for (const std::size_t size : {std::size_t{1}, pairs - 1, pairs + 1}) {
@@ -238,7 +237,7 @@ TEST_F(HostileOptions, Forward) {
     options.chosen_experts = wrong;
     EXPECT_EQ(refuses(options), "chosen_experts") << size;
   }
-  for (const std::size_t size : {std::size_t{0}, logits.size() - 1, logits.size() + 1}) {
+  for (const std::size_t size : {std::size_t{1}, logits.size() - 1, logits.size() + 1}) {
     std::vector<float> wrong(size);
     EXPECT_EQ(refused([&] { model_->forward(ids, wrong); }), "logits") << size;
   }

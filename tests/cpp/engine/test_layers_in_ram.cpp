@@ -110,16 +110,20 @@ Ids short_text(Engine& engine, const KeepGoing& keep_going = {}) {
 TEST_P(LayersInRam, ACopyThatFailsIsMadeAgain) {
   const auto engine = load(options(0), as_a_gpu());
   const Ids text = short_text(*engine);
+  const auto fails = [&] {
+    try {
+      EXPECT_EQ(short_text(*engine), text);
+      device_->synchronize();
+      return false;
+    } catch (const CudaError&) {
+      return true;
+    }
+  };
   bool failed = true;
   std::int64_t n = 1;
   for (; failed; n += every(7)) {
     device_->fail_copy(Queue::kUpload, n);
-    try {
-      EXPECT_EQ(short_text(*engine), text);
-      device_->synchronize();
-      failed = false;
-    } catch (const CudaError&) {
-    }
+    failed = fails();
     device_->clear_error();
     device_->fail_copy(Queue::kUpload, 0);
     EXPECT_EQ(short_text(*engine), text) << n;
@@ -146,14 +150,18 @@ TEST_P(LayersInRam, AReadThatFailsLeavesTheLayersInOrder) {
   const Ids text = short_text(*engine);
   const std::size_t vram = device_->memory().used();
   const std::size_t ram = device_->staging().used();
+  const auto failed_once = [&] {
+    try {
+      EXPECT_EQ(short_text(*engine), text);
+      return false;
+    } catch (const IoError&) {
+      return true;
+    }
+  };
   for (bool failed = true; failed; at += every(5)) {
     reads = 0;
     fails = true;
-    try {
-      EXPECT_EQ(short_text(*engine), text);
-      failed = false;
-    } catch (const IoError&) {
-    }
+    failed = failed_once();
     fails = false;
     EXPECT_EQ(short_text(*engine), text) << at;
     EXPECT_EQ(engine->stats().reads_in_flight, 0u);

@@ -52,7 +52,7 @@ TEST(ModelBytes, AttentionOfAPromptTakesWhatAPieceOfItTakes) {
   const auto bytes = [&](std::int64_t rows) {
     return model::scratch_bytes(spec, rows, model::Phase::kPrefill);
   };
-  const std::uint64_t a_row = 4 * (3 * 7168 + 64);
+  const std::uint64_t a_row = 4 * (2 * 7168 + 64);
   EXPECT_EQ(bytes(4096) - bytes(model::kDenseRows), (4096 - model::kDenseRows) * a_row);
   EXPECT_GT(bytes(model::kDenseRows), 2 * model::kDenseRows * a_row);
 }
@@ -114,6 +114,22 @@ TEST(ModelBytes, WhatTheHostComputesIsCountedOnAGpuOnly) {
     EXPECT_EQ(step.host_bytes, experts + ops::routing_bytes(step.rows, spec.router) + predicted);
   }
   EXPECT_EQ(bytes_with(1000).steps.back().host_bytes, 0u);
+}
+
+TEST(ModelBytes, TheBufferOfALoadIsForAGpuOrForConversion) {
+  const model::ModelSpec spec = model::make_spec(r1());
+  const auto in_ram = ops::make_reference_ops(1);
+  ops::testing::EmulatedOps gpu;
+  const auto buffer = [&](ops::Ops& ops, std::uint64_t conversion) {
+    WeightSizes sizes;
+    sizes.load_buffer = 100;
+    sizes.conversion = conversion;
+    return model_bytes({spec, ops, nullptr, ops::KvFormat::kBf16, 1000}, sizes).load_buffer;
+  };
+  EXPECT_EQ(buffer(*in_ram, 0), 0u);
+  EXPECT_EQ(buffer(*in_ram, 7), 107u);
+  EXPECT_EQ(buffer(gpu, 0), 100u);
+  EXPECT_EQ(buffer(gpu, 7), 107u);
 }
 
 // Predicting the next layer's experts takes more than computing such small ones does.

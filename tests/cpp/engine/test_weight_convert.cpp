@@ -1,4 +1,6 @@
 // Weights that are converted while they are loaded.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -89,6 +91,136 @@ TEST(WeightConvert, CanBeLeftBetweenBands) {
   EXPECT_EQ(asked, 10);
 }
 
+TEST(WeightConvert, TheScaleIsThatOfTheLargestMagnitude) {
+  std::vector<float> values(2 * 32, 0.25f);
+  values[40] = -8.0f;
+  EncodedMatrix source{WeightFormat::kF32, 2, 32};
+  source.data.resize(values.size() * sizeof(float));
+  std::memcpy(source.data.data(), values.data(), source.data.size());
+  EXPECT_EQ(converted(source, WeightFormat::kNvfp4, 1).global_scale,
+            format::nvfp4_global_scale(8.0f));
+}
+
+TEST(WeightConvert, MemoryForItIsOfABandForEachThread) {
+  for (const std::int64_t cols : {16, 7168}) {
+    const auto values = static_cast<std::uint64_t>(format::kFp8Tile * cols);
+    EXPECT_GE(conversion_bytes(1, cols),
+              values * sizeof(float) +
+                  format::stored_bytes(WeightFormat::kFp8Block, format::kFp8Tile, cols));
+    EXPECT_EQ(conversion_bytes(3, cols), 3 * conversion_bytes(1, cols));
+  }
+}
+
+DenseFormats formats_of(DenseRole role, WeightFormat format) {
+  DenseFormats formats;
+  formats.of(role) = format;
+  return formats;
+}
+
+// Loaded into RAM without a plan.
+class ConvertedWeights : public ::testing::Test {
+ protected:
+  LoadedWeights load(TinyKind kind, std::vector<DenseFormats> formats) {
+    const dsfp4::testing::ScratchFolder folder;
+    dsfp4::testing::make_tiny_checkpoint(kind).write(folder.path());
+    LoadWeightsOptions options;
+    options.threads = 1;
+    options.formats = std::move(formats);
+    return load_weights(folder.path(), checkpoint::read_config(folder.path()), ops::host_device(),
+                        options);
+  }
+  static format::WeightView on_host(const ops::WeightView& view) {
+    ops::Device& host = ops::host_device();
+    return {view.format,
+            view.rows,
+            view.cols,
+            host.on_host(view.data),
+            view.scales ? host.on_host(view.scales) : nullptr,
+            view.global_scale};
+  }
+};
+
+TEST_F(ConvertedWeights, AreTheEncodedPublishedOnes) {
+  const LoadedWeights published = load(TinyKind::kBf16, {DenseFormats()});
+  const LoadedWeights loaded =
+      load(TinyKind::kBf16, {formats_of(DenseRole::kOProj, WeightFormat::kNvfp4)});
+  const format::WeightView from = on_host(published.weights.layers[1].self_attn.o_proj);
+  const format::WeightView got = on_host(loaded.weights.layers[1].self_attn.o_proj);
+  ASSERT_EQ(from.format, WeightFormat::kBF16);
+  ASSERT_EQ(got.format, WeightFormat::kNvfp4);
+  const std::vector<float> values = format::decode(from);
+  float largest = 0.0f;
+  for (const float value : values) largest = std::max(largest, std::abs(value));
+  const EncodedMatrix right =
+      format::encode_nvfp4(values, from.rows, from.cols, format::nvfp4_global_scale(largest));
+  EXPECT_EQ(got.global_scale, right.global_scale);
+  EXPECT_EQ(std::memcmp(got.data, right.data.data(), right.data.size()), 0);
+  EXPECT_EQ(std::memcmp(got.scales, right.scales.data(), right.scales.size()), 0);
+  EXPECT_LT(loaded.weight_bytes, published.weight_bytes);
+}
+
+TEST_F(ConvertedWeights, AreCountedBeforeTheyAreLoaded) {
+  const WeightSizes none = load(TinyKind::kBf16, {DenseFormats()}).sizes;
+  EXPECT_EQ(none.conversion, 0u);
+  EXPECT_EQ(none.widest.all[static_cast<std::size_t>(WeightFormat::kFp8Block)], 0);
+  const LoadedWeights loaded =
+      load(TinyKind::kBf16, {formats_of(DenseRole::kMlp, WeightFormat::kFp8Block)});
+  const auto& layer = loaded.weights.layers.front();
+  std::int64_t cols = loaded.weights.lm_head.cols;  // of whatever has a role
+  for (const auto& some : loaded.weights.layers) {
+    cols = std::max({cols, some.self_attn.o_proj.cols, some.self_attn.kv_b_proj.cols,
+                     some.mlp.down_proj.cols, some.shared_experts.down_proj.cols});
+  }
+  EXPECT_EQ(loaded.sizes.conversion, conversion_bytes(1, cols));
+  EXPECT_EQ(loaded.sizes.widest.all[static_cast<std::size_t>(WeightFormat::kFp8Block)],
+            std::max(layer.mlp.gate_proj.cols, layer.mlp.down_proj.cols));
+}
+
+TEST_F(ConvertedWeights, StepsThatSaveNothingAreLeftOut) {
+  const WeightSizes sizes = load(TinyKind::kBf16, residency::format_ladder()).sizes;
+  std::uint64_t before = sizes.dense_bytes;
+  for (const auto& step : sizes.converted) {
+    EXPECT_LT(step.dense, before);
+    before = step.dense;
+  }
+  EXPECT_FALSE(sizes.converted.empty());
+  EXPECT_GT(sizes.conversion, 0u);
+  // Matrices that are published in FP8 or NVFP4, so small that an arena rounds them to the same.
+  const WeightSizes small = load(TinyKind::kNvfp4, residency::format_ladder()).sizes;
+  EXPECT_TRUE(small.converted.empty());
+  EXPECT_EQ(small.conversion, 0u);
+}
+
+TEST(QuantizationOption, IsChosenForAGpuOnlyUnlessItIsGiven) {
+  LoadOptions options;
+  EXPECT_EQ(formats_to_choose(options, true), residency::format_ladder());
+  EXPECT_EQ(formats_to_choose(options, false), std::vector<DenseFormats>(1));
+  options.quantization.emplace()["mlp"] = "nvfp4";
+  for (const bool on_gpu : {false, true}) {
+    EXPECT_EQ(formats_to_choose(options, on_gpu),
+              std::vector{formats_of(DenseRole::kMlp, WeightFormat::kNvfp4)});
+  }
+}
+
+TEST(QuantizationOption, WhatIsConvertedUnaskedIsSaidWithItsBytes) {
+  residency::Plan plan;
+  WeightSizes sizes;
+  sizes.dense_bytes = 10'000'000'000;
+  sizes.embedding_bytes = 2'000'000'000;
+  const dsfp4::testing::Warnings warnings;
+  log_conversion(plan, sizes);
+  EXPECT_TRUE(warnings.with("").empty());
+  plan.formats = formats_of(DenseRole::kMlp, WeightFormat::kFp8Block);
+  sizes.converted = {{plan.formats, 7'000'000'000, {}}};
+  log_conversion(plan, sizes);
+  EXPECT_EQ(warnings.with("as published, 10.000 GB: ").size(), 1u);
+  EXPECT_EQ(warnings.with("mlp to fp8, to 7.000 GB").size(), 1u);
+  plan.embedding_in_ram = true;
+  log_conversion(plan, sizes);
+  EXPECT_EQ(warnings.with("as published, 8.000 GB: ").size(), 1u);
+  EXPECT_EQ(warnings.with("mlp to fp8, to 5.000 GB").size(), 1u);
+}
+
 class Conversion : public ThreeTiersFixture {
  protected:
   static LoadOptions with(std::map<std::string, std::string> quantization) {
@@ -173,6 +305,8 @@ TEST(QuantizationOption, BadRolesAndFormatsAreNamed) {
   EXPECT_NE(refused({{"router", "fp8"}}).find("no role 'router'; the roles are attention, o_proj"),
             std::string::npos);
   EXPECT_NE(refused({{"o_proj", "int4"}}).find("o_proj can be keep, fp8 or nvfp4, not 'int4'"),
+            std::string::npos);
+  EXPECT_NE(refused({{"attention", "nvfp4"}}).find("attention can be keep or fp8, not 'nvfp4'"),
             std::string::npos);
   EXPECT_NE(refused({{"lm_head", "nvfp4"}}).find("lm_head can be keep or fp8, not 'nvfp4'"),
             std::string::npos);
