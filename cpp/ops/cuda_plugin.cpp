@@ -57,7 +57,8 @@ const cuda::Plugin& load_plugin() {
   if (!is_there(path)) {
     throw CudaError("device 'cuda' needs " + path.string() +
                     ", which is not there: this build of dsfp4 has no CUDA backend; use device "
-                    "'cpu', or build with -DDSFP4_CUDA=ON");
+                    "'cpu', or build dsfp4 anew where nvcc is (pip install "
+                    "-Ccmake.define.DSFP4_CUDA=ON, or cmake -DDSFP4_CUDA=ON)");
   }
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {

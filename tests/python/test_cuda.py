@@ -66,7 +66,9 @@ def test_a_missing_plugin_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     if PROBLEM is None:
         pytest.skip("the plugin is loaded already")
     monkeypatch.setenv("DSFP4_CUDA_PLUGIN", str(tmp_path / "not-there.so"))
-    assert "not-there.so, which is not there" in (_core.cuda_problem() or "")
+    problem = _core.cuda_problem() or ""
+    assert "not-there.so, which is not there" in problem
+    assert "pip install -Ccmake.define.DSFP4_CUDA=ON" in problem
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
     monkeypatch.setenv("DSFP4_CUDA_PLUGIN", str(broken))

@@ -2,11 +2,13 @@
 
     python tests/wheel/matrix.py [--pythons 3.10 3.11 ...] [-- ARGS for pytest]
 
-Wheels land in dist/; the table at the end is for people. Needs what a build needs, and PyPI.
+Wheels land in dist/; the table at the end is for people. Needs what a build needs, and PyPI. With
+nvcc on PATH or in /usr/local/cuda a wheel holds the CUDA plugin for all GPUs; a GPU is not needed.
 """
 
 import argparse
 import json
+import os
 import re
 import resource
 import shutil
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +27,7 @@ STABLE_ABI_SINCE = (3, 12)
 MAX_BYTES = 60_000_000
 MAX_IMPORT_SECONDS = 0.5
 HEAVY = {"torch", "tensorflow", "jax"}  # neither the package nor downloads need them
+PLUGIN = "dsfp4/lib/libdsfp4_cuda.so"
 
 
 def run(*command: object, **options: object) -> str:
@@ -32,6 +36,10 @@ def run(*command: object, **options: object) -> str:
     if done.returncode != 0:
         sys.exit(f"{done.stdout}\nmatrix: error: {' '.join(words)} ended with {done.returncode}")
     return done.stdout
+
+
+def megabytes(file: Path) -> str:
+    return f"{file.stat().st_size * 1e-6:.1f}"
 
 
 def interpreter(version: str) -> str | None:
@@ -63,8 +71,31 @@ def pip_install(python: Path, *what: object) -> None:
     run(python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *what)
 
 
-def build(python: str, version: str, work: Path, audit: Path) -> tuple[Path, str]:
-    """`pip wheel` in an empty environment, then auditwheel; return the wheel and its policy."""
+def toolkit() -> Path | None:
+    """Return the folder of nvcc and cuobjdump, if there is one."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    return Path(nvcc).parent if nvcc else None
+
+
+def gpus_of(wheel: Path, work: Path, tools: Path | None) -> str:
+    """Return which GPUs the wheel has machine code for, as the plugin in it says."""
+    with zipfile.ZipFile(wheel) as archive:
+        if PLUGIN not in archive.namelist():
+            assert tools is None, f"{wheel} has no {PLUGIN}"
+            return "none: no nvcc here"
+        plugin = archive.extract(PLUGIN, work / "plugin")
+    assert tools is not None
+    said = [run(tools / "cuobjdump", flag, plugin) for flag in ("--list-elf", "--list-ptx")]
+    code, ptx = (sorted(set(re.findall(r"sm_\w+", text)), key=len) for text in said)
+    assert len(code) > 1, f"{PLUGIN} is for {code} alone"
+    return " ".join([*code, *(f"{name}+PTX" for name in ptx)])
+
+
+def build(python: str, version: str, work: Path, audit: Path) -> tuple[Path, str, str]:
+    """`pip wheel` in an empty environment, then auditwheel; return wheel, policy and GPUs."""
+    tools = toolkit()
+    cuda = [f"-Ccmake.define.DSFP4_CUDA={'ON' if tools else 'OFF'}"]
+    cuda += ["-Ccmake.define.DSFP4_CUDA_ARCHITECTURES=all"]
     raw = work / f"raw-{version}"
     made = environment(python, work / f"build-{version}")
     run(
@@ -77,13 +108,14 @@ def build(python: str, version: str, work: Path, audit: Path) -> tuple[Path, str
         "--no-deps",
         "-w",
         raw,
+        *cuda,
         ROOT,
     )
     (wheel,) = raw.glob("*.whl")
     repaired = work / f"repaired-{version}"
-    tools = {"env": {"PATH": f"{audit.parent}:/usr/bin:/bin"}}
-    show = run(audit, "-m", "auditwheel", "show", wheel, **tools)
-    run(audit, "-m", "auditwheel", "repair", "-w", repaired, wheel, **tools)
+    path = {"env": {"PATH": f"{audit.parent}:/usr/bin:/bin"}}
+    show = run(audit, "-m", "auditwheel", "show", wheel, **path)
+    run(audit, "-m", "auditwheel", "repair", "-w", repaired, wheel, **path)
     (wheel,) = repaired.glob("*.whl")
     bundled = [
         name for name in run(audit, "-m", "zipfile", "-l", wheel).split() if ".libs/" in name
@@ -92,7 +124,7 @@ def build(python: str, version: str, work: Path, audit: Path) -> tuple[Path, str
     policy = re.search(r'"((?:many)?linux_[a-z0-9_]+)"', " ".join(show.split()))
     assert policy is not None, show
     DIST.mkdir(exist_ok=True)
-    return Path(shutil.copy(wheel, DIST)), policy[1]
+    return Path(shutil.copy(wheel, DIST)), policy[1], gpus_of(wheel, work, tools)
 
 
 def import_seconds(python: Path) -> float:
@@ -144,19 +176,19 @@ def main() -> None:
                 rows.append(f"| {version} | not on this machine | | | |")
                 continue
             if stable is None or tuple(map(int, version.split("."))) < STABLE_ABI_SINCE:
-                wheel, policy = build(python, version, work, audit)
-                wheels[wheel] = policy
+                wheel, policy, gpus = build(python, version, work, audit)
+                wheels[wheel] = (policy, gpus)
                 assert wheel.stat().st_size < MAX_BYTES, f"{wheel} is too large"
                 if "-abi3-" in wheel.name:
                     stable = wheel
-                print(f"== built {wheel.name}", flush=True)
+                print(f"== built {wheel.name}: {megabytes(wheel)} MB, GPUs: {gpus}", flush=True)
             else:
                 wheel = stable
             rows.append(test(python, version, wheel, work, arguments.pytest))
             print(f"== {rows[-1]}", flush=True)
-    print("\n| wheel | MB | auditwheel show |\n|---|---|---|")
-    for wheel, policy in wheels.items():
-        print(f"| {wheel.name} | {wheel.stat().st_size * 1e-6:.1f} | {policy} |")
+    print("\n| wheel | MB | auditwheel show | GPUs |\n|---|---|---|---|")
+    for wheel, (policy, gpus) in wheels.items():
+        print(f"| {wheel.name} | {megabytes(wheel)} | {policy} | {gpus} |")
     print("\n| Python | wheel | packages with it | import dsfp4 | tests |\n|---|---|---|---|---|")
     print("\n".join(rows))
 
