@@ -91,7 +91,10 @@ CHAPTERS: list[tuple[str, list[Step]]] = [
     ),
     (
         "What the machine reaches",
-        [("dsfp4 bench storage demo --block-kib 256 --depth 16 --seconds 0.2", [])],
+        [
+            ("dsfp4 doctor", []),
+            ("dsfp4 bench storage demo --block-kib 256 --depth 16 --seconds 0.2", []),
+        ],
     ),
     (
         "Wrong usage",
@@ -108,6 +111,7 @@ CHAPTERS: list[tuple[str, list[Step]]] = [
             ("dsfp4 eval demo", []),
             ("dsfp4 verify demo --threads many", []),
             ("dsfp4 quantize original", []),
+            ("dsfp4 doctor --seconds soon", []),
             ("dsfp4 bench", []),
             ("dsfp4 bench storage", []),
         ],

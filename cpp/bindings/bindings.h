@@ -22,6 +22,7 @@ void bind_checkpoint(nanobind::module_& m);
 void bind_ops(nanobind::module_& m);
 void bind_cuda_ops(nanobind::module_& m);
 void bind_bench(nanobind::module_& m);
+void bind_machine(nanobind::module_& m);
 void bind_model(nanobind::module_& m);
 void bind_residency(nanobind::module_& m);
 void bind_storage(nanobind::module_& m);

@@ -11,6 +11,7 @@
 #include "base/device_access.h"
 #include "engine/bench_timer.h"
 #include "engine/bench_weights.h"
+#include "engine/gpu_rates.h"
 #include "engine/kv_cache.h"
 #include "memory/arena.h"
 #include "model/decoder.h"
@@ -349,12 +350,8 @@ class Bench {
   }
 
   double measure_reads() {
-    std::byte* sink = DeviceAccess::address(arena_.take(256));
-    const double seconds = timer_.seconds_of(1, [&](int) {
-      ops::cuda_check(plugin_, plugin_.read_all(backend_.device().opened(),
-                                                DeviceAccess::address(weights_.memory()),
-                                                RandomWeights::kBytes, sink));
-    });
+    const double seconds =
+        read_seconds(plugin_, backend_.device(), timer_, weights_.memory(), RandomWeights::kBytes);
     results.push_back(
         {"read rate", seconds, static_cast<double>(RandomWeights::kBytes), 0.0, seconds});
     return static_cast<double>(RandomWeights::kBytes) / seconds;

@@ -1,19 +1,16 @@
 #include "engine/rates.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <deque>
-#include <exception>
 #include <memory>
 #include <random>
 #include <utility>
 #include <vector>
 
-#include "base/log.h"
 #include "base/seconds.h"
+#include "engine/copies.h"
 #include "engine/wires.h"
-#include "memory/arena.h"
 #include "memory/slot_pool.h"
 #include "residency/plan.h"
 
@@ -104,51 +101,6 @@ class RandomReads {
   std::deque<Read> reads_;  // in the order of their submission
 };
 
-/// Waits at the end for what a device still does.
-class Settled {
- public:
-  explicit Settled(ops::Device& device) : device_(device) {}
-  ~Settled() {
-    try {
-      device_.synchronize();
-    } catch (const std::exception& error) {  // it does nothing any more
-      log(LogLevel::kInfo, error.what());
-    }
-  }
-  Settled(const Settled&) = delete;
-  Settled& operator=(const Settled&) = delete;
-
- private:
-  ops::Device& device_;
-};
-
-// Of copies from VRAM to `pool`, whose experts they overwrite.
-double copy_out_rate(ops::Device& gpu, SlotPool& pool, std::size_t bytes,
-                     std::chrono::milliseconds time, const Poll& poll) {
-  memory::Arena arena(memory::Arena::padded(bytes), "the copies that are timed", gpu.memory());
-  const DevicePtr<std::byte> from = arena.take(bytes);
-  const std::array made = {gpu.make_event(), gpu.make_event()};
-  const Settled settled(gpu);
-  std::uint64_t queued = 0;
-  const auto queue = [&] {
-    gpu.copy_out(ops::Queue::kDownload, from, pool.data(static_cast<int>(queued % pool.count())),
-                 bytes);
-    gpu.record(ops::Queue::kDownload, made[queued++ % made.size()]);
-  };
-  queue();
-  gpu.wait_for(made[0]);  // the first one pays for what is new
-  const auto start = Clock::now();
-  std::uint64_t done = 0;
-  queue();
-  do {
-    ask(poll);
-    queue();
-    gpu.wait_for(made[queued % made.size()]);  // the one before it
-    ++done;
-  } while (Clock::now() - start < time);
-  return rate_of(done * bytes, seconds_since(start));
-}
-
 }  // namespace
 
 bool are_measurable(const Wires& wires, const RateLimits& limits) {
@@ -188,8 +140,10 @@ void measure_rates(const Wires& wires, const RateLimits& limits, const Poll& pol
   rates.copy_in = measured.copies;
   rates.both_host_experts = measured.host_beside;
   rates.both_copy_in = measured.copies_beside;
-  rates.copy_out = copy_out_rate(
-      *wires.gpu, pool, std::min(wires.slot_bytes, wires.device_slot_bytes), limits.time, poll);
+  std::vector<std::byte*> blocks(pool.count());
+  for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i] = pool.data(static_cast<int>(i));
+  rates.copy_out = copy_rate(*wires.gpu, CopyWay::kOut, blocks,
+                             std::min(wires.slot_bytes, wires.device_slot_bytes), seconds, poll);
 }
 
 }  // namespace dsfp4::engine

@@ -118,13 +118,18 @@ std::string cuda_refusal(const cuda::DeviceInfo& info, int index) {
 cuda::DeviceInfo cuda_device(int index) { return cuda_device(cuda_plugin(), index); }
 
 cuda::DeviceInfo cuda_device(const cuda::Plugin& plugin, int index) {
+  const cuda::DeviceInfo info = probe_cuda(plugin, index);
+  const std::string refusal = cuda_refusal(info, index);
+  if (!refusal.empty()) throw CudaError(refusal);
+  return info;
+}
+
+cuda::DeviceInfo probe_cuda(const cuda::Plugin& plugin, int index) {
   cuda::DeviceInfo info;
   if (!plugin.probe(index, &info)) {
     const cuda::Failure& failure = *plugin.failure();
     throw CudaError(failure.problem, failure.code, failure.call, failure.source, failure.line);
   }
-  const std::string refusal = cuda_refusal(info, index);
-  if (!refusal.empty()) throw CudaError(refusal);
   return info;
 }
 

@@ -8,6 +8,7 @@
 #include "dsfp4/error.h"
 #include "storage/engines.h"
 #include "storage/request_queue.h"
+#include "storage/uring.h"
 
 namespace dsfp4::storage {
 
@@ -52,6 +53,16 @@ void Reader::read(std::span<const Extent> extents, std::shared_ptr<void> owner,
     throw;
   }
   result.throw_if_failed();
+}
+
+std::string uring_problem() {
+  try {
+    const Wakeup wakeup;
+    const Uring ring(1, wakeup);
+  } catch (const UnsupportedError& error) {
+    return error.what();
+  }
+  return {};
 }
 
 std::unique_ptr<Reader> make_reader(const std::vector<std::filesystem::path>& files,

@@ -193,6 +193,9 @@ struct ReaderOptions {
   System* system = nullptr;
 };
 
+/// Why io_uring cannot be used here, in one sentence; empty if it can.
+std::string uring_problem();
+
 /// Opens `files` (for the Extent's file numbers). Throws IoError for a file that cannot be opened
 /// or is not the expected one, ParameterError for options out of range, UnsupportedError for
 /// ReaderKind::kUring where io_uring is not permitted.

@@ -17,7 +17,7 @@ SMALL = dict(
 def small(monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(bench_kernels, name, value)
-    monkeypatch.setattr(bench_kernels, "last_level_cache", lambda: 1 << 14)
+    monkeypatch.setattr(bench_kernels, "last_level_cache", lambda _: 1 << 14)
 
 
 def test_json(small, capsys):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "cmake" / "cuda.cmake"
-CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+PROGRAMS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+CMAKE = shutil.which("cmake", path=PROGRAMS)
 ALL = "80-real;86-real;89-real;90a-real;100-real;120"
 NVCC = {
     "13.0": "80 86 87 89 90 100 103 120",
@@ -152,3 +153,16 @@ def test_on_without_nvcc_is_an_error(tools: Tools) -> None:
 
 def test_a_word_that_is_none_of_the_three(tools: Tools) -> None:
     assert "must be ON, OFF or AUTO, not 'yes'" in tools.decide("yes")
+
+
+@pytest.mark.skipif(shutil.which("ninja", path=PROGRAMS) is None, reason="there is no ninja")
+def test_it_is_the_default_of_a_build(tools: Tools, tmp_path: Path) -> None:
+    tools.nvcc("13.0")
+    tools.put("nvidia-smi", "exit 9")
+    done = subprocess.run(
+        [str(CMAKE), "-G", "Ninja", "-S", str(SCRIPT.parents[1]), "-B", str(tmp_path / "build")],
+        env=os.environ | {"PATH": f"{tools.folder / 'bin'}:{PROGRAMS}"},
+        capture_output=True,
+        text=True,
+    )
+    assert "nvcc is here, but nvidia-smi shows no GPU" in done.stdout, done.stderr

@@ -8,12 +8,12 @@ import random
 import statistics
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from dsfp4 import _core
 from dsfp4.cli import bench_cuda
 from dsfp4.cli.options import integer
+from dsfp4.doctor.facts import System, last_level_cache, processor_name
 from dsfp4.ops import MlaShape
 
 Result = dict[str, Any]
@@ -57,30 +57,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(execute=execute)
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache that /sys names; 32 MiB if it names none."""
-    sizes = [32 << 20]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text(encoding="ascii").strip()
-        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 0)
-        if unit and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) * unit)
-    return max(sizes)
-
-
 def machine() -> dict[str, Any]:
     """The processor, the cores that may be used, the memory."""
-    name = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-        for line in cpuinfo:
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
     return {
-        "cpu": name,
+        "cpu": processor_name(System()) or platform.machine(),
         "cores": _core.available_cores(),
         "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "last_level_cache_bytes": last_level_cache(),
+        "last_level_cache_bytes": last_level_cache(System()),
     }
 
 
@@ -94,7 +77,7 @@ class Bench:
         self.isa = self.core.isa or device
         self.quick = quick
         self.runs = 5 if quick else 11
-        self.rotation = 4 * last_level_cache()
+        self.rotation = 4 * last_level_cache(System())
         size = max(self.rotation, READ_BYTES)
         self.read_rate = size / statistics.median(self.core.read_memory(size, 5))
         self.all_peaks = self.core.peaks()
