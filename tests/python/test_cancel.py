@@ -50,7 +50,7 @@ def test_cancelled_during_prefill(model):
     whole = run(model, range(3, 300)).tokens
     seen = []
     assert run(model, range(3, 300), on_prefill=lambda *step: seen.append(step)).tokens == whole
-    assert sorted(set(seen)) == [(0, 297), (256, 297), (297, 297)]
+    assert sorted(set(seen)) == [(0, 297), (192, 297), (297, 297)]
     assert len(seen) > 20  # asked between layers and groups of experts, not once a chunk
     for last in (1, 2, 5, len(seen) - 1):
         steps = []

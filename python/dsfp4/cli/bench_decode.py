@@ -19,6 +19,15 @@ from dsfp4.cli.options import integer, quantization, real, share
 from dsfp4.demo import resolve_model
 from dsfp4.model import Model
 
+_PROMPT_COUNTS = (
+    "wait_seconds",
+    "stream_wait_seconds",
+    "read_bytes",
+    "streamed_bytes",
+    "uploaded_bytes",
+    "layer_upload_bytes",
+    "layer_upload_wait_seconds",
+)
 _STAGES = ("prefetch", "compute", "transfer")
 _WARM_UP = 4  # tokens, after a change of cpu_share
 _PARTS = 4  # that tokens are decoded in, each between two windows of the disk's rate
@@ -229,8 +238,7 @@ def _one_prefill(model: Model, ids: np.ndarray) -> dict[str, Any]:
     model.generate(ids, max_tokens=1)
     seconds = time.perf_counter() - start
     after = model.stats()
-    counts = ("wait_seconds", "stream_wait_seconds", "read_bytes", "streamed_bytes")
-    gained = {name: after[name] - before[name] for name in (*counts, "uploaded_bytes")}
+    gained = {name: after[name] - before[name] for name in _PROMPT_COUNTS}
     return {"tokens": len(ids), "seconds": seconds, **gained}
 
 
@@ -238,27 +246,18 @@ def _beside_needed(
     model: Model, run: Mapping[str, Any], distinct: int, cached: bool
 ) -> dict[str, Any]:
     """Set a prompt beside the distinct weights that it needed."""
-    tokens, seconds = run["tokens"], run["seconds"]
     waited = run["wait_seconds"] + run["stream_wait_seconds"]
-    read, streamed = run["read_bytes"], run["streamed_bytes"]
     routed = distinct * model.stats()["image_bytes"]
-    from_files = 0 if cached else routed
-    needed = from_files + streamed
+    needed = (0 if cached else routed) + run["streamed_bytes"]
     return {
-        "tokens": tokens,
+        **run,
         "cached": cached,
-        "seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "read_bytes": read,
+        "tokens_per_s": run["tokens"] / run["seconds"],
         "routed_bytes": routed,
-        "uploaded_bytes": run["uploaded_bytes"],
-        "streamed_bytes": streamed,
-        "layer_upload_bytes": gained("layer_upload_bytes"),
-        "layer_upload_wait_seconds": gained("layer_upload_wait_seconds"),
         "needed_bytes": needed,
-        "read_over_needed": read / needed if needed > 0 else 0.0,  # all was in memory
+        "read_over_needed": run["read_bytes"] / needed if needed > 0 else 0.0,  # all was in memory
         "wait_seconds": waited,
-        "compute": seconds - waited,
+        "compute": run["seconds"] - waited,
     }
 
 
