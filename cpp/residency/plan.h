@@ -125,12 +125,13 @@ std::uint64_t most_ram(const memory::MachineMemory& machine);
 /// as long as kActivationBytes allow where experts are read once for each, else the shortest.
 ///
 /// A GPU gets the whole model if it fits into VRAM and neither max_experts nor cpu_cache_size is
-/// below all experts. Else one with routed experts gets three tiers: VRAM has the dense weights,
-/// the KV cache, a step and slots, of which max_experts are cached, by default as many as fit; RAM
-/// has slots as above, and the embedding, of which a token needs one row; the files have the rest.
-/// Chunks are as long as above. Where the dense weights do not fit, they get the first formats of
-/// ModelBytes::converted that do. Where not even the last do, and beyond max_gpu_layers, layers are
-/// streamed: as few as possible, evenly spread, those with dense MLPs, which are larger, last.
+/// below all experts, with the longest chunks that fit in kSmallActivationBytes. Else one with
+/// routed experts gets three tiers: VRAM has the dense weights, the KV cache, a step and slots, of
+/// which max_experts are cached, by default as many as fit; RAM has slots as above, and the
+/// embedding, of which a token needs one row; the files have the rest. Chunks are as long as above.
+/// Where the dense weights do not fit, they get the first formats of ModelBytes::converted that do.
+/// Where not even the last do, and beyond max_gpu_layers, layers are streamed: as few as possible,
+/// evenly spread, those with dense MLPs, which are larger, last.
 ///
 /// Throws MemoryLimitError where not even that is there, with the bytes from which on it loads and
 /// what would fit if it were lowered (a max_context, max_experts), if there is something;

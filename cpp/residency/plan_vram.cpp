@@ -18,9 +18,19 @@ std::uint64_t wished_device_bytes(const ModelBytes& model, const Wishes& wishes)
   return std::min(wishes.max_experts.value_or(0), model.experts) * model.device_slot;
 }
 
-// All of it, with what loading takes of RAM.
-Plan whole_in_vram(const ModelBytes& model, const Wishes& wishes) {
+// All of it, with what loading takes of RAM, and the longest chunks that fit: an expert has few rows
+// of a short one.
+Plan whole_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
   Plan plan = whole_plan(model, wishes, model.steps.front());
+  const std::uint64_t others =
+      sum_of({wishes.gpu_reserved, plan.dense_bytes, plan.expert_bytes, plan.kv_bytes});
+  for (const ModelBytes::Step& step : model.steps) {
+    if (step.bytes > kSmallActivationBytes || sum_of({others, step.bytes}) > vram_of(budgets)) {
+      continue;
+    }
+    plan.chunk = step.rows;
+    plan.step_bytes = step.bytes;
+  }
   plan.load_bytes = sum_of({model.reader, model.load_buffer});
   plan.vram_bytes = sum_of({plan.dense_bytes, plan.expert_bytes, plan.kv_bytes, plan.step_bytes});
   return plan;
@@ -161,7 +171,7 @@ Trial try_tiers_as_wished(const ModelBytes& model, const Budgets& budgets, const
 
 Trial try_in_vram(Attempt in_tiers, const ModelBytes& model, const Budgets& budgets,
                   const Wishes& wishes) {
-  Plan whole = whole_in_vram(model, wishes);
+  Plan whole = whole_in_vram(model, budgets, wishes);
   const std::uint64_t needed = sum_of({wishes.gpu_reserved, whole.vram_bytes});
   if (needed <= vram_of(budgets) && wants_all(model, wishes)) {
     const std::uint64_t ram =

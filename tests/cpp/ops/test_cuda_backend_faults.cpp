@@ -141,8 +141,8 @@ TEST(CudaBackendMemory, IsWhatAPromptNeedsThatAddsItsExpertsAtOnce) {
     largest.experts = experts;
     return (backend.working_bytes(largest) - without) / FakeCuda::kPairBytes;
   };
-  EXPECT_EQ(pairs_with_room(32768), 32768u);  // an expert may be every row's
-  EXPECT_EQ(pairs_with_room(16), 16u * 8);    // whose results may be kept
+  EXPECT_EQ(pairs_with_room(32768), static_cast<std::uint64_t>(added_pairs(32768, 8)));
+  EXPECT_EQ(pairs_with_room(16), 16u * 8);  // whose results may be kept
   EXPECT_EQ(pairs_with_room(1), 8u);
 }
 
@@ -154,8 +154,6 @@ TEST(CudaBackendMemory, OfDenseWeightsIsThatOfTheRowsThatPassThemTogether) {
   const std::uint64_t without = backend.working_bytes(largest);
   largest.width = 18432;
   EXPECT_EQ(backend.working_bytes(largest) - without, 1024u * 18432 * 2);
-  largest.step_width = 7168;
-  EXPECT_EQ(backend.working_bytes(largest) - without, 32768u * 7168 * 2);
 }
 
 class CudaSegments : public ::testing::Test {
@@ -314,7 +312,8 @@ TEST_F(CudaSegments, RefuseTasks) {
     const ExpertView expert;
     const std::int32_t pair = 0;
     const ExpertTask task{&expert, {&pair, 1}};
-    backend_.add_experts({&task, 1}, {}, 1, {}, {}, {}, {}, Phase::kPrefill);
+    const Matrix row{nullptr, 1, 4, 4};
+    backend_.add_experts({&task, 1}, {}, 1, row, row, row, row, Phase::kPrefill);
   });
 }
 

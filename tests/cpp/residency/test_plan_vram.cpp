@@ -439,8 +439,21 @@ TEST(PlanInVram, ChunksAreLongerWhereTheyCostLittleOfTheCache) {
   EXPECT_EQ(made.step_bytes, 300u);
   EXPECT_EQ(made.host_step_bytes, 60u);
   EXPECT_EQ(plan(10'000, kEnough, wishes_of(20), model).chunk, 1000);  // they fit beside it
-  EXPECT_EQ(plan(kEnough, kEnough, wishes_of(), model).chunk, 256);    // whole: nothing is read
   EXPECT_EQ(plan(kVramFloor, kEnough, wishes_of(), model).chunk, 256);
+}
+
+TEST(PlanInVram, ChunksOfAWholeModelAreAsLongAsFits) {
+  ModelBytes model = small_model();
+  model.steps = {{256, 150, 30}, {512, 300, 60}, {1000, 5000, 90}};
+  model.steps.push_back({2000, kSmallActivationBytes + 1, 120});
+  const Plan whole = plan(4 * kSmallActivationBytes, kEnough, wishes_of(), model);
+  EXPECT_FALSE(whole.tiered);
+  EXPECT_EQ(whole.chunk, 1000);
+  EXPECT_EQ(whole.step_bytes, 5000u);
+  const std::uint64_t others = whole.vram_bytes - whole.step_bytes;
+  EXPECT_EQ(plan(others + 4999, kEnough, wishes_of(), model).chunk, 512);
+  EXPECT_EQ(plan(others + 299, kEnough, wishes_of(), model).chunk, 256);
+  EXPECT_EQ(plan(others + 299, kEnough, wishes_of(), model).vram_bytes, others + 150);
 }
 
 // Up to 1 GiB they may take half of the cache, beyond that an eighth.
