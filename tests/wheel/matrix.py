@@ -71,45 +71,39 @@ def pip_install(python: Path, *what: object) -> None:
     run(python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *what)
 
 
-def toolkit() -> Path | None:
-    """Return the folder of nvcc and cuobjdump, if there is one."""
-    nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    return Path(nvcc).parent if nvcc else None
+def has_nvcc() -> bool:
+    return shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin") is not None
 
 
-def gpus_of(wheel: Path, work: Path, tools: Path | None) -> str:
-    """Return which GPUs the wheel has machine code for, as the plugin in it says."""
+def gpus_of(wheel: Path, said: str) -> str:
+    """Return which GPUs the wheel has machine code for, by what its build `said`."""
+    line = re.search(r"CUDA plugin: (built for|not built:) (.*)", said)
+    assert line is not None, said
+    built = line[1] == "built for"
     with zipfile.ZipFile(wheel) as archive:
-        if PLUGIN not in archive.namelist():
-            assert tools is None, f"{wheel} has no {PLUGIN}"
-            return "none: no nvcc here"
-        plugin = archive.extract(PLUGIN, work / "plugin")
-    assert tools is not None
-    said = [run(tools / "cuobjdump", flag, plugin) for flag in ("--list-elf", "--list-ptx")]
-    code, ptx = (sorted(set(re.findall(r"sm_\w+", text)), key=len) for text in said)
-    assert len(code) > 1, f"{PLUGIN} is for {code} alone"
-    return " ".join([*code, *(f"{name}+PTX" for name in ptx)])
+        assert (PLUGIN in archive.namelist()) == built, f"{PLUGIN} in {wheel}: {line[0]}"
+    return line[2] if built else f"none: {line[2]}"
 
 
 def build(python: str, version: str, work: Path, audit: Path) -> tuple[Path, str, str]:
     """`pip wheel` in an empty environment, then auditwheel; return wheel, policy and GPUs."""
-    tools = toolkit()
-    cuda = [f"-Ccmake.define.DSFP4_CUDA={'ON' if tools else 'OFF'}"]
+    cuda = [f"-Ccmake.define.DSFP4_CUDA={'ON' if has_nvcc() else 'AUTO'}"]
     cuda += ["-Ccmake.define.DSFP4_CUDA_ARCHITECTURES=all"]
     raw = work / f"raw-{version}"
     made = environment(python, work / f"build-{version}")
-    run(
+    said = run(
         made,
         "-m",
         "pip",
         "--disable-pip-version-check",
         "wheel",
-        "-q",
+        "-v",
         "--no-deps",
         "-w",
         raw,
         *cuda,
         ROOT,
+        stderr=subprocess.STDOUT,  # where pip repeats what the build says
     )
     (wheel,) = raw.glob("*.whl")
     repaired = work / f"repaired-{version}"
@@ -124,7 +118,7 @@ def build(python: str, version: str, work: Path, audit: Path) -> tuple[Path, str
     policy = re.search(r'"((?:many)?linux_[a-z0-9_]+)"', " ".join(show.split()))
     assert policy is not None, show
     DIST.mkdir(exist_ok=True)
-    return Path(shutil.copy(wheel, DIST)), policy[1], gpus_of(wheel, work, tools)
+    return Path(shutil.copy(wheel, DIST)), policy[1], gpus_of(wheel, said)
 
 
 def import_seconds(python: Path) -> float:
