@@ -445,7 +445,8 @@ void bind_model(nb::module_& m) {
       .def_prop_ro("device", get<&Model::device>)
       .def("forward", &forward, nb::arg("ids"), nb::arg("experts") = nb::none(),
            nb::arg("decode") = false, nb::arg("return_logits") = true,
-           nb::arg("return_router_logits") = false, nb::arg("on_logits") = nb::none(), nb::arg("ram_limit") = 0)
+           nb::arg("return_router_logits") = false, nb::arg("on_logits") = nb::none(),
+           nb::arg("ram_limit") = 0)
       .def("token_seconds", &token_seconds, nb::arg("ids"), nb::arg("routed_experts"))
       .def("generate", &generate, nb::arg("ids"), nb::kw_only(), nb::arg("max_tokens") = 256,
            nb::arg("temperature") = 0.0, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0,

@@ -18,8 +18,8 @@ std::uint64_t wished_device_bytes(const ModelBytes& model, const Wishes& wishes)
   return std::min(wishes.max_experts.value_or(0), model.experts) * model.device_slot;
 }
 
-// All of it, with what loading takes of RAM, and the longest chunks that fit: an expert has few rows
-// of a short one.
+// All of it, with what loading takes of RAM, and the longest chunks that fit: an expert has few
+// rows of a short one.
 Plan whole_in_vram(const ModelBytes& model, const Budgets& budgets, const Wishes& wishes) {
   Plan plan = whole_plan(model, wishes, model.steps.front());
   const std::uint64_t others =

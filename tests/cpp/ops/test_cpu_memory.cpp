@@ -74,7 +74,8 @@ class CpuMemory : public ::testing::TestWithParam<WeightFormat> {
                  phase);
     }
     ops.linear(shared_.view, x_.view.slice(0, rows), few_.view.slice(0, rows), phase);
-    ops.linear(router_.view, x_.view.slice(0, rows), few_.view.slice(0, rows), phase, Inputs::kF32);
+    ops.linear(router_.view, x_.view.slice(0, dense_rows), few_.view.slice(0, dense_rows), phase,
+               Inputs::kF32);
 
     std::vector<ExpertTask> tasks;
     std::vector<std::vector<std::int32_t>> pairs(kTopK);
