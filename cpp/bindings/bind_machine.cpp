@@ -1,4 +1,4 @@
-// What the core knows of the machine it runs on, for `dsfp4 doctor`.
+// The machine, as the core knows it, for `dsfp4 doctor`.
 #include <cmath>
 #include <cstdint>
 #include <filesystem>

@@ -117,8 +117,8 @@ bool is_activation_or_cache_scale(const Name& name) {
           !name.whole.ends_with(".self_attn.k_proj.k_scale"));
 }
 
-// What decoding needs none of, by its name. All names of the checkpoint are shown first: a layer
-// beyond the last is an MTP layer by its parts.
+// Tensors that decoding does not need, by name. All names of the checkpoint are shown first: a
+// layer beyond the last is an MTP layer by its parts.
 class NamesWithoutUse {
  public:
   explicit NamesWithoutUse(std::int64_t layers) : layers_(layers) {}
@@ -155,7 +155,7 @@ bool is_stale_weight_scale(const Catalogue& catalogue, const Name& name) {
   return weight != nullptr && (weight->dtype == DType::kBF16 || weight->dtype == DType::kF32);
 }
 
-// What a tensor of that name is that no role takes; empty if only its neighbours can tell.
+// Says what a tensor of that name is that no role takes; empty if only its neighbours can tell.
 std::string_view describe_unsupported(const Name& name) {
   const auto has = [&](std::string_view text) { return name.whole.find(text) != name.whole.npos; };
   if (name.part == "pre_quant_scale" || name.part == "_pre_quant_scale") {

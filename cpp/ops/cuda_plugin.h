@@ -19,7 +19,8 @@ const cuda::Plugin& cuda_plugin();
 cuda::DeviceInfo cuda_device(int index);
 cuda::DeviceInfo cuda_device(const cuda::Plugin& plugin, int index);
 
-/// What there is, fit for use or not: for cuda_refusal(). Throws CudaError if the driver fails.
+/// The GPU that is there, fit for use or not: for cuda_refusal(). Throws CudaError if the driver
+/// fails.
 cuda::DeviceInfo probe_cuda(const cuda::Plugin& plugin, int index);
 
 /// Whether the environment's DSFP4_CUDA_KERNELS is "portable": only kernels that every GPU can run.
