@@ -17,7 +17,8 @@ struct ChosenExpert {
   std::span<std::int32_t> pairs;
 };
 
-/// y = shared(x), or zero where there is no shared expert.
+/// In decode, y = shared(x), or zero where there is no shared expert. A prompt's y has that
+/// already.
 void shared_into(const ExpertLayer& layer, ops::Ops& ops, memory::Arena& arena);
 
 /// The distinct experts of `used` [tokens, top_k], ascending. `pairs` is scratch with one entry a

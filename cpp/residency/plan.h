@@ -129,8 +129,8 @@ std::uint64_t most_ram(const memory::MachineMemory& machine);
 /// routed experts gets three tiers: VRAM has the dense weights, the KV cache, a step and slots, of
 /// which max_experts are cached, by default as many as fit; RAM has slots as above, and the
 /// embedding, of which a token needs one row; the files have the rest. Chunks are as long as above.
-/// Where the dense weights do not fit, they get the first formats of ModelBytes::converted that do.
-/// Where not even the last do, and beyond max_gpu_layers, layers are streamed: as few as possible,
+/// Dense weights that do not fit get the first formats of ModelBytes::converted that do. Beyond
+/// max_gpu_layers, or if not even the last formats fit, layers are streamed: as few as possible,
 /// evenly spread, those with dense MLPs, which are larger, last.
 ///
 /// Throws MemoryLimitError where not even that is there, with the bytes from which on it loads and

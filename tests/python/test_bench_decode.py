@@ -193,6 +193,24 @@ def test_shares_are_measured_in_one_load(folder: Path, monkeypatch: pytest.Monke
         assert run["floor_seconds"].keys() == {"ssd", "compute"}
 
 
+def test_stages_are_switched_off_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    switched = []
+    set_streams = dsfp4.Model.set_compute_streams
+    monkeypatch.setattr(
+        dsfp4.Model,
+        "set_compute_streams",
+        lambda model, streams: switched.append(streams) or set_streams(model, streams),
+    )
+    without = measured(folder, monkeypatch, "--cpu-cache-size", "0", "--stages")
+    assert [row["off"] for row in without["stages"]] == [None, "prefetch", "compute", "transfer"]
+    assert switched == [{}, {"prefetch": False}, {"compute": False}, {"transfer": False}, {}]
+    assert all(row["decode_seconds"] > 0 for row in without["stages"])
+    assert any(line.startswith("without transfer: ") for line in decode_report.lines(without))
+    report = measured(folder, monkeypatch, "--cpu-cache-size", "0", "--stages", "--prompt", "9")
+    assert {row["prompt_tokens"] for row in report["stages"]} == {9}
+    assert any("a prompt of 9 in " in line for line in decode_report.lines(report))
+
+
 def test_one_share_makes_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = measured(folder, monkeypatch, "--cpu-cache-size", "0", "--prompt", "9")
     assert report["cpu_shares"] == []

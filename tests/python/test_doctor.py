@@ -167,7 +167,7 @@ def test_a_blank_in_a_mount_point(tmp_path: Path) -> None:
 )
 def test_io_uring_is_forbidden(fake: FakeMachine, disabled: str, words: str) -> None:
     fake.write("proc/sys/kernel/io_uring_disabled", f"{disabled}\n")
-    # Where io_uring is not used, the limit of what it may lock does not matter.
+    # Without io_uring the limit of what it may lock does not matter.
     fake.write("proc/self/limits", fake.limits("65536"))
     machine = fake.examine(uring_problem=lambda: "io_uring cannot be used here: forbidden")
     finding = only(findings(machine))

@@ -78,15 +78,7 @@ TEST_P(ComputeStreamsTest, WithoutTransferNoLayerIsCopiedAhead) {
   const auto engine = load(options(), as_a_gpu());
   ask(*engine);
   engine->set_compute_streams({.transfer = false});
-  const auto copied = [&](std::int64_t tokens) {
-    const std::uint64_t before = engine->stats().layer_upload_bytes;
-    const Ids ids(static_cast<std::size_t>(tokens), 5);
-    Floats logits(ids.size() * static_cast<std::size_t>(engine->spec().vocab_size));
-    ForwardOptions forward;
-    forward.decode = true;
-    engine->forward(ids, logits, forward);
-    return engine->stats().layer_upload_bytes - before;
-  };
+  const auto copied = [&](std::int64_t tokens) { return layers_copied(*engine, tokens); };
   copied(1);
   const std::uint64_t once = copied(1);
   EXPECT_GT(once, 0u);

@@ -56,15 +56,7 @@ TEST_P(LayersInRam, AnyNumberOfThemChangesNoBit) {
 
 TEST_P(LayersInRam, EachCrossesPcieOnceAStep) {
   const auto engine = load(options(0), as_a_gpu());
-  const auto copied = [&](std::int64_t tokens) {
-    const std::uint64_t before = engine->stats().layer_upload_bytes;
-    const Ids ids(static_cast<std::size_t>(tokens), 5);
-    Floats logits(ids.size() * static_cast<std::size_t>(engine->spec().vocab_size));
-    ForwardOptions forward;
-    forward.decode = true;
-    engine->forward(ids, logits, forward);
-    return engine->stats().layer_upload_bytes - before;
-  };
+  const auto copied = [&](std::int64_t tokens) { return layers_copied(*engine, tokens); };
   copied(1);  // and what is copied ahead for the next
   const std::uint64_t once = copied(1);
   EXPECT_GT(once, 0u);

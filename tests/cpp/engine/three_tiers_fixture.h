@@ -56,6 +56,16 @@ inline Says ask(Engine& engine) {
   return says;
 }
 
+/// Bytes of dense layers that so many decode steps copy to the device.
+inline std::uint64_t layers_copied(Engine& engine, std::int64_t tokens) {
+  const std::uint64_t before = engine.stats().layer_upload_bytes;
+  const Ids ids(static_cast<std::size_t>(tokens), 5);
+  ForwardOptions forward;
+  forward.decode = true;
+  engine.forward(ids, {}, forward);
+  return engine.stats().layer_upload_bytes - before;
+}
+
 class ThreeTiersFixture : public ::testing::TestWithParam<dsfp4::testing::TinyKind> {
  protected:
   ThreeTiersFixture() {

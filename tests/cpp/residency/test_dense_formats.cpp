@@ -71,7 +71,7 @@ TEST(DenseFormats, TheLadderTakesFp8FirstAndLeavesTheHead) {
   }
 }
 
-// What was measured to cost less comes first.
+// The cheapest by measured loss comes first.
 TEST(DenseFormats, TheLaddersStepsAreThese) {
   std::vector<std::string> steps;
   for (const DenseFormats& formats : format_ladder()) steps.push_back(describe(formats));

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <array>
 #include <map>
 #include <numeric>
 #include <random>
@@ -9,121 +8,12 @@
 #include <gtest/gtest.h>
 
 #include "dsfp4/error.h"
-#include "residency/resident_experts.h"
-#include "residency/tiered_experts.h"
-#include "residency/tiny_experts.h"
+#include "residency/tiered_experts_fixture.h"
 
 namespace dsfp4::residency {
 namespace {
 
-using ops::testing::OwnedMatrix;
 using storage::Priority;
-using Keys = std::vector<ExpertKey>;
-
-// A prompt's results are added to this.
-constexpr float kBefore = 0.5f;
-
-// One layer of one step: its input, its choice, and what comes out.
-struct Step {
-  Step(std::int64_t model_layer, std::vector<std::int32_t> choice, std::int64_t hidden,
-       std::int64_t experts, std::int64_t top_k, std::uint32_t seed = 5)
-      : layer(model_layer),
-        used(std::move(choice)),
-        weights(used.size()),
-        k(top_k),
-        x(std::ssize(used) / top_k, hidden, seed),
-        y(std::ssize(used) / top_k, hidden),
-        logits(std::ssize(used) / top_k, experts, seed + 1) {
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-      weights[i] = 0.9f / static_cast<float>(1 + i % static_cast<std::size_t>(k));
-    }
-  }
-  // Before each run.
-  ExpertLayer view() {
-    if (phase == ops::Phase::kPrefill) std::ranges::fill(y.values, kBefore);
-    return {.layer = layer,
-            .phase = phase,
-            .x = x.view(),
-            .routing = {used, used, weights, logits.view()},
-            .on_host = {used, used, weights, logits.values},
-            .top_k = k,
-            .y = y.view()};
-  }
-
-  std::int64_t layer;
-  ops::Phase phase = ops::Phase::kDecode;
-  std::vector<std::int32_t> used;
-  std::vector<float> weights;
-  std::int64_t k;
-  OwnedMatrix x, y, logits;
-};
-
-class TieredExpertsTest : public TinyExpertsTest {
- protected:
-  TieredExperts& make(std::size_t slots, std::size_t cache_slots, const TieredOptions& options) {
-    make_store(slots, cache_slots);
-    runner_.emplace(*ops_, *store_, router_, routers_, kFirstLayer, kHidden, kIntermediate, 64,
-                    nullptr, nullptr);
-    runner_->configure(options);
-    return *runner_;
-  }
-  static Step step(std::vector<std::int32_t> choice, std::uint32_t seed = 5) {
-    return {kFirstLayer, std::move(choice), kHidden, kExperts, kTopK, seed};
-  }
-  // A prompt, whose experts pass by the cache once that is full; the same experts for each row.
-  static Step prompt(const std::vector<std::int32_t>& choice, std::uint32_t seed = 5) {
-    std::vector<std::int32_t> used;
-    for (int i = 0; i < 17; ++i) used.insert(used.end(), choice.begin(), choice.end());
-    Step made = step(std::move(used), seed);
-    made.phase = ops::Phase::kPrefill;
-    return made;
-  }
-  std::unique_ptr<ExpertWork> start(Step& step) {
-    return runner_->start(step.view(), arena_, ahead_);
-  }
-  // To the end; open reads complete in the order that `next` picks from.
-  template <typename Next>
-  void finish(ExpertWork& work, const Next& next) {
-    for (int i = 0; i < 1000; ++i) {
-      if (const std::vector<std::size_t> open = open_reads(); !open.empty()) {
-        reader_.complete(open[next(open.size())]);
-      }
-      if (!work.advance()) return;
-    }
-    FAIL() << "it never ends";
-  }
-  void finish(ExpertWork& work) {
-    finish(work, [](std::size_t) { return std::size_t{0}; });
-  }
-  std::vector<std::size_t> open_reads() const {
-    std::vector<std::size_t> open;
-    for (std::size_t i = 0; i < reader_.reads.size(); ++i) {
-      if (!reader_.reads[i].over) open.push_back(i);
-    }
-    return open;
-  }
-  // With every expert in memory.
-  std::vector<float> right(Step step) {
-    ResidentExperts resident(*ops_, kHidden, kIntermediate, [&](std::int64_t layer) {
-      const auto first = static_cast<std::size_t>((layer - kFirstLayer) * kExperts);
-      return std::span<const ops::ExpertView>(views_).subspan(first, kExperts);
-    });
-    ReadAhead none;
-    const auto work = resident.start(step.view(), arena_, none);
-    while (work->advance()) {
-    }
-    return step.y.values;
-  }
-  void expect_nothing_held() {
-    EXPECT_TRUE(store_->is_consistent());
-    EXPECT_EQ(arena_.used(), 0u);
-  }
-
-  std::optional<TieredExperts> runner_;
-  ReadAhead ahead_;
-};
-
-constexpr TieredOptions kNoPrefetch{0, 0.0f};
 
 TEST_F(TieredExpertsTest, MissesAreReadFirstThenPredictionsThenWhatIsThereIsComputed) {
   make(12, 6, {1, 0.0f});
@@ -186,87 +76,6 @@ TEST_F(TieredExpertsTest, NothingThatArrivesIsNoEnd) {
   finish(*work);
   EXPECT_FALSE(work->advance());
   EXPECT_EQ(layer.y.values, right(layer));
-}
-
-TEST_F(TieredExpertsTest, APromptIsComputedAFewExpertsAtATime) {
-  make(12, 9, kNoPrefetch);
-  for (ExpertKey key = 0; key < kExperts; ++key) bring(key);
-  std::vector<std::size_t> groups;
-  on_compute_ = [&](std::span<const ExpertKey> keys) { groups.push_back(keys.size()); };
-  Step layer = prompt({0, 1, 2, 3, 4, 5, 6, 7});
-  const auto work = start(layer);
-  EXPECT_TRUE(groups.empty());
-  EXPECT_TRUE(work->advance());
-  EXPECT_EQ(groups, std::vector<std::size_t>{4});
-  EXPECT_FALSE(work->advance());
-  EXPECT_EQ(groups, (std::vector<std::size_t>{4, 4}));
-  EXPECT_EQ(layer.y.values, right(layer));
-}
-
-// Also where later ones are in RAM already, in any number of slots; each is read once.
-TEST_F(TieredExpertsTest, APromptsExpertsAreReadAndComputedByNumber) {
-  std::mt19937 random(11);
-  for (const std::size_t slots : {2u, 3u, 5u, 12u}) {
-    for (const std::size_t cached : {0u, 1u}) {
-      make(slots, cached, kNoPrefetch);
-      if (cached > 0) bring(6);
-      const std::size_t before = reader_.reads.size();
-      Keys computed;
-      on_compute_ = [&](std::span<const ExpertKey> keys) {
-        computed.insert(computed.end(), keys.begin(), keys.end());
-      };
-      Step layer = prompt({7, 3, 0, 6, 1, 4});
-      finish(*start(layer), [&](std::size_t open) { return random() % open; });
-      on_compute_ = {};
-      EXPECT_EQ(computed, (Keys{0, 1, 3, 4, 6, 7})) << slots;
-      EXPECT_EQ(submitted(Priority::kDemand, before),
-                cached > 0 ? (Keys{0, 1, 3, 4, 7}) : (Keys{0, 1, 3, 4, 6, 7}))
-          << slots;
-      EXPECT_EQ(layer.y.values, right(layer)) << slots;
-      expect_nothing_held();
-      runner_.reset();
-      store_.reset();
-    }
-  }
-}
-
-// Its scratch holds about a row's one pair, not all; where chunks end changes no bit.
-TEST_F(TieredExpertsTest, ALongPromptTakesTheScratchThatIsSaid) {
-  constexpr std::int64_t kRows = 1500;
-  MoeShape shape{kHidden, kIntermediate, 0, router_};
-  std::vector<std::int32_t> used;
-  for (std::int32_t t = 0; t < kRows; ++t) {
-    used.push_back(t % 3 == 0 ? t % 8 : 5);
-    used.push_back(used.back() == 2 ? 7 : 2);
-  }
-  Step whole = step(used);
-  whole.phase = ops::Phase::kPrefill;
-  make(3, 1, kNoPrefetch);
-  memory::Arena exact(TieredExperts::scratch_bytes(shape, kRows, whole.phase), "the scratch");
-  EXPECT_LT(exact.size(), static_cast<std::size_t>(kRows * kTopK * kHidden) * sizeof(float));
-  finish(*runner_->start(whole.view(), exact, ahead_));
-  EXPECT_EQ(whole.y.values, right(whole));
-  const std::vector<float> result = whole.y.values;
-
-  for (const std::int64_t first : {0, 700}) {
-    const std::int64_t rows = first == 0 ? 700 : kRows - 700;
-    ExpertLayer part = whole.view();
-    OwnedMatrix y(rows, kHidden);
-    std::ranges::fill(y.values, kBefore);
-    const auto pair = static_cast<std::size_t>(first * kTopK);
-    const auto pairs = static_cast<std::size_t>(rows * kTopK);
-    part.x = whole.x.view().slice(first, rows);
-    part.y = y.view();
-    part.routing.used = std::span(whole.used).subspan(pair, pairs);
-    part.routing.weights = std::span(whole.weights).subspan(pair, pairs);
-    part.on_host.used = part.on_host.experts = std::span(whole.used).subspan(pair, pairs);
-    part.on_host.weights = std::span(whole.weights).subspan(pair, pairs);
-    part.on_host.logits = part.on_host.logits.subspan(static_cast<std::size_t>(first * kExperts));
-    finish(*runner_->start(part, exact, ahead_));
-    EXPECT_TRUE(std::ranges::equal(
-        y.values,
-        std::span(result).subspan(static_cast<std::size_t>(first * kHidden), y.values.size())));
-  }
 }
 
 TEST_F(TieredExpertsTest, ALightExpertThatIsMissingIsLeftOut) {
