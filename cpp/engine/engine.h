@@ -62,7 +62,11 @@ class Engine {
   /// Makes a change in its turn.
   template <typename Change>
   void change(const KeepGoing& keep_going, const Change& change);
-  Running running() const { return {spec_, *ops_, host_ops_.get(), kv_format_, max_context_}; }
+  Running running() const {
+    std::optional<Backend> host;
+    if (host_ops_) host = backend_of(*host_ops_);
+    return {spec_, backend_of(*ops_), std::move(host), kv_format_, max_context_};
+  }
   /// Runs the batch's ids as the sequence's next tokens, and `use` with the pass that is done.
   /// False: `keep_going`, asked before each piece of it, said no, and `use` was not called.
   template <typename Use>

@@ -97,11 +97,12 @@ std::optional<Rates> parse(std::string_view text, const std::string& machine) {
   return text.empty() ? std::optional(rates) : std::nullopt;
 }
 
-Wires wires_of(const Running& running, const LoadedWeights& loaded, const residency::Plan& plan) {
-  const bool on_gpu = running.host != nullptr;
-  const model::ModelSpec& spec = running.spec;
-  return {.host = on_gpu ? *running.host : running.ops,
-          .gpu = on_gpu ? &running.ops.device() : nullptr,
+Wires wires_of(const Computers& computers, const LoadedWeights& loaded,
+               const residency::Plan& plan) {
+  const bool on_gpu = computers.host != nullptr;
+  const model::ModelSpec& spec = computers.spec;
+  return {.host = on_gpu ? *computers.host : computers.ops,
+          .gpu = on_gpu ? &computers.ops.device() : nullptr,
           .reader = *loaded.reader,
           .images = loaded.images,
           .slots = plan.slots,
@@ -113,9 +114,9 @@ Wires wires_of(const Running& running, const LoadedWeights& loaded, const reside
           .moe_intermediate_size = spec.moe_intermediate_size};
 }
 
-std::string gpu_name(const Running& running, const LoadOptions& options) {
-  if (running.host == nullptr) return {};
-  return options.device == "cuda" ? ops::cuda_device(0).name : std::string(running.ops.name());
+std::string gpu_name(const Computers& computers, const LoadOptions& options) {
+  if (computers.host == nullptr) return {};
+  return options.device == "cuda" ? ops::cuda_device(0).name : std::string(computers.ops.name());
 }
 
 std::string decimals(double value) {
@@ -193,14 +194,14 @@ void KeptRates::save(const Rates& rates) const {
   replace_file(path_, text);
 }
 
-Rates known_rates(const Running& running, const LoadedWeights& loaded, const residency::Plan& plan,
-                  const LoadOptions& options, int threads, const RateLimits& limits,
-                  const Poll& poll) {
+Rates known_rates(const Computers& computers, const LoadedWeights& loaded,
+                  const residency::Plan& plan, const LoadOptions& options, int threads,
+                  const RateLimits& limits, const Poll& poll) {
   if (!plan.tiered || options.warm_start_folder.empty()) return {};
-  const Wires wires = wires_of(running, loaded, plan);
+  const Wires wires = wires_of(computers, loaded, plan);
   const KeptRates kept(
       options.warm_start_folder,
-      machine_line(threads, gpu_name(running, options), loaded.check->catalogue().files().front(),
+      machine_line(threads, gpu_name(computers, options), loaded.check->catalogue().files().front(),
                    std::string(wires.reader.name()) +
                        (options.direct_reads ? "" : ", through the page cache") + ", experts of " +
                        std::to_string(wires.images.empty() ? 0 : wires.images[0].files.bytes()) +

@@ -14,8 +14,9 @@
 #include "dsfp4/model.h"
 #include "dsfp4/rates.h"
 #include "engine/loader.h"
-#include "engine/model_bytes.h"
 #include "engine/rates.h"
+#include "model/spec.h"
+#include "ops/ops.h"
 #include "residency/plan.h"
 
 namespace dsfp4::engine {
@@ -41,12 +42,19 @@ class KeptRates {
   std::string machine_;
 };
 
+/// Who computes a model.
+struct Computers {
+  const model::ModelSpec& spec;
+  ops::Ops& ops;
+  ops::Ops* host;  // the processor's, beside a GPU that does not hold everything
+};
+
 /// The rates for a model that is loaded but for its tiers: those that options.warm_start_folder
 /// keeps; where it keeps none, measured ones, which it keeps from then on. None without a folder,
 /// without tiers, or for a model too small to measure with. An error on the way is logged, and what
 /// it left unknown is 0. Throws what `poll` throws.
-Rates known_rates(const Running& running, const LoadedWeights& loaded, const residency::Plan& plan,
-                  const LoadOptions& options, int threads, const RateLimits& limits,
-                  const Poll& poll);
+Rates known_rates(const Computers& computers, const LoadedWeights& loaded,
+                  const residency::Plan& plan, const LoadOptions& options, int threads,
+                  const RateLimits& limits, const Poll& poll);
 
 }  // namespace dsfp4::engine

@@ -106,7 +106,7 @@ LoadedWeights load_weights(const std::filesystem::path& folder,
   loaded.reader = storage::make_reader(catalogue.files(), reading);
 
   Placement placement(catalogue, *loaded.layout, loaded.weights);
-  loaded.sizes = placement.sizes(device, options.formats, options.threads);
+  loaded.sizes = placement.sizes(device.host_visible(), options.formats, options.threads);
   loaded.sizes.staging = loaded.reader->staging_bytes();
   residency::Plan plan;
   plan.formats = options.formats.front();

@@ -5,11 +5,21 @@
 #include "dsfp4/model.h"
 #include "engine/kv_cache.h"
 #include "model/decoder.h"
+#include "ops/cuda_memory.h"
 #include "ops/host_routing.h"
 #include "residency/device_tier.h"
 #include "residency/prefetcher.h"
 
 namespace dsfp4::engine {
+
+Backend backend_of(const ops::Ops& ops) {
+  return {.host_visible = ops.device().host_visible(),
+          .working_bytes = [&ops](const ops::Ops::Largest& largest) {
+            return ops.working_bytes(largest);
+          }};
+}
+
+Backend cuda_backend() { return {.host_visible = false, .working_bytes = ops::cuda_working_bytes}; }
 
 ops::Ops::Largest largest_step(const Running& running, const WeightSizes& sizes,
                                std::int64_t rows) {
@@ -40,8 +50,8 @@ std::size_t scratch_bytes(const model::ModelSpec& spec, std::int64_t rows) {
                   model::scratch_bytes(spec, 1, model::Phase::kDecode));
 }
 
-std::size_t logit_bytes(const model::ModelSpec& spec, ops::Device& device) {
-  if (device.host_visible()) return 0;
+std::size_t logit_bytes(const model::ModelSpec& spec, bool host_visible) {
+  if (host_visible) return 0;
   return static_cast<std::size_t>(kLogitRows * spec.vocab_size) * sizeof(float);
 }
 
@@ -53,10 +63,11 @@ ops::Ops::Largest largest_host_step(const Running& running, const WeightSizes& s
 
 std::size_t host_step_bytes(const Running& running, const WeightSizes& sizes, std::int64_t rows) {
   const model::ModelSpec& spec = running.spec;
-  ops::Device& device = running.ops.device();
   const std::uint64_t working =
-      running.host == nullptr ? 0 : running.host->working_bytes(largest_host_step(running, sizes));
-  return working + ops::RoutingReader::staging_bytes(device, rows, spec.router, spec.hidden_size) +
+      running.host ? running.host->working_bytes(largest_host_step(running, sizes)) : 0;
+  return working +
+         ops::RoutingReader::staging_bytes(running.backend.host_visible, rows, spec.router,
+                                           spec.hidden_size) +
          model::HostEmbedding::bytes(spec.hidden_size) +
          residency::Prefetcher::staging_bytes(rows, spec.router.top_k) +
          residency::DeviceTier::staging_bytes(
@@ -65,7 +76,7 @@ std::size_t host_step_bytes(const Running& running, const WeightSizes& sizes, st
 
 residency::ModelBytes model_bytes(const Running& running, const WeightSizes& sizes) {
   const model::ModelSpec& spec = running.spec;
-  ops::Device& device = running.ops.device();
+  const bool in_host = running.backend.host_visible;
   residency::ModelBytes bytes;
   bytes.dense = sizes.dense_bytes;
   bytes.embedding = sizes.embedding_bytes;
@@ -82,7 +93,7 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
   bytes.kv_block =
       KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
   bytes.reader = sizes.staging;
-  if (!device.host_visible() || sizes.conversion > 0) {
+  if (!in_host || sizes.conversion > 0) {
     bytes.load_buffer = sizes.load_buffer + sizes.conversion;
   }
   for (std::int64_t rows = kPrefillChunk; rows <= kLongestPrefillChunk; rows *= 2) {
@@ -90,9 +101,9 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
     if (!bytes.steps.empty() && chunk == bytes.steps.back().rows) break;
     residency::ModelBytes::Step& step = bytes.steps.emplace_back();
     step.rows = chunk;
-    step.bytes = scratch_bytes(spec, chunk) + logit_bytes(spec, device) +
-                 running.ops.working_bytes(largest_step(running, sizes, chunk));
-    if (device.host_visible()) {
+    step.bytes = scratch_bytes(spec, chunk) + logit_bytes(spec, in_host) +
+                 running.backend.working_bytes(largest_step(running, sizes, chunk));
+    if (in_host) {
       step.bytes += residency::Prefetcher::staging_bytes(chunk, spec.router.top_k);
     } else {
       step.host_bytes = host_step_bytes(running, sizes, chunk);

@@ -196,17 +196,16 @@ residency::ModelBytes::Converted Placement::dense_in(const DenseFormats& formats
   return sizes;
 }
 
-WeightSizes Placement::sizes(ops::Device& device, std::span<const DenseFormats> formats,
+WeightSizes Placement::sizes(bool host_visible, std::span<const DenseFormats> formats,
                              int threads) const {
-  const bool in_host = device.host_visible();
   WeightSizes sizes;
-  auto [first, dense, layers] = dense_in(formats.front(), in_host);
+  auto [first, dense, layers] = dense_in(formats.front(), host_visible);
   sizes.formats = first;
   sizes.dense_bytes = dense;
   sizes.layer_bytes = std::move(layers);
   std::uint64_t least = dense;
   for (const DenseFormats& other : formats.subspan(1)) {
-    const auto& converted = sizes.converted.emplace_back(dense_in(other, in_host));
+    const auto& converted = sizes.converted.emplace_back(dense_in(other, host_visible));
     if (converted.dense < least) {
       least = converted.dense;
     } else {
@@ -217,7 +216,7 @@ WeightSizes Placement::sizes(ops::Device& device, std::span<const DenseFormats> 
   std::size_t largest = kBufferedBytes;
   std::int64_t cols = 0;
   for (const Group& group : groups_) {
-    const std::size_t bytes = arena_bytes(group.from, {}, in_host);
+    const std::size_t bytes = arena_bytes(group.from, {}, host_visible);
     const std::size_t slot = group.from.files.slot_bytes;
     slots += slot;
     largest = std::max(largest, slot);

@@ -69,9 +69,9 @@ class Placement {
     bool staged = false;               // that is in RAM, and views point to a layer's buffer
   };
 
-  /// All but `staging`, in the first of `formats`, of which there is at least one; of the others
-  /// those that take less.
-  WeightSizes sizes(ops::Device& device, std::span<const residency::DenseFormats> formats,
+  /// All but `staging`, for memory that the host may touch or not, in the first of `formats`, of
+  /// which there is at least one; of the others those that take less.
+  WeightSizes sizes(bool host_visible, std::span<const residency::DenseFormats> formats,
                     int threads) const;
   /// Of the matrices, as they are stored; after take(), as they lie in memory.
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }

@@ -1,13 +1,14 @@
 #include "ops/cuda_backend.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
 
 #include "dsfp4/error.h"
+#include "ops/cuda/workspaces.h"
+#include "ops/cuda_memory.h"
 #include "ops/cuda_plugin.h"
 #include "ops/host_routing.h"
 #include "ops/raw.h"
@@ -16,17 +17,8 @@
 namespace dsfp4::ops {
 namespace {
 
-constexpr std::size_t kSmallBuffer = 64u << 10;
-
 cuda::DeviceRouting on_device(const Routing& routing) {
   return {unwrap(routing.experts.data), unwrap(routing.used.data), unwrap(routing.weights.data)};
-}
-
-// Attention over the latents is laid out for up to so many tokens, so that a recording of it is
-// good up to the next power of two.
-std::int64_t rounded_length(std::int64_t tokens) {
-  return static_cast<std::int64_t>(
-      std::bit_ceil(static_cast<std::uint64_t>(std::max(tokens, kKvBlockTokens))));
 }
 
 }  // namespace
@@ -64,7 +56,7 @@ const std::byte* CudaBackend::Mirror::put_bytes(CudaDevice& device,
     throw CudaError("what a segment does not name cannot be recorded: a recording would keep it");
   }
   held_.clear();
-  reserve(device.memory(), std::max(values.size(), kSmallBuffer));
+  reserve(device.memory(), std::max(values.size(), kCudaSmallBuffer));
   device.upload(values.data(), memory(), values.size());
   held_.assign(values.begin(), values.end());
   return memory();
@@ -189,7 +181,7 @@ void CudaBackend::rms_norm(ConstMatrix x, DeviceSpan<const float> weight, float 
 void CudaBackend::linear(const WeightView& weight, ConstMatrix x, Matrix y, Phase /*phase*/,
                          Inputs inputs) {
   const format::WeightView w = unwrap(weight);
-  std::byte* space = workspace(plugin_.linear_workspace(opened(), &w, x.rows));
+  std::byte* space = workspace(cuda::linear_workspace(w.cols, x.rows));
   check(plugin_.linear(opened(), &w, unwrap(x), unwrap(y), inputs, space));
 }
 
@@ -197,8 +189,7 @@ void CudaBackend::linear_pair(const WeightView& first, Matrix y_first, const Wei
                               Matrix y_second, ConstMatrix x, Phase /*phase*/) {
   const format::WeightView a = unwrap(first);
   const format::WeightView b = unwrap(second);
-  std::byte* space = workspace(std::max(plugin_.linear_workspace(opened(), &a, x.rows),
-                                        plugin_.linear_workspace(opened(), &b, x.rows)));
+  std::byte* space = workspace(cuda::linear_workspace(std::max(a.cols, b.cols), x.rows));
   check(plugin_.linear_pair(opened(), &a, unwrap(y_first), &b, unwrap(y_second), unwrap(x), space));
 }
 
@@ -272,7 +263,7 @@ void CudaBackend::prefill_attention(const MlaShape& shape, const WeightView& kv_
   refuse_recording("prefill_attention() cannot be recorded: a recording would keep its positions");
   const cuda::KvRows kv = rows_of(batch);
   const format::WeightView weight = unwrap(kv_b_proj);
-  std::byte* space = workspace(plugin_.prefill_workspace(opened(), &shape, kv.max_length, q.rows));
+  std::byte* space = workspace(cuda::prefill_workspace(shape, kv.max_length));
   for (std::size_t i = 0; i < batch.size(); ++i) {
     const cuda::SequencePart part{batch[i].first_row, batch[i].rows, batch[i].position,
                                   first_blocks_[i]};
@@ -292,7 +283,7 @@ void CudaBackend::latent_attention(const MlaShape& shape, std::span<const Sequen
   if (batch.empty()) return;
   cuda::KvRows kv = rows_of(batch);
   kv.max_length = rounded_length(kv.max_length);
-  std::byte* space = workspace(plugin_.latent_workspace(opened(), &shape, kv.count, kv.max_length));
+  std::byte* space = workspace(cuda::latent_workspace(shape, kv.count, kv.max_length));
   check(plugin_.latent_attention(opened(), &shape, &kv, unwrap(q_abs), unwrap(q), unwrap(out),
                                  space));
 }
@@ -336,8 +327,8 @@ void CudaBackend::experts(std::span<const ExpertTask> tasks, std::int64_t top_k,
   refuse_recording("experts() cannot be recorded: a recording would keep its tasks");
   translate(tasks);
   const auto count = static_cast<std::int64_t>(tasks.size());
-  std::byte* space = workspace(
-      plugin_.expert_tasks_workspace(opened(), host_experts_.data(), count, x.rows, top_k));
+  std::byte* space =
+      workspace(cuda::expert_tasks_workspace(host_experts_.front(), count, x.rows, top_k));
   check(plugin_.expert_tasks(opened(), host_tasks_.data(), count, top_k, unwrap(x), unwrap(hidden),
                              unwrap(out), space));
 }
@@ -349,8 +340,8 @@ void CudaBackend::add_fitting_experts(std::span<const ExpertTask> tasks,
   refuse_recording("add_experts() cannot be recorded: a recording would keep its tasks");
   translate(tasks);
   const auto count = static_cast<std::int64_t>(tasks.size());
-  std::byte* space = workspace(
-      plugin_.add_expert_tasks_workspace(opened(), host_experts_.data(), count, out.rows));
+  std::byte* space =
+      workspace(cuda::add_expert_tasks_workspace(host_experts_.front(), count, out.rows));
   check(plugin_.add_expert_tasks(opened(), host_tasks_.data(), count, top_k, unwrap(x),
                                  unwrap(weights.data), unwrap(hidden), unwrap(out), unwrap(y),
                                  space));
@@ -387,7 +378,7 @@ void CudaBackend::routed_experts(std::span<const ExpertView> experts, const Rout
   const raw::ExpertView first = unwrap(experts.front());
   const raw::ExpertView with = shared == nullptr ? raw::ExpertView{} : unwrap(*shared);
   const auto count = static_cast<std::int64_t>(experts.size());
-  std::byte* space = workspace(plugin_.experts_workspace(opened(), &first, count, x.rows, top_k));
+  std::byte* space = workspace(cuda::experts_workspace(first, count, x.rows, top_k));
   check(plugin_.routed_experts(opened(), reinterpret_cast<const raw::ExpertView*>(table.memory),
                                &first, count, on_device(routing), top_k, unwrap(x), unwrap(hidden),
                                unwrap(routed), unwrap(y), shared == nullptr ? nullptr : &with,
@@ -408,50 +399,17 @@ bool CudaBackend::takes_shared(std::span<const ExpertView> experts, const Expert
 std::optional<std::int32_t> CudaBackend::sample(ConstMatrix logits, const SampleSpec& spec) {
   refuse_recording("sample() cannot be recorded: the host waits for it");
   std::int32_t id = -1;
-  std::byte* space = workspace(plugin_.sample_workspace(opened(), logits.cols));
+  std::byte* space = workspace(cuda::sample_workspace(logits.cols));
   check(plugin_.sample(opened(), unwrap(logits), &spec, space, &id));
   return id;
 }
 
-CudaBackend::StepMemory CudaBackend::step_memory(const Largest& largest) const {
-  const auto rows = static_cast<std::size_t>(largest.rows);
-  const auto dense_rows = static_cast<std::size_t>(largest.dense_rows);
-  constexpr std::size_t kBf16 = 2;
-  std::size_t bytes = kBf16 * dense_rows * static_cast<std::size_t>(largest.width);
-  bytes = std::max(bytes, plugin_.prefill_workspace(opened(), &largest.mla, largest.context,
-                                                    largest.dense_rows));
-  bytes = std::max(
-      bytes, plugin_.latent_workspace(opened(), &largest.mla, 1, rounded_length(largest.context)));
-  if (!largest.experts.empty()) {
-    const raw::ExpertView first = unwrap(largest.experts.front());
-    const auto experts = static_cast<std::int64_t>(largest.experts.size());
-    // Results of all pairs are kept for few rows only; those of other steps are added at once.
-    const std::int64_t kept = std::min(largest.rows, kMostHostRows);
-    for (const auto workspace_of : {plugin_.experts_workspace, plugin_.expert_tasks_workspace}) {
-      bytes = std::max(bytes, workspace_of(opened(), &first, experts, kept, largest.top_k));
-    }
-    const std::int64_t rows_added = added_pairs(largest.rows, largest.top_k);
-    bytes =
-        std::max(bytes, plugin_.add_expert_tasks_workspace(opened(), &first, experts, rows_added));
-  }
-  bytes =
-      std::max(bytes, plugin_.sample_workspace(opened(), std::max<std::int64_t>(largest.vocab, 1)));
-  const auto blocks = static_cast<std::size_t>(largest.context / kKvBlockTokens + 1);
-  return {bytes, std::max(rows * sizeof(std::int32_t), kSmallBuffer),
-          std::max(dense_rows * sizeof(cuda::RowPlace), kSmallBuffer),
-          std::max(blocks * sizeof(std::byte*), kSmallBuffer),
-          dense_rows * static_cast<std::size_t>(largest.top_k) * sizeof(std::int32_t)};
-}
-
 std::uint64_t CudaBackend::working_bytes(const Largest& largest) const {
-  const StepMemory memory = step_memory(largest);
-  const std::uint64_t tables = static_cast<std::uint64_t>(largest.moe_layers) *
-                               largest.experts.size() * sizeof(raw::ExpertView);
-  return memory.workspace + memory.ids + memory.rows + memory.blocks + memory.forced + tables;
+  return cuda_working_bytes(largest);
 }
 
 void CudaBackend::reserve(const Largest& largest) {
-  const StepMemory memory = step_memory(largest);
+  const CudaStepMemory memory = cuda_step_memory(largest);
   workspace(memory.workspace);
   ids_.reserve(device_->memory(), memory.ids);
   rows_.reserve(device_->memory(), memory.rows);

@@ -129,11 +129,6 @@ class CudaBackend final : public Ops {
   std::byte* workspace(std::size_t bytes);
   /// Tasks as the plugin takes them, in host_tasks_.
   void translate(std::span<const ExpertTask> tasks);
-  /// Of the largest step, in bytes.
-  struct StepMemory {
-    std::size_t workspace, ids, rows, blocks, forced;
-  };
-  StepMemory step_memory(const Largest& largest) const;
   /// The rows of `batch` with their blocks on the device.
   cuda::KvRows rows_of(std::span<const SequenceRows> batch);
 

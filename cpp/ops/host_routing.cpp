@@ -52,8 +52,8 @@ std::size_t routing_bytes(std::int64_t tokens, const RouterSpec& spec) {
 RoutingReader::RoutingReader(Device& device, std::int64_t tokens, const RouterSpec& spec,
                              std::int64_t hidden_size)
     : device_(device),
-      staging_(staging_bytes(device, tokens, spec, hidden_size), "the routing on its way",
-               device.staging()),
+      staging_(staging_bytes(device.host_visible(), tokens, spec, hidden_size),
+               "the routing on its way", device.staging()),
       event_(device.make_event()) {}
 
 RoutingReader::~RoutingReader() {
@@ -64,9 +64,9 @@ RoutingReader::~RoutingReader() {
   }
 }
 
-std::size_t RoutingReader::staging_bytes(Device& device, std::int64_t tokens,
+std::size_t RoutingReader::staging_bytes(bool host_visible, std::int64_t tokens,
                                          const RouterSpec& spec, std::int64_t hidden_size) {
-  if (device.host_visible()) return 0;
+  if (host_visible) return 0;
   return routing_bytes(tokens, spec) + scratch_bytes(kMostHostRows * hidden_size);
 }
 

@@ -47,8 +47,8 @@ class RoutingReader {
   void fetch(const Routing& routing, const ConstMatrix& x = {});
   /// The one that was fetched, after waiting for it; good until the next fetch().
   HostRouting get();
-  /// Of staging memory.
-  static std::size_t staging_bytes(Device& device, std::int64_t tokens, const RouterSpec& spec,
+  /// Of staging memory, beside a device whose memory the host may touch or not.
+  static std::size_t staging_bytes(bool host_visible, std::int64_t tokens, const RouterSpec& spec,
                                    std::int64_t hidden_size);
 
  private:

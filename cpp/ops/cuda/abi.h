@@ -31,7 +31,7 @@ using raw::ExpertView;
 using raw::Matrix;
 
 /// Raised whenever the table or a struct in it changes.
-inline constexpr std::uint32_t kAbiVersion = 8;
+inline constexpr std::uint32_t kAbiVersion = 9;
 
 struct Device;  // the plugin's own
 
@@ -154,11 +154,10 @@ struct Plugin {
   bool (*route)(Device*, const RouterSpec* spec, ConstMatrix logits, const float* bias,
                 const std::int32_t* forced, DeviceRouting out);
 
-  /// Bytes of `workspace` that linear() needs.
-  std::size_t (*linear_workspace)(Device*, const format::WeightView* weight, std::int64_t tokens);
+  /// Here as below, `workspace` has the bytes that workspaces.h says.
   bool (*linear)(Device*, const format::WeightView* weight, ConstMatrix x, Matrix y, Inputs inputs,
                  std::byte* workspace);
-  /// Two products of one x; the workspace that the larger needs.
+  /// Two products of one x; with the larger workspace.
   bool (*linear_pair)(Device*, const format::WeightView* first, Matrix y_first,
                       const format::WeightView* second, Matrix y_second, ConstMatrix x,
                       std::byte* workspace);
@@ -166,8 +165,6 @@ struct Plugin {
   bool (*kv_append)(Device*, const KvRows* kv, ConstMatrix x);
   bool (*mla_inputs)(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix cos_sin,
                      const float* kv_norm, float eps, Matrix q, Matrix x);
-  std::size_t (*prefill_workspace)(Device*, const MlaShape* shape, std::int64_t max_length,
-                                   std::int64_t rows);
   bool (*prefill_attention)(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
                             const KvRows* kv, SequencePart part, ConstMatrix q, Matrix out,
                             std::byte* workspace);
@@ -175,8 +172,6 @@ struct Plugin {
                        ConstMatrix q, Matrix q_abs);
   /// Reads the cache before the kernel before it has ended: absorb_query(), or something else, must
   /// come between mla_inputs() or kv_append() and latent_attention().
-  std::size_t (*latent_workspace)(Device*, const MlaShape* shape, std::int64_t rows,
-                                  std::int64_t max_length);
   bool (*latent_attention)(Device*, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,
                            ConstMatrix q, Matrix out, std::byte* workspace);
   bool (*expand_value)(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
@@ -188,8 +183,6 @@ struct Plugin {
   /// [pairs, moe_intermediate_size]; routed: [pairs, hidden_size]. `shared`, if not null, is added
   /// first, to nothing; a host struct with pointers of the device; hidden has a row more for each
   /// token then.
-  std::size_t (*experts_workspace)(Device*, const ExpertView* first, std::int64_t experts,
-                                   std::int64_t tokens, std::int64_t top_k);
   bool (*routed_experts)(Device*, const ExpertView* table, const ExpertView* first,
                          std::int64_t experts, DeviceRouting routing, std::int64_t top_k,
                          ConstMatrix x, Matrix hidden, Matrix routed, Matrix y,
@@ -206,24 +199,18 @@ struct Plugin {
   /// kMostTaskBytes of tasks and pairs; else it fails and nothing is queued. Experts of several
   /// formats, or one that the fast kernels cannot read (FP32, odd columns, data not on 16 bytes or
   /// scales not on 8), send the whole call through plain kernels. Not between begin_capture() and
-  /// end_capture(). Workspace: for up to `tasks` tasks and all pairs of `tokens` tokens.
-  std::size_t (*expert_tasks_workspace)(Device*, const ExpertView* expert, std::int64_t tasks,
-                                        std::int64_t tokens, std::int64_t top_k);
+  /// end_capture().
   bool (*expert_tasks)(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
                        ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace);
   /// Task by task, in their order, as if one ended before the next: y[p / top_k] += weights[p] *
   /// what expert_tasks() gives for pair p. A task's tokens are distinct. hidden and out are scratch
   /// of at least as many rows as there are pairs, and out's rows stand for x.rows above: a pair's
-  /// result does not depend on which tasks are in a call. Else as expert_tasks(). Workspace: for up
-  /// to `tasks` tasks and `rows` rows of out.
-  std::size_t (*add_expert_tasks_workspace)(Device*, const ExpertView* expert, std::int64_t tasks,
-                                            std::int64_t rows);
+  /// result does not depend on which tasks are in a call. Else as expert_tasks().
   bool (*add_expert_tasks)(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
                            ConstMatrix x, const float* weights, Matrix hidden, Matrix out, Matrix y,
                            std::byte* workspace);
 
   /// `id` is on the host; waits for it.
-  std::size_t (*sample_workspace)(Device*, std::int64_t vocab);
   bool (*sample)(Device*, ConstMatrix logits, const SampleSpec* spec, std::byte* workspace,
                  std::int32_t* id);
 

@@ -5,13 +5,6 @@
 
 namespace dsfp4::ops::cuda {
 
-std::size_t prefill_workspace(Device*, const MlaShape* shape, std::int64_t max_length,
-                              std::int64_t) {
-  // Whether the fast one fits also depends on the weight: room for either.
-  return std::max(prefill_plain_workspace(*shape, max_length),
-                  prefill_fast_workspace(*shape, max_length));
-}
-
 bool prefill_attention(Device* device, const MlaShape* shape, const format::WeightView* kv_b_proj,
                        const KvRows* kv, SequencePart part, ConstMatrix q, Matrix out,
                        std::byte* workspace) {
@@ -19,13 +12,6 @@ bool prefill_attention(Device* device, const MlaShape* shape, const format::Weig
     return prefill_fast(device, *shape, *kv_b_proj, *kv, part, q, out, workspace);
   }
   return prefill_plain(device, *shape, *kv_b_proj, *kv, part, q, out, workspace);
-}
-
-std::size_t latent_workspace(Device* device, const MlaShape* shape, std::int64_t rows,
-                             std::int64_t max_length) {
-  return latent_fast_fit(device, *shape, KvFormat::kBf16)
-             ? latent_fast_workspace(device, *shape, rows, max_length)
-             : 0;
 }
 
 bool latent_attention(Device* device, const MlaShape* shape, const KvRows* kv, ConstMatrix q_abs,

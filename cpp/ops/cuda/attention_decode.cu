@@ -7,6 +7,7 @@
 // output's 64 heads x 64 columns in registers. Probabilities take the place of the tile's rotated
 // keys once these are used.
 #include "ops/cuda/attention_decode.cuh"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -295,7 +296,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // One block a (head and the one 8 below it, half of the columns, row). Four groups of threads add
 // up every fourth split each, then the groups.
-constexpr int kMostSplits = 256;
 constexpr int kGroup = kLatent / 4;  // threads, of two columns of both heads each
 constexpr int kGroups = 4;
 
@@ -377,35 +377,19 @@ struct Splits {
   bool short_cache;  // two tiles each at most
 };
 
-std::int64_t tiles_of(std::int64_t length) {
-  return std::max<std::int64_t>((length + kTokens - 1) / kTokens, 1);
-}
-
-std::int64_t most_splits(Device* device, const MlaShape& shape, std::int64_t rows) {
-  return std::clamp<std::int64_t>(device->multiprocessors / (rows * head_groups(shape)), 1,
-                                  kMostSplits);
-}
-
 // As many as keep every multiprocessor busy once. Where a cache is so short that reading queries
 // and writing sums takes longer than the products do, fewer.
 Splits splits_for(Device* device, const MlaShape& shape, std::int64_t rows,
                   std::int64_t max_length) {
   const std::int64_t tiles = tiles_of(max_length);
-  const std::int64_t most = most_splits(device, shape, rows);
+  const std::int64_t most =
+      latent_splits(shape, rows, max_length,
+                    std::min(std::int64_t{device->multiprocessors}, kMostMultiprocessors));
   constexpr std::int64_t kOfSharers = 2 * kQuerySharers;  // tiles
-  if (device->wgmma && tiles <= most && tiles >= kOfSharers) {
+  if (device->wgmma && most == tiles && tiles >= kOfSharers) {
     return {static_cast<int>((tiles + kOfSharers - 1) / kOfSharers * kQuerySharers), true};
   }
-  return {static_cast<int>(std::min(most, tiles)), false};
-}
-
-Partial carve(Carver& carver, const MlaShape& shape, std::int64_t rows, int splits) {
-  const std::int64_t count = rows * splits * padded_heads(shape);
-  Partial partial{};
-  partial.outputs = carver.take<__half>(count * kLatent);
-  partial.largest = carver.take<float>(count);
-  partial.total = carver.take<float>(count);
-  return partial;
+  return {static_cast<int>(most), false};
 }
 
 }  // namespace
@@ -415,20 +399,12 @@ bool latent_fast_fit(Device* device, const MlaShape& shape, KvFormat format) {
          format != KvFormat::kF32 && device->shared_bytes >= kSharedBytes + 2048;
 }
 
-std::size_t latent_fast_workspace(Device* device, const MlaShape& shape, std::int64_t rows,
-                                  std::int64_t max_length) {
-  Carver carver(nullptr);
-  // The most that a cache up to this length needs.
-  carve(carver, shape, rows,
-        static_cast<int>(std::min(most_splits(device, shape, rows), tiles_of(max_length))));
-  return carver.used();
-}
-
 bool latent_fast(Device* device, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs,
                  ConstMatrix q, Matrix out, std::byte* workspace) {
   const auto [splits, short_cache] = splits_for(device, shape, kv.count, kv.max_length);
   Carver carver(workspace);
-  const Partial partial = carve(carver, shape, kv.count, splits);
+  const LatentParts parts = LatentParts::carve(carver, shape, kv.count, splits);
+  const Partial partial{reinterpret_cast<__half*>(parts.outputs), parts.largest, parts.total};
   const auto rows = static_cast<unsigned>(kv.count);
   if (device->wgmma) {
     if (!latent_hopper(device, shape, kv, q_abs, q, splits, short_cache, partial)) return false;

@@ -8,10 +8,11 @@
 
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/large.cuh"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 
-constexpr int kHeads = 64;
+constexpr int kHeads = kBlockHeads;
 constexpr int kTokens = 64;  // of a tile: one block of the cache
 constexpr int kLatent = 512;
 constexpr int kWidth = 576;

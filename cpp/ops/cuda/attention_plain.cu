@@ -3,6 +3,7 @@
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/decode.cuh"
 #include "ops/cuda/kernels.h"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -227,14 +228,9 @@ __global__ void expand_value_kernel(MlaShape shape, WeightView kv_b_proj, ConstM
   }
 }
 
-// Heads are expanded together as far as their keys and values fit in this, and at least one.
-constexpr std::int64_t kExpandedValues = std::int64_t{64} << 20;
-
-std::int64_t head_values(const MlaShape& shape, std::int64_t length) {
-  return length * (shape.qk_head_dim() + shape.v_head_dim);
-}
 std::int64_t heads_at_once(const MlaShape& shape, std::int64_t length) {
-  return std::clamp<std::int64_t>(kExpandedValues / head_values(shape, length), 1, shape.heads);
+  return std::clamp<std::int64_t>(kPlainExpandedValues / plain_head_values(shape, length), 1,
+                                  shape.heads);
 }
 
 bool check_width(Device* device, std::int64_t width, std::int64_t shared_floats) {
@@ -246,13 +242,6 @@ bool check_width(Device* device, std::int64_t width, std::int64_t shared_floats)
 }
 
 }  // namespace
-
-std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length) {
-  const std::int64_t one_head = head_values(shape, max_length);
-  return static_cast<std::size_t>(
-             std::max(one_head, std::min(shape.heads * one_head, kExpandedValues))) *
-         sizeof(float);
-}
 
 bool prefill_plain(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
                    const KvRows& kv, SequencePart part, ConstMatrix q, Matrix out,

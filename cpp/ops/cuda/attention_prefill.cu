@@ -6,6 +6,7 @@
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/large.cuh"
 #include "ops/cuda/prepared.cuh"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -192,29 +193,6 @@ __global__ void __launch_bounds__(kThreads, 2) flash_kernel(const Arguments a) {
   }
 }
 
-// Heads are expanded together as far as they fit in this, and at least one.
-constexpr std::int64_t kExpandedValues = std::int64_t{160} << 20;
-
-std::int64_t heads_at_once(const MlaShape& shape, std::int64_t length) {
-  return std::clamp<std::int64_t>(kExpandedValues / (length * kExpanded), 1, shape.heads);
-}
-
-struct Expanded {
-  __nv_bfloat16* latents;
-  __nv_bfloat16* keys;
-  __nv_bfloat16* expanded;
-};
-
-Expanded carve(Carver& carver, const MlaShape& shape, std::int64_t length) {
-  Expanded space{};
-  space.latents = carver.take<__nv_bfloat16>(length * shape.kv_lora_rank);
-  space.keys = carver.take<__nv_bfloat16>(length * kRope);
-  const std::int64_t one_head = length * kExpanded;
-  space.expanded = carver.take<__nv_bfloat16>(
-      std::max(one_head, std::min(shape.heads * one_head, kExpandedValues)));
-  return space;
-}
-
 // Rows [first, first + count) of a weight; `first` is a multiple of 128.
 WeightView rows_of(const WeightView& weight, std::int64_t first, std::int64_t count) {
   WeightView rows = weight;
@@ -252,31 +230,27 @@ bool prefill_fast_fit(const MlaShape& shape, const WeightView& kv_b_proj, KvForm
          linear_large_fit(kv_b_proj);
 }
 
-std::size_t prefill_fast_workspace(const MlaShape& shape, std::int64_t max_length) {
-  Carver carver(nullptr);
-  carve(carver, shape, max_length);
-  return carver.used();
-}
-
 bool prefill_fast(Device* device, const MlaShape& shape, const WeightView& kv_b_proj,
                   const KvRows& kv, SequencePart part, ConstMatrix q, Matrix out,
                   std::byte* workspace) {
   const std::int64_t length = part.position + part.rows;
   Carver carver(workspace);
-  const Expanded space = carve(carver, shape, length);
-  if (!gather_latents(device, shape, kv_b_proj, kv, part.first_block, length, space.latents,
-                      space.keys)) {
+  const ExpandedHeads space = ExpandedHeads::carve(carver, shape, length);
+  auto* const latents = reinterpret_cast<__nv_bfloat16*>(space.latents);
+  auto* const keys = reinterpret_cast<__nv_bfloat16*>(space.keys);
+  auto* const expanded = reinterpret_cast<__nv_bfloat16*>(space.expanded);
+  if (!gather_latents(device, shape, kv_b_proj, kv, part.first_block, length, latents, keys)) {
     return false;
   }
   DSFP4_TRY(cudaFuncSetAttribute(flash_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  kSharedBytes));
-  const std::int64_t together = heads_at_once(shape, length);
+  const std::int64_t together = ExpandedHeads::heads_at_once(shape, length);
   for (std::int64_t head = 0; head < shape.heads; head += together) {
     const std::int64_t heads = std::min(together, shape.heads - head);
     const WeightView weight = rows_of(kv_b_proj, head * kExpanded, heads * kExpanded);
-    if (!linear_prepared(device, weight, space.latents, length, space.expanded)) return false;
+    if (!linear_prepared(device, weight, latents, length, expanded)) return false;
     const Arguments arguments{
-        shape.softmax_scale * 1.44269504f, part, head, heads, space.expanded, space.keys, q, out};
+        shape.softmax_scale * 1.44269504f, part, head, heads, expanded, keys, q, out};
     if (device->wgmma) {
       if (!launch_hopper(device, arguments)) return false;
       continue;

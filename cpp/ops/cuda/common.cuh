@@ -109,28 +109,6 @@ inline unsigned blocks_for(std::int64_t count, std::int64_t per_block) {
   return static_cast<unsigned>((count + per_block - 1) / per_block);
 }
 
-constexpr std::size_t kWorkspaceAlignment = 256;
-inline std::size_t aligned(std::size_t bytes) {
-  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-}
-
-/// Hands out a workspace from front to back; with a null base it only counts.
-class Carver {
- public:
-  explicit Carver(std::byte* base) : base_(base) {}
-  template <typename T>
-  T* take(std::int64_t count) {
-    T* taken = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += aligned(static_cast<std::size_t>(count) * sizeof(T));
-    return taken;
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  std::byte* base_;
-  std::size_t used_ = 0;
-};
-
 /// 2^x to 2^-22, 0 where it would be subnormal.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

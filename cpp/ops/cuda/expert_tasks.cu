@@ -18,21 +18,6 @@ bool has_shape(const WeightView& weight, std::int64_t rows, std::int64_t cols) {
   return weight.rows == rows && weight.cols == cols;
 }
 
-// The list's parts from the base on; both ends of the copy are laid out so.
-TaskList carve(Carver& carver, std::int64_t tasks, std::int64_t pairs, int tile) {
-  TaskList list{};
-  list.tasks = tasks;
-  list.pairs = pairs;
-  list.tile = tile;
-  list.most_runs = most_runs(tasks, pairs, tile);
-  list.table = carver.take<ExpertView>(tasks);
-  list.sorted = carver.take<std::int32_t>(pairs);
-  list.used = carver.take<std::int32_t>(pairs);
-  list.runs = carver.take<LargeTask>(list.most_runs);
-  list.run_count = carver.take<std::int32_t>(1);
-  return list;
-}
-
 // Writes the list to host memory.
 void fill(const TaskList& to, const ExpertTask* tasks) {
   std::int32_t at = 0;
@@ -157,13 +142,6 @@ bool copy_pairs(Device* device, const ExpertTask* tasks, std::int64_t count, std
 
 }  // namespace
 
-std::size_t expert_tasks_workspace(Device*, const ExpertView* expert, std::int64_t tasks,
-                                   std::int64_t tokens, std::int64_t top_k) {
-  Carver carver(nullptr);
-  carve(carver, tasks, tokens * top_k, kLeastTile);
-  return carver.used() + (tokens > kFewTokens ? tasks_large_workspace(*expert, tokens, top_k) : 0);
-}
-
 bool expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
                   ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace) {
   const std::int64_t pairs = checked_pairs(tasks, count, top_k, x, hidden, out);
@@ -171,7 +149,7 @@ bool expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count, s
   const Path path = path_of(device, tasks, count, x, hidden);
   const int tile = path == Path::kLarge ? large_tile(device, count, pairs) : kLeastTile;
   Carver there(workspace);
-  const TaskList list = carve(there, count, pairs, tile);
+  const TaskList list = TaskList::carve(there, count, pairs, tile);
   std::size_t bytes = there.used();
   if (bytes > kMostTaskBytes) {
     return fail(cudaErrorInvalidValue, "expert_tasks: more than kMostTaskBytes of tasks", __FILE__,
@@ -180,7 +158,7 @@ bool expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count, s
   std::byte* staged = ring_space(device, bytes, true);
   if (staged == nullptr) return false;
   Carver here(staged);
-  fill(carve(here, count, pairs, tile), tasks);
+  fill(TaskList::carve(here, count, pairs, tile), tasks);
   if (!bring(device, staged, workspace, bytes)) return false;
   const ExpertView& first = *tasks[0].expert;
   switch (path) {
@@ -192,14 +170,6 @@ bool expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count, s
       break;
   }
   return tasks_plain(device, list, top_k, x, hidden, out);
-}
-
-std::size_t add_expert_tasks_workspace(Device* device, const ExpertView* expert, std::int64_t tasks,
-                                       std::int64_t rows) {
-  Carver carver(nullptr);
-  carver.take<std::int32_t>(rows);
-  return carver.used() +
-         expert_tasks_workspace(device, expert, tasks, std::max(rows, kFewTokens + 1), 1);
 }
 
 bool add_expert_tasks(Device* device, const ExpertTask* tasks, std::int64_t count,

@@ -66,12 +66,6 @@ bool is_large(const ExpertView& first, std::int64_t experts, std::int64_t tokens
 
 }  // namespace
 
-std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t experts,
-                              std::int64_t tokens, std::int64_t top_k) {
-  return is_large(*first, experts, tokens) ? experts_large_workspace(*first, experts, tokens, top_k)
-                                           : 0;
-}
-
 bool routed_experts(Device* device, const ExpertView* table, const ExpertView* first,
                     std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
                     Matrix hidden, Matrix routed, Matrix y, const ExpertView* shared,

@@ -23,7 +23,6 @@ bool route(Device*, const RouterSpec* spec, ConstMatrix logits, const float* bia
            const std::int32_t* forced, DeviceRouting out);
 
 // linear.cu chooses among the kernels below.
-std::size_t linear_workspace(Device*, const format::WeightView* weight, std::int64_t tokens);
 bool linear(Device*, const format::WeightView* weight, ConstMatrix x, Matrix y, Inputs inputs,
             std::byte* workspace);
 bool linear_pair(Device*, const format::WeightView* first, Matrix y_first,
@@ -41,12 +40,9 @@ bool linear_small_pair(Device*, const format::WeightView& first, Matrix y_first,
 
 // linear_large.cu: rows of whole chunks (32 BF16, 64 FP8, 128 FP4 columns); for many tokens.
 bool linear_large_fit(const format::WeightView& weight);
-std::size_t linear_large_workspace(const format::WeightView& weight, std::int64_t tokens);
 bool linear_large(Device*, const format::WeightView& weight, ConstMatrix x, Matrix y,
                   std::byte* workspace);
 bool experts_large_fit(const ExpertView& expert, std::int64_t experts);
-std::size_t experts_large_workspace(const ExpertView& expert, std::int64_t experts,
-                                    std::int64_t tokens, std::int64_t top_k);
 /// Fills `routed`; the weighted sum is combine()'s.
 bool experts_large(Device*, const ExpertView* table, const ExpertView& first, std::int64_t experts,
                    DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
@@ -61,7 +57,6 @@ bool experts_small(Device*, const ExpertView* table, const ExpertView& first, st
                    Matrix y, const ExpertView* shared);
 
 // attention_plain.cu: any head size.
-std::size_t prefill_plain_workspace(const MlaShape& shape, std::int64_t max_length);
 bool prefill_plain(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
                    const KvRows& kv, SequencePart part, ConstMatrix q, Matrix out,
                    std::byte* workspace);
@@ -74,8 +69,6 @@ bool expand_value_plain(Device*, const MlaShape& shape, const format::WeightView
 
 // attention_decode.cu: 512 + 64 values a token, BF16 or FP8 cache.
 bool latent_fast_fit(Device*, const MlaShape& shape, KvFormat format);
-std::size_t latent_fast_workspace(Device*, const MlaShape& shape, std::int64_t rows,
-                                  std::int64_t max_length);
 bool latent_fast(Device*, const MlaShape& shape, const KvRows& kv, ConstMatrix q_abs, ConstMatrix q,
                  Matrix out, std::byte* workspace);
 
@@ -91,19 +84,14 @@ bool linear_exact(Device*, const format::WeightView& weight, ConstMatrix x, Matr
 
 // attention_prefill.cu: keys 128 + 64, values 128, BF16 or FP8 cache.
 bool prefill_fast_fit(const MlaShape& shape, const format::WeightView& kv_b_proj, KvFormat format);
-std::size_t prefill_fast_workspace(const MlaShape& shape, std::int64_t max_length);
 bool prefill_fast(Device*, const MlaShape& shape, const format::WeightView& kv_b_proj,
                   const KvRows& kv, SequencePart part, ConstMatrix q, Matrix out,
                   std::byte* workspace);
 
 // attention.cu chooses.
-std::size_t prefill_workspace(Device*, const MlaShape* shape, std::int64_t max_length,
-                              std::int64_t rows);
 bool prefill_attention(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
                        const KvRows* kv, SequencePart part, ConstMatrix q, Matrix out,
                        std::byte* workspace);
-std::size_t latent_workspace(Device*, const MlaShape* shape, std::int64_t rows,
-                             std::int64_t max_length);
 bool absorb_query(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
                   ConstMatrix q, Matrix q_abs);
 bool expand_value(Device*, const MlaShape* shape, const format::WeightView* kv_b_proj,
@@ -112,8 +100,6 @@ bool latent_attention(Device*, const MlaShape* shape, const KvRows* kv, ConstMat
                       ConstMatrix q, Matrix out, std::byte* workspace);
 
 // experts.cu
-std::size_t experts_workspace(Device*, const ExpertView* first, std::int64_t experts,
-                              std::int64_t tokens, std::int64_t top_k);
 bool routed_experts(Device*, const ExpertView* table, const ExpertView* first, std::int64_t experts,
                     DeviceRouting routing, std::int64_t top_k, ConstMatrix x, Matrix hidden,
                     Matrix routed, Matrix y, const ExpertView* shared, std::byte* workspace);
@@ -121,18 +107,13 @@ bool takes_shared(Device*, const ExpertView* first, const ExpertView* shared, st
                   std::int64_t top_k);
 
 // expert_tasks.cu
-std::size_t expert_tasks_workspace(Device*, const ExpertView* expert, std::int64_t tasks,
-                                   std::int64_t tokens, std::int64_t top_k);
 bool expert_tasks(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
                   ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace);
-std::size_t add_expert_tasks_workspace(Device*, const ExpertView* expert, std::int64_t tasks,
-                                       std::int64_t rows);
 bool add_expert_tasks(Device*, const ExpertTask* tasks, std::int64_t count, std::int64_t top_k,
                       ConstMatrix x, const float* weights, Matrix hidden, Matrix out, Matrix y,
                       std::byte* workspace);
 
 // sampler.cu
-std::size_t sample_workspace(Device*, std::int64_t vocab);
 bool sample(Device*, ConstMatrix logits, const SampleSpec* spec, std::byte* workspace,
             std::int32_t* id);
 

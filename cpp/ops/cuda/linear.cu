@@ -1,23 +1,17 @@
 // Which kernel multiplies: by format, shape, alignment and number of tokens.
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/words.cuh"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 
 namespace {
 
-// Up to here the whole of a token's row lies in shared memory and a weight is read once.
-constexpr std::int64_t kFew = 8;
-
 bool is_large(const format::WeightView& weight, std::int64_t tokens) {
-  return tokens > kFew && linear_large_fit(weight);
+  return tokens > kFewRows && linear_large_fit(weight);
 }
 
 }  // namespace
-
-std::size_t linear_workspace(Device*, const format::WeightView* weight, std::int64_t tokens) {
-  return is_large(*weight, tokens) ? linear_large_workspace(*weight, tokens) : 0;
-}
 
 bool linear(Device* device, const format::WeightView* weight, ConstMatrix x, Matrix y,
             Inputs inputs, std::byte* workspace) {

@@ -4,6 +4,7 @@
 #include "ops/cuda/kernels.h"
 #include "ops/cuda/large.cuh"
 #include "ops/cuda/prepared.cuh"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -167,28 +168,14 @@ __global__ void gather_kernel(MlaShape shape, KvRows kv, std::int64_t first_bloc
 struct Grouped {
   __nv_bfloat16* x;
   __nv_bfloat16* hidden;
-  std::int32_t* sorted;
-  LargeTask* tasks;
-  std::int32_t* task_count;
+  std::int32_t* sorted = nullptr;
+  LargeTask* tasks = nullptr;
+  std::int32_t* task_count = nullptr;
+
+  explicit Grouped(const GroupedActivations& space)
+      : x(reinterpret_cast<__nv_bfloat16*>(space.x)),
+        hidden(reinterpret_cast<__nv_bfloat16*>(space.hidden)) {}
 };
-
-Grouped carve_activations(Carver& carver, const ExpertView& expert, std::int64_t tokens,
-                          std::int64_t top_k) {
-  Grouped grouped{};
-  grouped.x = carver.take<__nv_bfloat16>(tokens * expert.gate_proj.cols);
-  grouped.hidden = carver.take<__nv_bfloat16>(tokens * top_k * expert.down_proj.cols);
-  return grouped;
-}
-
-Grouped carve(Carver& carver, const ExpertView& expert, std::int64_t experts, std::int64_t tokens,
-              std::int64_t top_k) {
-  const std::int64_t pairs = tokens * top_k;
-  Grouped grouped = carve_activations(carver, expert, tokens, top_k);
-  grouped.sorted = carver.take<std::int32_t>(pairs);
-  grouped.tasks = carver.take<LargeTask>(most_runs(experts, pairs, kLeastTile));
-  grouped.task_count = carver.take<std::int32_t>(1);
-  return grouped;
-}
 
 // hidden, then routed, of grouped pairs, whose x is prepared; prepare_hidden() is for between.
 template <WeightFormat kFormat, class PrepareHidden>
@@ -268,10 +255,6 @@ bool whole_chunks(const WeightView& weight) {
 
 bool linear_large_fit(const WeightView& weight) { return whole_chunks(weight); }
 
-std::size_t linear_large_workspace(const WeightView& weight, std::int64_t tokens) {
-  return static_cast<std::size_t>(tokens * weight.cols) * sizeof(__nv_bfloat16);
-}
-
 bool linear_large(Device* device, const WeightView& weight, ConstMatrix x, Matrix y,
                   std::byte* workspace) {
   return for_format(weight.format, [&]<WeightFormat kFormat>() {
@@ -292,39 +275,25 @@ int large_tile(const Device* device, std::int64_t tasks, std::int64_t pairs) {
   return mean <= 20 ? 32 : mean <= 44 ? 64 : kHopperTask;
 }
 
-std::int64_t most_runs(std::int64_t tasks, std::int64_t pairs, int tile) {
-  return std::min(tasks, pairs) + pairs / tile;
-}
-
-std::size_t experts_large_workspace(const ExpertView& expert, std::int64_t experts,
-                                    std::int64_t tokens, std::int64_t top_k) {
-  Carver carver(nullptr);
-  carve(carver, expert, experts, tokens, top_k);
-  return carver.used();
-}
-
 bool experts_large(Device* device, const ExpertView* table, const ExpertView& first,
                    std::int64_t experts, DeviceRouting routing, std::int64_t top_k, ConstMatrix x,
                    Matrix hidden, Matrix routed, std::byte* workspace) {
   Carver carver(workspace);
-  const Grouped grouped = carve(carver, first, experts, x.rows, top_k);
+  const GroupedExperts space = GroupedExperts::carve(carver, first, experts, x.rows, top_k);
+  Grouped grouped(space.activations);
+  grouped.sorted = space.sorted;
+  grouped.tasks = space.tasks;
+  grouped.task_count = space.task_count;
   return for_format(first.gate_proj.format, [&]<WeightFormat kFormat>() {
     return grouped_experts<kFormat>(device, table, first, experts, routing, top_k, x, hidden,
                                     routed, grouped);
   });
 }
 
-std::size_t tasks_large_workspace(const ExpertView& expert, std::int64_t tokens,
-                                  std::int64_t top_k) {
-  Carver carver(nullptr);
-  carve_activations(carver, expert, tokens, top_k);
-  return carver.used();
-}
-
 bool tasks_large(Device* device, const TaskList& list, const ExpertView& first, std::int64_t top_k,
                  ConstMatrix x, Matrix hidden, Matrix out, std::byte* workspace) {
   Carver carver(workspace);
-  Grouped grouped = carve_activations(carver, first, x.rows, top_k);
+  Grouped grouped(GroupedActivations::carve(carver, first, x.rows, top_k));
   grouped.sorted = list.sorted;
   grouped.tasks = list.runs;
   grouped.task_count = list.run_count;

@@ -5,6 +5,7 @@
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/current_device.cuh"
 #include "ops/cuda/kernels.h"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -325,25 +326,18 @@ constexpr Plugin kPlugin{
     .rope = with<rope>,
     .combine = with<combine>,
     .route = with<route>,
-    .linear_workspace = linear_workspace,
     .linear = with<linear>,
     .linear_pair = with<linear_pair>,
     .kv_append = with<kv_append>,
     .mla_inputs = with<mla_inputs>,
-    .prefill_workspace = prefill_workspace,
     .prefill_attention = with<prefill_attention>,
     .absorb_query = with<absorb_query>,
-    .latent_workspace = latent_workspace,
     .latent_attention = with<latent_attention>,
     .expand_value = with<expand_value>,
-    .experts_workspace = experts_workspace,
     .routed_experts = with<routed_experts>,
     .takes_shared = takes_shared,
-    .expert_tasks_workspace = expert_tasks_workspace,
     .expert_tasks = with<expert_tasks>,
-    .add_expert_tasks_workspace = add_expert_tasks_workspace,
     .add_expert_tasks = with<add_expert_tasks>,
-    .sample_workspace = sample_workspace,
     .sample = with<sample>,
     .begin_capture = with<begin_capture>,
     .end_capture = with<end_capture>,

@@ -5,6 +5,7 @@
 
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/kernels.h"
+#include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
 namespace {
@@ -143,54 +144,21 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *out = ids[chosen < kept ? chosen : 0];
 }
 
-struct Space {
-  float* keys;
-  float* sorted_keys;
-  std::int32_t* ids;
-  std::int32_t* sorted_ids;
-  std::int32_t* out;
-  std::byte* sort;
-};
-
-Space carve(Carver& carver, std::int64_t vocab, std::size_t sort_bytes) {
-  Space space{};
-  space.out = carver.take<std::int32_t>(1);
-  space.keys = carver.take<float>(vocab);
-  space.sorted_keys = carver.take<float>(vocab);
-  space.ids = carver.take<std::int32_t>(vocab);
-  space.sorted_ids = carver.take<std::int32_t>(vocab);
-  space.sort = carver.take<std::byte>(static_cast<std::int64_t>(sort_bytes));
-  return space;
-}
-
-cudaError_t sort(void* space, std::size_t& bytes, const Space& from, int count,
-                 cudaStream_t stream) {
-  return cub::DeviceRadixSort::SortPairsDescending(space, bytes, from.keys, from.sorted_keys,
-                                                   from.ids, from.sorted_ids, count, 0, 32, stream);
-}
-
-std::size_t sort_bytes(std::int64_t vocab) {
-  std::size_t bytes = 0;
-  sort(nullptr, bytes, Space{}, static_cast<int>(vocab), nullptr);
-  return bytes;
+// `bytes` of space; fails with cudaErrorInvalidValue if it takes more.
+cudaError_t sort(const SampleSpace& space, std::size_t bytes, int count, cudaStream_t stream) {
+  return cub::DeviceRadixSort::SortPairsDescending(space.sort, bytes, space.keys, space.sorted_keys,
+                                                   space.ids, space.sorted_ids, count, 0, 32,
+                                                   stream);
 }
 
 }  // namespace
-
-std::size_t sample_workspace(Device* device, std::int64_t vocab) {
-  cudaSetDevice(device->index);
-  Carver carver(nullptr);
-  carve(carver, vocab, sort_bytes(vocab));
-  return carver.used();
-}
 
 bool sample(Device* device, ConstMatrix logits, const SampleSpec* spec, std::byte* workspace,
             std::int32_t* id) {
   DSFP4_TRY(cudaSetDevice(device->index));
   const auto count = static_cast<int>(logits.cols);
-  std::size_t bytes = sort_bytes(logits.cols);
   Carver carver(workspace);
-  const Space space = carve(carver, logits.cols, bytes);
+  const SampleSpace space = SampleSpace::carve(carver, logits.cols);
   if (spec->temperature == 0.0) {
     likeliest_kernel<<<1, kThreads, 0, device->stream>>>(logits.data, count, space.out);
     DSFP4_LAUNCHED("likeliest_kernel");
@@ -198,7 +166,8 @@ bool sample(Device* device, ConstMatrix logits, const SampleSpec* spec, std::byt
     candidates_kernel<<<blocks_for(count, 256), 256, 0, device->stream>>>(logits.data, count,
                                                                           space.keys, space.ids);
     DSFP4_LAUNCHED("candidates_kernel");
-    DSFP4_TRY(sort(space.sort, bytes, space, count, device->stream));
+    DSFP4_TRY(
+        sort(space, static_cast<std::size_t>(sort_bytes(logits.cols)), count, device->stream));
     draw_kernel<<<1, kThreads, 0, device->stream>>>(space.sorted_keys, space.sorted_ids, count,
                                                     *spec, space.out);
     DSFP4_LAUNCHED("draw_kernel");

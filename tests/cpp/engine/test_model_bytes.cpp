@@ -40,7 +40,8 @@ checkpoint::ModelConfig r1() {
 residency::ModelBytes bytes_with(std::int64_t max_context) {
   const model::ModelSpec spec = model::make_spec(r1());
   const auto backend = ops::make_reference_ops(1);
-  return model_bytes({spec, *backend, nullptr, ops::KvFormat::kBf16, max_context}, WeightSizes());
+  return model_bytes({spec, backend_of(*backend), {}, ops::KvFormat::kBf16, max_context},
+                     WeightSizes());
 }
 
 // Only the residual stream, its normed copy and the choice grow with every row of a prompt.
@@ -60,7 +61,7 @@ TEST(ModelBytes, AttentionOfAPromptTakesWhatAPieceOfItTakes) {
 TEST(ModelBytes, OpsWorkInMemoryForTheRowsThatPassThemTogether) {
   const model::ModelSpec spec = model::make_spec(r1());
   const auto backend = ops::make_reference_ops(1);
-  const Running running{spec, *backend, nullptr, ops::KvFormat::kBf16, 163840};
+  const Running running{spec, backend_of(*backend), {}, ops::KvFormat::kBf16, 163840};
   const ops::Ops::Largest prompt = largest_step(running, WeightSizes(), 32768);
   EXPECT_EQ(prompt.rows, 32768);
   EXPECT_EQ(prompt.dense_rows, model::kDenseRows);
@@ -101,7 +102,7 @@ TEST(ModelBytes, WhatTheHostComputesIsCountedOnAGpuOnly) {
   sizes.embedding_host_bytes = 20;
   sizes.device_slot_bytes = 30;
   const residency::ModelBytes bytes =
-      model_bytes({spec, gpu, nullptr, ops::KvFormat::kBf16, 1000}, sizes);
+      model_bytes({spec, backend_of(gpu), {}, ops::KvFormat::kBf16, 1000}, sizes);
   EXPECT_EQ(bytes.embedding, 10u);
   EXPECT_EQ(bytes.host_embedding, 20u);
   EXPECT_EQ(bytes.device_slot, 30u);

@@ -17,7 +17,6 @@ namespace dsfp4::ops::testing {
 struct FakeCuda {
   static constexpr int kIndex =
       7;  // the numbers that are kept for device 0 are those of a real one
-  static constexpr std::size_t kPairBytes = 1000;  // that ops of experts work in
 
   bool opens = true;
   bool tells_memory = true;
@@ -67,20 +66,6 @@ struct FakeCuda {
     add_device(table);
     add_queues(table);
     add_graphs(table);
-    table.prefill_workspace = [](cuda::Device*, const MlaShape*, std::int64_t, std::int64_t) {
-      return std::size_t{0};
-    };
-    table.latent_workspace = table.prefill_workspace;
-    table.sample_workspace = [](cuda::Device*, std::int64_t) { return std::size_t{0}; };
-    table.expert_tasks_workspace = [](cuda::Device*, const raw::ExpertView*, std::int64_t,
-                                      std::int64_t tokens, std::int64_t top_k) {
-      return static_cast<std::size_t>(tokens * top_k) * kPairBytes;
-    };
-    table.experts_workspace = table.expert_tasks_workspace;
-    table.add_expert_tasks_workspace = [](cuda::Device*, const raw::ExpertView*, std::int64_t,
-                                          std::int64_t rows) {
-      return static_cast<std::size_t>(rows) * kPairBytes;
-    };
     table.embed = [](cuda::Device*, const format::WeightView*, const std::int32_t* ids,
                      cuda::Matrix) {
       if (state().embeds) state().embedded = *ids;

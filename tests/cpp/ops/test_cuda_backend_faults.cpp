@@ -130,32 +130,6 @@ TEST(CudaDeviceFaults, SlotsThatGrowAreUnpinnedMovedAndPinnedAgain) {
                                    "pin 4096", "unpin", "unpin"}));
 }
 
-TEST(CudaBackendMemory, IsWhatAPromptNeedsThatAddsItsExpertsAtOnce) {
-  CudaBackend backend(FakeCuda::plugin(), FakeCuda::kIndex, 0);
-  const std::vector<ExpertView> experts(256);
-  const auto pairs_with_room = [&](std::int64_t rows) {
-    Ops::Largest largest;
-    largest.rows = rows;
-    largest.top_k = 8;
-    const std::uint64_t without = backend.working_bytes(largest);
-    largest.experts = experts;
-    return (backend.working_bytes(largest) - without) / FakeCuda::kPairBytes;
-  };
-  EXPECT_EQ(pairs_with_room(32768), static_cast<std::uint64_t>(added_pairs(32768, 8)));
-  EXPECT_EQ(pairs_with_room(16), 16u * 8);  // whose results may be kept
-  EXPECT_EQ(pairs_with_room(1), 8u);
-}
-
-TEST(CudaBackendMemory, OfDenseWeightsIsThatOfTheRowsThatPassThemTogether) {
-  CudaBackend backend(FakeCuda::plugin(), FakeCuda::kIndex, 0);
-  Ops::Largest largest;
-  largest.rows = 32768;
-  largest.dense_rows = 1024;
-  const std::uint64_t without = backend.working_bytes(largest);
-  largest.width = 18432;
-  EXPECT_EQ(backend.working_bytes(largest) - without, 1024u * 18432 * 2);
-}
-
 class CudaSegments : public ::testing::Test {
  protected:
   // Says whether the body ran.
