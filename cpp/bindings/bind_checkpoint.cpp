@@ -79,6 +79,8 @@ nb::object yarn_dict(const std::optional<checkpoint::YarnConfig>& yarn) {
   return std::move(dict);
 }
 
+}  // namespace
+
 nb::dict config_dict(const ModelConfig& config) {
   nb::dict dict;
   dict["model_type"] = config.model_type;
@@ -112,6 +114,8 @@ nb::dict config_dict(const ModelConfig& config) {
   dict["eos_token_ids"] = config.eos_token_ids;
   return dict;
 }
+
+namespace {
 
 nb::dict read_config(const path& folder) {
   ModelConfig config;

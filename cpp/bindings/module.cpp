@@ -15,6 +15,7 @@ NB_MODULE(_core, m) {
   dsfp4::bindings::bind_bench(m);
   dsfp4::bindings::bind_machine(m);
   dsfp4::bindings::bind_model(m);
+  dsfp4::bindings::bind_plan(m);
   dsfp4::bindings::bind_residency(m);
   dsfp4::bindings::bind_storage(m);
 }

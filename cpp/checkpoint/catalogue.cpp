@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <optional>
 #include <system_error>
+#include <tuple>
 #include <utility>
 
 #include "checkpoint/file.h"
@@ -13,6 +14,9 @@
 
 namespace dsfp4::checkpoint {
 namespace {
+
+// Of a described shard: no multiple of a page, as headers are none.
+constexpr std::uint64_t kDescribedHeaderBytes = 1000;
 
 // Names of the *.safetensors files that lie in the folder, hidden ones left out.
 std::vector<std::string> list_shards(const std::filesystem::path& folder) {
@@ -47,6 +51,39 @@ Catalogue Catalogue::open(const std::filesystem::path& folder) {
 
   catalogue.read_headers(shards, indexed);
   if (index) catalogue.check_index(*index);
+  return catalogue;
+}
+
+Catalogue Catalogue::described(std::string_view name, std::vector<std::vector<TensorInfo>> shards) {
+  Catalogue catalogue;
+  catalogue.folder_ = name;
+  std::vector<std::ptrdiff_t> runs;
+  for (std::vector<TensorInfo>& shard : shards) {
+    // Wide values first, as safetensors aligns them so.
+    std::ranges::sort(shard, {}, [](const TensorInfo& tensor) {
+      return std::tuple(-static_cast<int>(format::dtype_size(tensor.dtype)), tensor.dtype,
+                        std::string_view(tensor.name));
+    });
+    std::uint64_t offset = kDescribedHeaderBytes;
+    runs.push_back(static_cast<std::ptrdiff_t>(catalogue.by_name_.size()));
+    for (TensorInfo& tensor : shard) {
+      tensor.file = static_cast<std::uint32_t>(catalogue.files_.size());
+      tensor.offset = offset;
+      tensor.bytes = format::dtype_size(tensor.dtype);
+      for (const std::int64_t extent : tensor.shape) {
+        tensor.bytes *= static_cast<std::uint64_t>(extent);
+      }
+      offset += tensor.bytes;
+      catalogue.by_name_.push_back(static_cast<std::uint32_t>(catalogue.tensors_.size()));
+      catalogue.tensors_.push_back(std::move(tensor));
+    }
+    std::ranges::sort(
+        catalogue.by_name_.begin() + runs.back(), catalogue.by_name_.end(), {},
+        [&](std::uint32_t index) -> std::string_view { return catalogue.tensors_[index].name; });
+    catalogue.files_.push_back(catalogue.folder_ /
+                               ("shard-" + std::to_string(catalogue.files_.size())));
+  }
+  catalogue.merge_names(std::move(runs));
   return catalogue;
 }
 

@@ -32,6 +32,11 @@ class Catalogue {
   /// where the system refuses.
   static Catalogue open(const std::filesystem::path& folder);
 
+  /// Tensors that lie in no files, by the shard that each would be in: name, dtype and shape are
+  /// given, the rest follows as exporters write it, by dtype and then by name. Throws
+  /// CheckpointError for a name that is there twice.
+  static Catalogue described(std::string_view name, std::vector<std::vector<TensorInfo>> shards);
+
   // Layouts point into it: it moves, and is never copied.
   Catalogue(Catalogue&&) = default;
   Catalogue& operator=(Catalogue&&) = default;

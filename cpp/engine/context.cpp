@@ -31,4 +31,18 @@ std::int64_t affordable_context(std::int64_t model_limit, std::uint64_t block_by
   return tokens;
 }
 
+std::int64_t plan_with_context(std::int64_t most, std::uint64_t block_bytes, std::uint64_t memory,
+                               const std::function<void(std::int64_t context)>& plan) {
+  std::int64_t context = affordable_context(most, block_bytes, memory);
+  for (;;) {
+    try {
+      plan(context);
+      return context;
+    } catch (const MemoryLimitError&) {
+      if (context <= kLeastContext) throw;
+      context = std::max(kLeastContext, next_shorter(context));
+    }
+  }
+}
+
 }  // namespace dsfp4::engine

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace dsfp4::engine {
 
@@ -16,5 +17,11 @@ std::int64_t next_shorter(std::int64_t context);
 /// at most an eighth of the memory, but at least kLeastContext where the model has it.
 std::int64_t affordable_context(std::int64_t model_limit, std::uint64_t block_bytes,
                                 std::uint64_t memory);
+
+/// A context that the user did not choose, and `plan` with it: the longest of at most `most` tokens
+/// that `memory` can be asked to spare for its KV blocks, shortened as long as `plan` throws
+/// MemoryLimitError; its last one is passed on. Returns the tokens.
+std::int64_t plan_with_context(std::int64_t most, std::uint64_t block_bytes, std::uint64_t memory,
+                               const std::function<void(std::int64_t context)>& plan);
 
 }  // namespace dsfp4::engine

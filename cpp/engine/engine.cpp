@@ -5,11 +5,11 @@
 #include <string>
 #include <utility>
 
-#include "base/cores.h"
 #include "base/log.h"
 #include "dsfp4/error.h"
 #include "engine/context.h"
 #include "engine/kept_rates.h"
+#include "engine/options.h"
 #include "engine/prompt.h"
 #include "engine/quantization.h"
 #include "engine/sampler.h"
@@ -17,16 +17,6 @@
 
 namespace dsfp4::engine {
 namespace {
-
-constexpr int kMaxThreads = 1024;
-
-int thread_count(int threads) {
-  if (threads < 0 || threads > kMaxThreads) {
-    throw ParameterError("threads", "must be 0 (all cores) to " + std::to_string(kMaxThreads) +
-                                        ", not " + std::to_string(threads));
-  }
-  return threads == 0 ? available_cores() : threads;
-}
 
 // In bytes; 0 is no limit, and however small a given one is, it is one.
 std::uint64_t vram_limit(double gigabytes) {
@@ -57,19 +47,6 @@ std::unique_ptr<ops::Ops> make_host_ops(const LoadOptions& options) {
   const int threads = thread_count(options.threads);
   return options.device == "reference" ? ops::make_reference_ops(threads)
                                        : ops::make_cpu_ops(threads);
-}
-
-ops::KvFormat kv_format(const std::string& dtype, const ops::Ops& ops) {
-  if (dtype == "bf16") return ops.default_kv_format();
-  if (dtype == "fp8") return ops::KvFormat::kFp8;
-  throw ParameterError("kv_cache_dtype", "'" + dtype + "' is not one of bf16, fp8");
-}
-
-// Of `available` bytes of VRAM, what a plan may share out: a block takes whole pages of 2 MiB, and
-// a model takes about twenty, expert slots included.
-std::uint64_t without_rounding(std::uint64_t available) {
-  constexpr std::uint64_t kRounding = 24 * (std::uint64_t{2} << 20);
-  return available - std::min(available, kRounding);
 }
 
 // That a model may take of RAM.
@@ -107,7 +84,7 @@ Engine::Engine(const std::filesystem::path& folder, const LoadOptions& options,
       max_context_(context_limit(options.max_context, config_.max_position_embeddings)),
       trace_(options.trace_file.empty() ? nullptr : std::make_unique<Trace>(options.trace_file)),
       ops_(machine.make_ops ? machine.make_ops() : make_ops(options)),
-      kv_format_(kv_format(options.kv_cache_dtype, *ops_)),
+      kv_format_(kv_format(options.kv_cache_dtype, ops_->default_kv_format())),
       spec_(model::make_spec(config_)),
       loaded_(load_weights(
           folder, config_, ops_->device(),
@@ -175,27 +152,19 @@ void Engine::head(ops::ConstMatrix hidden, model::Phase phase, float* logits) {
 
 void Engine::make_planned(const LoadOptions& options, const Machine& machine,
                           const WeightSizes& sizes, std::optional<std::uint64_t> vram) {
-  const auto make = [&] {
+  const auto make = [&](std::int64_t context) {
+    max_context_ = context;
     planned_ = std::make_unique<Planned>(model_bytes(running(), sizes), options, max_context_,
                                          machine, vram);
   };
   if (options.max_context != 0) {
-    make();
+    make(max_context_);
     return;
   }
   const std::int64_t most = max_context_;
   const std::size_t block =
       KvCache::block_bytes(spec_.layers, model::kv_layer_bytes(spec_, kv_format_));
-  max_context_ = affordable_context(most, block, vram ? *vram : ram_for(options, machine));
-  for (;;) {
-    try {
-      make();
-      break;
-    } catch (const MemoryLimitError&) {
-      if (max_context_ <= kLeastContext) throw;
-      max_context_ = std::max(kLeastContext, next_shorter(max_context_));
-    }
-  }
+  plan_with_context(most, block, vram ? *vram : ram_for(options, machine), make);
   if (max_context_ == most) return;
   log(LogLevel::kInfo, "max_context is " + std::to_string(max_context_) + " tokens of the " +
                            std::to_string(most) +
@@ -207,7 +176,7 @@ residency::Plan Engine::plan(const LoadOptions& options, const Machine& machine,
                              const WeightSizes& sizes) {
   const bool in_ram = ops_->device().host_visible();
   std::optional<std::uint64_t> vram;
-  if (!in_ram) vram = without_rounding(ops_->device().memory().available());
+  if (!in_ram) vram = shared_out(ops_->device().memory().available());
   if (!in_ram && spec_.moe_layers() > 0) host_ops_ = make_host_ops(options);
   make_planned(options, machine, sizes, vram);
   residency::Plan plan = planned_->plan();

@@ -90,6 +90,7 @@ residency::ModelBytes model_bytes(const Running& running, const WeightSizes& siz
   bytes.expert_slot = sizes.slot_bytes;
   bytes.device_slot = sizes.device_slot_bytes;
   bytes.experts_per_token = static_cast<std::uint64_t>(spec.router.top_k);
+  bytes.moe_layers = static_cast<std::uint64_t>(spec.moe_layers());
   bytes.kv_block =
       KvCache::block_bytes(spec.layers, model::kv_layer_bytes(spec, running.kv_format));
   bytes.reader = sizes.staging;

@@ -56,17 +56,19 @@ bool is_converted(const residency::FileGroup& group, const DenseFormats& formats
   });
 }
 
+std::size_t matrix_bytes(const FileMatrix& matrix, const DenseFormats& formats) {
+  const auto [format, rows, cols] =
+      std::tuple(matrix.format_in(formats), matrix.source->rows, matrix.source->cols);
+  return Arena::padded(format::data_bytes(format, rows, cols)) +
+         Arena::padded(format::scale_bytes(format, rows, cols));
+}
+
 // Bytes that a group takes of an arena.
 std::size_t arena_bytes(const residency::FileGroup& group, const DenseFormats& formats,
                         bool as_in_files) {
   if (as_in_files && !is_converted(group, formats)) return group.files.slot_bytes;
   std::size_t bytes = 0;
-  for (const FileMatrix& matrix : group.matrices) {
-    const auto [format, rows, cols] =
-        std::tuple(matrix.format_in(formats), matrix.source->rows, matrix.source->cols);
-    bytes += Arena::padded(format::data_bytes(format, rows, cols));
-    bytes += Arena::padded(format::scale_bytes(format, rows, cols));
-  }
+  for (const FileMatrix& matrix : group.matrices) bytes += matrix_bytes(matrix, formats);
   return bytes;
 }
 
@@ -194,6 +196,20 @@ residency::ModelBytes::Converted Placement::dense_in(const DenseFormats& formats
     if (group.layer >= 0) sizes.layers[static_cast<std::size_t>(group.layer)] = bytes;
   }
   return sizes;
+}
+
+std::vector<Placement::DenseShare> Placement::dense_shares(const DenseFormats& formats) const {
+  std::vector<DenseShare> shares;
+  for (const Group& group : groups_) {
+    if (group.expert) continue;
+    for (const FileMatrix& matrix : group.from.matrices) {
+      std::string_view role = is_embedding(group) ? "embedding" : "router";
+      if (matrix.role) role = residency::dense_role_name(*matrix.role);
+      shares.push_back(
+          {role, group.layer, matrix.format_in(formats), matrix_bytes(matrix, formats)});
+    }
+  }
+  return shares;
 }
 
 WeightSizes Placement::sizes(bool host_visible, std::span<const DenseFormats> formats,
@@ -371,6 +387,11 @@ void Placement::convert_staged(ops::Device& device) {
     *scale.value = scale.reciprocal ? inverse : value;
   }
   if (tied()) weights_.lm_head = weights_.embed_tokens;
+}
+
+std::uint64_t Placement::expert_read_bytes() const noexcept {
+  const auto last = std::ranges::find(groups_.rbegin(), groups_.rend(), true, &Group::expert);
+  return last == groups_.rend() ? 0 : last->from.files.bytes();
 }
 
 std::vector<residency::ExpertImage> Placement::images() const {

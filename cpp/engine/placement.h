@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "checkpoint/catalogue.h"
@@ -73,6 +74,17 @@ class Placement {
   /// which there is at least one; of the others those that take less.
   WeightSizes sizes(bool host_visible, std::span<const residency::DenseFormats> formats,
                     int threads) const;
+  /// Of the matrices that are no routed experts: their part, and what it takes in these formats.
+  struct DenseShare {
+    std::string_view role;   // as dense_role_name() says, or "embedding" or "router"
+    std::int64_t layer = 0;  // where it may be streamed, else -1
+    format::WeightFormat format = format::WeightFormat::kF32;
+    std::uint64_t bytes = 0;
+  };
+  std::vector<DenseShare> dense_shares(const residency::DenseFormats& formats) const;
+  /// Everything in the device's memory but experts, in these formats, and of each layer's group.
+  residency::ModelBytes::Converted dense_in(const residency::DenseFormats& formats,
+                                            bool as_in_files) const;
   /// Of the matrices, as they are stored; after take(), as they lie in memory.
   std::uint64_t weight_bytes() const noexcept { return weight_bytes_; }
 
@@ -95,6 +107,8 @@ class Placement {
   /// Once these are read and checked. Throws CheckpointError for a scale that is none.
   void convert_staged(ops::Device& device);
 
+  /// Of one routed expert of the last layer as it is read; 0 if there are none.
+  std::uint64_t expert_read_bytes() const noexcept;
   /// Experts and layers that stay in the files, for those who read them later.
   std::vector<residency::ExpertImage> images() const;
   std::vector<residency::StreamedLayer> streamed() const;
@@ -127,9 +141,6 @@ class Placement {
   bool is_embedding(const Group& group) const { return &group == &groups_.front(); }
   bool stays_in_files(const Group& group) const;
   bool is_streamed(const Group& group) const;
-  /// Bytes of everything in the device's memory but experts, and of each layer's group.
-  residency::ModelBytes::Converted dense_in(const residency::DenseFormats& formats,
-                                            bool as_in_files) const;
   static void take_slot(Group& group, memory::Arena& arena, memory::MemorySource& source);
   void take_matrices(Group& group, memory::Arena& arena);
   void take_staged_layers(Arenas& arenas, ops::Device& device);

@@ -1,77 +1,26 @@
 #include "engine/planned.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "dsfp4/error.h"
+#include "engine/options.h"
 
 namespace dsfp4::engine {
 namespace {
-
-constexpr double kGigabyte = 1e9;
-constexpr double kMostGigabytes = 1e6;
-constexpr std::int64_t kMostPrefetchLayers = 16;
-constexpr std::int64_t kMostCount = std::numeric_limits<std::int32_t>::max();
-
-void check_gigabytes(const std::optional<double>& value, const char* name) {
-  if (!value || (*value >= 0.0 && *value <= kMostGigabytes)) return;  // NaN fails both
-  throw ParameterError(name, "must be 0 to 1000000 GB, not " + std::to_string(*value));
-}
-
-void check_count(const std::optional<std::int64_t>& count, const char* name, const char* what) {
-  if (!count || (*count >= 0 && *count <= kMostCount)) return;
-  throw ParameterError(name, "must be 0 (none) to " + std::to_string(kMostCount) + " " + what +
-                                 " in VRAM, not " + std::to_string(*count));
-}
-
-std::optional<std::uint64_t> bytes_of(const std::optional<double>& gigabytes) {
-  if (!gigabytes) return std::nullopt;
-  return static_cast<std::uint64_t>(std::llround(*gigabytes * kGigabyte));
-}
 
 // RAM that a model may take beyond what was there before it.
 std::uint64_t with_uncounted(std::uint64_t bytes) { return bytes + memory::kUncountedBytes; }
 
 }  // namespace
 
-void check_memory_config(const MemoryConfig& config) {
-  const std::int64_t ahead = config.prefetch_layers.value_or(0);
-  if (ahead < 0 || ahead > kMostPrefetchLayers) {
-    throw ParameterError("prefetch_layers", "must be 0 (off) to " +
-                                                std::to_string(kMostPrefetchLayers) + ", not " +
-                                                std::to_string(ahead));
-  }
-  if (!(config.expert_threshold >= 0.0 && config.expert_threshold <= 1.0)) {
-    throw ParameterError("expert_threshold",
-                         "must be 0 (exact) to 1, not " + std::to_string(config.expert_threshold));
-  }
-  if (config.cpu_share && !(*config.cpu_share >= 0.0 && *config.cpu_share <= 1.0)) {
-    throw ParameterError("cpu_share", "must be 0 to 1, not " + std::to_string(*config.cpu_share));
-  }
-}
-
-void check_memory_strategy(const MemoryStrategy& strategy) {
-  check_gigabytes(strategy.cpu_cache_size, "cpu_cache_size");
-  check_gigabytes(strategy.prefetch_size, "prefetch_size");
-  check_gigabytes(strategy.gpu_reserved, "gpu_reserved");
-  check_count(strategy.max_experts, "max_experts", "experts");
-  check_count(strategy.max_gpu_layers, "max_gpu_layers", "layers");
-  check_count(strategy.min_layers, "min_layers", "layers");
-}
-
 Planned::Planned(residency::ModelBytes model, const LoadOptions& options, std::int64_t max_context,
                  const Machine& machine, std::optional<std::uint64_t> vram)
     : device_(options.device), model_(std::move(model)) {
   budgets_.vram = vram;
-  check_memory_config(options.memory);
-  check(options.strategy);
-  residency::Wishes wishes = wishes_of(options.strategy);
-  wishes.max_context = max_context;
-  wishes.prefetch_layers = std::max<std::int64_t>(1, options.memory.prefetch_layers.value_or(1));
+  const residency::Wishes wishes = engine::wishes_of(options, max_context, vram.has_value());
   gpu_reserved_ = wishes.gpu_reserved;
   lease_ = machine.account->reserve(
       machine.memory(), [&](const memory::MachineMemory& committed, std::uint64_t leased) {
@@ -83,25 +32,12 @@ Planned::Planned(residency::ModelBytes model, const LoadOptions& options, std::i
 }
 
 void Planned::check(const MemoryStrategy& strategy) const {
-  check_memory_strategy(strategy);
-  const auto needs_vram = [&](bool given, const char* name) {
-    if (!given || budgets_.vram) return;
-    throw ParameterError(name, "limits VRAM, and device '" + device_ + "' uses none");
-  };
-  needs_vram(strategy.max_experts.has_value(), "max_experts");
-  needs_vram(strategy.gpu_reserved.has_value(), "gpu_reserved");
-  needs_vram(strategy.max_gpu_layers.has_value(), "max_gpu_layers");
-  needs_vram(strategy.min_layers.has_value(), "min_layers");
+  check_memory_strategy(strategy, device_, budgets_.vram.has_value());
 }
 
 residency::Wishes Planned::wishes_of(const MemoryStrategy& strategy) const {
-  residency::Wishes wishes;
-  wishes.cpu_cache_size = bytes_of(strategy.cpu_cache_size);
-  wishes.prefetch_size = bytes_of(strategy.prefetch_size);
-  wishes.max_experts = strategy.max_experts;
-  wishes.max_gpu_layers = strategy.max_gpu_layers;
-  wishes.min_layers = static_cast<std::uint64_t>(strategy.min_layers.value_or(0));
-  wishes.gpu_reserved = bytes_of(strategy.gpu_reserved).value_or(gpu_reserved_);
+  residency::Wishes wishes = engine::wishes_of(strategy);
+  if (!strategy.gpu_reserved) wishes.gpu_reserved = gpu_reserved_;
   return wishes;
 }
 

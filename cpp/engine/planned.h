@@ -30,10 +30,6 @@ struct Machine {
   RateLimits rate_limits = {};
 };
 
-/// Throws ParameterError for an option out of range.
-void check_memory_config(const MemoryConfig& config);
-void check_memory_strategy(const MemoryStrategy& strategy);
-
 class Planned {
  public:
   /// Plans a model of `model` bytes and reserves its RAM; `vram`: what a GPU that is to hold it can

@@ -8,6 +8,7 @@
 
 #include "base/log.h"
 #include "dsfp4/error.h"
+#include "engine/options.h"
 
 namespace dsfp4::engine {
 namespace {

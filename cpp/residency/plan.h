@@ -41,6 +41,7 @@ struct ModelBytes {
   std::uint64_t expert_slot = 0;        // of one in an ExpertStore
   std::uint64_t device_slot = 0;        // of one in VRAM
   std::uint64_t experts_per_token = 0;  // of a layer
+  std::uint64_t moe_layers = 0;
   std::uint64_t kv_block = 0;           // of the cached latents of ops::kKvBlockTokens tokens
   std::vector<Step> steps;        // chunks that a prompt may be cut into, ascending; at least one
   std::uint64_t reader = 0;       // staging of the reader
@@ -72,10 +73,12 @@ struct Wishes {
 /// VRAM slots for experts that only pass through, beside the cached ones.
 inline constexpr std::size_t kDeviceRing = 8;
 
-/// A chunk's activations may be so large, in bytes; beyond the smaller amount they take an eighth
-/// of what the experts' cache would have at most, below it a half.
+/// A chunk's activations may be so large, in bytes: where chunks are read for, and where they only
+/// fill a GPU.
 inline constexpr std::uint64_t kActivationBytes = std::uint64_t{4} << 30;
 inline constexpr std::uint64_t kSmallActivationBytes = std::uint64_t{1} << 30;
+/// Tokens of the answer to a long prompt: what its chunks save is weighed against these.
+inline constexpr double kAnswerTokens = 500.0;
 
 /// The memory of a model is VRAM if a GPU holds it, else RAM.
 struct Plan {
@@ -122,7 +125,9 @@ std::uint64_t most_ram(const memory::MachineMemory& machine);
 /// staging gets prefetch_size, by default two layers' choices, and the cache cpu_cache_size, by
 /// default what is left. Where the rest does not fit beside the staging, as few layers as possible
 /// are streamed, evenly spread, so that each is read while those between are computed. Chunks are
-/// as long as kActivationBytes allow where experts are read once for each, else the shortest.
+/// the shortest unless experts are read once for each: then, up to kActivationBytes, those with
+/// which the fewest bytes are moved for a prompt of the longest chunk and an answer of
+/// kAnswerTokens. A longer chunk leaves less room for cached experts, and may stream more layers.
 ///
 /// A GPU gets the whole model if it fits into VRAM and neither max_experts nor cpu_cache_size is
 /// below all experts, with the longest chunks that fit in kSmallActivationBytes. Else one with

@@ -194,8 +194,8 @@ Trial try_in_vram(Attempt in_tiers, const ModelBytes& model, const Budgets& budg
   return best_plan(in_tiers, model, budgets, wishes);
 }
 
-// In the first formats that fit with no more layers streamed than asked for, else with as many as
-// it takes.
+// In the first formats that fit the shortest chunks with no more layers streamed than asked for,
+// else in the last; then with as many layers streamed as it takes, or as pay.
 Trial in_first_formats_that_fit(const ModelBytes& model, const Budgets& budgets,
                                 const Wishes& wishes) {
   ModelBytes smaller = model;
@@ -211,7 +211,7 @@ Trial in_first_formats_that_fit(const ModelBytes& model, const Budgets& budgets,
     smaller.layers = converted.layers;
     trial = try_in_vram(try_tiers_as_wished, smaller, budgets, wishes);
   }
-  return lacks_vram() ? try_in_vram(try_tiers, smaller, budgets, wishes) : trial;
+  return try_in_vram(try_tiers, smaller, budgets, wishes);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 #include "residency/planning.h"
 
 #include <algorithm>
+#include <span>
+#include <utility>
 
 #include "base/checked.h"
 #include "dsfp4/error.h"
@@ -12,6 +14,32 @@ namespace {
 std::uint64_t kv_bytes(const ModelBytes& model, std::int64_t tokens) {
   const auto blocks = static_cast<std::uint64_t>(ceil_div(tokens, ops::kKvBlockTokens));
   return checked_mul(blocks, model.kv_block).value_or(kMost);
+}
+
+// The cost of a prompt of the longest chunk and an answer of kAnswerTokens: bytes read from the
+// SSD, and a share of those copied to VRAM, as that wire is faster. Experts that are not cached
+// cross once for each chunk, chosen ones once for each token, and streamed layers once for each of
+// both.
+double cost_of_answer(const ModelBytes& model, const Plan& plan) {
+  constexpr double kCopyShare = 0.25;  // PCIe has about four times the rate of an SSD
+  const bool on_gpu = plan.device_slots > 0;
+  const auto missed = [&](std::size_t cache) {
+    const auto experts = static_cast<double>(model.experts);
+    return 1.0 - std::min(static_cast<double>(cache), experts) / experts;
+  };
+  double share = missed(plan.cache_slots);
+  if (on_gpu) share += kCopyShare * missed(plan.device_cache_slots);
+  double streamed = 0.0;
+  for (std::size_t i = 0; i < plan.streamed.size(); ++i) {
+    if (plan.streamed[i]) streamed += static_cast<double>(model.layers[i]);
+  }
+  if (on_gpu) streamed *= kCopyShare;
+  const auto slot = static_cast<double>(model.expert_slot);
+  const double all = share * slot * static_cast<double>(model.experts);
+  const double chosen =
+      share * slot * static_cast<double>(model.experts_per_token * model.moe_layers);
+  const auto chunks = static_cast<double>(ceil_div(model.steps.back().rows, plan.chunk));
+  return chunks * (all + streamed) + kAnswerTokens * (chosen + streamed);
 }
 
 }  // namespace
@@ -88,26 +116,17 @@ Trial best_plan(Attempt attempt, const ModelBytes& model, const Budgets& budgets
                 const Wishes& wishes) {
   Trial first = attempt(model, budgets, wishes, model.steps.front());
   if (std::holds_alternative<Shortage>(first)) return first;
-  const Plan& shortest = std::get<Plan>(first);
-  if (!shortest.tiered) return shortest;
-  // Longer chunks read less, so they come before a larger cache, up to a point.
-  for (std::size_t i = model.steps.size(); i-- > 1;) {
-    const ModelBytes::Step& step = model.steps[i];
-    if (step.bytes > kActivationBytes) continue;
-    const Trial trial = attempt(model, budgets, wishes, step);
-    const auto* plan = std::get_if<Plan>(&trial);
-    if (plan == nullptr) continue;
-    const std::size_t share = step.bytes > kSmallActivationBytes ? 8 : 2;
-    const auto leaves_most = [&](std::size_t before, std::size_t after) {
-      return after + before / share >= before;
-    };
-    if (leaves_most(shortest.cache_slots, plan->cache_slots) &&
-        leaves_most(shortest.device_cache_slots, plan->device_cache_slots) &&
-        plan->streamed_layers() <= shortest.streamed_layers()) {
-      return *plan;
+  Plan best = std::get<Plan>(std::move(first));
+  if (!best.tiered) return best;
+  for (const ModelBytes::Step& step : std::span(model.steps).subspan(1)) {
+    if (step.bytes > kActivationBytes) break;
+    Trial trial = attempt(model, budgets, wishes, step);
+    auto* const plan = std::get_if<Plan>(&trial);
+    if (plan != nullptr && cost_of_answer(model, *plan) < cost_of_answer(model, best)) {
+      best = std::move(*plan);
     }
   }
-  return shortest;
+  return best;
 }
 
 std::uint64_t vram_of(const Budgets& budgets) { return budgets.vram.value_or(0); }

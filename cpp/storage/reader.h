@@ -202,4 +202,7 @@ std::string uring_problem();
 std::unique_ptr<Reader> make_reader(const std::vector<std::filesystem::path>& files,
                                     const ReaderOptions& options = {});
 
+/// Reader::staging_bytes() of a reader with these options.
+std::uint64_t staging_bytes(const ReaderOptions& options) noexcept;
+
 }  // namespace dsfp4::storage

@@ -33,15 +33,22 @@ ReaderOptions checked(const ReaderOptions& options) {
   return options;
 }
 
+std::size_t staging_buffers(const ReaderOptions& options) noexcept {
+  return std::min(static_cast<std::size_t>(options.depth), kMaxStagingBuffers);
+}
+
 }  // namespace
+
+std::uint64_t staging_bytes(const ReaderOptions& options) noexcept {
+  return staging_buffers(options) * options.piece_bytes;
+}
 
 RequestQueue::RequestQueue(const std::vector<std::filesystem::path>& paths,
                            const ReaderOptions& options)
     : options_(checked(options)),
       system_(options.system != nullptr ? *options.system : System::real()),
       files_(paths, options, system_),
-      staging_(std::min(static_cast<std::size_t>(options.depth), kMaxStagingBuffers),
-               options.piece_bytes),
+      staging_(staging_buffers(options), options.piece_bytes),
       jobs_(static_cast<std::size_t>(options.depth) * files_.lanes()),
       lanes_(files_.lanes()),
       pace_(options_.bytes_per_second) {

@@ -223,7 +223,8 @@ constexpr std::int64_t kMostMultiprocessors = 256;
 inline std::int64_t latent_splits(const MlaShape& shape, std::int64_t rows, std::int64_t length,
                                   std::int64_t multiprocessors) {
   const std::int64_t groups = (shape.heads + kBlockHeads - 1) / kBlockHeads;
-  return std::min(std::clamp<std::int64_t>(multiprocessors / (rows * groups), 1, kMostSplits),
+  const std::int64_t blocks = std::max<std::int64_t>(rows * groups, 1);
+  return std::min(std::clamp<std::int64_t>(multiprocessors / blocks, 1, kMostSplits),
                   tiles_of(length));
 }
 inline std::size_t latent_workspace(const MlaShape& shape, std::int64_t rows, std::int64_t length) {

@@ -124,7 +124,7 @@ TEST(ModelBytes, TheBufferOfALoadIsForAGpuOrForConversion) {
     WeightSizes sizes;
     sizes.load_buffer = 100;
     sizes.conversion = conversion;
-    return model_bytes({spec, ops, nullptr, ops::KvFormat::kBf16, 1000}, sizes).load_buffer;
+    return model_bytes({spec, backend_of(ops), {}, ops::KvFormat::kBf16, 1000}, sizes).load_buffer;
   };
   EXPECT_EQ(buffer(*in_ram, 0), 0u);
   EXPECT_EQ(buffer(*in_ram, 7), 107u);

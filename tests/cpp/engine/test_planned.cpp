@@ -10,6 +10,7 @@
 #include "checkpoint/tiny_checkpoint.h"
 #include "dsfp4/error.h"
 #include "engine/engine.h"
+#include "engine/options.h"
 #include "engine/planned.h"
 
 namespace dsfp4::engine {

@@ -5,8 +5,8 @@
 #include <gtest/gtest.h>
 
 #include "ops/cuda/workspaces.h"
-#include "ops/cuda_memory.h"
 #include "ops/cuda_backend.h"
+#include "ops/cuda_memory.h"
 #include "ops/fake_cuda.h"
 #include "ops/raw.h"
 
@@ -51,10 +51,10 @@ TEST(CudaMemory, OfDenseWeightsIsThatOfTheRowsThatPassThemTogether) {
 TEST(CudaMemory, OfAttentionIsBounded) {
   Ops::Largest largest;
   largest.mla = {.heads = 128,
+                 .kv_lora_rank = 512,
                  .qk_nope_head_dim = 128,
                  .qk_rope_head_dim = 64,
-                 .v_head_dim = 128,
-                 .kv_lora_rank = 512};
+                 .v_head_dim = 128};
   largest.context = 32768;
   const std::uint64_t latents = 32768u * (512 + 64) * 2;
   EXPECT_EQ(cuda_step_memory(largest).workspace, (std::uint64_t{160} << 20) * 2 + latents);
@@ -77,6 +77,7 @@ TEST(CudaMemory, OfLatentAttentionHoldsForAnyGpu) {
 }
 
 TEST(CudaMemory, IsWhatABackendSays) {
+  using testing::FakeCuda;
   const CudaBackend backend(FakeCuda::plugin(), FakeCuda::kIndex, 0);
   const std::vector<ExpertView> experts = r1_experts();
   Ops::Largest largest;

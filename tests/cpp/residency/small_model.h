@@ -22,6 +22,7 @@ inline ModelBytes small_model() {
   model.expert_slot = 120;
   model.device_slot = 130;
   model.experts_per_token = 4;
+  model.moe_layers = 2;
   model.kv_block = 50;
   model.steps = {{256, 150, 30}};
   model.reader = 50;

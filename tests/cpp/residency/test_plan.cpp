@@ -25,6 +25,7 @@ ModelBytes small_model() {
   model.expert_bytes = 10'000;
   model.expert_slot = 120;
   model.experts_per_token = 4;
+  model.moe_layers = 2;
   model.kv_block = 50;
   model.steps = {{256, 150}};
   model.reader = 50;
@@ -177,11 +178,11 @@ TEST(Plan, AModelWithoutExpertsIsStreamedToo) {
   EXPECT_EQ(streamed.ram_bytes, 1000u - 9 * 80 + 170);
 }
 
-TEST(Plan, ChunksAreLongerWhereTheyCostLittleOfTheCache) {
+TEST(Plan, ChunksAreLongerWhereFewerBytesAreReadSo) {
   ModelBytes model = small_model();
-  model.steps = {{256, 150}, {512, 300}, {1000, 5000}};
-  EXPECT_EQ(plan(model, 10'000).chunk, 512);  // 75 cached experts; 1000 rows leave less than half
-  EXPECT_EQ(plan(model, 11'000).chunk, 256);  // loaded whole: nothing is read again
+  model.steps = {{256, 150}, {512, 200}, {1000, 5000}};
+  EXPECT_EQ(plan(model, 10'000).chunk, 512);            // 66 cached experts for 67; 1000 rows leave 26
+  EXPECT_EQ(plan(model, 11'000).chunk, 256);            // loaded whole: nothing is read again
   EXPECT_EQ(plan(model, kRest + kStaging).chunk, 256);  // longer ones do not fit
 }
 

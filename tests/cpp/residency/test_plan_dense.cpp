@@ -223,5 +223,18 @@ TEST(DenseInVram, LargerLayersAreStreamedLast) {
   EXPECT_EQ(plan(kEnough, kEnough, with_layers(0), model).layer_buffer_bytes, 60u);
 }
 
+// The buffers of 80 bytes more are the room of two layers. With a prompt in four pieces it pays.
+TEST(DenseInVram, LayersAreStreamedForLongerChunksWhereThatMovesLess) {
+  ModelBytes model = layered_model();
+  const auto made = [&](std::int64_t rows) {
+    model.steps = {{256, 150, 30}, {rows, 230, 30}};
+    return plan(kVramFloor, kRamFloor + 200, wishes_of(), model);
+  };
+  EXPECT_EQ(made(1000).chunk, 1000);
+  EXPECT_EQ(made(1000).streamed_layers(), 4u);
+  EXPECT_EQ(made(512).chunk, 256);
+  EXPECT_EQ(made(512).streamed_layers(), 0u);
+}
+
 }  // namespace
 }  // namespace dsfp4::residency
