@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dsfp4
-from dsfp4.cli import bench, chat, demo, doctor, eval, info, pull, quantize, run, verify
+from dsfp4.cli import bench, chat, demo, doctor, eval, info, plan, pull, quantize, run, verify
 from dsfp4.cli.parser import CommandParser
 from dsfp4.errors import Dsfp4Error
 
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="print the folder that CMake's find_package(dsfp4) needs as dsfp4_DIR, and exit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, doctor, run, chat, pull, info, eval, verify, quantize, bench):
+    for command in (demo, doctor, plan, pull, run, chat, info, eval, verify, quantize, bench):
         command.add_command(commands)
     return parser
 
@@ -50,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 1 for an error while running.
 
-    `verify` returns 1 too where it finds something wrong, `doctor` where nothing can run. Wrong
-    usage exits with code 2 (SystemExit, by argparse).
+    `verify` returns 1 too where it finds something wrong, `doctor` where nothing can run, and
+    `plan` where the model cannot. Wrong usage exits with code 2 (SystemExit, by argparse).
     """
     arguments = make_parser().parse_args(argv)
     try:

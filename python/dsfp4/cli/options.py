@@ -101,6 +101,12 @@ def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
     )
 
 
+def add_placement_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what decides where a model lies: the flags of a plan, and a part of those of a load."""
+    _add_load_flags(parser.add_argument_group("engine"))
+    _add_placement_flags(parser.add_argument_group("memory, for models that do not fit"))
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add what decides where and how the model runs."""
     group = parser.add_argument_group("engine")
@@ -110,6 +116,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "cpu", "cuda", "reference"],
         help="auto is the fastest present; reference is plain, exact and slow",
     )
+    _add_load_flags(group)
+    group.add_argument(
+        "--trace", metavar="FILE", help="write a timeline there, for ui.perfetto.dev to open"
+    )
+    _add_memory_flags(parser)
+
+
+def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--threads", type=integer(0, 1024), default=0, metavar="N", help="0: one for each core"
     )
@@ -138,15 +152,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="most RAM of the whole process; default: what the machine can spare",
     )
-    group.add_argument(
-        "--trace", metavar="FILE", help="write a timeline there, for ui.perfetto.dev to open"
-    )
-    _add_memory_flags(parser)
 
 
-def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what decides where a model lies that does not fit."""
-    group = parser.add_argument_group("memory, for models that do not fit")
+def _add_placement_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--cpu-cache-size", type=real(0, 1e6), metavar="GB", help="RAM for cached experts"
     )
@@ -186,6 +194,21 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         "prompts and while the cache has room, else 0",
     )
     group.add_argument(
+        "--quantization",
+        type=quantization,
+        default="auto",
+        metavar="ROLE=FORMAT,...",
+        help="convert dense weights while they are loaded: attention, o_proj, shared_experts, mlp, "
+        "lm_head to fp8, or all but the first and the last to nvfp4; auto, the default: where VRAM "
+        "does not hold them as published; keep: never",
+    )
+
+
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what decides where a model lies that does not fit, and how it is brought in."""
+    group = parser.add_argument_group("memory, for models that do not fit")
+    _add_placement_flags(group)
+    group.add_argument(
         "--expert-threshold",
         type=real(0, 1),
         default=0.0,
@@ -198,15 +221,6 @@ def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of a token's experts in RAM beside a GPU, the processor computes so many, 0 to 1; "
         "auto, the default: so that both end together",
-    )
-    group.add_argument(
-        "--quantization",
-        type=quantization,
-        default="auto",
-        metavar="ROLE=FORMAT,...",
-        help="convert dense weights while they are loaded: attention, o_proj, shared_experts, mlp, "
-        "lm_head to fp8, or all but the first and the last to nvfp4; auto, the default: where VRAM "
-        "does not hold them as published; keep: never",
     )
     group.add_argument(
         "--no-warm-start",
