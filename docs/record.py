@@ -94,6 +94,7 @@ CHAPTERS: list[tuple[str, list[Step]]] = [
         [
             ("dsfp4 doctor", []),
             ("dsfp4 bench storage demo --block-kib 256 --depth 16 --seconds 0.2", []),
+            ("dsfp4 bench decode demo --cpu-cache-size 0.005 --plot decode.png", []),
         ],
     ),
     (

@@ -6,6 +6,7 @@ With --prompt, prefill too.
 import argparse
 import json
 import resource
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dsfp4 import _core
-from dsfp4.cli import decode_floor, decode_report
+from dsfp4.cli import decode_floor, decode_report, plot, timeline
 from dsfp4.cli.options import integer, quantization, real, share
 from dsfp4.demo import resolve_model
 from dsfp4.model import Model
@@ -32,6 +33,7 @@ _STAGES = ("prefetch", "compute", "transfer")
 _WARM_UP = 4  # tokens, after a change of cpu_share
 _PARTS = 4  # that tokens are decoded in, each between two windows of the disk's rate
 _LEAST_PART = 8  # tokens
+_DRAWN = 3  # tokens, the last of the warm run
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -107,6 +109,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--ram-limit", type=real(1e-9, 1e9), metavar="GB", help="of the process")
     parser.add_argument("--trace", metavar="FILE", help="a timeline for ui.perfetto.dev")
+    parser.add_argument(
+        "--plot",
+        type=plot.picture_path,
+        metavar="OUT",
+        help=f"draw the last {_DRAWN} tokens of the warm run, and the bytes of one, as .png, .svg "
+        "or .pdf; needs dsfp4[plot]",
+    )
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser.add_argument(
         "--stages",
@@ -118,12 +127,31 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    """Measure and print."""
-    report = measure(arguments)
+    """Measure, draw and print."""
+    report = measure(arguments) if arguments.plot is None else _measure_and_draw(arguments)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
         print("\n".join(decode_report.lines(report)))
+
+
+def _measure_and_draw(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure with a trace, and draw it."""
+    plot.check_drawing(arguments.plot)  # rather now than after minutes
+    with tempfile.TemporaryDirectory() as folder:
+        traced = argparse.Namespace(**vars(arguments))
+        traced.trace = arguments.trace or str(Path(folder, "trace.json"))
+        report = measure(traced)
+        spans = timeline.read_trace(Path(traced.trace))
+    tokens, warm = arguments.tokens, report["warm"]
+    plot.draw_decode(
+        # The cold run's steps come first, one a token.
+        timeline.make_timeline(spans, 2 * tokens - min(_DRAWN, tokens), 2 * tokens),
+        timeline.token_bytes(warm, tokens, arguments.device == "cuda"),
+        f"{arguments.model} on {arguments.device}, warm: {warm['tokens_per_s']:.2f} tokens/s",
+        arguments.plot,
+    )
+    return report
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -166,6 +194,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "raw_ssd_gb_s": raw,
         "measured_ssd_gb_s": measured,
         "measured_ssd_windows": disk.windows,
+        "measured_ssd_block_bytes": decode_floor.block_bytes(files),
         "reading_cpu_seconds_per_gb": disk.cpu_seconds_per_gb,
         "ssd_rate": arguments.ssd_rate,
         "compute_seconds_per_token": compute if wires is None else None,

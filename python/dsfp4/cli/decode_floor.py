@@ -15,6 +15,7 @@ from dsfp4.errors import UnsupportedError
 from dsfp4.model import Model
 
 BLOCK_BYTES = 512 << 10  # as the engine reads
+_LEAST_BLOCK_BYTES = 4 << 10  # what O_DIRECT takes
 DEPTH = 64
 _SSD_SECONDS = 0.75  # a window
 _WIRE_SECONDS = 1.0  # alone, the other alone, and both
@@ -38,12 +39,25 @@ class Rates:
     wires: Mapping[str, float] | None = None  # bytes/s, as _core.measure_wires() gives them
 
 
+def block_bytes(files: Sequence[Path]) -> int:
+    """Return the bytes of a read that measures the disk: fewer where the files are small."""
+    sizes = [file.stat().st_size for file in files]
+    size = BLOCK_BYTES
+    while size > _LEAST_BLOCK_BYTES and sum(bytes // size for bytes in sizes) < DEPTH:
+        size //= 2
+    return size
+
+
 def ssd_rate(files: list[Path], reader: str) -> dict[str, float]:
     """Return GB/s, and CPU seconds a GB, of random reads as the engine makes them."""
     kind = "io_uring" if reader == "auto" else reader
     try:
         rate = _core.measure_raw_rate(
-            files, reader=kind, block_bytes=BLOCK_BYTES, depth=DEPTH, seconds=_SSD_SECONDS
+            files,
+            reader=kind,
+            block_bytes=block_bytes(files),
+            depth=DEPTH,
+            seconds=_SSD_SECONDS,
         )
     except UnsupportedError:
         if reader != "auto":
@@ -155,6 +169,7 @@ def judge(run: Mapping[str, Any], rates: Rates) -> dict[str, Any]:
         "seconds": run["seconds"],
         "tokens_per_s": run["tokens"] / run["seconds"],
         "read_bytes": read,
+        "used_bytes": run["used_bytes"],
         "useful_bytes": useful,
         "useful_gb_s": useful / run["seconds"] / 1e9,
         "useful_over_raw": useful / run["seconds"] / 1e9 / rates.ssd,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsfp4.cli.decode_floor import BLOCK_BYTES, DEPTH, floor_of
+from dsfp4.cli.decode_floor import DEPTH, floor_of
 
 _PART_NAMES = {
     "ssd": "disk",
@@ -40,7 +40,7 @@ def _rates(report: Mapping[str, Any]) -> Iterable[str]:
     windows = report["measured_ssd_windows"]
     yield (
         f"disk: {disk:.2f} GB/s ({min(windows):.2f} to {max(windows):.2f} in {len(windows)} "
-        f"windows), blocks of {BLOCK_BYTES >> 10} KiB, {DEPTH} deep; "
+        f"windows), blocks of {report['measured_ssd_block_bytes'] >> 10} KiB, {DEPTH} deep; "
         f"{report['reading_cpu_seconds_per_gb']:.2f} s of processor time a GB"
     )
     held = report["ssd_rate"]
