@@ -99,8 +99,7 @@ def decode(model: Model, plan: Plan, rates: Rates, hits: Hits, context: int = 0)
     """Return the estimate for one token after `context` others."""
     routed = routed_bytes(model)
     streamed = _streamed_bytes(plan)
-    dense = sum(plan["layer_bytes"]) + plan["head_bytes"] - streamed
-    dense += plan["kv_bytes_per_token"] * context
+    dense = sum(plan["layer_bytes"]) + plan["head_bytes"] + plan["kv_bytes_per_token"] * context
     ssd = routed * max(1.0 - hits.memory, 0.0)
     if on_gpu(plan):
         outside = routed * (1.0 - hits.vram)  # of VRAM: computed by the processor, or copied
@@ -118,10 +117,10 @@ def decode(model: Model, plan: Plan, rates: Rates, hits: Hits, context: int = 0)
         }
     else:
         ssd += streamed
-        bytes_ = {"ssd": ssd, "ram": dense + routed + ssd + streamed, "pcie": 0.0, "vram": 0.0}
+        bytes_ = {"ssd": ssd, "ram": dense + routed + ssd, "pcie": 0.0, "vram": 0.0}
         parts = {
             "ssd": ssd / rates.ssd,
-            "dense": (dense + streamed) / rates.ram,
+            "dense": dense / rates.ram,
             "experts": (routed + ssd) / rates.ram,
         }
     parts = {name: seconds / _READ_GB for name, seconds in parts.items()}

@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsfp4 import _core, estimate, hub
 from dsfp4.cli import options
+from dsfp4.cli.plot import check_drawing, draw_plan, picture_path
 from dsfp4.cli.progress import format_bytes
 from dsfp4.demo import resolve_model
 from dsfp4.doctor import Machine, examine, measure
@@ -112,12 +113,20 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="for each rate that is measured; %(default)s",
     )
     options.add_placement_flags(parser)
+    parser.add_argument(
+        "--plot",
+        type=picture_path,
+        metavar="OUT.png",
+        help="draw the bytes by tier and the rates of decoding there, too",
+    )
     options.add_json_flag(parser)
     parser.set_defaults(execute=execute)
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Print the plan; return 1 if the model cannot run there."""
+    if arguments.plot is not None:
+        check_drawing(arguments.plot)
     published = arguments.model in _core.published_models()
     folder = None if published else resolve_model(arguments.model)
     target, device = describe_machine(arguments, folder)
@@ -142,6 +151,10 @@ def execute(arguments: argparse.Namespace) -> int:
         return 1
     report["files"] = _files(folder)
     report["machine"] = asdict(target)
+    if arguments.plot is not None:
+        roles = [role | {"tier": _WIRES[role["tier"]]} for role in report["plan"]["roles"]]
+        drawn = {"model": arguments.model, "roles": roles, "decode": report["decode"]}
+        draw_plan(drawn, arguments.plot)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -157,7 +170,9 @@ def describe_machine(arguments: argparse.Namespace, folder: Path | None) -> tupl
 
     ram = int((arguments.ram or 0) * _GB) or here.memory.total or 0
     if ram == 0:
-        raise ParameterError("ram", "must be given: this system does not say how much there is")
+        raise ParameterError(
+            "ram must be given: this system does not say how much there is", parameter="ram"
+        )
     sources["ram_bytes"] = "given" if arguments.ram else "measured"
     vram = _vram(arguments, here, described)
     sources["vram_bytes"] = (
@@ -201,7 +216,9 @@ def _vram(arguments: argparse.Namespace, here: Machine, described: bool) -> int 
     """Return the bytes of VRAM that the process may take; None: there is no GPU, or not to be."""
     if arguments.device == "cpu":
         if arguments.gpu_memory or arguments.memory_limit:
-            raise ParameterError("gpu_memory", "is of no use with --device cpu: leave out one")
+            raise ParameterError(
+                "gpu_memory is of no use with --device cpu: leave out one", parameter="gpu_memory"
+            )
         return None
     vram: int | None = None
     if arguments.gpu_memory:
@@ -212,7 +229,8 @@ def _vram(arguments: argparse.Namespace, here: Machine, described: bool) -> int 
     if not vram:
         if arguments.device == "cuda" or arguments.memory_limit:
             raise ParameterError(
-                "gpu_memory", "must be given: device cuda is planned for, and no GPU is here"
+                "gpu_memory must be given: device cuda is planned for, and no GPU is here",
+                parameter="gpu_memory",
             )
         return None
     if arguments.memory_limit:
@@ -415,7 +433,7 @@ def _prompt_lines(report: Mapping[str, Any]) -> Iterable[str]:
     yield from _table(rows)
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterable[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
     """Lay out rows: text in the first and the last column, numbers between."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *numbers, last in rows:
