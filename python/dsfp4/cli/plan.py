@@ -395,9 +395,7 @@ def _cell(places: Mapping[str, float], tier: str) -> str:
 
 def _decode_lines(report: Mapping[str, Any]) -> Iterable[str]:
     wires = [wire for wire in _WIRES if any(row["wire_bytes"][wire] for row in report["decode"])]
-    rows = [
-        ("found in memory", *(f"{_WIRES[wire]} a token" for wire in wires), "tokens/s", "binds")
-    ]
+    rows = [("in memory", *(f"{_WIRES[wire]} a token" for wire in wires), "tokens/s", "binds")]
     rows += [
         (
             f"{row['hit_rate']:.0%}",
@@ -413,8 +411,8 @@ def _decode_lines(report: Mapping[str, Any]) -> Iterable[str]:
         yield f"decoding: about {slow:.3g} tokens/s"
     else:
         yield (
-            f"decoding: {slow:.3g} to {fast:.3g} tokens/s, where {low:.0%} (experts are used "
-            f"evenly) to {high:.0%} of them are found in memory"
+            f"decoding: {slow:.3g} to {fast:.3g} tokens/s, where {low:.0%} (even use) to "
+            f"{high:.0%} of experts are in memory"
         )
     yield from _table(rows)
 
