@@ -19,7 +19,10 @@ _FIRST = chr(_PRIVATE.start)
 
 
 class Disguise:
-    """The private spelling for one conversation. `markup` are the texts of the added tokens."""
+    """The private spelling for one conversation. `markup` are the texts of the added tokens.
+
+    `mark` is one more character that occurs nowhere, to find a place again.
+    """
 
     def __init__(self, markup: Iterable[str], conversation: Any, template: str) -> None:
         tokens = [token for token in markup if token]
@@ -28,7 +31,7 @@ class Disguise:
         # A text that lies in a token's middle is disguised as a whole.
         self._middles = "\0".join(token[1:-1] for token in tokens)
         inner = sorted({c for text in texts if text in self._middles for c in text})
-        private = _unused(len(edges) + len(inner), [*texts, template, *tokens])
+        self.mark, *private = _unused(1 + len(edges) + len(inner), [*texts, template, *tokens])
         self.characters = dict(zip(edges, private, strict=False))
         self._inner = dict(zip(inner, private[len(edges) :], strict=True))
         self._hide = str.maketrans(self.characters)

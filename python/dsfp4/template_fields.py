@@ -48,16 +48,18 @@ class Field(str):
         return map(Field, super().__iter__())
 
     def __add__(self, other: str) -> str:
-        """Join."""
-        return _joined(super().__add__(other), other)
+        """Join; what is no string may know how to be added to one."""
+        if not isinstance(other, str):
+            return NotImplemented
+        return joined(super().__add__(other), other)
 
     def __radd__(self, other: str) -> str:
         """Join."""
-        return _joined(str.__add__(other, self), other)
+        return joined(str.__add__(other, self), other)
 
     def replace(self, old: Any, new: str, count: Any = -1) -> str:
         """Replace; what the template puts in stays its own."""
-        return _joined(super().replace(_spelt(old), new, count), new)
+        return joined(super().replace(_spelt(old), new, count), new)
 
 
 def _searching(name: str) -> Any:
@@ -74,7 +76,8 @@ for _name in _SEARCHES.split():
     setattr(Field, _name, _searching(_name))
 
 
-def _joined(whole: str, other: str) -> str:
+def joined(whole: str, other: str) -> str:
+    """Return `whole`, a Field joined with `other`: a Field, unless `other` has markup in it."""
     return Field(whole) if isinstance(other, Field) or _spelt(other) == other else whole
 
 

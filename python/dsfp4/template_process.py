@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,34 @@ class TemplateProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: Any = None
+        self.variables: frozenset[str] = frozenset()  # those that the template reads
         with self._lock:
             self._ensure_started()
 
     def render(
-        self, conversation: dict[str, Any], own: dict[str, Any], disguise: dict[str, str]
+        self,
+        conversation: dict[str, Any],
+        own: dict[str, Any],
+        disguise: dict[str, str],
+        arguments: Sequence[Sequence[Any]] = (),
+        without_text: Sequence[int] = (),
     ) -> str:
         """Return what the template makes of `conversation`, the caller's variables, and `own`.
 
-        `disguise` maps characters to those that stand for them in `conversation`.
+        `disguise` maps characters to those that stand for them in `conversation` and in the texts
+        of `arguments`: the fields of messages.Arguments; `without_text` is that of Conversation.
         """
         with self._lock:
             self._ensure_started()
-            return self._ask({"conversation": conversation, "own": own, "disguise": disguise})
+            return self._ask(
+                {
+                    "conversation": conversation,
+                    "own": own,
+                    "disguise": disguise,
+                    "arguments": arguments,
+                    "without_text": without_text,
+                }
+            )
 
     def close(self) -> None:
         """End the process; the next rendering starts a new one."""
@@ -77,7 +93,8 @@ class TemplateProcess:
                 errno=error.errno or 0,
             ) from error
         self._stop = weakref.finalize(self, _kill, self._process)
-        self._ask({"template": self._source, "seconds": CPU_SECONDS, "characters": MOST_CHARACTERS})
+        settings = {"seconds": CPU_SECONDS, "characters": MOST_CHARACTERS}
+        self.variables = frozenset(json.loads(self._ask({"template": self._source} | settings)))
 
     def _ask(self, request: dict[str, Any]) -> str:
         process = self._process

@@ -3,7 +3,8 @@
 A template is code from a stranger. jinja2's sandbox keeps it from the machine, but not from endless
 loops and endless strings; this process has so much CPU time for each answer, so much memory, writes
 no files, and dies when it wants more. It speaks JSON lines: settings with the template first, then
-requests; each has one answer, {"text": ...} or {"error": ...}.
+requests; each has one answer, {"text": ...} or {"error": ...}. The text of the first answer is the
+JSON list of the variables that the template reads.
 """
 
 import json
@@ -18,12 +19,14 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsfp4.template_fields import as_fields, escape_non_ascii, set_disguise
+from dsfp4.template_values import is_mapping, is_none, is_string, put_values
 
 _MEMORY = 512 * 2**20  # bytes beyond those in use when the template arrives
 
@@ -84,23 +87,28 @@ def _tojson(
     return escape_non_ascii(text) if ensure_ascii else text
 
 
-def _compile(source: str) -> jinja2.Template:
+def _compile(source: str) -> tuple[jinja2.Template, list[str]]:
+    """Return the template, and the names of the variables that it reads."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationTag, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _tojson
+    environment.tests.update(none=is_none, string=is_string, mapping=is_mapping)
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace
     )
-    return environment.from_string(source)
+    variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    return environment.from_string(source), sorted(variables)
 
 
 def _render(template: jinja2.Template, request: dict[str, Any], most: int) -> str:
     set_disguise(request["disguise"])
+    conversation = as_fields(request["conversation"])
+    put_values(conversation["messages"], request["arguments"], request["without_text"])
     pieces, size = [], 0
-    for piece in template.generate(**request["own"], **as_fields(request["conversation"])):
+    for piece in template.generate(**request["own"], **conversation):
         size += len(piece)
         if size > most:
             raise jinja2.TemplateError(f"writes more than {most} characters")
@@ -144,8 +152,8 @@ def main() -> None:
 
     def compiled() -> str:
         nonlocal template
-        template = _compile(settings["template"])
-        return ""
+        template, variables = _compile(settings["template"])
+        return json.dumps(variables)
 
     def send(answer: dict[str, str]) -> None:
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
