@@ -4,15 +4,17 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from dsfp4.chat import ChatTemplate, Message
+from dsfp4.chat import ChatTemplate
 from dsfp4.demo import resolve_model
 from dsfp4.errors import Dsfp4Error, ParameterError, UnsupportedError
-from dsfp4.model import Model, Progress, Quantization, check_integers
+from dsfp4.inference_options import Memory, Options
+from dsfp4.messages import Message
+from dsfp4.model import Model, Progress, check_integers
 from dsfp4.sampling import recommended_sampling
 from dsfp4.stop import check_stop
 from dsfp4.stream import Put, TextStream, end_generations
@@ -21,41 +23,6 @@ from dsfp4.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class Options(TypedDict, total=False):
-    """What generate() and chat() both take; DeepseekInference says what each means."""
-
-    top_k: int | None
-    top_p: float | None
-    min_p: float
-    repetition_penalty: float
-    logit_bias: Mapping[int, float] | None
-    logprobs: int
-    seed: int | None
-    stop: str | Sequence[str] | None
-    stop_ids: Sequence[int] | None
-    thinking: bool | None
-
-
-class Memory(TypedDict, total=False):
-    """Where a model that does not fit lies, and how to see it; Model says what each means."""
-
-    cpu_cache_size: float | None
-    prefetch_size: float | None
-    max_experts: int | None
-    gpu_reserved: float | None
-    max_gpu_layers: int | None
-    min_layers: int | None
-    prefetch_layers: int | Literal["auto"] | None
-    expert_threshold: float
-    cpu_share: float | Literal["auto"] | None
-    quantization: Quantization
-    cache_policy: str
-    warm_start: bool | str | os.PathLike[str]
-    reader: str
-    direct_reads: bool
-    trace: str | os.PathLike[str] | None
 
 
 class DeepseekInference:
@@ -89,14 +56,16 @@ class DeepseekInference:
     - `logprobs`, 0 to 20: `Text.logprobs` has each token's log probability and so many likeliest
       tokens; 0 is off.
     - `seed`, 0 to 2^64 - 1: the same seed gives the same text. None is a new one each time.
-    - `stop`: a string or several. The answer ends before the first one; thoughts do not.
+    - `stop`: a string or several. The answer ends before the first one; thoughts and tool calls
+      do not.
     - `stop_ids`: ids that end the text, in place of the model's own end ids; [] is none.
     - `thinking`: True or False switches the model's thoughts on or off, where its chat template
       can; None is the template's choice.
-    - `stream`: return at once an iterator of pieces, each a string with `kind` "reasoning" or
-      "answer"; its `result` is the Text in the end.
+    - `stream`: return at once an iterator of pieces, each a string with `kind` "reasoning",
+      "answer" or "tool_call"; its `result` is the Text in the end.
 
-    An answer is a Text: a string, with `reasoning`, `finish_reason`, `tokens` and times beside.
+    An answer is a Text: a string, with `reasoning`, `tool_calls`, `finish_reason`, `tokens` and
+    times beside.
     Ctrl-C stops a generation, and leaves the object usable.
     """
 
@@ -264,6 +233,8 @@ class DeepseekInference:
         temperature: float | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
         stream: Literal[False] = False,
         **options: "Unpack[Options]",
     ) -> Text: ...
@@ -275,6 +246,8 @@ class DeepseekInference:
         temperature: float | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
         stream: Literal[True],
         **options: "Unpack[Options]",
     ) -> TextStream: ...
@@ -295,20 +268,33 @@ class DeepseekInference:
         stop_ids: Sequence[int] | None = None,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        continue_last: bool = False,
         stream: bool = False,
     ) -> Text | TextStream:
         """Write the assistant's next turn of a conversation.
 
         `messages` are mappings with "role" ("system", "user", "assistant", "tool", "developer") and
-        "content", a string; nothing in them can become markup. `tools` are JSON schemas, where the
-        chat template knows tools. The class describes the other options. Raises ParameterError
-        naming messages[i], and UnsupportedError if the checkpoint has no chat template.
+        "content", a string or a list of parts of type "text"; nothing in them can become markup. An
+        assistant's `tool_calls` are as Text.as_message() gives them; their arguments may be
+        mappings, too. `tools` are JSON schemas, and `template_options` further variables, where the
+        chat template knows them; "enable_thinking" and "thinking_mode" mean what `thinking` does.
+        With `continue_last` the last message, an assistant's, is not a turn that has ended: the
+        Text is what comes behind its content, or behind its `reasoning_content` if that is all it
+        has. The class describes the other options. Raises ParameterError naming messages[i], and
+        UnsupportedError if the checkpoint has no chat template.
         """
         _ = self.model  # raises if closed
         template = self._find_template()
         if isinstance(template, UnsupportedError):
             raise template
-        prompt = template.prompt(messages, tools=tools, thinking=thinking)
+        prompt = template.prompt(
+            messages,
+            tools=tools,
+            thinking=thinking,
+            options=template_options,
+            continue_last=continue_last,
+        )
         start = self._starter(
             stop,
             max_tokens=max_tokens,
@@ -322,7 +308,8 @@ class DeepseekInference:
             seed=seed,
             stop_ids=stop_ids,
         )
-        pieces = start(check_integers("messages", prompt.ids), prompt.thinking)
+        ids = check_integers("messages", prompt.ids)
+        pieces = start(ids, prompt.thinking, prompt.continued)
         return pieces if stream else _whole(pieces)
 
     def close(self) -> None:
@@ -391,15 +378,17 @@ class DeepseekInference:
         top_p: float | None,
         seed: int | None,
         **options: Any,
-    ) -> Callable[[npt.NDArray[np.int64], bool | None], TextStream]:
+    ) -> Callable[..., TextStream]:
         """Return a function that starts a generation from ids, with the given options."""
         model = self.model
         default = self._recommended
         strings = check_stop(stop)
 
-        def start(ids: npt.NDArray[np.int64], thinking: bool | None) -> TextStream:
+        def start(
+            ids: npt.NDArray[np.int64], thinking: bool | None, continued: bool = False
+        ) -> TextStream:
             def run(put: Put) -> Text:
-                builder = TextBuilder(self.tokenizer, thinking, strings)
+                builder = TextBuilder(self.tokenizer, thinking, strings, continued)
 
                 def on_token(id: int) -> bool:
                     return put(*builder.push(id)) and not builder.stopped

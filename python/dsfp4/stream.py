@@ -21,7 +21,7 @@ class Put(Protocol):
 
 
 class TextStream(Iterator[Piece]):
-    """The text of one generation, as it is made: pieces of reasoning, then pieces of the answer.
+    """The text of one generation, as it is made: reasoning, then the answer with its tool calls.
 
     `generate` is run at once in a worker thread; it puts the pieces and returns the whole. An error
     of the worker is raised to whoever iterates. Ending early, by cancel(), by close(), by leaving a

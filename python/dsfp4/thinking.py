@@ -26,14 +26,17 @@ class ThinkingSplitter:
 
     `thinking` tells whether the prompt ended inside the thoughts. Elsewise they begin with <think>,
     if that is the first thing written. They end at the first </think>, or never. White space around
-    them is dropped.
+    them is dropped. With `continued` the prompt ended inside a text, so nothing is dropped at the
+    beginning, and an answer has no thoughts before it.
     """
 
-    def __init__(self, thinking: bool) -> None:
+    def __init__(self, thinking: bool, continued: bool = False) -> None:
         self._state: Literal["undecided", "reasoning", "answer"] = (
-            "reasoning" if thinking else "undecided"
+            "reasoning" if thinking else "answer" if continued else "undecided"
         )
-        self._at_start = thinking  # white space is dropped until something else comes
+        self._at_start = (
+            thinking and not continued
+        )  # white space is dropped until something else comes
         self._held = ""
 
     def push(self, text: str) -> Iterator[tuple[Kind, str]]:

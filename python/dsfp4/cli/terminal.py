@@ -94,16 +94,21 @@ class LineReader:
 def print_folded(stream: TextStream) -> None:
     """Print the answer to stdout as it comes; the thoughts become one dim line on stderr.
 
-    On a terminal that line counts the seconds. Whatever happens, the last line is ended.
+    A tool call is a line with its name and arguments. On a terminal the thoughts' line counts the
+    seconds. Whatever happens, the last line is ended.
     """
     thoughts = _Thoughts()
     written = False
+    call = -1
     try:
         for piece in stream:
             if piece.kind == "reasoning":
                 thoughts.go_on()
                 continue
             thoughts.fold()
+            if piece.call != call:
+                print("\n" if written else "", piece.name, sep="", end=" " if piece.name else "")
+                call = piece.call
             print(piece, end="", flush=True)
             written = True
     finally:

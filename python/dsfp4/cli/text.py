@@ -5,8 +5,7 @@ import sys
 from typing import Any, TextIO
 
 from dsfp4.stream import TextStream
-from dsfp4.text import Text
-from dsfp4.thinking import Kind
+from dsfp4.text import Kind, Text
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -14,17 +13,21 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 def print_stream(stream: TextStream) -> Text | None:
     """Print the answer as it comes to stdout, and the model's thoughts, dim, to stderr.
 
-    The last line is ended, come what may. Returns the whole, None if it was cut short.
+    A tool call is a line of stdout with its name and arguments. The last line is ended, come what
+    may. Returns the whole, None if it was cut short.
     """
     kind: Kind | None = None
+    call = -1
     try:
         for piece in stream:
-            if piece.kind != kind:
+            if (piece.kind, piece.call) != (kind, call):
                 _end_line(kind)
-                kind = piece.kind
+                kind, call = piece.kind, piece.call
+                if piece.kind == "tool_call":
+                    print(piece.name, end=" ")
                 if kind == "reasoning" and sys.stderr.isatty():
                     print(DIM, end="", file=sys.stderr)
-            print(piece, end="", flush=True, file=_file(kind))
+            print(piece, end="", flush=True, file=_file(piece.kind))
     finally:
         _end_line(kind)
     return stream.result
@@ -68,6 +71,10 @@ def facts(text: Text, device: str) -> dict[str, Any]:
         "tokens_per_second": len(text.tokens) / max(seconds, 1e-9),
         "device": device,
     }
+    if text.tool_calls:
+        result["tool_calls"] = [
+            {"name": call.name, "arguments": call.arguments} for call in text.tool_calls
+        ]
     if text.logprobs:
         result["logprobs"] = [
             {"id": item.id, "logprob": item.logprob, "top": [list(pair) for pair in item.top]}
