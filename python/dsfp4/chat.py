@@ -85,9 +85,9 @@ class ChatTemplate:
                 "system's message",
                 parameter="tools",
             )
-        self._check_shown(name, conversation)
         others = check_options(options, process.variables)
         begun = _check_begun(conversation, thinking) if continue_last else None
+        self._check_shown(name, conversation)
         if begun is not None and begun.thoughts:
             thinking = True if thinking is None else thinking
             conversation.messages.pop()
@@ -113,10 +113,11 @@ class ChatTemplate:
         rendered = process.render(
             hidden, own, disguise.characters, arguments, conversation.without_text
         )
-        if begun is not None:
-            rendered = begun.end_of(rendered, disguise)
         thoughts = rendered.rstrip().endswith(THINK_START)
-        switch.check(thoughts)
+        if begun is None:
+            switch.check(thoughts)
+        else:
+            rendered = begun.end_of(rendered, disguise)
         return ChatPrompt(
             text=disguise.show(rendered),
             ids=self._tokenizer.encode_disguised(rendered, disguise.show),

@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -99,8 +99,25 @@ def _compile(source: str) -> tuple[jinja2.Template, list[str]]:
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace
     )
-    variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    tree = environment.parse(source)
+    first: dict[str, str] = {}
+    for name, access in _uses(tree):
+        first.setdefault(name, access)
+    # One that is set in a branch and read behind it counts as undeclared, too.
+    undeclared = jinja2.meta.find_undeclared_variables(tree)
+    variables = [name for name in undeclared if first.get(name) == "load"]
     return environment.from_string(source), sorted(variables)
+
+
+def _uses(node: jinja2.nodes.Node) -> Iterator[tuple[str, str]]:
+    """Yield the names in `node` with "load" or "store", in the order in which they are used."""
+    if isinstance(node, jinja2.nodes.Name):
+        yield node.name, node.ctx
+    children = list(node.iter_child_nodes())
+    if isinstance(node, jinja2.nodes.Assign):
+        children.reverse()  # the target stands first
+    for child in children:
+        yield from _uses(child)
 
 
 def _render(template: jinja2.Template, request: dict[str, Any], most: int) -> str:
