@@ -25,9 +25,9 @@ class ThinkingSplitter:
     """Labels generated text as "reasoning" or "answer"; the tags may be cut anywhere.
 
     `thinking` tells whether the prompt ended inside the thoughts. Elsewise they begin with <think>,
-    if that is the first thing written. They end at the first </think>, or never. White space around
-    them is dropped. With `continued` the prompt ended inside a text, so nothing is dropped at the
-    beginning, and an answer has no thoughts before it.
+    if that is the first thing written. They end at the first </think>, or never; without thoughts
+    it is text. White space around them is dropped. With `continued` the prompt ended inside a text,
+    so nothing is dropped at the beginning, and an answer has no thoughts before it.
     """
 
     def __init__(self, thinking: bool, continued: bool = False) -> None:

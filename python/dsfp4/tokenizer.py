@@ -28,9 +28,16 @@ def _byte_alphabet() -> dict[str, int]:
 
 _ALPHABET = _byte_alphabet()
 
-# Around the model's thoughts. They are part of the text, also where they are marked as special.
+# Around the model's thoughts and its tool calls. They are part of the text, also where they are
+# marked as special.
 THINK_START = "<think>"
 THINK_END = "</think>"
+CALLS_BEGIN = "<｜tool▁calls▁begin｜>"
+CALLS_END = "<｜tool▁calls▁end｜>"
+CALL_BEGIN = "<｜tool▁call▁begin｜>"
+CALL_END = "<｜tool▁call▁end｜>"
+CALL_SEPARATOR = "<｜tool▁sep｜>"
+_TEXT = (THINK_START, THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, CALL_SEPARATOR)
 
 
 class Tokenizer:
@@ -57,9 +64,7 @@ class Tokenizer:
         self._added = frozenset(added)
         self.markup = [token.content for token in added.values()]
         self._special = {
-            id
-            for id, token in added.items()
-            if token.special and token.content not in (THINK_START, THINK_END)
+            id for id, token in added.items() if token.special and token.content not in _TEXT
         }
         self._path = path
         self._plain_tokenizer: tokenizers.Tokenizer | None = None

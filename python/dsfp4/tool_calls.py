@@ -11,12 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsfp4.thinking import held_back
+from dsfp4.tokenizer import CALL_BEGIN, CALL_END, CALL_SEPARATOR, CALLS_BEGIN, CALLS_END
 
-CALLS_BEGIN = "<｜tool▁calls▁begin｜>"
-CALLS_END = "<｜tool▁calls▁end｜>"
-CALL_BEGIN = "<｜tool▁call▁begin｜>"
-CALL_END = "<｜tool▁call▁end｜>"
-SEPARATOR = "<｜tool▁sep｜>"
 _ENDS = (CALL_END, CALLS_END, CALL_BEGIN, CALLS_BEGIN)
 _LONGEST_NAME = 256  # characters, with all that is before and behind it
 _FENCE = "```"
@@ -104,9 +100,9 @@ class ToolCallSplitter:
 
     def _head(self) -> Part | None:
         """Before the separator."""
-        marks = (SEPARATOR, *_ENDS)
+        marks = (CALL_SEPARATOR, *_ENDS)
         at, mark = _first(self._held, marks)
-        if mark == SEPARATOR and at <= _LONGEST_NAME:
+        if mark == CALL_SEPARATOR and at <= _LONGEST_NAME:
             self._before = self._take(at)
             self._written += self._before + self._take(len(mark))
             self._state = self._behind_separator

@@ -17,16 +17,18 @@ from dsfp4.cli.terminal import print_folded
 from dsfp4.cli.text import facts, print_stream
 from dsfp4.stream import TextStream
 from dsfp4.text import Piece, Text, TextBuilder
-from dsfp4.tokenizer import Tokenizer
-from dsfp4.tool_calls import (
+from dsfp4.tokenizer import (
     CALL_BEGIN,
     CALL_END,
+    CALL_SEPARATOR,
     CALLS_BEGIN,
     CALLS_END,
-    SEPARATOR,
-    ToolCall,
-    ToolCallSplitter,
+    Tokenizer,
 )
+from dsfp4.tool_calls import ToolCall, ToolCallSplitter
+from fixtures.real_tokenizers import write_tokenizer
+
+SEPARATOR = CALL_SEPARATOR
 
 ARGUMENTS = '{"city": "Zürich 🙂", "code": "```x```", "list": [1, {"a": "}"}]}'
 
@@ -215,6 +217,22 @@ def test_a_message_without_text_or_without_calls(tokenizer: Tokenizer) -> None:
     assert text.as_message() == {"role": "assistant", "content": "Hi"}
 
 
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", ["r1", "v31"])
+def test_marks_that_are_added_tokens(tmp_path: Path, name: str, special: bool) -> None:
+    path = write_tokenizer(name, tmp_path) / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    marks = [CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END]
+    for token in content["added_tokens"]:
+        token["special"] = special if token["content"] in marks else token["special"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    assert all(len(tokenizer.encode(mark)) == 1 for mark in marks)
+    form = v31 if name == "v31" else r1
+    _, text = built(tokenizer, tokenizer.encode("Hm." + block(form(*TWO[0]))), thinking=False)
+    assert (text, text.tool_calls) == ("Hm.", [ToolCall(*TWO[0])])
+
+
 def test_a_raw_continuation_keeps_its_marks(tokenizer: Tokenizer) -> None:
     written = "I look." + block(v31(*TWO[0]))
     _, text = built(tokenizer, tokenizer.encode(written), thinking=None)
@@ -293,3 +311,52 @@ def test_calls_in_a_terminal_and_as_json(
 
 def test_a_model_that_answers_has_none(demo: DeepseekInference) -> None:
     assert demo.generate("Hello", 4).tool_calls == []
+
+
+def written_by(model: DeepseekInference, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `model` write `text`, as far as max_tokens allows."""
+    ids = model.tokenizer.encode(text)
+
+    def generate(_: Any, *, max_tokens: int, on_token: Any, **others: Any) -> Any:
+        for id in ids[:max_tokens]:
+            if not on_token(id):
+                break
+        return Result()
+
+    monkeypatch.setattr(model._model, "generate", generate)
+
+
+USER = {"role": "user", "content": "Weather?"}
+
+
+def test_a_chat_streams_what_it_returns(
+    demo: DeepseekInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = "hm 👩🏽\n</think>\n\nI look. 👍🏽" + block(*(r1(*call) for call in TWO))
+    written_by(demo, written, monkeypatch)
+    for limit in range(len(demo.tokenizer.encode(written)) + 1):
+        text = demo.chat([USER], limit, stop="never")
+        with demo.chat([USER], limit, stop="never", stream=True) as stream:
+            pieces = list(stream)
+        assert "".join(piece for piece in pieces if piece.kind == "reasoning") == text.reasoning
+        assert "".join(piece for piece in pieces if piece.kind == "answer") == text
+        called: dict[int, ToolCall] = {}
+        for piece in pieces:
+            if piece.kind == "tool_call":
+                so_far = called.get(piece.call, ToolCall(piece.name, "")).arguments
+                called[piece.call] = ToolCall(piece.name, so_far + piece)
+        assert list(called.values()) == text.tool_calls
+        assert stream.result == text
+    assert (text, text.reasoning) == ("I look. 👍🏽", "hm 👩🏽")
+    assert text.tool_calls == [ToolCall(*call) for call in TWO]
+
+
+def test_an_answer_that_goes_on_keeps_its_first_blank(
+    demo: DeepseekInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written_by(demo, " is blue.", monkeypatch)
+    turn = [USER, {"role": "assistant", "content": "The sky"}]
+    assert demo.chat(turn, 20, continue_last=True) == " is blue."
+    thoughts = [USER, {"role": "assistant", "reasoning_content": "The sky"}]
+    text = demo.chat(thoughts, 20, continue_last=True)
+    assert (text, text.reasoning) == ("", " is blue.")
