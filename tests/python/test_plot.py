@@ -193,14 +193,19 @@ def drawn() -> Iterator[Any]:
     yield pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+@pytest.mark.parametrize(
+    ("suffix", "more"),
+    [(".png", []), (".svg", ["--prompt", "9", "--stages"]), (".pdf", ["--trace", "trace.json"])],
+)
 def test_a_picture_of_a_model_that_is_read_from_its_files(
     random_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     drawn: Any,
     suffix: str,
+    more: list[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         decode_floor, "ssd_rate", lambda *_: {"gb_per_second": 3.0, "cpu_seconds_per_gb": 0.25}
     )
@@ -214,11 +219,13 @@ def test_a_picture_of_a_model_that_is_read_from_its_files(
     bench_decode.add_command(parser.add_subparsers())
     folder = str(random_checkpoint("v3-nvfp4-real"))
     options = ["--cpu-cache-size", "0", "--tokens", "9", "--threads", "1", "--plot", str(out)]
-    bench_decode.execute(parser.parse_args(["decode", folder, *options]))
+    bench_decode.execute(parser.parse_args(["decode", folder, *options, *more]))
     heads = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
     assert out.read_bytes().startswith(heads[suffix])
     (lines,) = seen
-    assert len(lines.tokens) == 3
+    # Nine tokens are one part of the run: its positions begin at 0.
+    assert [token.name for token in lines.tokens] == [f"decode 1 at {i}" for i in (6, 7, 8)]
+    assert Path("trace.json").exists() == ("--trace" in more)
     lanes = {lane.track: lane for lane in lines.lanes}
     assert lanes["SSD"].bytes > 0
     assert lanes["CPU"].busy > 0
