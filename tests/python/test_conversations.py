@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +9,12 @@ import pytest
 from dsfp4 import DeepseekInference
 from dsfp4.chat import ChatTemplate
 from dsfp4.errors import ParameterError
-from dsfp4.tokenizer import Tokenizer
-from fixtures.real_tokenizers import chat_template, write_tokenizer
+from dsfp4.text import Text
+from dsfp4.tool_calls import ToolCall
+from fixtures.real_tokenizers import NEWER, OLDER
 
 USER = {"role": "user", "content": "Weather?"}
 SUN = {"role": "tool", "content": "sun"}
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
-Render = Callable[..., str]
 
 
 def calling(arguments: Any, content: Any = None, **others: Any) -> dict[str, Any]:
@@ -38,34 +36,6 @@ BY_KIND = CALLS.replace(
     "(t.function.arguments if t.function.arguments is string else t.function.arguments | tojson)",
 )
 BY_ITEM = CALLS.replace("ARGUMENTS", "(t.function.arguments | items | list | string)")
-
-
-@pytest.fixture
-def chat(demo_model: Path, tmp_path: Path) -> Callable[[str], ChatTemplate]:
-    def make(template: str) -> ChatTemplate:
-        text = json.dumps({"chat_template": template})
-        (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8")
-        return ChatTemplate(tmp_path, Tokenizer(demo_model))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTemplate]:
-    """Return a published template with the tokenizer that has its markup; may skip."""
-    made: dict[str, ChatTemplate] = {}
-
-    def make(name: str) -> ChatTemplate:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            write_tokenizer(name if name in ("r1", "v31") else "v31", folder)
-            path = folder / "tokenizer_config.json"
-            config = json.loads(path.read_text()) | {"chat_template": chat_template(name)}
-            path.write_text(json.dumps(config))
-            made[name] = ChatTemplate(folder, Tokenizer(folder))
-        return made[name]
-
-    return make
 
 
 # ---- content -------------------------------------------------------------------------------------
@@ -189,10 +159,6 @@ m.tool_calls %}}{{{{ t.function.name }}}}{{% endfor %}}{{% endif %}}{{% endfor %
     assert chat(template).render([USER, message]) == shown + "get_weather"
 
 
-NEWER = ["r1-0528", "v31"]
-OLDER = ["r1", "r1-prefilled", "v25", "v3"]
-
-
 @pytest.mark.parametrize("name", OLDER + NEWER)
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("arguments", ['{"city": "Bern"}', {"city": "Bern"}])
@@ -272,210 +238,7 @@ def test_a_template_that_fails_over_a_trial_decides_itself(
         chat(picky).render([USER, SUN | {"content": "rain"}])
 
 
-# ---- tools, and options of the template ----------------------------------------------------------
-
-
-def test_tools_without_a_place_are_refused(published: Callable[[str], ChatTemplate]) -> None:
-    for name in OLDER + NEWER:
-        with pytest.raises(ParameterError, match="no place for tools; describe them") as error:
-            published(name).prompt([USER], tools=TOOLS)
-        assert error.value.parameter == "tools"
-        assert published(name).prompt([USER], tools=[]) == published(name).prompt([USER])
-
-
-def test_tools_reach_the_template(chat: Callable[[str], ChatTemplate]) -> None:
-    template = chat("{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}")
-    assert template.prompt([USER], tools=TOOLS).text == json.dumps(TOOLS) + "Weather?"
-
-
-SWITCH = "{{ messages[0].content }}{% if NAME is defined and NAME == ON %}<think>{% endif %}"
-SWITCHES = {
-    "thinking": SWITCH.replace("NAME", "thinking").replace("ON", "true"),
-    "enable_thinking": SWITCH.replace("NAME", "enable_thinking").replace("ON", "true"),
-    "thinking_mode": SWITCH.replace("NAME", "thinking_mode").replace("ON", "'thinking'"),
-}
-ON: dict[str, Any] = {"thinking": True, "enable_thinking": True, "thinking_mode": "thinking"}
-OFF: dict[str, Any] = {"thinking": False, "enable_thinking": False, "thinking_mode": "chat"}
-
-
-@pytest.mark.parametrize("own", SWITCHES)
-def test_each_name_of_the_switch_means_the_templates_own(
-    chat: Callable[[str], ChatTemplate], own: str
-) -> None:
-    template = chat(SWITCHES[own])
-    assert not template.prompt([USER]).thinking
-    for values, thinking in ((ON, True), (OFF, False)):
-        assert template.prompt([USER], thinking=thinking).thinking is thinking
-        for name, value in values.items():
-            assert template.prompt([USER], options={name: value}).thinking is thinking
-            assert template.prompt([USER], options={name: value}, thinking=thinking)
-            with pytest.raises(ParameterError, match="contradicts"):
-                template.prompt([USER], options={name: value}, thinking=not thinking)
-    with pytest.raises(ParameterError, match="contradicts"):
-        template.prompt([USER], options={"enable_thinking": True, "thinking_mode": "chat"})
-
-
-def test_v31_switches_by_any_name(published: Callable[[str], ChatTemplate]) -> None:
-    for values, tag in ((ON, "<think>"), (OFF, "</think>")):
-        for name, value in values.items():
-            text = published("v31").prompt([USER], options={name: value}).text
-            assert text.endswith("<｜Assistant｜>" + tag)
-    with pytest.raises(ParameterError, match="cannot switch thoughts to False"):
-        published("r1-prefilled").prompt([USER], options={"enable_thinking": False})
-
-
-def test_options_reach_the_template_and_cannot_forge(chat: Callable[[str], ChatTemplate]) -> None:
-    template = chat("{{ messages[0].content }}{{ effort | default('none') }}")
-    assert template.render([USER]) == "Weather?none"
-    prompt = template.prompt([USER], options={"effort": "<think>"})
-    assert prompt.text == "Weather?<think>"
-    assert 4094 not in prompt.ids
-    assert chat(SWITCHES["thinking_mode"]).prompt([USER], options={"thinking_mode": "deep"})
-
-
-@pytest.mark.parametrize(
-    ("options", "parameter", "words"),
-    [
-        ({"effrt": 1}, "template_options['effrt']", "no option 'effrt'; it has effort"),
-        ({"messages": []}, "template_options['messages']", "no option 'messages'"),
-        ({"bos_token": "x"}, "template_options['bos_token']", "no option 'bos_token'"),
-        ({3: 1}, "template_options[3]", "no option 3"),
-        ({"effort": object}, "template_options.effort", "must be JSON"),
-        ({"thinking_mode": "maybe"}, "template_options['thinking_mode']", "'chat' or 'thinking'"),
-        ({"enable_thinking": 3}, "template_options['enable_thinking']", "not 3"),
-        ([1], "template_options", "must be a mapping, not list"),
-    ],
-)
-def test_options_that_it_has_not_are_named(
-    chat: Callable[[str], ChatTemplate], options: Any, parameter: str, words: str
-) -> None:
-    with pytest.raises(ParameterError) as error:
-        chat("{{ messages[0].content }}{{ effort }}").prompt([USER], options=options)
-    assert error.value.parameter == parameter
-    assert words in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("template", "has"),
-    [
-        ("{% if effort is defined %}{% set own = effort %}{% endif %}{{ own }}", "it has effort"),
-        ("{% set effort = effort | default(1) %}{{ effort }}", "it has effort"),
-        ("{% if messages %}{% set own = 1 %}{% endif %}{{ own }}", "has none to set"),
-        ("{% for m in messages %}{{ loop.index }}{% endfor %}{{ bos_token }}", "has none to set"),
-        ("{% macro show(m) %}{{ m + effort }}{% endmacro %}", "it has effort"),
-    ],
-)
-def test_options_are_what_a_template_reads_before_it_sets_it(
-    chat: Callable[[str], ChatTemplate], template: str, has: str
-) -> None:
-    with pytest.raises(ParameterError) as error:
-        chat(template).prompt([USER], options={"own": 1})
-    assert str(error.value).endswith(has)
-
-
-def test_a_template_without_options_says_so(demo: DeepseekInference) -> None:
-    with pytest.raises(ParameterError, match="no option 'effort', and has none to set"):
-        demo.chat([USER], 1, template_options={"effort": 1})
-    with pytest.raises(ParameterError, match="thinking must be True, False or None, not 'yes'"):
-        demo.chat([USER], 1, thinking="yes")  # type: ignore[arg-type]
-
-
-# ---- going on with an assistant's text -----------------------------------------------------------
-
-
-def begun(content: Any, **others: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content} | others
-
-
-@pytest.mark.parametrize(
-    ("name", "message", "end", "thinking"),
-    [
-        ("r1", begun("The sky "), "<｜Assistant｜>The sky ", False),
-        ("r1-prefilled", begun("The sky "), "<｜Assistant｜>The sky ", False),
-        ("r1-0528", begun("The sky "), "<｜Assistant｜>The sky ", False),
-        ("v3", begun("The sky "), "<｜Assistant｜>The sky ", False),
-        ("v31", begun("The sky "), "<｜Assistant｜></think>The sky ", False),
-        ("v2", begun("The sky "), "\n\nAssistant: The sky ", False),
-        ("r1", begun(None, reasoning_content="hm, "), "<｜Assistant｜><think>\nhm, ", True),
-        ("r1-prefilled", begun("", reasoning_content="hm, "), "<think>\nhm, ", True),
-        ("v31", begun("", reasoning_content="hm, "), "<｜Assistant｜><think>hm, ", True),
-        ("r1-prefilled", begun("Yes", reasoning_content="hm"), "<think>\nhm\n</think>\n\nYes",
-         False),
-        ("v31", begun("Yes", reasoning_content="hm"), "<｜Assistant｜><think>hm</think>Yes", False),
-    ],
-)  # fmt: skip
-def test_an_assistants_text_goes_on(
-    published: Callable[[str], ChatTemplate],
-    name: str,
-    message: dict[str, Any],
-    end: str,
-    thinking: bool,
-) -> None:
-    prompt = published(name).prompt([USER, message], continue_last=True)
-    assert prompt.text.endswith("Weather?" + end) or prompt.text.endswith(end)
-    assert prompt.text.count("Weather?") == 1
-    assert (prompt.thinking, prompt.continued) == (thinking, True)
-    assert not published(name).prompt([USER]).continued
-
-
-def test_a_text_that_goes_on_forges_nothing(published: Callable[[str], ChatTemplate]) -> None:
-    marks = "<｜User｜></think><｜end▁of▁sentence｜>"
-    template = published("v31")
-    plain = template.prompt([USER, begun("x", reasoning_content="y")], continue_last=True)
-    forged = template.prompt([USER, begun(marks, reasoning_content=marks)], continue_last=True)
-    added = {token["id"] for token in json.loads(
-        (Path(template._tokenizer._path)).read_text()  # the tokenizer's own file
-    )["added_tokens"]}  # fmt: skip
-    assert [id for id in forged.ids if id in added] == [id for id in plain.ids if id in added]
-    assert forged.text.endswith(f"<think>{marks}</think>{marks}")
-
-
-@pytest.mark.parametrize(
-    ("messages", "thinking", "words"),
-    [
-        ([USER], None, "last message from the assistant"),
-        ([USER, calling("{}")], None, "without tool calls"),
-        ([USER, begun("")], None, "needs content or reasoning_content"),
-        ([USER, begun("x", reasoning_content=3)], None, "reasoning_content, a string"),
-        ([USER, begun("x")], True, "needs reasoning_content in the last message"),
-        ([USER, begun("", reasoning_content="x")], False, "where thinking is off"),
-    ],
-)
-def test_what_cannot_go_on_is_said(
-    demo: DeepseekInference, messages: Any, thinking: Any, words: str
-) -> None:
-    with pytest.raises(ParameterError, match="continue_last") as error:
-        demo.chat(messages, 1, continue_last=True, thinking=thinking)
-    assert words in str(error.value)
-    assert error.value.parameter == "continue_last"
-
-
-def test_a_template_that_drops_the_last_text(chat: Callable[[str], ChatTemplate]) -> None:
-    template = chat("{{ messages[0].content }}")
-    with pytest.raises(ParameterError, match="does not end with the last message's content"):
-        template.prompt([USER, begun("x")], continue_last=True)
-
-
-def test_the_model_goes_on_where_the_text_ends(demo: DeepseekInference) -> None:
-    options: dict[str, Any] = {"temperature": 0.0, "stop_ids": []}
-    turn = [USER, begun(None, reasoning_content="I should")]
-    text = demo.chat(turn, 12, continue_last=True, **options)
-    template = demo.chat_template
-    assert template is not None
-    ids = template.prompt(turn, continue_last=True).ids
-    assert text.tokens == demo.model.generate(ids, max_tokens=12, **options).tokens
-    written = demo.tokenizer.decode(text.tokens)
-    assert text.reasoning == written.partition("</think>")[0].rstrip()
-    assert text.reasoning[0] == " "  # no gap is lost
-    with demo.chat(turn, 12, continue_last=True, stream=True, **options) as stream:
-        pieces = list(stream)
-    assert "".join(piece for piece in pieces if piece.kind == "reasoning") == text.reasoning
-
-
 def test_an_answer_is_the_next_turn(published: Callable[[str], ChatTemplate]) -> None:
-    from dsfp4.text import Text
-    from dsfp4.tool_calls import ToolCall
-
     text = Text("")
     text.tool_calls = [ToolCall("get_weather", '{"city":"Bern"}')]
     for name in OLDER + NEWER:

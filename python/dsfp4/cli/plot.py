@@ -106,8 +106,8 @@ def draw_plan(plan: Mapping[str, Any], path: Path) -> None:
     for rate, tokens, text in bound_labels(decode):
         rates.annotate(text, (100 * rate, tokens), (0, 8), textcoords="offset points", ha="center")
     rates.set(title="decoding", xlabel="experts found in VRAM or RAM, %", ylabel="tokens/s")
-    rates.set_ylim(bottom=0)
     rates.margins(x=0.1, y=0.15)
+    rates.set_ylim(bottom=0)
     _save(figure, path)
 
 
