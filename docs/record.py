@@ -59,6 +59,17 @@ CHAPTERS: list[tuple[str, list[Step]]] = [
     ("A conversation", [("dsfp4 chat demo --temperature 0.5 --seed 1", _CHAT)]),
     ("What a checkpoint holds", [("dsfp4 info demo", []), ("dsfp4 info original", [])]),
     (
+        "Will it run, how fast",
+        [
+            (
+                "dsfp4 plan deepseek-r1-fp4 --gpu-memory 16 --ram 96 --ssd-rate 14 --pcie-rate 55",
+                [],
+            ),
+            ("dsfp4 plan deepseek-r1-fp4 --gpu-memory 3 --ram 96", []),
+            ("dsfp4 plan demo --no-rates", []),
+        ],
+    ),
+    (
         "A model of the Hub",
         [
             ("dsfp4 info org/demo-model", []),
@@ -109,6 +120,8 @@ CHAPTERS: list[tuple[str, list[Step]]] = [
             ("dsfp4 pull", []),
             ("dsfp4 info", []),
             ("dsfp4 info nowhere", []),
+            ("dsfp4 plan", []),
+            ("dsfp4 plan deepseek-r2", []),
             ("dsfp4 eval demo", []),
             ("dsfp4 verify demo --threads many", []),
             ("dsfp4 quantize original", []),

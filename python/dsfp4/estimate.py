@@ -1,210 +1,354 @@
-"""How fast a planned model will be: bytes over the rates of the wires that they cross.
+"""How fast a plan decodes and takes prompts: bytes over the rates of the wires that they cross.
 
-A decode step takes the larger of two times: that of its reads from the SSD, and that of the dense
-part of its layers followed by their routed experts. A prompt takes the largest of all of them, as
-everything overlaps (the floors of bench/README.md). Measured runs took 0.96 to 1.24 of such a
-floor; OVERHEAD stands for that.
+A token beside a GPU takes, layer by layer, its dense part and then its experts' slowest wire:
+
+    dense part + max(read / SSD, computed by the processor / host, copied / PCIe, crossed / RAM)
+
+and never less than PCIe takes for all copies, those of streamed dense layers included, which are
+made while other layers compute. RAM is read once for each expert that is not in VRAM, and written
+once more for each that comes from the SSD. The processor and PCIe share the experts so that both
+end together. Without a GPU: max(SSD bytes / SSD, bytes computed with / host, RAM bytes / RAM).
+
+OVERHEAD is what measured runs take over this floor. bench/README.md and tests/python/
+test_estimate.py have the runs that it comes from. Pure functions: nothing here asks a machine.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-OVERHEAD = 1.1
-_LAYER_SECONDS = 1e-4  # of a layer whose choice the host must know, beside a GPU
-_READ_GB, _TERA = 1e9, 1e12
+OVERHEAD = 1.1  # measured: 0.9 to 1.2
+HAND_OFF_SECONDS = 1e-4  # a layer whose routing the host must know, beside a GPU
 
-Model = Mapping[str, Any]  # _core.Planner.model
-Plan = Mapping[str, Any]  # _core.Planner.plan()
+Source = Literal["measured", "given", "assumed"]
+Facts = Mapping[str, Any]  # of _core.Planner: its `model`, or a plan
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate and where it comes from."""
+
+    value: float
+    source: Source = "assumed"
 
 
 @dataclass(frozen=True)
 class Rates:
-    """GB/s (10^9 bytes), and TFLOP/s of the kernels that multiply many rows."""
+    """Of a machine's wires in GB/s (10^9 bytes), and of its arithmetic in TFLOP/s; all over 0.
 
-    ssd: float
-    ram: float
-    cpu_tflops: float
-    pcie: float = 0.0  # 0, as the next two: there is no GPU
-    vram: float = 0.0
-    gpu_tflops: float = 0.0
+    `host` is at what the processor computes experts, None as RAM is read. A GPU's product takes at
+    least `gpu_rows` rows of a prompt, padded if there are fewer.
+    """
+
+    ssd: Rate = Rate(7.0)
+    ram: Rate = Rate(60.0)
+    pcie: Rate = Rate(25.0)
+    vram: Rate = Rate(900.0)
+    host: Rate | None = None
+    gpu_tflops: Rate = Rate(40.0)
+    cpu_tflops: Rate = Rate(0.5)
+    gpu_rows: int = 16
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Shares of the chosen experts that are found in VRAM and in RAM; the rest is on the SSD."""
+    """Shares of the chosen experts that are found in VRAM and in RAM; the others are read."""
 
     vram: float
     ram: float
 
     @property
-    def memory(self) -> float:
-        """In either."""
-        return self.vram + self.ram
+    def rate(self) -> float:
+        """The share that is not read from the SSD."""
+        return min(1.0, self.vram + self.ram)
+
+    @property
+    def ssd(self) -> float:
+        """The share that is read from the SSD."""
+        return 1.0 - self.rate
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of `tokens` tokens; bytes and seconds by wire, before they overlap."""
+    """Of a token, or of a prompt.
+
+    `bytes` by wire: "ssd", "pcie", "ram", "vram", and "host", those that the processor computes
+    with. `floor` is the seconds that each resource takes at least, by the names of `bytes`, and of
+    "hand-offs" and "arithmetic". `binds` is the largest of them.
+    """
 
     tokens: int
     seconds: float
-    wire_bytes: Mapping[str, float]  # "ssd", "ram", "pcie", "vram"
-    parts: Mapping[str, float]  # seconds by what they are spent on
-    binds: str  # the part that decides
+    bytes: dict[str, float]
+    floor: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second."""
+        """Tokens over seconds."""
         return self.tokens / self.seconds
 
-
-def even_hits(model: Model, plan: Plan) -> Hits:
-    """Return the hits of routing that favours no expert: the shares that are cached."""
-    experts = model["experts"]
-    if experts == 0 or not plan["tiered"]:
-        return Hits(vram=1.0, ram=0.0) if on_gpu(plan) else Hits(vram=0.0, ram=1.0)
-    vram = min(plan["device_cache_slots"] / experts, 1.0)
-    return Hits(vram, min(plan["cache_slots"] / experts, 1.0 - vram))
+    @property
+    def binds(self) -> str:
+        """The name of what takes longest."""
+        return max(self.floor, key=lambda name: self.floor[name])
 
 
-def hits_at(model: Model, plan: Plan, share: float) -> Hits:
-    """Return the hits where `share` of the chosen experts, 0 to 1, is found in memory."""
-    even = even_hits(model, plan)
-    return Hits(min(even.vram, share), max(share - even.vram, 0.0))
+def on_gpu(plan: Facts) -> bool:
+    """Return True for a plan of a machine whose GPU holds the model."""
+    return bool(plan["vram_bytes"])
 
 
-def usual_range(model: Model, plan: Plan) -> tuple[float, float]:
-    """Return the shares found in memory of even routing, and where half of its misses are spared.
+def even_hits(model: Facts, plan: Facts) -> Hits:
+    """Return the hits of routing that favours no expert: those cached over all. A floor."""
+    if not plan["tiered"]:
+        return Hits(1.0, 0.0) if on_gpu(plan) else Hits(0.0, 1.0)
+    experts = max(model["experts"], 1)
+    vram = min(1.0, plan["device_cache_slots"] / experts)
+    return Hits(vram, min(1.0 - vram, plan["cache_slots"] / experts))
 
-    Real routing repeats itself, and the cache keeps what is used: it lies between.
+
+def hits_at(even: Hits, rate: float) -> Hits:
+    """Return `even` with another hit rate, 0 to 1, that VRAM and RAM share as before."""
+    if even.rate == 0.0:
+        return Hits(0.0, rate)
+    vram = rate * even.vram / even.rate
+    return Hits(vram, rate - vram)
+
+
+def likely_hits(even: Hits) -> Hits:
+    """Return the upper end of the range to expect: half of the misses of `even` are avoided."""
+    return hits_at(even, (1.0 + even.rate) / 2)
+
+
+def decode(
+    model: Facts,
+    plan: Facts,
+    rates: Rates,
+    hits: Hits,
+    *,
+    position: int = 0,
+    cpu_share: float | None = None,
+) -> Estimate:
+    """Return the estimate for one token after `position` others.
+
+    `cpu_share`, 0 to 1: of the experts in RAM beside a GPU the processor computes this share; None
+    is the share with which it and PCIe end together.
     """
-    even = even_hits(model, plan).memory
-    return even, (1.0 + even) / 2.0
+    step = _Step(model, plan, position)
+    if not on_gpu(plan):
+        return _decode_on_host(step, rates, hits)
+    if cpu_share is not None:
+        return _decode_beside_gpu(step, rates, hits, cpu_share)
+    tried = (_decode_beside_gpu(step, rates, hits, share) for share in _shares(step, rates, hits))
+    return min(tried, key=lambda estimate: estimate.seconds)
 
 
-def on_gpu(plan: Plan) -> bool:
-    """Return whether a GPU holds the model, alone or with other tiers."""
-    return any(role["tier"] == "vram" for role in plan["roles"])
+class _Step:
+    """Bytes that one token needs, wherever they lie."""
+
+    def __init__(self, model: Facts, plan: Facts, position: int) -> None:
+        layers: Sequence[int] = plan["layer_bytes"]
+        streamed: Iterable[bool] = plan["streamed"]
+        self.layers = len(layers)
+        self.tiered: bool = plan["tiered"]
+        self.dense = sum(layers) + plan["head_bytes"] + plan["kv_bytes_per_token"] * position
+        self.streamed = sum(size for size, away in zip(layers, streamed, strict=False) if away)
+        chosen = _moe_layers(model) * model["num_experts_per_tok"]
+        self.routed: float = chosen * model["expert_bytes"]
 
 
-def routed_bytes(model: Model) -> float:
-    """Return the bytes of the routed experts of one token."""
-    layers = model["num_hidden_layers"] - model["first_k_dense_replace"]
-    chosen = model["num_experts_per_tok"] * layers if model["experts"] else 0
-    return float(chosen * model["expert_bytes"])
+def _moe_layers(model: Facts) -> int:
+    per_layer: int = model["n_routed_experts"]
+    layers: int = model["experts"] // per_layer if per_layer else 0
+    return layers
 
 
-def decode(model: Model, plan: Plan, rates: Rates, hits: Hits, context: int = 0) -> Estimate:
-    """Return the estimate for one token after `context` others."""
-    routed = routed_bytes(model)
-    streamed = _streamed_bytes(plan)
-    dense = sum(plan["layer_bytes"]) + plan["head_bytes"] + plan["kv_bytes_per_token"] * context
-    ssd = routed * max(1.0 - hits.memory, 0.0)
-    if on_gpu(plan):
-        outside = routed * (1.0 - hits.vram)  # of VRAM: computed by the processor, or copied
-        bytes_ = {"ssd": ssd, "ram": outside + ssd + streamed, "pcie": outside + streamed}
-        bytes_["vram"] = dense + routed * hits.vram
-        waits = _LAYER_SECONDS * model["num_hidden_layers"] if plan["tiered"] else 0.0
-        parts = {
-            "ssd": ssd / rates.ssd,
-            "dense": max(
-                (dense + routed * hits.vram) / rates.vram + waits * _READ_GB,
-                streamed / rates.pcie,
-            ),
-            # Both wires carry experts at once, and RAM gives and takes all of it.
-            "experts": max(outside / (rates.pcie + rates.ram), (outside + ssd) / rates.ram),
-        }
-    else:
-        ssd += streamed
-        bytes_ = {"ssd": ssd, "ram": dense + routed + ssd, "pcie": 0.0, "vram": 0.0}
-        parts = {
-            "ssd": ssd / rates.ssd,
-            "dense": dense / rates.ram,
-            "experts": (routed + ssd) / rates.ram,
-        }
-    parts = {name: seconds / _READ_GB for name, seconds in parts.items()}
-    computed = parts["dense"] + parts["experts"]
-    seconds = OVERHEAD * max(parts["ssd"], computed)
-    binds = (
-        "ssd" if parts["ssd"] >= computed else max(parts, key=lambda name: _computed(parts, name))
-    )
-    return Estimate(1, seconds, bytes_, parts, binds)
+def _host(rates: Rates) -> float:
+    return min(rates.ram.value, rates.host.value if rates.host else math.inf) * 1e9
 
 
-def prefill(model: Model, plan: Plan, rates: Rates, tokens: int) -> Estimate:
-    """Return the estimate for a prompt that the model has not seen, up to its first token."""
-    chunk = plan["chunk"]
-    seconds = 0.0
-    bytes_ = dict.fromkeys(("ssd", "ram", "pcie", "vram"), 0.0)
-    parts = dict.fromkeys(("ssd", "ram", "pcie", "arithmetic"), 0.0)
-    for first in range(0, tokens, chunk):
-        rows = min(chunk, tokens - first)
-        there, spent = _pass(model, plan, rates, first, rows)
-        seconds += OVERHEAD * max(spent.values())
-        for name, count in there.items():
-            bytes_[name] += count
-        for name, time in spent.items():
-            parts[name] += time
-    return Estimate(tokens, seconds, bytes_, parts, max(parts, key=lambda name: parts[name]))
-
-
-def _pass(
-    model: Model, plan: Plan, rates: Rates, first: int, rows: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return bytes by wire and seconds by part of `rows` rows after `first` others."""
-    hits = even_hits(model, plan)
-    experts = 0.0
-    if model["experts"]:
-        share = model["num_experts_per_tok"] / model["n_routed_experts"]
-        experts = model["experts"] * model["expert_bytes"] * (1.0 - (1.0 - share) ** rows)
-    streamed = _streamed_bytes(plan)
-    ssd = experts * max(1.0 - hits.memory, 0.0)
-    gpu = on_gpu(plan)
-    pcie = experts * (1.0 - hits.vram) + streamed if gpu else 0.0
-    if not gpu:
-        ssd += streamed
-    ram = pcie + ssd if gpu else experts + streamed + ssd
-    flops = _flops(model, first, rows)
-    rate = rates.gpu_tflops if gpu else rates.cpu_tflops
-    vram = sum(plan["layer_bytes"]) + experts if gpu else 0.0
-    spent = {
-        "ssd": ssd / rates.ssd / _READ_GB,
-        "ram": ram / rates.ram / _READ_GB,
-        "pcie": pcie / rates.pcie / _READ_GB if gpu else 0.0,
-        "arithmetic": flops / rate / _TERA,
+def _decode_on_host(step: _Step, rates: Rates, hits: Hits) -> Estimate:
+    read = step.routed * hits.ssd + step.streamed
+    used = step.dense + step.routed
+    floor = {
+        "ssd": read / rates.ssd.value * 1e-9,
+        "ram": (used + read) / rates.ram.value * 1e-9,
+        "host": used / _host(rates),
     }
-    return {"ssd": ssd, "ram": ram, "pcie": pcie, "vram": vram}, spent
+    moved = {"ssd": read, "pcie": 0.0, "ram": used + read, "vram": 0.0, "host": used}
+    return Estimate(1, OVERHEAD * max(floor.values()), moved, floor)
 
 
-def _computed(parts: Mapping[str, float], name: str) -> float:
-    return parts[name] if name != "ssd" else -1.0
+def _shares(step: _Step, rates: Rates, hits: Hits) -> list[float]:
+    """Return the processor's shares of experts one of which is the best.
+
+    The time is the larger of lines that rise and of lines that fall with the share: the least is
+    at an end, or where one of each kind meet. The first of equals is taken: where something else
+    takes longer, both sides end together.
+    """
+    left = step.routed * (1.0 - hits.vram)
+    if left <= 0:
+        return [0.0]
+    host, pcie = _host(rates), rates.pcie.value * 1e9
+    dense = _dense_seconds(step, rates, hits)
+    both_end = host / (host + pcie)
+    # Copies of streamed layers begin with the token, the processor's part after the dense part.
+    with_streams = ((left + step.streamed) / pcie - dense) * host * pcie / (host + pcie) / left
+    return [both_end, min(1.0, max(0.0, with_streams)), 0.0, 1.0]
 
 
-def _streamed_bytes(plan: Plan) -> float:
-    return float(
-        sum(
-            size
-            for size, streamed in zip(plan["layer_bytes"], plan["streamed"], strict=False)
-            if streamed
-        )
+def _dense_seconds(step: _Step, rates: Rates, hits: Hits) -> float:
+    in_vram = (step.dense + step.routed * hits.vram) / rates.vram.value * 1e-9
+    return in_vram + _hand_offs(step)
+
+
+def _hand_offs(step: _Step) -> float:
+    return HAND_OFF_SECONDS * step.layers if step.tiered else 0.0
+
+
+def _decode_beside_gpu(step: _Step, rates: Rates, hits: Hits, share: float) -> Estimate:
+    in_vram = step.routed * hits.vram
+    read = step.routed * hits.ssd
+    left = step.routed - in_vram
+    computed = share * left
+    copied = left - computed
+    pcie, ram = rates.pcie.value * 1e9, rates.ram.value * 1e9
+    ssd = read / rates.ssd.value * 1e-9
+    experts = max(ssd, computed / _host(rates), copied / pcie, (left + read) / ram)
+    all_copies = (copied + step.streamed) / pcie
+    all_ram = (left + read + step.streamed) / ram
+    seconds = max(_dense_seconds(step, rates, hits) + experts, all_copies, all_ram)
+    used = step.dense + in_vram + copied
+    floor = {
+        "ssd": ssd,
+        "pcie": all_copies,
+        "ram": all_ram,
+        "host": computed / _host(rates),
+        "vram": (step.dense + in_vram) / rates.vram.value * 1e-9,
+        "hand-offs": _hand_offs(step),
+    }
+    moved = {
+        "ssd": read,
+        "pcie": copied + step.streamed,
+        "ram": left + read + step.streamed,
+        "vram": used,
+        "host": computed,
+    }
+    return Estimate(1, OVERHEAD * seconds, moved, floor)
+
+
+def prefill(
+    model: Facts, plan: Facts, rates: Rates, tokens: int, hits: Hits | None = None
+) -> Estimate:
+    """Return the estimate for a prompt of `tokens`, 1 or more, from an empty context.
+
+    The prompt passes the layers in pieces of the plan's `chunk`. Each piece needs nearly every
+    expert: those that are not in RAM or VRAM are read once for each, and beside a GPU all that are
+    not in VRAM are copied there. `hits` are even_hits() by default. On a GPU the dense part and
+    the copies of a layer's experts follow each other; reads go on all the time.
+    """
+    hits = even_hits(model, plan) if hits is None else hits
+    total: Estimate | None = None
+    for start in range(0, tokens, plan["chunk"]):
+        rows = min(plan["chunk"], tokens - start)
+        piece = _piece(model, plan, rates, hits, _Piece(model, plan, start, rows))
+        total = piece if total is None else _joined(total, piece)
+    if total is None:
+        raise ValueError(f"tokens must be 1 or more, not {tokens}")
+    return total
+
+
+def _joined(first: Estimate, second: Estimate) -> Estimate:
+    return Estimate(
+        first.tokens + second.tokens,
+        first.seconds + second.seconds,
+        {name: count + second.bytes[name] for name, count in first.bytes.items()},
+        {name: seconds + second.floor[name] for name, seconds in first.floor.items()},
     )
 
 
-def _flops(model: Model, first: int, rows: int) -> float:
-    """Return the operations of `rows` rows after `first`: two for each weight that a row meets."""
-    hidden, heads = model["hidden_size"], model["num_attention_heads"]
-    nope, rope, value = (model[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v"))
-    lora, latent = model["q_lora_rank"], model["kv_lora_rank"]
-    query = heads * (nope + rope)
-    attention = hidden * lora + lora * query if lora else hidden * query
-    attention += hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden
-    layers = model["num_hidden_layers"]
-    dense = model["first_k_dense_replace"] if model["experts"] else layers
-    mlp = 3 * hidden * model["intermediate_size"]
-    active = model["num_experts_per_tok"] + model["n_shared_experts"]
-    experts = 3 * hidden * model["moe_intermediate_size"] * active
-    weights = layers * attention + dense * mlp + (layers - dense) * experts
-    # Scores and sums over what each row sees: itself and all before it.
-    seen = rows * (first + (rows + 1) / 2)
-    return 2.0 * rows * weights + 2.0 * layers * heads * (nope + rope + value) * seen
+class _Piece:
+    """What rows of a prompt need: bytes of distinct experts, and FLOPs with and without them."""
+
+    def __init__(self, model: Facts, plan: Facts, start: int, rows: int) -> None:
+        self.rows = rows
+        step = _Step(model, plan, start)
+        self.dense_bytes, self.streamed = step.dense, step.streamed
+        moe = _moe_layers(model)
+        self.distinct = moe * distinct_experts(model, rows)  # experts of all layers
+        self.expert_bytes = self.distinct * model["expert_bytes"]
+        self.pairs = rows * moe * model["num_experts_per_tok"]
+        hidden, layers = model["hidden_size"], model["num_hidden_layers"]
+        shared = model["n_shared_experts"] * model["moe_intermediate_size"]
+        mlps = (layers - moe) * model["intermediate_size"] + moe * shared
+        weights = layers * _attention_weights(model) + 3 * hidden * mlps
+        self.dense_flops = 2.0 * rows * (weights + layers * _scores(model, start, rows))
+        self.pair_flops = 6.0 * hidden * model["moe_intermediate_size"]
+
+
+def distinct_experts(model: Facts, rows: int) -> float:
+    """Return how many experts of a layer `rows` rows choose, if routing favours none."""
+    experts: int = model["n_routed_experts"]
+    if experts == 0:
+        return 0.0
+    return experts * (1.0 - (1.0 - model["num_experts_per_tok"] / experts) ** rows)
+
+
+def _attention_weights(model: Facts) -> int:
+    """Return how many weights a layer's attention multiplies a row with."""
+    hidden, heads, q_rank = model["hidden_size"], model["num_attention_heads"], model["q_lora_rank"]
+    nope, rope, value = model["qk_nope_head_dim"], model["qk_rope_head_dim"], model["v_head_dim"]
+    queries = heads * (nope + rope)
+    q = hidden * q_rank + q_rank * queries if q_rank else hidden * queries
+    latent: int = model["kv_lora_rank"]
+    keys = hidden * (latent + rope) + latent * heads * (nope + value)
+    return int(q + keys + heads * value * hidden)
+
+
+def _scores(model: Facts, start: int, rows: int) -> float:
+    """Return the multiplications of a row with the keys and values before it, on average."""
+    width = model["qk_nope_head_dim"] + model["qk_rope_head_dim"] + model["v_head_dim"]
+    return float(model["num_attention_heads"] * width * (start + rows / 2))
+
+
+def _piece(model: Facts, plan: Facts, rates: Rates, hits: Hits, piece: _Piece) -> Estimate:
+    read = piece.expert_bytes * hits.ssd
+    ram = rates.ram.value * 1e9
+    if not on_gpu(plan):
+        read += piece.streamed
+        used = piece.dense_bytes + piece.expert_bytes
+        flops = piece.dense_flops + piece.pairs * piece.pair_flops
+        floor = {
+            "ssd": read / rates.ssd.value * 1e-9,
+            "ram": (used + read) / ram,
+            "arithmetic": flops / rates.cpu_tflops.value * 1e-12,
+        }
+        moved = {"ssd": read, "pcie": 0.0, "ram": used + read, "vram": 0.0, "host": used}
+        return Estimate(piece.rows, OVERHEAD * max(floor.values()), moved, floor)
+    tflops, vram = rates.gpu_tflops.value * 1e12, rates.vram.value * 1e9
+    padded = max(1.0, rates.gpu_rows / piece.rows)
+    dense_arithmetic = piece.dense_flops * padded / tflops
+    pairs = max(float(piece.pairs), piece.distinct * rates.gpu_rows)
+    expert_arithmetic = pairs * piece.pair_flops / tflops
+    copied = piece.expert_bytes * (1.0 - hits.vram)
+    copies = copied / rates.pcie.value * 1e-9
+    all_copies = (copied + piece.streamed) / rates.pcie.value * 1e-9
+    crossed = copied + piece.streamed + read
+    expert_part = max(copies, expert_arithmetic, piece.expert_bytes / vram)
+    seconds = max(
+        read / rates.ssd.value * 1e-9,
+        crossed / ram,
+        all_copies,
+        max(dense_arithmetic, piece.dense_bytes / vram) + expert_part,
+    )
+    used = piece.dense_bytes + piece.expert_bytes
+    floor = {
+        "ssd": read / rates.ssd.value * 1e-9,
+        "pcie": all_copies,
+        "ram": crossed / ram,
+        "vram": used / vram,
+        "arithmetic": dense_arithmetic + expert_arithmetic,
+    }
+    moved = {"ssd": read, "pcie": copied + piece.streamed, "ram": crossed, "vram": used, "host": 0}
+    return Estimate(piece.rows, OVERHEAD * seconds, moved, floor)

@@ -223,7 +223,7 @@ def test_wrong_usage(capsys: Capture, arguments: list[str], sentence: str) -> No
     assert err.endswith("--help` explains\n")
 
 
-COMMANDS = ["demo", "run", "chat", "info", "eval", "verify", "quantize"]
+COMMANDS = ["demo", "plan", "run", "chat", "info", "eval", "verify", "quantize"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,6 @@ from dsfp4.demo import resolve_model
 from dsfp4.errors import Dsfp4Error, MemoryLimitError, ParameterError
 
 GB = 10**9
-RATES = estimate.Rates(ssd=7, ram=60, cpu_tflops=0.4, pcie=25, vram=500, gpu_tflops=30)
 _PLANNERS: dict[tuple[str, str], _core.Planner] = {}
 
 
@@ -66,12 +65,10 @@ machines = st.fixed_dictionaries(
         "seed": st.integers(0, 2**32),
         "rates": st.builds(
             estimate.Rates,
-            ssd=st.floats(0.5, 30),
-            ram=st.floats(20, 500),
-            cpu_tflops=st.just(0.4),
-            pcie=st.floats(4, 60),
-            vram=st.floats(200, 5000),
-            gpu_tflops=st.just(30.0),
+            ssd=st.builds(estimate.Rate, st.floats(0.5, 30)),
+            ram=st.builds(estimate.Rate, st.floats(20, 500)),
+            pcie=st.builds(estimate.Rate, st.floats(4, 60)),
+            vram=st.builds(estimate.Rate, st.floats(200, 5000)),
         ),
     }
 )

@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="print the folder that CMake's find_package(dsfp4) needs as dsfp4_DIR, and exit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, doctor, plan, pull, run, chat, info, eval, verify, quantize, bench):
+    for command in (demo, doctor, plan, run, chat, pull, info, eval, verify, quantize, bench):
         command.add_command(commands)
     return parser
 

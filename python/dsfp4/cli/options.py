@@ -65,6 +65,7 @@ def quantization(text: str) -> str | dict[str, str]:
 
 
 _MOST = 2**31 - 1
+_MEMORY = "memory, for models that do not fit"  # heads a group of flags
 _SWITCH = {"on": True, "off": False, "auto": None}
 
 
@@ -101,12 +102,6 @@ def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
     )
 
 
-def add_placement_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what decides where a model lies: the flags of a plan, and a part of those of a load."""
-    _add_load_flags(parser.add_argument_group("engine"))
-    _add_placement_flags(parser.add_argument_group("memory, for models that do not fit"))
-
-
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add what decides where and how the model runs."""
     group = parser.add_argument_group("engine")
@@ -116,17 +111,30 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "cpu", "cuda", "reference"],
         help="auto is the fastest present; reference is plain, exact and slow",
     )
-    _add_load_flags(group)
+    _add_threads(group)
+    _add_limits(group)
     group.add_argument(
         "--trace", metavar="FILE", help="write a timeline there, for ui.perfetto.dev to open"
     )
     _add_memory_flags(parser)
 
 
-def _add_load_flags(group: argparse._ArgumentGroup) -> None:
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """Add those of the engine's flags that a plan depends on."""
+    group = parser.add_argument_group("engine, as a load takes them")
+    _add_threads(group)
+    _add_limits(group)
+    _add_placement(parser.add_argument_group(_MEMORY))
+
+
+def _add_threads(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--threads", type=integer(0, 1024), default=0, metavar="N", help="0: one for each core"
     )
+
+
+def _add_limits(group: "argparse._ArgumentGroup") -> None:
+    """Add what bounds a model's memory."""
     group.add_argument(
         "--max-context",
         type=integer(0, _MOST),
@@ -154,7 +162,27 @@ def _add_load_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_placement_flags(group: argparse._ArgumentGroup) -> None:
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what decides where a model lies that does not fit."""
+    group = parser.add_argument_group(_MEMORY)
+    _add_placement(group)
+    group.add_argument(
+        "--expert-threshold",
+        type=real(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="leave out experts on the SSD with less of the routing weight; 0 is exact",
+    )
+    group.add_argument(
+        "--no-warm-start",
+        dest="warm_start",
+        action="store_false",
+        help="do not remember in ~/.cache/dsfp4 how experts were used, nor measure the machine",
+    )
+
+
+def _add_placement(group: "argparse._ArgumentGroup") -> None:
+    """Add the part of it that a plan depends on."""
     group.add_argument(
         "--cpu-cache-size", type=real(0, 1e6), metavar="GB", help="RAM for cached experts"
     )
@@ -194,6 +222,13 @@ def _add_placement_flags(group: argparse._ArgumentGroup) -> None:
         "prompts and while the cache has room, else 0",
     )
     group.add_argument(
+        "--cpu-share",
+        type=share,
+        metavar="SHARE",
+        help="of a token's experts in RAM beside a GPU, the processor computes so many, 0 to 1; "
+        "auto, the default: so that both end together",
+    )
+    group.add_argument(
         "--quantization",
         type=quantization,
         default="auto",
@@ -204,40 +239,21 @@ def _add_placement_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what decides where a model lies that does not fit, and how it is brought in."""
-    group = parser.add_argument_group("memory, for models that do not fit")
-    _add_placement_flags(group)
-    group.add_argument(
-        "--expert-threshold",
-        type=real(0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="leave out experts on the SSD with less of the routing weight; 0 is exact",
-    )
-    group.add_argument(
-        "--cpu-share",
-        type=share,
-        metavar="SHARE",
-        help="of a token's experts in RAM beside a GPU, the processor computes so many, 0 to 1; "
-        "auto, the default: so that both end together",
-    )
-    group.add_argument(
-        "--no-warm-start",
-        dest="warm_start",
-        action="store_false",
-        help="do not remember in ~/.cache/dsfp4 how experts were used, nor measure the machine",
-    )
+_PLACEMENT = (
+    *("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved"),
+    *("max_gpu_layers", "min_layers", "prefetch_layers"),
+)
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of a load that the memory flags gave."""
-    names = (
-        *("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved"),
-        *("max_gpu_layers", "min_layers"),
-        *("prefetch_layers", "expert_threshold", "cpu_share", "quantization", "warm_start"),
-    )
-    return {name: getattr(arguments, name) for name in names}
+    others = ("expert_threshold", "cpu_share", "quantization", "warm_start")
+    return placement(arguments) | {name: getattr(arguments, name) for name in others}
+
+
+def placement(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the keywords of a plan that the memory flags gave."""
+    return {name: getattr(arguments, name) for name in _PLACEMENT}
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:

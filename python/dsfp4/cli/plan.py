@@ -1,441 +1,321 @@
-"""`dsfp4 plan MODEL`: where a model would lie, and how fast it would be, before it is loaded."""
+"""`dsfp4 plan MODEL`: where a model would lie, how fast it would be, and what would help."""
 
 import argparse
+import errno
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsfp4 import _core, estimate, hub
-from dsfp4.cli import options
+from dsfp4 import _core, hub
+from dsfp4._arrays import parameter_error
+from dsfp4.cli.options import add_json_flag, add_plan_flags, integer, placement, real
+from dsfp4.cli.plan_report import lines
 from dsfp4.cli.plot import check_drawing, draw_plan, picture_path
-from dsfp4.cli.progress import format_bytes
 from dsfp4.demo import resolve_model
 from dsfp4.doctor import Machine, examine, measure
-from dsfp4.errors import MemoryLimitError, ParameterError
+from dsfp4.doctor import Rates as Measured
+from dsfp4.errors import IoError, MemoryLimitError
+from dsfp4.estimate import Rate, Rates
+from dsfp4.forecast import Forecast, Hardware, forecast
 from dsfp4.model import check_quantization
 
-_GB = 10**9
-_PROMPTS = (512, 4096, 32768)
-_SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)  # of the chosen experts found in memory
-# Rates of a machine that is only described: an NVMe disk with PCIe 4.0, two channels of DDR5, PCIe
-# 4.0 x16, and a GPU of the middle class with this engine's portable kernels.
-_ASSUMED = {"ssd": 7.0, "ram": 60.0, "pcie": 25.0, "vram": 500.0}
-_GPU_TFLOPS = 30.0
-_CORE_TFLOPS = 0.05  # of one core, with AVX2
-_WIRES = {"ssd": "SSD", "ram": "RAM", "pcie": "PCIe", "vram": "VRAM"}
-_TIERS = ("vram", "ram", "ssd")
-_MEMORY_FLAGS = (
-    *("cpu_cache_size", "prefetch_size", "max_experts", "gpu_reserved"),
-    *("max_gpu_layers", "min_layers", "prefetch_layers"),
-)
-_BINDS = {
-    "ssd": "SSD",
-    "dense": "dense weights",
-    "experts": "experts in RAM",
-    "ram": "RAM",
-    "pcie": "PCIe",
-    "arithmetic": "arithmetic",
-}
-_FASTER = {
-    "vram": "twice the VRAM",
-    "ram": "twice the RAM",
-    "ssd_rate": "an SSD of twice the rate",
-    "pcie_rate": "PCIe of twice the rate",
-    "ram_rate": "RAM of twice the rate",
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """The machine of a plan: bytes, and rates with where each of them is from."""
-
-    ram: int
-    vram: int | None  # that the process may take; None: no GPU
-    rates: estimate.Rates
-    sources: Mapping[str, str]  # of each size and rate: "measured", "given" or "assumed"
+# Of each core, measured with its kernels on prompts; AMX on 16 cores, AVX2 on 2.
+_CORE_TFLOPS = {"amx": 0.085, "avx512": 0.06, "avx2": 0.055}
+_HOPPER = "9.0"  # compute capability of GPUs with kernels of their own
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "plan",
-        help="show where a model would lie and how fast it would be, before loading it",
-        description="Reads a checkpoint's headers, or takes the name of a published model, and "
-        "says what the engine would do on this machine, or on one that the flags describe. Not a "
-        "byte of weights is loaded. The exit code is 1 if the model cannot run there.",
+        help="say whether a model runs here, or elsewhere, and how fast",
+        description="Reads headers alone, and loads nothing: where each part of the model would "
+        "lie, the bytes of a token on each wire, the speed to expect, and what would make it "
+        "faster. The machine is this one, or what the flags describe: with --gpu-memory or --ram "
+        "nothing is measured, and a rate that is not given is assumed. The exit code is 1 if the "
+        "model cannot run; the message has the number that is missing.",
         examples=(
-            "dsfp4 plan deepseek-r1-fp4 --gpu-memory 16 --ram 96 --ssd-rate 14 --pcie-rate 55",
-            "dsfp4 plan ~/models/DeepSeek-R1-FP4     on this machine, whose rates are measured",
-            "dsfp4 plan deepseek-v2-lite --device cpu --json",
+            "dsfp4 plan deepseek-r1-fp4 --gpu-memory 16 --ram 96 --ssd-rate 14",
+            "dsfp4 plan ~/models/DeepSeek-R1-FP4    on this machine",
+            "dsfp4 plan demo --device cpu --json",
         ),
     )
+    add_arguments(parser)
+    parser.add_argument(
+        "--plot",
+        type=picture_path,
+        metavar="OUT",
+        help="also draw the bytes by tier, and the speed over hit rates: .png, .svg or .pdf",
+    )
+    add_json_flag(parser)
+    parser.set_defaults(execute=execute)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and the flags that describe a machine and a load; prepare() reads them."""
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a checkpoint folder, a repository that was pulled (org/name), the word demo, or one "
-        "of " + ", ".join(_core.published_models()),
+        help="a checkpoint folder, a repository that was pulled (org/name), the word demo, or, "
+        f"without a checkpoint, {', '.join(_core.published_models())}",
     )
     parser.add_argument(
         "--device",
         default="auto",
         choices=["auto", "cpu", "cuda"],
-        help="auto: cuda where there is a GPU, or --gpu-memory is given",
+        help="auto is cuda if the machine has a GPU",
     )
-    machine = parser.add_argument_group(
-        "machine", "What is not given is this machine's; its rates are measured if no size is given"
+    parser.add_argument(
+        "--context",
+        dest="max_context",
+        type=integer(0, 2**31 - 1),
+        default=0,
+        metavar="TOKENS",
+        help="the same as --max-context",
     )
-    size = options.real(0.01, 1e6)
-    machine.add_argument("--gpu-memory", type=size, metavar="GB", help="VRAM")
-    machine.add_argument("--ram", type=size, metavar="GB", help="RAM in all")
-    rate = options.real(0.01, 1e5)
-    machine.add_argument(
-        "--ssd-rate", type=rate, metavar="GB/S", help="random reads of 512 KiB, many at once"
+    add_machine_flags(parser)
+    add_plan_flags(parser)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what describes a machine."""
+    group = parser.add_argument_group("machine; what is not given is as here")
+    size, rate = real(0, 1e6), real(1e-3, 1e6)
+    group.add_argument("--gpu-memory", type=size, metavar="GB", help="VRAM that is free; 0: no GPU")
+    group.add_argument("--ram", type=real(0.001, 1e6), metavar="GB", help="RAM in all")
+    for name, what in _RATE_FLAGS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=rate, metavar=what[0], help=what[1])
+    group.add_argument(
+        "--no-rates", action="store_true", help="measure nothing: rates are given or assumed"
     )
-    machine.add_argument("--pcie-rate", type=rate, metavar="GB/S", help="RAM to GPU")
-    machine.add_argument("--ram-rate", type=rate, metavar="GB/S", help="reads by all cores")
-    machine.add_argument("--vram-rate", type=rate, metavar="GB/S", help="reads by the GPU")
-    machine.add_argument(
-        "--gpu-tflops",
-        type=rate,
-        default=_GPU_TFLOPS,
-        metavar="TFLOP/S",
-        help="of the GPU's kernels for prompts; %(default)g, about what they reach on a GPU of the "
-        "middle class",
-    )
-    machine.add_argument(
+    group.add_argument(
         "--seconds",
-        type=options.real(0.05, 600),
+        type=real(0.05, 600),
         default=1.0,
         metavar="S",
         help="for each rate that is measured; %(default)s",
     )
-    options.add_placement_flags(parser)
-    parser.add_argument(
-        "--plot",
-        type=picture_path,
-        metavar="OUT.png",
-        help="draw the bytes by tier and the rates of decoding there, too",
-    )
-    options.add_json_flag(parser)
-    parser.set_defaults(execute=execute)
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Print the plan; return 1 if the model cannot run there."""
+_RATE_FLAGS = {
+    "ssd_rate": ("GB/S", "random reads of 512 KiB from the disk"),
+    "ram_rate": ("GB/S", "reads of RAM by all cores"),
+    "pcie_rate": ("GB/S", "copies from pinned RAM to the GPU"),
+    "vram_rate": ("GB/S", "reads of VRAM by the GPU"),
+    "gpu_tflops": ("TFLOP/S", "the GPU's arithmetic as prompts reach it"),
+    "cpu_tflops": ("TFLOP/S", "the same of the processor"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What the model is stored in; bytes. `files` is empty for a published model's name."""
+
+    name: str
+    needed_bytes: int
+    unneeded_bytes: int
+    files: list[str]
+    unneeded_files: list[str]
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Plan, estimate, print and draw. Raises MemoryLimitError for what cannot run."""
     if arguments.plot is not None:
         check_drawing(arguments.plot)
-    published = arguments.model in _core.published_models()
-    folder = None if published else resolve_model(arguments.model)
-    target, device = describe_machine(arguments, folder)
-    planner = _core.Planner(
+    planner, hardware, result = prepare(arguments)
+    files = files_of(arguments.model, _folder(arguments.model), planner.model)
+    if arguments.json:
+        print(json.dumps(report(planner.model, files, hardware, result), indent=2))
+    else:
+        print("\n".join(lines(planner.model, asdict(files), hardware, result)))
+    if arguments.plot is not None:
+        draw_plan(picture_of(arguments.model, result), arguments.plot)
+
+
+def picture_of(name: str, result: Forecast) -> dict[str, Any]:
+    """Return what draw_plan() draws."""
+    return {
+        "model": name,
+        "roles": [role | {"tier": role["tier"].upper()} for role in result.plan["roles"]],
+        "decode": [
+            {
+                "hit_rate": row.hits.rate,
+                "tokens_per_second": row.estimate.tokens_per_second,
+                "binds": row.estimate.binds,
+            }
+            for row in result.table
+        ],
+    }
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Any, Hardware, Forecast]:
+    """Return the planner, the machine and the forecast. Raises MemoryLimitError."""
+    folder = _folder(arguments.model)
+    hardware = describe_hardware(arguments, examine(folder or Path()))
+    planner = _planner(arguments, folder, hardware)
+    try:
+        return planner, hardware, forecast(planner, hardware, arguments.cpu_share)
+    except MemoryLimitError as error:
+        if not _may_pass_over_gpu(arguments, hardware):
+            raise
+        print(f"dsfp4: using the CPU: {error}", file=sys.stderr)
+    hardware = replace(hardware, vram=None)
+    planner = _planner(arguments, folder, hardware)
+    return planner, hardware, forecast(planner, hardware, arguments.cpu_share)
+
+
+def _planner(arguments: argparse.Namespace, folder: Path | None, hardware: Hardware) -> Any:
+    return _core.Planner(
         arguments.model if folder is None else str(folder),
-        published=published,
-        device=device,
+        published=folder is None,
+        device="cpu" if hardware.vram is None else "cuda",
         kv_cache_dtype=arguments.kv_cache_dtype,
         threads=arguments.threads,
         quantization=check_quantization(arguments.quantization),
     )
-    wishes = {name: getattr(arguments, name) for name in _MEMORY_FLAGS}
-    wishes["max_context"] = arguments.max_context
-    wishes["ram_limit"] = int((arguments.ram_limit or 0) * _GB)
+
+
+def _may_pass_over_gpu(arguments: argparse.Namespace, hardware: Hardware) -> bool:
+    """Return True where a load, told nothing about a GPU, would pass over one that is too small."""
+    of_gpu = (
+        *("gpu_memory", "memory_limit", "max_experts", "gpu_reserved"),
+        *("max_gpu_layers", "min_layers"),
+    )
+    told = any(getattr(arguments, name) is not None for name in of_gpu)
+    return arguments.device == "auto" and hardware.vram is not None and not told
+
+
+def _folder(model: str) -> Path | None:
+    """Return the folder of a checkpoint; None for the name of a published model."""
+    names = _core.published_models()
+    if model in names:
+        return None
     try:
-        report = make_report(planner, target, wishes)
-    except MemoryLimitError as error:
-        if arguments.json:
-            print(json.dumps({"runs": False, "problem": str(error)}, indent=2))
-        else:
-            print(f"it does not run there: {error}", file=sys.stderr)
-        return 1
-    report["files"] = _files(folder)
-    report["machine"] = asdict(target)
-    if arguments.plot is not None:
-        roles = [role | {"tier": _WIRES[role["tier"]]} for role in report["plan"]["roles"]]
-        drawn = {"model": arguments.model, "roles": roles, "decode": report["decode"]}
-        draw_plan(drawn, arguments.plot)
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print("\n".join(lines(arguments.model, planner.model, report, target)))
-    return 0
+        return resolve_model(model)
+    except IoError as error:
+        if "/" in model or error.errno != errno.ENOENT:
+            raise
+        raise IoError(
+            f"{error}; without a checkpoint, one of {', '.join(names)}",
+            file=error.file,
+            errno=errno.ENOENT,
+        ) from None
 
 
-def describe_machine(arguments: argparse.Namespace, folder: Path | None) -> tuple[Target, str]:
-    """Return the machine that the flags describe, completed from this one, and the device."""
-    here = examine(folder or Path())
-    described = arguments.gpu_memory is not None or arguments.ram is not None
-    sources: dict[str, str] = {}
-
-    ram = int((arguments.ram or 0) * _GB) or here.memory.total or 0
-    if ram == 0:
-        raise ParameterError(
-            "ram must be given: this system does not say how much there is", parameter="ram"
-        )
-    sources["ram_bytes"] = "given" if arguments.ram else "measured"
-    vram = _vram(arguments, here, described)
-    sources["vram_bytes"] = (
-        "given" if arguments.gpu_memory or arguments.memory_limit else "measured"
-    )
-
-    wanted = {name: getattr(arguments, f"{name}_rate") for name in _ASSUMED}
-    needed = {"ssd", "ram"} | ({"pcie", "vram"} if vram else set())
-    measured: dict[str, float | None] = {}
-    if not described and any(wanted[name] is None for name in needed):
-        found = measure(here, arguments.seconds)
-        measured = {
-            "ssd": found.ssd,
-            "ram": found.ram,
-            "pcie": found.copy_in,
-            "vram": found.vram,
-        }
-    rates: dict[str, float] = {}
-    for name, assumed in _ASSUMED.items():
-        given, there = wanted[name], measured.get(name)
-        rates[name] = given or there or assumed
-        sources[name] = "given" if given else "measured" if there else "assumed"
-    cores = here.processor.threads
-    target = Target(
-        ram,
-        vram,
-        estimate.Rates(
-            ssd=rates["ssd"],
-            ram=rates["ram"],
-            cpu_tflops=_CORE_TFLOPS * cores,
-            pcie=rates["pcie"] if vram else 0.0,
-            vram=rates["vram"] if vram else 0.0,
-            gpu_tflops=arguments.gpu_tflops if vram else 0.0,
-        ),
-        sources,
-    )
-    return target, "cuda" if vram else "cpu"
-
-
-def _vram(arguments: argparse.Namespace, here: Machine, described: bool) -> int | None:
-    """Return the bytes of VRAM that the process may take; None: there is no GPU, or not to be."""
-    if arguments.device == "cpu":
-        if arguments.gpu_memory or arguments.memory_limit:
-            raise ParameterError(
-                "gpu_memory is of no use with --device cpu: leave out one", parameter="gpu_memory"
-            )
-        return None
-    vram: int | None = None
-    if arguments.gpu_memory:
-        vram = int(arguments.gpu_memory * _GB)
-    elif here.gpu.gpus and not (described and arguments.device == "auto"):
-        gpu = here.gpu.gpus[0]
-        vram = (gpu.memory or 0) - (gpu.used or 0)
-    if not vram:
-        if arguments.device == "cuda" or arguments.memory_limit:
-            raise ParameterError(
-                "gpu_memory must be given: device cuda is planned for, and no GPU is here",
-                parameter="gpu_memory",
-            )
-        return None
-    if arguments.memory_limit:
-        vram = min(vram, int(arguments.memory_limit * _GB))
-    return vram
-
-
-def make_report(
-    planner: _core.Planner, target: Target, wishes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the plan and its estimates. Raises MemoryLimitError if the model cannot run there."""
-    model = planner.model
-    plan = planner.plan(ram=target.ram, vram=target.vram, **wishes)
-    even, repeated = estimate.usual_range(model, plan)
-    shares = [even, *(share for share in _SHARES if share > even + 0.005)]
-    if model["experts"] == 0 or not plan["tiered"]:
-        shares = [1.0]
-    decode = []
-    for share in shares:
-        found = estimate.decode(model, plan, target.rates, estimate.hits_at(model, plan, share))
-        decode.append({"hit_rate": share} | _facts(found))
-    prompts = [
-        _facts(estimate.prefill(model, plan, target.rates, tokens))
-        for tokens in _PROMPTS
-        if tokens <= plan["max_context"]
-    ]
-    usual = [
-        estimate.decode(model, plan, target.rates, estimate.hits_at(model, plan, share))
-        for share in (even, repeated)
-    ]
-    return {
-        "runs": True,
-        "model": {name: model[name] for name in ("weight_bytes", "unneeded_bytes")},
-        "plan": plan,
-        "decode": decode,
-        "usual_tokens_per_second": [found.tokens_per_second for found in usual],
-        "usual_hit_rates": [even, repeated],
-        "binds": usual[0].binds,
-        "prompts": prompts,
-        "faster": faster(planner, target, wishes, usual[0].tokens_per_second),
-    }
-
-
-def faster(
-    planner: _core.Planner, target: Target, wishes: Mapping[str, Any], now: float
-) -> list[dict[str, Any]]:
-    """Return what a doubled part of the machine would bring to decoding, the best first."""
-    rates = target.rates
-    doubled = {
-        "ram": replace(target, ram=2 * target.ram),
-        "ssd_rate": replace(target, rates=replace(rates, ssd=2 * rates.ssd)),
-        "ram_rate": replace(target, rates=replace(rates, ram=2 * rates.ram)),
-    }
-    if target.vram is not None:
-        doubled["vram"] = replace(target, vram=2 * target.vram)
-        doubled["pcie_rate"] = replace(target, rates=replace(rates, pcie=2 * rates.pcie))
-    gains = []
-    for name, other in doubled.items():
-        plan = planner.plan(ram=other.ram, vram=other.vram, **wishes)
-        hits = estimate.even_hits(planner.model, plan)
-        found = estimate.decode(planner.model, plan, other.rates, hits)
-        gains.append({"what": name, "gain": found.tokens_per_second / now})
-    return sorted(gains, key=lambda gain: -gain["gain"])
-
-
-def _facts(found: estimate.Estimate) -> dict[str, Any]:
-    return asdict(found) | {"tokens_per_second": found.tokens_per_second}
-
-
-def _files(folder: Path | None) -> dict[str, Any] | None:
-    """Return which files of a checkpoint running it needs, and which not; None without one."""
+def files_of(name: str, folder: Path | None, model: dict[str, Any]) -> ModelFiles:
+    """Return which files running the model needs, and which weights lie there in vain."""
     if folder is None:
-        return None
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    needed = set(hub.needed_files(folder, names))
-    spare = [name for name in names if name.endswith(".safetensors") and name not in needed]
-    return {
-        "needed": sorted(needed),
-        "unneeded_weights": spare,
-        "unneeded_bytes": sum((folder / name).stat().st_size for name in spare),
-    }
-
-
-def lines(
-    name: str, model: Mapping[str, Any], report: Mapping[str, Any], target: Target
-) -> Iterable[str]:
-    """Return the report for people."""
-    plan = report["plan"]
-    yield f"{name}: {format_bytes(model['weight_bytes'])} of weights that decoding needs"
-    unneeded = model["unneeded_bytes"]
-    if report["files"] and report["files"]["unneeded_weights"]:
-        yield (
-            f"not needed: {', '.join(report['files']['unneeded_weights'])}, "
-            f"{format_bytes(report['files']['unneeded_bytes'])}"
-        )
-    elif unneeded:
-        yield (
-            f"not needed: the layer for multi-token prediction, {format_bytes(unneeded)} more; "
-            "`dsfp4 pull` leaves its files out"
-        )
-    yield from _machine_lines(target)
-    yield ""
-    yield from _role_lines(plan)
-    yield f"context {plan['max_context']} tokens; prompts pass in pieces of {plan['chunk']} tokens"
-    for warning in plan["warnings"]:
-        yield f"note: {warning}"
-    if plan["conversion"]:
-        yield f"note: dense weights are converted while they are loaded: {plan['conversion']}"
-    yield ""
-    yield from _decode_lines(report)
-    yield ""
-    yield from _prompt_lines(report)
-    yield ""
-    gains = [gain for gain in report["faster"] if gain["gain"] >= 1.05][:2]
-    if gains:
-        yield "faster with " + ", or ".join(
-            f"{_FASTER[gain['what']]}: {gain['gain']:.2g} times" for gain in gains
-        )
-    else:
-        yield "nothing that is doubled alone makes it 5 % faster"
-
-
-def _machine_lines(target: Target) -> Iterable[str]:
-    sizes = [f"{format_bytes(target.ram)} of RAM ({target.sources['ram_bytes']})"]
-    if target.vram is not None:
-        sizes.insert(0, f"{format_bytes(target.vram)} of VRAM ({target.sources['vram_bytes']})")
-    yield "machine: " + ", ".join(sizes)
-    rates = asdict(target.rates)
-    yield "rates in GB/s: " + ", ".join(
-        f"{_WIRES[wire]} {rates[wire]:.3g} ({target.sources[wire]})"
-        for wire in _WIRES
-        if rates[wire]
+        return ModelFiles(name, model["weight_bytes"], model["unneeded_bytes"], [], [])
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    needed = hub.needed_files(folder, names)
+    unneeded = sorted(
+        name for name in names if name.endswith(".safetensors") and name not in needed
+    )
+    sizes = {name: (folder / name).stat().st_size for name in (*needed, *unneeded)}
+    return ModelFiles(
+        name,
+        sum(sizes[name] for name in needed),
+        sum(sizes[name] for name in unneeded),
+        needed,
+        unneeded,
     )
 
 
-def _role_lines(plan: Mapping[str, Any]) -> Iterable[str]:
-    """Lay out a table: a row for each role, a column for each tier."""
-    by_role: dict[str, dict[str, float]] = {}
-    formats: dict[str, str] = {}
-    for role in plan["roles"]:
-        by_role.setdefault(role["role"], {})[role["tier"]] = role["bytes"]
-        formats[role["role"]] = role["format"] or formats.get(role["role"], "")
-    tiers = [tier for tier in _TIERS if any(tier in places for places in by_role.values())]
-    rows = [("", *(_WIRES[tier] for tier in tiers), "format")]
-    rows += [
-        (role.replace("_", " "), *(_cell(places, tier) for tier in tiers), formats[role])
-        for role, places in by_role.items()
-    ]
-    # The SSD keeps all experts, so that column has no sum.
-    sums = [
-        format_bytes(sum(places.get(tier, 0) for places in by_role.values()))
-        if tier != "ssd"
-        else ""
-        for tier in tiers
-    ]
-    yield from _table([*rows, ("in all", *sums, "")])
-
-
-def _cell(places: Mapping[str, float], tier: str) -> str:
-    return format_bytes(places[tier]) if tier in places else "-"
-
-
-def _decode_lines(report: Mapping[str, Any]) -> Iterable[str]:
-    wires = [wire for wire in _WIRES if any(row["wire_bytes"][wire] for row in report["decode"])]
-    rows = [("in memory", *(f"{_WIRES[wire]} a token" for wire in wires), "tokens/s", "binds")]
-    rows += [
-        (
-            f"{row['hit_rate']:.0%}",
-            *(format_bytes(row["wire_bytes"][wire]) for wire in wires),
-            f"{row['tokens_per_second']:.3g}",
-            _BINDS[row["binds"]],
-        )
-        for row in report["decode"]
-    ]
-    slow, fast = report["usual_tokens_per_second"]
-    low, high = report["usual_hit_rates"]
-    if low >= 1.0:
-        yield f"decoding: about {slow:.3g} tokens/s"
+def describe_hardware(arguments: argparse.Namespace, machine: Machine) -> Hardware:
+    """Return the machine that the flags describe; the rest, and its rates, are `machine`'s."""
+    described = arguments.gpu_memory is not None or arguments.ram is not None
+    vram = _vram(arguments, machine)
+    if arguments.ram is not None:
+        ram, ram_limit = _bytes(arguments.ram), 0
+    elif machine.memory.available is not None:
+        ram, ram_limit = machine.memory.available, machine.memory.ram_limit or 0
     else:
-        yield (
-            f"decoding: {slow:.3g} to {fast:.3g} tokens/s, where {low:.0%} (even use) to "
-            f"{high:.0%} of experts are in memory"
-        )
-    yield from _table(rows)
+        raise parameter_error("ram", "must be given: this machine does not say how much it has")
+    if arguments.ram_limit is not None:
+        ram_limit = _bytes(arguments.ram_limit)
+    wishes = placement(arguments) | {"max_context": arguments.max_context}
+    measures = not described and not arguments.no_rates and not _all_given(arguments, vram)
+    measured = measure(machine, arguments.seconds) if measures else Measured()
+    return Hardware(vram, ram, ram_limit, rates_of(arguments, machine, measured), wishes)
 
 
-def _prompt_lines(report: Mapping[str, Any]) -> Iterable[str]:
-    rows = [("prompt", "until the first token", "tokens/s", "binds")]
-    rows += [
-        (
-            f"{row['tokens']} tokens",
-            f"{row['seconds']:.3g} s",
-            f"{row['tokens_per_second']:.3g}",
-            _BINDS[row["binds"]],
-        )
-        for row in report["prompts"]
+def _vram(arguments: argparse.Namespace, machine: Machine) -> int | None:
+    """Return the bytes that the process may take of a GPU; None for device cpu."""
+    if arguments.device == "cpu":
+        return None
+    gpu = machine.gpu.gpus[0] if machine.gpu.gpus else None
+    if arguments.gpu_memory is not None:
+        vram = _bytes(arguments.gpu_memory)
+    elif gpu is not None and gpu.memory is not None and machine.gpu.plugin.problem is None:
+        vram = gpu.memory - (gpu.used or 0)
+    else:
+        vram = 0
+    if vram == 0:
+        if arguments.device == "auto":
+            return None
+        reason = machine.gpu.plugin.problem or "no GPU says how much it has"
+        raise parameter_error("gpu_memory", f"must be given for device cuda: {reason}")
+    return vram if arguments.memory_limit is None else min(vram, _bytes(arguments.memory_limit))
+
+
+def _bytes(gigabytes: float) -> int:
+    return round(gigabytes * 1e9)
+
+
+def _all_given(arguments: argparse.Namespace, vram: int | None) -> bool:
+    names = ("ssd_rate", "ram_rate") + (() if vram is None else ("pcie_rate", "vram_rate"))
+    return all(getattr(arguments, name) is not None for name in names)
+
+
+def rates_of(arguments: argparse.Namespace, machine: Machine, measured: Measured) -> Rates:
+    """Return what was given, else measured, else assumed."""
+    default = Rates()
+
+    def choose(given: float | None, found: float | None, assumed: Rate) -> Rate:
+        if given is not None:
+            return Rate(given, "given")
+        return assumed if found is None else Rate(found, "measured")
+
+    described = arguments.gpu_memory is not None or arguments.ram is not None
+    gpu = machine.gpu.gpus[0] if machine.gpu.gpus and not described else None
+    hopper = gpu is not None and gpu.compute_capability == _HOPPER
+    core = next(
+        (rate for isa, rate in _CORE_TFLOPS.items() if machine.processor.isa.startswith(isa)), None
+    )
+    host = default.cpu_tflops
+    if core is not None and not described:
+        host = Rate(core * machine.processor.cores)
+    return Rates(
+        ssd=choose(arguments.ssd_rate, measured.ssd, default.ssd),
+        ram=choose(arguments.ram_rate, measured.ram, default.ram),
+        pcie=choose(arguments.pcie_rate, measured.copy_in, default.pcie),
+        vram=choose(arguments.vram_rate, measured.vram, default.vram),
+        gpu_tflops=choose(
+            arguments.gpu_tflops, None, Rate(290.0) if hopper else default.gpu_tflops
+        ),
+        cpu_tflops=choose(arguments.cpu_tflops, None, host),
+        gpu_rows=64 if hopper else default.gpu_rows,
+    )
+
+
+def report(
+    model: dict[str, Any], files: ModelFiles, hardware: Hardware, result: Forecast
+) -> dict[str, Any]:
+    """Return all that is known, as JSON's types."""
+    facts = asdict(result)
+    speeds = [
+        *zip((facts["evenly"], facts["likely"]), (result.evenly, result.likely), strict=True),
+        *zip(facts["table"], result.table, strict=True),
     ]
-    yield from _table(rows)
+    for row, decoding in speeds:
+        row["hit_rate"] = decoding.hits.rate
+        row["estimate"] |= _derived(decoding.estimate)
+    for row, prompt in zip(facts["prompts"], result.prompts, strict=True):
+        row |= _derived(prompt)
+    return {"model": model, "files": asdict(files), "machine": asdict(hardware), **facts}
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
-    """Lay out rows: text in the first and the last column, numbers between."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *numbers, last in rows:
-        middle = "  ".join(
-            f"{text:>{width}}" for text, width in zip(numbers, widths[1:-1], strict=True)
-        )
-        yield f"{first:<{widths[0]}}  {middle}  {last}".rstrip()
+def _derived(estimate: Any) -> dict[str, Any]:
+    return {"tokens_per_second": estimate.tokens_per_second, "binds": estimate.binds}
