@@ -19,8 +19,6 @@
 #include "checkpoint/published.h"
 #include "engine/planner.h"
 
-namespace nb = nanobind;
-
 namespace dsfp4::bindings {
 namespace {
 

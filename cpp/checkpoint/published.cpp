@@ -50,6 +50,13 @@ constexpr std::array kEntries{
     Entry{"deepseek-v3.1-fp8", Family::kV3, kFp8, WeightFormat::kFp8Block},
 };
 
+YarnConfig yarn(double mscale) {
+  return {.factor = 40.0,
+          .mscale = mscale,
+          .mscale_all_dim = mscale,
+          .original_max_position_embeddings = 4096};
+}
+
 // What V2, V2-Lite and V3 share, then V2's own; the others change what differs.
 ModelConfig v2_config() {
   ModelConfig config;
@@ -73,10 +80,7 @@ ModelConfig v2_config() {
   config.topk_group = 3;
   config.topk_method = TopkMethod::kGroupLimitedGreedy;
   config.routed_scaling_factor = 16.0;
-  config.yarn = YarnConfig{.factor = 40.0,
-                           .mscale = 0.707,
-                           .mscale_all_dim = 0.707,
-                           .original_max_position_embeddings = 4096};
+  config.yarn = yarn(0.707);
   config.max_position_embeddings = 163840;
   config.bos_token_id = 100000;
   config.eos_token_ids = {100001};
@@ -116,7 +120,7 @@ ModelConfig v3_config() {
   config.topk_method = TopkMethod::kNoauxTc;
   config.norm_topk_prob = true;
   config.routed_scaling_factor = 2.5;
-  config.yarn->mscale = config.yarn->mscale_all_dim = 1.0;
+  config.yarn = yarn(1.0);
   config.bos_token_id = 0;
   config.eos_token_ids = {1};
   return config;
@@ -254,8 +258,8 @@ std::uint64_t prediction_bytes(const ModelConfig& config, WeightFormat format) {
 }  // namespace
 
 std::vector<std::string_view> published_names() {
-  std::vector<std::string_view> names;
-  for (const Entry& entry : kEntries) names.push_back(entry.name);
+  std::vector<std::string_view> names(kEntries.size());
+  std::ranges::transform(kEntries, names.begin(), &Entry::name);
   return names;
 }
 

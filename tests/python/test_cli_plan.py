@@ -20,6 +20,7 @@ from fixtures.fake_machine import NOT_BUILT, FakeMachine
 from fixtures.plans import FakePlanner
 
 Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parents[2]
 TARGET = ["--gpu-memory", "16", "--ram", "96", "--ssd-rate", "14", "--pcie-rate", "55"]
 GB = 10**9
 
@@ -373,3 +374,34 @@ def test_a_picture(tmp_path: Path, capsys: Capture) -> None:
     missing = tmp_path / "no" / "plan.png"
     assert main(["plan", "deepseek-r1-fp4", *TARGET, "--plot", str(missing)]) == 1
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_the_plan_that_docs_check_by_hand(capsys: Capture) -> None:
+    page = (ROOT / "docs" / "plan-r1.md").read_text(encoding="utf-8")
+    [command_line] = re.findall(r"^    (dsfp4 plan .*?)\n\n", page, re.DOTALL | re.MULTILINE)
+    words = command_line.replace("\\\n", " ").split()
+    assert main(words[1:]) == 0
+    out = capsys.readouterr().out
+    shown = {
+        "attention": ("3.21 GB", "1.05 GB"),
+        "o_proj": ("3.04 GB", "991 MB"),
+        "mlp": ("669 MB",),
+        "shared_experts": ("1.07 GB", "372 MB"),
+        "router": ("213 MB",),
+        "lm_head": ("1.85 GB",),
+        "buffers for layers": ("321 MB",),
+        "routed experts": ("198 MB", "89.5 GB", "368 GB"),
+        "KV cache": ("2.3 GB",),
+        "activations": ("2.52 GB",),
+        "CUDA context": ("537 MB",),
+    }
+    for role, sizes in shown.items():
+        [line] = [line for line in out.splitlines() if re.match(rf"{role}  ", line)]
+        for size in sizes:
+            assert size in line
+            assert size.split()[0] in page
+    assert "15 of 61 layers" in out
+    assert re.search(r"^0\.24 evenly +1\.42 .* 8\.71 GB .* 22\.6 GB ", out, re.MULTILINE)
+    assert "expect 1.42 to 2.76 tokens/s" in out
+    assert re.search(r"^  4096 +21\.9 s .* 279 GB  SSD$", out, re.MULTILINE)
+    assert re.search(r"^ 32768 +138 s .* arithmetic$", out, re.MULTILINE)
