@@ -42,7 +42,7 @@ struct ModelBytes {
   std::uint64_t device_slot = 0;        // of one in VRAM
   std::uint64_t experts_per_token = 0;  // of a layer
   std::uint64_t moe_layers = 0;
-  std::uint64_t kv_block = 0;           // of the cached latents of ops::kKvBlockTokens tokens
+  std::uint64_t kv_block = 0;     // of the cached latents of ops::kKvBlockTokens tokens
   std::vector<Step> steps;        // chunks that a prompt may be cut into, ascending; at least one
   std::uint64_t reader = 0;       // staging of the reader
   std::uint64_t load_buffer = 0;  // on the way to memory that the host cannot touch, or converted

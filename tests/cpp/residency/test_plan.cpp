@@ -181,8 +181,8 @@ TEST(Plan, AModelWithoutExpertsIsStreamedToo) {
 TEST(Plan, ChunksAreLongerWhereFewerBytesAreReadSo) {
   ModelBytes model = small_model();
   model.steps = {{256, 150}, {512, 200}, {1000, 5000}};
-  EXPECT_EQ(plan(model, 10'000).chunk, 512);            // 66 cached experts for 67; 1000 rows leave 26
-  EXPECT_EQ(plan(model, 11'000).chunk, 256);            // loaded whole: nothing is read again
+  EXPECT_EQ(plan(model, 10'000).chunk, 512);  // 66 cached experts for 67; 1000 rows leave 26
+  EXPECT_EQ(plan(model, 11'000).chunk, 256);  // loaded whole: nothing is read again
   EXPECT_EQ(plan(model, kRest + kStaging).chunk, 256);  // longer ones do not fit
 }
 
