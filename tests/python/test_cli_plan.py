@@ -366,6 +366,12 @@ def test_a_hopper_has_kernels_of_its_own(tmp_path: Path) -> None:
         assert (rates.gpu_tflops, rates.gpu_rows) == (Rate(tflops, "assumed"), rows)
 
 
+def test_slow_machines_have_plain_numbers(capsys: Capture) -> None:
+    machine = ["--device", "cpu", "--ram", "24", "--ssd-rate", "0.5", "--ram-rate", "10"]
+    assert main(["plan", "deepseek-r1-fp4", *machine, "--context", "32768"]) == 0
+    assert not re.search(r"\de\+\d", capsys.readouterr().out)
+
+
 def test_a_picture(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib draws: pip install 'dsfp4[plot]'")
     picture = tmp_path / "plan.png"

@@ -126,7 +126,7 @@ def _decoding(result: Forecast) -> Iterable[str]:
             (
                 f"{decoding.hits.rate:.2f}{evenly}",
                 _speed(estimate),
-                f"{1e3 * estimate.seconds:.3g}",
+                _number(1e3 * estimate.seconds),
                 *(_amount(estimate.bytes[wire]) for wire in _WIRES),
                 _BINDS[estimate.binds],
             )
@@ -143,6 +143,11 @@ def _decoding(result: Forecast) -> Iterable[str]:
     )
 
 
+def _number(value: float) -> str:
+    """Three digits of it, and never an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def _amount(count: float) -> str:
     return format_bytes(count) if count else "-"
 
@@ -157,7 +162,7 @@ def _prompts(prompts: Sequence[Estimate], cached: float) -> Iterable[str]:
     rows += [
         (
             str(prompt.tokens),
-            f"{prompt.seconds:.3g} s",
+            f"{_number(prompt.seconds)} s",
             _speed(prompt),
             _amount(prompt.bytes["ssd"]),
             _BINDS[prompt.binds],
