@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include "checkpoint/config.h"
+#include "checkpoint/published.h"
 #include "emulated/emulated_ops.h"
 #include "engine/model_bytes.h"
 #include "model/decoder.h"
@@ -12,30 +13,7 @@
 namespace dsfp4::engine {
 namespace {
 
-checkpoint::ModelConfig r1() {
-  checkpoint::ModelConfig config;
-  config.model_type = "deepseek_v3";
-  config.vocab_size = 129280;
-  config.hidden_size = 7168;
-  config.num_hidden_layers = 61;
-  config.first_k_dense_replace = 3;
-  config.num_attention_heads = 128;
-  config.q_lora_rank = 1536;
-  config.kv_lora_rank = 512;
-  config.qk_nope_head_dim = 128;
-  config.qk_rope_head_dim = 64;
-  config.v_head_dim = 128;
-  config.intermediate_size = 18432;
-  config.moe_intermediate_size = 2048;
-  config.n_routed_experts = 256;
-  config.n_shared_experts = 1;
-  config.num_experts_per_tok = 8;
-  config.n_group = 8;
-  config.topk_group = 4;
-  config.scoring_func = checkpoint::Scoring::kSigmoid;
-  config.topk_method = checkpoint::TopkMethod::kNoauxTc;
-  return config;
-}
+checkpoint::ModelConfig r1() { return checkpoint::published_model("deepseek-r1-fp4").config; }
 
 residency::ModelBytes bytes_with(std::int64_t max_context) {
   const model::ModelSpec spec = model::make_spec(r1());
