@@ -211,7 +211,7 @@ void bind_checkpoint(nb::module_& m) {
       .def_prop_ro(
           "dtype",
           [](const PyTensorInfo& tensor) {
-            return std::string(format::dtype_name(tensor.info.dtype));
+            return std::string(tensor.info.dtype_name());
           },
           "As safetensors spells it: 'BF16', 'F8_E4M3', ...")
       .def_prop_ro("shape", &PyTensorInfo::shape, nb::sig("def shape(self) -> tuple[int, ...]"))

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "checkpoint/absence.h"
 #include "checkpoint/file.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/shard_index.h"
@@ -17,6 +18,8 @@ namespace {
 
 // Of a described shard: no multiple of a page, as headers are none.
 constexpr std::uint64_t kDescribedHeaderBytes = 1000;
+
+constexpr const char* kWholeModel = "model.safetensors";
 
 // Names of the *.safetensors files that lie in the folder, hidden ones left out.
 std::vector<std::string> list_shards(const std::filesystem::path& folder) {
@@ -41,15 +44,20 @@ Catalogue Catalogue::open(const std::filesystem::path& folder) {
   catalogue.folder_ = std::filesystem::absolute(folder, error);
   if (error) throw IoError(folder.string(), -1, error.value(), "is not a folder that can be read");
   std::vector<std::string> shards = list_shards(catalogue.folder_);
+  std::ranges::sort(shards);
+  const auto is_there = [&](const std::string& shard) {
+    return std::ranges::binary_search(shards, shard);
+  };
+  const bool whole = is_there(kWholeModel);
   std::optional<ShardIndex> index = read_shard_index(catalogue.folder_);
-  std::vector<std::string> indexed;
-  if (index) indexed = index->shards;
-  std::sort(indexed.begin(), indexed.end());
-  shards.insert(shards.end(), indexed.begin(), indexed.end());
-  std::sort(shards.begin(), shards.end());
-  shards.erase(std::unique(shards.begin(), shards.end()), shards.end());
-
-  catalogue.read_headers(shards, indexed);
+  if (index && whole && std::ranges::none_of(index->shards, is_there)) index.reset();
+  if (index) {
+    shards = index->shards;
+    std::ranges::sort(shards);
+  } else if (whole) {
+    shards = {kWholeModel};
+  }
+  catalogue.read_headers(shards, index.has_value());
   if (index) catalogue.check_index(*index);
   return catalogue;
 }
@@ -87,8 +95,7 @@ Catalogue Catalogue::described(std::string_view name, std::vector<std::vector<Te
   return catalogue;
 }
 
-void Catalogue::read_headers(const std::vector<std::string>& shards,
-                             const std::vector<std::string>& indexed) {
+void Catalogue::read_headers(const std::vector<std::string>& shards, bool indexed) {
   std::vector<std::ptrdiff_t> runs;  // where in by_name_ each file's names begin
   for (const std::string& shard : shards) {
     const std::filesystem::path path = folder_ / shard;
@@ -98,19 +105,22 @@ void Catalogue::read_headers(const std::vector<std::string>& shards,
       read_safetensors_header(*file, static_cast<std::uint32_t>(files_.size()), tensors_, by_name_);
       files_.push_back(path);
       identities_.push_back(file->identity());
-    } else if (std::binary_search(indexed.begin(), indexed.end(), shard)) {
+    } else if (indexed) {
       absent_shards_.push_back(shard);
-    } else {  // listed and gone: a link that leads nowhere
-      throw IoError(path.string(), -1, ENOENT, "cannot be opened");
+    } else {  // listed and gone
+      const std::string why = describe_absence(path);
+      throw IoError(path.string(), -1, ENOENT, why.empty() ? "cannot be opened" : why);
     }
   }
   if (files_.empty()) {
     throw CheckpointError(folder_.string(), "", -1,
                           absent_shards_.empty()
-                              ? "there is no *.safetensors file in this folder"
+                              ? "there is no *.safetensors file in this folder" +
+                                    describe_unfinished(folder_)
                               : "none of the " + std::to_string(absent_shards_.size()) +
                                     " shards that the index names is there, '" +
-                                    absent_shards_.front() + "' for one");
+                                    absent_shards_.front() + "' for one" +
+                                    describe_unfinished(folder_));
   }
   merge_names(std::move(runs));
 }
@@ -141,7 +151,8 @@ void Catalogue::merge_names(std::vector<std::ptrdiff_t> runs) {
                         "this tensor is in '" + file_name(first) + "' as well");
 }
 
-// The headers are the truth, so what the index leaves out is welcome; what it says must be so.
+// The headers are the truth: the index may leave tensors out, or place them elsewhere. Its other
+// entries are kept for require().
 void Catalogue::check_index(ShardIndex& index) {
   struct Place {
     std::optional<std::uint32_t> absent;  // index into absent_shards_
@@ -162,21 +173,12 @@ void Catalogue::check_index(ShardIndex& index) {
   for (const ShardIndex::Entry& entry : index.entries) {  // both are in the order of the names
     const std::string_view name = index.name(entry);
     while (here != by_name_.end() && tensors_[*here].name < name) ++here;
-    const bool found = here != by_name_.end() && tensors_[*here].name == name;
+    if (here != by_name_.end() && tensors_[*here].name == name) continue;
     const Place& place = places[entry.shard];
-    if (place.absent) {
-      if (!found) absent_.push_back({entry.name_begin, entry.name_bytes, *place.absent});
-    } else if (!found) {
-      throw CheckpointError(files_[place.file].string(), std::string(name), -1,
-                            "the index places this tensor here, but the file does not have it");
-    } else if (tensors_[*here].file != place.file) {
-      throw CheckpointError(index.file, std::string(name), entry.at,
-                            "the index places this tensor in '" + index.shards[entry.shard] +
-                                "', but it lies in '" +
-                                files_[tensors_[*here].file].filename().string() + "'");
-    }
+    auto& missing = place.absent ? absent_ : stale_;
+    missing.push_back({entry.name_begin, entry.name_bytes, place.absent.value_or(place.file)});
   }
-  if (!absent_.empty()) absent_names_ = std::move(index.names);
+  if (!absent_.empty() || !stale_.empty()) absent_names_ = std::move(index.names);
 }
 
 const TensorInfo* Catalogue::find(std::string_view name) const {
@@ -190,19 +192,27 @@ std::string_view Catalogue::name_of(const AbsentTensor& tensor) const {
   return std::string_view(absent_names_).substr(tensor.name_begin, tensor.name_bytes);
 }
 
-const Catalogue::AbsentTensor* Catalogue::find_absent(std::string_view name) const {
-  const auto found = std::lower_bound(absent_.begin(), absent_.end(), name,
+const Catalogue::AbsentTensor* Catalogue::find(const std::vector<AbsentTensor>& tensors,
+                                               std::string_view name) const {
+  const auto found = std::lower_bound(tensors.begin(), tensors.end(), name,
                                       [&](const AbsentTensor& tensor, std::string_view wanted) {
                                         return name_of(tensor) < wanted;
                                       });
-  return found != absent_.end() && name_of(*found) == name ? &*found : nullptr;
+  return found != tensors.end() && name_of(*found) == name ? &*found : nullptr;
 }
 
 const TensorInfo& Catalogue::require(std::string_view name) const {
   if (const TensorInfo* tensor = find(name)) return *tensor;
-  if (const AbsentTensor* absent = find_absent(name)) {
-    throw CheckpointError((folder_ / absent_shards_[absent->shard]).string(), std::string(name), -1,
-                          "this shard holds the tensor and is not there; download it");
+  if (const AbsentTensor* absent = find(absent_, name)) {
+    const std::filesystem::path shard = folder_ / absent_shards_[absent->shard];
+    const std::string why = describe_absence(shard);
+    throw CheckpointError(shard.string(), std::string(name), -1,
+                          "this shard holds the tensor and " +
+                              (why.empty() ? "is not there; download it" : why));
+  }
+  if (const AbsentTensor* stale = find(stale_, name)) {
+    throw CheckpointError(files_[stale->shard].string(), std::string(name), -1,
+                          "the index places this tensor here, but the file does not have it");
   }
   std::string problem = "this tensor is missing from the checkpoint";
   if (!absent_shards_.empty()) {

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <system_error>
 #include <utility>
 
+#include "checkpoint/absence.h"
 #include "checkpoint/fields.h"
 #include "checkpoint/file.h"
 #include "checkpoint/json.h"
@@ -180,10 +183,21 @@ void read_experts(const Fields& fields, const Family& family, ModelConfig& confi
   read_groups(fields, family, config);
 }
 
-YarnConfig read_yarn(const Fields& rope, std::int64_t max_position_embeddings) {
-  if (rope.find("attention_factor") != nullptr) {
-    rope.unsupported("attention_factor", "it follows from mscale and mscale_all_dim here");
+// transformers takes attention_factor in place of the amplitude that follows from mscale, DeepSeek's
+// own code does not know it: both must mean the same.
+void check_attention_factor(const Fields& rope, const YarnConfig& yarn) {
+  constexpr double kRounding = 1e-4;  // of a value that was written in a few digits
+  if (rope.find("attention_factor") == nullptr) return;
+  const double given = rope.number("attention_factor", 0.0, 1e3);
+  const double expected = yarn.amplitude();
+  if (std::abs(given - expected) > kRounding * expected) {
+    rope.unsupported("attention_factor", "the " + std::to_string(expected) +
+                                             " that follows from factor, mscale and "
+                                             "mscale_all_dim is supported");
   }
+}
+
+YarnConfig read_yarn(const Fields& rope, std::int64_t max_position_embeddings) {
   if (!rope.boolean("truncate", true)) rope.unsupported("truncate", "true is supported");
   YarnConfig yarn;
   yarn.factor = rope.number("factor", 1.0, 1e6);
@@ -193,6 +207,7 @@ YarnConfig read_yarn(const Fields& rope, std::int64_t max_position_embeddings) {
   yarn.mscale_all_dim = rope.number("mscale_all_dim", 0.0, 1e3, 0.0);
   yarn.original_max_position_embeddings =
       rope.integer("original_max_position_embeddings", 1, kMaxDimension, max_position_embeddings);
+  check_attention_factor(rope, yarn);
   return yarn;
 }
 
@@ -203,14 +218,15 @@ void check_all_dims_rotate(const Fields& fields) {
 }
 
 // Theta lies beside rope_scaling in DeepSeek's own form, and inside rope_parameters in the form
-// that transformers 5 saves. Where both objects are given, rope_scaling counts, as in transformers.
+// that transformers 5 saves. Where both objects are given, rope_scaling counts, as in transformers,
+// unless it is empty.
 void read_rope(const Fields& fields, ModelConfig& config) {
   constexpr double kMinTheta = 1.0 + 1e-6;  // a logarithm of it is divided by
   constexpr double kMaxTheta = 1e15;
   config.rope_theta = fields.number("rope_theta", kMinTheta, kMaxTheta, 10000.0);
   check_all_dims_rotate(fields);
-  const auto rope = fields.find("rope_scaling") != nullptr ? fields.object("rope_scaling")
-                                                           : fields.object("rope_parameters");
+  auto rope = fields.object("rope_scaling");
+  if (!rope || rope->members().empty()) rope = fields.object("rope_parameters");
   if (!rope) return;
   check_all_dims_rotate(*rope);
   config.rope_theta = rope->number("rope_theta", kMinTheta, kMaxTheta, config.rope_theta);
@@ -256,7 +272,32 @@ void read_special_tokens(const std::filesystem::path& folder, const Fields& fiel
   }
 }
 
+[[noreturn]] void refuse_without_config(const std::filesystem::path& folder) {
+  const std::filesystem::path path = folder / "config.json";
+  std::error_code ignored;  // then it is no such folder
+  if (std::filesystem::is_directory(folder / "snapshots", ignored)) {
+    throw CheckpointError(folder.string(), "", -1,
+                          "is a repository in the Hub's cache; give the folder of one of its "
+                          "commits, in 'snapshots'");
+  }
+  std::string why = describe_absence(path);
+  if (why.empty()) {
+    why = "is missing; give the folder of a checkpoint as Hugging Face publishes it";
+  }
+  throw CheckpointError(path.string(), "", -1, why);
+}
+
 }  // namespace
+
+double yarn_mscale(double factor, double mscale) {
+  return factor <= 1.0 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
+}
+
+double YarnConfig::amplitude() const {
+  return mscale != 0.0 && mscale_all_dim != 0.0
+             ? yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+             : yarn_mscale(factor, 1.0);
+}
 
 std::string_view scoring_name(Scoring scoring) {
   return scoring == Scoring::kSoftmax ? "softmax" : "sigmoid";
@@ -275,13 +316,10 @@ std::string_view topk_method_name(TopkMethod method) {
 }
 
 ModelConfig read_config(const std::filesystem::path& folder) {
+  if (folder.empty()) throw ParameterError("folder", "is empty; give the folder of a checkpoint");
   const std::filesystem::path path = folder / "config.json";
   const auto text = read_file_if_exists(path, kMaxConfigBytes);
-  if (!text) {
-    throw CheckpointError(
-        path.string(), "", -1,
-        "is missing; give the folder of a checkpoint as Hugging Face publishes it");
-  }
+  if (!text) refuse_without_config(folder);
   const JsonValue root = parse_json_tree(*text, path.string());
   const Fields fields(root, path.string());
   const Family& family = read_family(fields);

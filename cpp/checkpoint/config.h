@@ -21,6 +21,9 @@ std::string_view topk_method_name(TopkMethod method);
 /// ones have some kB, and one that listed R1's 46,000 expert matrices one by one would have 5 MB.
 inline constexpr std::uint64_t kMaxConfigBytes = std::uint64_t{16} << 20;
 
+/// YaRN's growth of attention's temperature: 1 for a `factor` of up to 1.
+double yarn_mscale(double factor, double mscale);
+
 /// Present when the checkpoint scales its rotary frequencies with YaRN.
 struct YarnConfig {
   double factor = 1.0;
@@ -29,6 +32,9 @@ struct YarnConfig {
   double mscale = 0.0;          // 0: not given
   double mscale_all_dim = 0.0;  // 0: not given
   std::int64_t original_max_position_embeddings = 0;
+
+  /// The factor on cosines and sines, from `factor`, `mscale` and `mscale_all_dim`.
+  double amplitude() const;
 };
 
 struct ModelConfig {

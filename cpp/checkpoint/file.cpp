@@ -3,9 +3,11 @@
 #include <cerrno>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <system_error>
 #include <unistd.h>
 #include <utility>
 
+#include "checkpoint/absence.h"
 #include "dsfp4/error.h"
 
 namespace dsfp4::checkpoint {
@@ -65,13 +67,21 @@ std::string InputFile::read(std::uint64_t offset, std::size_t bytes) const {
 std::optional<std::string> read_file_if_exists(const std::filesystem::path& path,
                                                std::uint64_t max_bytes) {
   const std::optional<InputFile> file = InputFile::open_if_exists(path);
-  if (!file) return std::nullopt;
+  if (!file) {
+    std::error_code ignored;  // where the link cannot be looked at, opening would have failed
+    if (!std::filesystem::is_symlink(path, ignored)) return std::nullopt;
+    throw IoError(path.string(), -1, ENOENT, describe_absence(path));
+  }
   if (file->size() > max_bytes) {
     throw CheckpointError(file->name(), "", -1,
                           "has " + std::to_string(file->size()) + " bytes; the limit is " +
                               std::to_string(max_bytes));
   }
-  return file->read(0, file->size());
+  std::string text = file->read(0, file->size());
+  if (const std::string pointer = describe_lfs_pointer(text, file->size()); !pointer.empty()) {
+    throw CheckpointError(file->name(), "", -1, pointer);
+  }
+  return text;
 }
 
 }  // namespace dsfp4::checkpoint

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/checked.h"
+#include "checkpoint/absence.h"
 #include "checkpoint/json.h"
 #include "checkpoint/name_order.h"
 #include "dsfp4/error.h"
@@ -189,9 +190,14 @@ class HeaderHandler : public JsonHandler {
   }
 
   void set_dtype(std::string_view name, std::size_t at) {
-    const std::optional<format::DType> dtype = format::parse_dtype(name);
-    if (!dtype) fail(tensors_.back().name, at, "has the unknown dtype '" + std::string(name) + "'");
-    tensors_.back().dtype = *dtype;
+    TensorInfo& tensor = tensors_.back();
+    tensor.dtype = format::parse_dtype(name).value_or(format::DType::kOther);
+    if (name.size() > kMaxDtypeName) {
+      fail(tensor.name, at,
+           "has a dtype whose name has " + std::to_string(name.size()) +
+               " characters; the limit is " + std::to_string(kMaxDtypeName));
+    }
+    if (tensor.dtype == format::DType::kOther) std::ranges::copy(name, tensor.other_dtype.begin());
     field_ = Field::kNone;
   }
 
@@ -208,10 +214,12 @@ class HeaderHandler : public JsonHandler {
       return "data_offsets [" + std::to_string(begin_) + ", " + std::to_string(end_) + "]";
     };
     if (begin_ > end_) fail(tensor.name, name_at, range() + " run backwards");
+    // How many bytes a value of an unknown type takes is not known.
+    if (tensor.dtype == format::DType::kOther) bytes = end_ - begin_;
     if (end_ - begin_ != *bytes) {
       fail(tensor.name, name_at,
            range() + " hold " + std::to_string(end_ - begin_) + " bytes; " +
-               std::string(format::dtype_name(tensor.dtype)) + " " + shape_text(tensor.shape) +
+               std::string(tensor.dtype_name()) + " " + shape_text(tensor.shape) +
                " takes " + std::to_string(*bytes));
     }
     const std::uint64_t data_bytes = file_.size() - data_begin_;
@@ -295,7 +303,14 @@ void check_coverage(const InputFile& file, const HeaderHandler& header, std::uin
   }
 }
 
+void check_no_lfs_pointer(const InputFile& file) {
+  if (file.size() > kMostLfsPointer) return;
+  const std::string pointer = describe_lfs_pointer(file.read(0, file.size()), file.size());
+  if (!pointer.empty()) throw CheckpointError(file.name(), "", -1, pointer);
+}
+
 std::uint64_t read_header_length(const InputFile& file) {
+  check_no_lfs_pointer(file);
   if (file.size() < kLengthBytes) {
     throw CheckpointError(file.name(), "", 0,
                           "has " + std::to_string(file.size()) +

@@ -18,7 +18,9 @@ std::string type_text(DType dtype, const Shape& shape) {
   return std::string(format::dtype_name(dtype)) + " " + shape_text(shape);
 }
 
-std::string type_text(const TensorInfo& tensor) { return type_text(tensor.dtype, tensor.shape); }
+std::string type_text(const TensorInfo& tensor) {
+  return std::string(tensor.dtype_name()) + " " + shape_text(tensor.shape);
+}
 
 // `weight` was recognised as `format`, which needs the tensor `name`.
 const TensorInfo& require_part(const Catalogue& catalogue, const TensorInfo& weight,
@@ -113,7 +115,7 @@ const TensorInfo& require_weight(const Catalogue& catalogue, const std::string& 
       break;
     }
     parts += (count == 1 ? "" : ", ") + tensor.name.substr(module.size() + 1) + " (" +
-             std::string(format::dtype_name(tensor.dtype)) + ")";
+             std::string(tensor.dtype_name()) + ")";
   }
   if (first == nullptr || catalogue.in_absent_shard(name)) return catalogue.require(name);
   throw CheckpointError(catalogue.file_name(*first), name, -1,

@@ -34,7 +34,9 @@ const Entry& entry_of(DType dtype) { return kEntries.at(static_cast<std::size_t>
 
 }  // namespace
 
-std::string_view dtype_name(DType dtype) { return entry_of(dtype).name; }
+std::string_view dtype_name(DType dtype) {
+  return dtype == DType::kOther ? "a type that is not known" : entry_of(dtype).name;
+}
 
 std::optional<DType> parse_dtype(std::string_view name) {
   for (const Entry& entry : kEntries) {
@@ -43,6 +45,8 @@ std::optional<DType> parse_dtype(std::string_view name) {
   return std::nullopt;
 }
 
-std::size_t dtype_size(DType dtype) { return entry_of(dtype).size; }
+std::size_t dtype_size(DType dtype) {
+  return dtype == DType::kOther ? 1 : entry_of(dtype).size;
+}
 
 }  // namespace dsfp4::format

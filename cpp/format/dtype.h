@@ -25,13 +25,14 @@ enum class DType : std::uint8_t {
   kBF16,
   kF32,
   kF64,
+  kOther,  // a type that is not one of ours; nothing is computed from its values
 };
 
-/// The safetensors spelling: "BF16", "F8_E4M3", "U8", ...
+/// The safetensors spelling: "BF16", "F8_E4M3", "U8", ...; of kOther "a type that is not known".
 std::string_view dtype_name(DType dtype);
 /// Empty when the name is not one of ours.
 std::optional<DType> parse_dtype(std::string_view name);
-/// Bytes of one element: 1, 2, 4 or 8.
+/// Bytes of one element: 1, 2, 4 or 8; of kOther 1, as its bytes can be looked at one by one only.
 std::size_t dtype_size(DType dtype);
 
 }  // namespace dsfp4::format

@@ -7,10 +7,6 @@
 namespace dsfp4::model {
 namespace {
 
-double yarn_mscale(double factor, double mscale) {
-  return factor <= 1.0 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
-}
-
 // The pair whose wave makes `turns` turns over the original context.
 double pair_with_turns(double turns, std::int64_t dim, double theta, std::int64_t context) {
   return static_cast<double>(dim) *
@@ -43,10 +39,7 @@ RopeSpec rope_spec(const checkpoint::ModelConfig& config) {
     double& frequency = rope.inverse_frequency[i];
     frequency = frequency / yarn.factor * ramp + frequency * (1.0 - ramp);
   }
-  rope.amplitude =
-      yarn.mscale != 0.0 && yarn.mscale_all_dim != 0.0
-          ? yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-          : yarn_mscale(yarn.factor, 1.0);
+  rope.amplitude = yarn.amplitude();
   return rope;
 }
 
@@ -54,7 +47,7 @@ float softmax_scale(const checkpoint::ModelConfig& config) {
   double scale =
       1.0 / std::sqrt(static_cast<double>(config.qk_nope_head_dim + config.qk_rope_head_dim));
   if (config.yarn && config.yarn->mscale_all_dim != 0.0) {
-    const double m = yarn_mscale(config.yarn->factor, config.yarn->mscale_all_dim);
+    const double m = checkpoint::yarn_mscale(config.yarn->factor, config.yarn->mscale_all_dim);
     scale *= m * m;
   }
   return static_cast<float>(scale);

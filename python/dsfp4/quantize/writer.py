@@ -16,6 +16,12 @@ _DTYPE_ORDER = (
 )
 
 
+
+def _rank(dtype: str) -> int:
+    """Return a dtype's place; those that are not known, and are only copied, come last."""
+    return _DTYPE_ORDER.index(dtype) if dtype in _DTYPE_ORDER else len(_DTYPE_ORDER)
+
+
 class TensorSpec(NamedTuple):
     """One tensor to be written: `dtype` as safetensors spells it, `size` in bytes."""
 
@@ -40,7 +46,7 @@ class ShardWriter:
         self._missing = 0
         self._offsets: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        for spec in sorted(tensors, key=lambda spec: (_DTYPE_ORDER.index(spec.dtype), spec.name)):
+        for spec in sorted(tensors, key=lambda spec: (_rank(spec.dtype), spec.name)):
             self._offsets[spec.name] = self._missing
             end = self._missing + spec.size
             header[spec.name] = {

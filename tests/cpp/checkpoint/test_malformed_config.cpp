@@ -214,5 +214,37 @@ TEST_F(Malformed, SoundConfigsOfOtherModels) {
   }
 }
 
+// A given attention_factor must be the amplitude that follows anyway: 1 for DeepSeek's two equal
+// mscales, 1 + ln(4) / 10 for none.
+TEST_F(Malformed, AttentionFactorsThatChangeNothing) {
+  for (const char* rope :
+       {R"({"type":"yarn","factor":40,"mscale":1,"mscale_all_dim":1,"attention_factor":1.0})",
+        R"({"type":"yarn","factor":40,"mscale":1,"mscale_all_dim":1,"attention_factor":null})",
+        R"({"type":"yarn","factor":4,"attention_factor":1.1386294361119891})",
+        R"({"rope_type":"yarn","factor":4,"attention_factor":1.13863})"}) {
+    sound_.config.set("rope_scaling", JsonNode::raw(rope));
+    EXPECT_EQ(open(sound_).message, "") << rope;
+  }
+}
+
+TEST_F(Malformed, BothFormsOfRope) {
+  constexpr const char* kYarn = R"({"rope_type":"yarn","factor":4,"rope_theta":500})";
+  const auto read = [&](const char* scaling, const char* parameters) {
+    sound_.config.set("rope_scaling", JsonNode::raw(scaling));
+    sound_.config.set("rope_parameters", JsonNode::raw(parameters));
+    sound_.write(folder_.path());
+    return checkpoint::read_config(folder_.path());
+  };
+  for (const char* nothing : {"null", "{}"}) {  // transformers takes the other form for both
+    const auto config = read(nothing, kYarn);
+    ASSERT_TRUE(config.yarn) << nothing;
+    EXPECT_EQ(config.yarn->factor, 4.0);
+    EXPECT_EQ(config.rope_theta, 500.0);
+  }
+  EXPECT_EQ(read(kYarn, R"({"rope_type":"yarn","factor":8,"rope_theta":7})").yarn->factor, 4.0);
+  EXPECT_EQ(read(kYarn, R"({"rope_type":"yarn","factor":8,"rope_theta":7})").rope_theta, 500.0);
+  EXPECT_FALSE(read("{}", "{}").yarn);
+}
+
 }  // namespace
 }  // namespace dsfp4::testing
