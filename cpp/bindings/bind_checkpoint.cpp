@@ -209,10 +209,7 @@ void bind_checkpoint(nb::module_& m) {
   nb::class_<PyTensorInfo>(m, "TensorInfo", "A tensor of a checkpoint and where its bytes lie.")
       .def_prop_ro("name", [](const PyTensorInfo& tensor) { return tensor.info.name; })
       .def_prop_ro(
-          "dtype",
-          [](const PyTensorInfo& tensor) {
-            return std::string(tensor.info.dtype_name());
-          },
+          "dtype", [](const PyTensorInfo& tensor) { return std::string(tensor.info.dtype_name()); },
           "As safetensors spells it: 'BF16', 'F8_E4M3', ...")
       .def_prop_ro("shape", &PyTensorInfo::shape, nb::sig("def shape(self) -> tuple[int, ...]"))
       .def_prop_ro(

@@ -65,8 +65,8 @@ std::string describe_lfs_pointer(std::string_view begin, std::uint64_t file_byte
   std::string size;
   if (const std::size_t at = begin.find(kSize); at != begin.npos) {
     const std::string_view digits = begin.substr(at + kSize.size());
-    size = " of " + std::string(digits.substr(0, digits.find_first_not_of("0123456789"))) +
-           " bytes";
+    size =
+        " of " + std::string(digits.substr(0, digits.find_first_not_of("0123456789"))) + " bytes";
   }
   return "is a Git LFS pointer in the place of a file" + size +
          "; run `git lfs pull` in its folder, or download the file";

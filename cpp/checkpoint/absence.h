@@ -17,8 +17,8 @@ std::string describe_absence(const std::filesystem::path& path);
 /// ended, ...". Empty if there is none.
 std::string describe_unfinished(const std::filesystem::path& folder);
 
-/// Continues "<path> ...": "is a Git LFS pointer ..." where a file of `file_bytes` bytes that begins
-/// with `begin` is one; else empty.
+/// Continues "<path> ...": "is a Git LFS pointer ..." where a file of `file_bytes` bytes that
+/// begins with `begin` is one; else empty.
 std::string describe_lfs_pointer(std::string_view begin, std::uint64_t file_bytes);
 
 /// Bytes of a file's begin that describe_lfs_pointer() may look at.

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <iterator>
 #include <optional>
 #include <system_error>
 #include <tuple>
 #include <utility>
 
+#include "base/log.h"
 #include "checkpoint/absence.h"
 #include "checkpoint/file.h"
 #include "checkpoint/safetensors.h"
@@ -36,6 +38,18 @@ std::vector<std::string> list_shards(const std::filesystem::path& folder) {
   return names;
 }
 
+// Both are sorted; `decided` is the file that says which shards are the model's.
+void log_unread(const std::vector<std::string>& listed, const std::vector<std::string>& shards,
+                const std::string& decided) {
+  std::vector<std::string> others;
+  std::ranges::set_difference(listed, shards, std::back_inserter(others));
+  if (others.empty()) return;
+  log(LogLevel::kInfo,
+      "'" + others.front() + "'" +
+          (others.size() == 1 ? " is" : " and " + std::to_string(others.size() - 1) + " more are") +
+          " not read: '" + decided + "' decides which files the model is");
+}
+
 }  // namespace
 
 Catalogue Catalogue::open(const std::filesystem::path& folder) {
@@ -48,6 +62,7 @@ Catalogue Catalogue::open(const std::filesystem::path& folder) {
   const auto is_there = [&](const std::string& shard) {
     return std::ranges::binary_search(shards, shard);
   };
+  const std::vector<std::string> listed = shards;
   const bool whole = is_there(kWholeModel);
   std::optional<ShardIndex> index = read_shard_index(catalogue.folder_);
   if (index && whole && std::ranges::none_of(index->shards, is_there)) index.reset();
@@ -57,6 +72,7 @@ Catalogue Catalogue::open(const std::filesystem::path& folder) {
   } else if (whole) {
     shards = {kWholeModel};
   }
+  log_unread(listed, shards, index ? index->file : (catalogue.folder_ / kWholeModel).string());
   catalogue.read_headers(shards, index.has_value());
   if (index) catalogue.check_index(*index);
   return catalogue;
@@ -113,14 +129,13 @@ void Catalogue::read_headers(const std::vector<std::string>& shards, bool indexe
     }
   }
   if (files_.empty()) {
-    throw CheckpointError(folder_.string(), "", -1,
-                          absent_shards_.empty()
-                              ? "there is no *.safetensors file in this folder" +
-                                    describe_unfinished(folder_)
-                              : "none of the " + std::to_string(absent_shards_.size()) +
-                                    " shards that the index names is there, '" +
-                                    absent_shards_.front() + "' for one" +
-                                    describe_unfinished(folder_));
+    throw CheckpointError(
+        folder_.string(), "", -1,
+        absent_shards_.empty()
+            ? "there is no *.safetensors file in this folder" + describe_unfinished(folder_)
+            : "none of the " + std::to_string(absent_shards_.size()) +
+                  " shards that the index names is there, '" + absent_shards_.front() +
+                  "' for one" + describe_unfinished(folder_));
   }
   merge_names(std::move(runs));
 }
@@ -206,9 +221,9 @@ const TensorInfo& Catalogue::require(std::string_view name) const {
   if (const AbsentTensor* absent = find(absent_, name)) {
     const std::filesystem::path shard = folder_ / absent_shards_[absent->shard];
     const std::string why = describe_absence(shard);
-    throw CheckpointError(shard.string(), std::string(name), -1,
-                          "this shard holds the tensor and " +
-                              (why.empty() ? "is not there; download it" : why));
+    throw CheckpointError(
+        shard.string(), std::string(name), -1,
+        "this shard holds the tensor and " + (why.empty() ? "is not there; download it" : why));
   }
   if (const AbsentTensor* stale = find(stale_, name)) {
     throw CheckpointError(files_[stale->shard].string(), std::string(name), -1,

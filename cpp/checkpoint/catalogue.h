@@ -22,8 +22,8 @@ inline constexpr std::size_t kMaxDtypeName = 15;
 struct TensorInfo {
   std::string name;
   format::DType dtype = format::DType::kF32;
-  // The header's word for a dtype that is kOther, ended by a 0: such a tensor may lie there, as long
-  // as nobody needs it.
+  // The header's word for a dtype that is kOther, ended by a 0: such a tensor may lie there, as
+  // long as nobody needs it.
   std::array<char, kMaxDtypeName + 1> other_dtype{};
   std::vector<std::int64_t> shape;  // [] is a scalar
   std::uint32_t file = 0;           // index into Catalogue::files()

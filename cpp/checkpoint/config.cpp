@@ -183,8 +183,8 @@ void read_experts(const Fields& fields, const Family& family, ModelConfig& confi
   read_groups(fields, family, config);
 }
 
-// transformers takes attention_factor in place of the amplitude that follows from mscale, DeepSeek's
-// own code does not know it: both must mean the same.
+// transformers takes attention_factor in place of the amplitude that follows from mscale,
+// DeepSeek's own code does not know it: both must mean the same.
 void check_attention_factor(const Fields& rope, const YarnConfig& yarn) {
   constexpr double kRounding = 1e-4;  // of a value that was written in a few digits
   if (rope.find("attention_factor") == nullptr) return;

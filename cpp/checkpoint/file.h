@@ -40,8 +40,8 @@ class InputFile {
   FileIdentity identity_;
 };
 
-/// All of a file; empty if there is none. Throws CheckpointError if it is larger than `max_bytes` or
-/// is a Git LFS pointer, IoError if it is a link that leads nowhere.
+/// All of a file; empty if there is none. Throws CheckpointError if it is larger than `max_bytes`
+/// or is a Git LFS pointer, IoError if it is a link that leads nowhere.
 std::optional<std::string> read_file_if_exists(const std::filesystem::path& path,
                                                std::uint64_t max_bytes);
 

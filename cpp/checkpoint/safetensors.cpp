@@ -219,8 +219,8 @@ class HeaderHandler : public JsonHandler {
     if (end_ - begin_ != *bytes) {
       fail(tensor.name, name_at,
            range() + " hold " + std::to_string(end_ - begin_) + " bytes; " +
-               std::string(tensor.dtype_name()) + " " + shape_text(tensor.shape) +
-               " takes " + std::to_string(*bytes));
+               std::string(tensor.dtype_name()) + " " + shape_text(tensor.shape) + " takes " +
+               std::to_string(*bytes));
     }
     const std::uint64_t data_bytes = file_.size() - data_begin_;
     if (end_ > data_bytes) {

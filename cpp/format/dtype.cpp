@@ -45,8 +45,6 @@ std::optional<DType> parse_dtype(std::string_view name) {
   return std::nullopt;
 }
 
-std::size_t dtype_size(DType dtype) {
-  return dtype == DType::kOther ? 1 : entry_of(dtype).size;
-}
+std::size_t dtype_size(DType dtype) { return dtype == DType::kOther ? 1 : entry_of(dtype).size; }
 
 }  // namespace dsfp4::format

@@ -1,14 +1,18 @@
 """Small files read whole: regular ones only, and never more of them than a limit."""
 
 import os
+import re
 import stat
 from collections.abc import Callable
+from errno import ENOENT
 from pathlib import Path
 
 from dsfp4.errors import CheckpointError, Dsfp4Error, IoError
 
 # A tokenizer of 256,000 tokens has 35 MB; as Python's objects a file of this size takes about 1 GB.
 MOST_BYTES = 64 << 20
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_LFS_POINTER = 1024  # bytes; real ones have about 130
 
 
 def read_file(path: Path, most: int, refuse: Callable[[str], Dsfp4Error]) -> bytes:
@@ -43,6 +47,29 @@ def read_file(path: Path, most: int, refuse: Callable[[str], Dsfp4Error]) -> byt
 def read_checkpoint_file(path: Path) -> bytes:
     """Return the bytes of a small file of a checkpoint, MOST_BYTES of them at most.
 
-    Raises IoError, and CheckpointError for a file that is longer or is not a regular one.
+    Raises IoError, and CheckpointError for a file that is longer, is not a regular one or is a Git
+    LFS pointer.
     """
-    return read_file(path, MOST_BYTES, lambda problem: CheckpointError(problem, file=str(path)))
+
+    def refuse(problem: str) -> CheckpointError:
+        return CheckpointError(problem, file=str(path))
+
+    try:
+        data = read_file(path, MOST_BYTES, refuse)
+    except IoError as error:
+        if error.errno != ENOENT or not path.is_symlink():
+            raise
+        raise IoError(
+            f"cannot read '{path}': it is a link to '{os.readlink(path)}', which is not there: its "
+            "download has stopped, or the file was moved; download it again",
+            file=str(path),
+            errno=ENOENT,
+        ) from error
+    if len(data) <= _MOST_LFS_POINTER and data.startswith(_LFS_POINTER):
+        size = re.search(rb"^size (\d+)$", data, re.MULTILINE)
+        of = f" of {size[1].decode()} bytes" if size else ""
+        raise refuse(
+            f"'{path}' is a Git LFS pointer in the place of a file{of}; run `git lfs pull` in its "
+            "folder, or download the file"
+        )
+    return data

@@ -5,6 +5,7 @@ Nothing here uses the network or the huggingface_hub package; pull.py does.
 
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,10 +18,14 @@ from dsfp4.files import read_file
 DEFAULT_REVISION = "main"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)[^\s/\\\0]+(/[^\s/\\\0]+)*")  # git forbids .. too
+_HUB_URL = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)/([^/?#]+/[^/?#]+)", re.IGNORECASE
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 # The index comes last: where it is, so are the others.
 _SIDE_FILES = (
     *(CONFIG, "generation_config.json", "hf_quant_config.json", "dsfp4.xxh3.json"),
@@ -68,7 +73,7 @@ def needed_files(folder: Path, names: Iterable[str]) -> list[str]:
     raises: UnsupportedError for a model that this version does not run.
     """
     names = set(names)
-    shards = _core.needed_shards(folder)
+    shards = _weights(folder, names)
     if shards is None:
         shards = sorted(name for name in names if _is_weights(name))
         if not shards:
@@ -121,13 +126,53 @@ def find_in_cache(repository: Repository) -> Path | None:
         missing = _missing_files(snapshot)
         if not missing:
             return snapshot
-        more = f", and {len(missing) - 1} other files" if len(missing) > 1 else ""
-        problem = f"'{missing[0]}' is missing{more}"
+        problem = _describe_missing(missing)
     raise CheckpointError(
         f"'{repository}' is not complete in the Hub's cache, '{folder}': {problem}; "
         f"`dsfp4 pull {repository}` completes it",
         file=str(folder),
     )
+
+
+def find_in_folder(folder: Path) -> Path | None:
+    """Return the snapshot that a repository's folder in any cache means; None if it is no such.
+
+    That is the commit of 'main', or the only one. Such a folder is named "models--org--name", and
+    its "snapshots" stands for it. Raises CheckpointError if there is no such commit, or not all
+    files of it.
+    """
+    if folder.name == "snapshots":
+        folder = folder.parent
+    prefix, *parts = folder.name.split("--")
+    if prefix != "models" or not parts or not (folder / "snapshots").is_dir():
+        return None
+    name = "/".join(parts)
+    pull = f"dsfp4 pull {name}"
+    if folder.parent != cache_folder():
+        pull = f"HF_HUB_CACHE={shlex.quote(str(folder.parent))} {pull}"
+    commit = _read_commit(folder, DEFAULT_REVISION)
+    commits = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    if commit is None and len(commits) > 1:
+        raise CheckpointError(
+            f"'{folder}' has {len(commits)} commits and no '{DEFAULT_REVISION}'; give the folder "
+            f"of one of them, '{commits[0]}' for one",
+            file=str(folder),
+        )
+    if commit is not None:
+        commits = [folder / "snapshots" / commit]
+    missing = _missing_files(commits[0]) if commits else [CONFIG]
+    if missing:
+        raise CheckpointError(
+            f"'{folder}' is not complete: {_describe_missing(missing)}; `{pull}` completes it",
+            file=str(folder),
+        )
+    return commits[0]
+
+
+def repository_of_url(text: str) -> Repository | None:
+    """Return the repository that a URL of the Hub names; None for any other text."""
+    found = _HUB_URL.match(text)
+    return parse_repository(found[1]) if found else None
 
 
 def set_revision(repository: Repository, commit: str) -> None:
@@ -141,10 +186,27 @@ def set_revision(repository: Repository, commit: str) -> None:
     new.replace(path)  # readers find the old one or the new one
 
 
+def _describe_missing(missing: list[str]) -> str:
+    more = f", and {len(missing) - 1} other files" if len(missing) > 1 else ""
+    return f"'{missing[0]}' is missing{more}"
+
+
 def _is_weights(name: str) -> bool:
     """Tell whether a file of a folder without an index is read for weights."""
     adapter = name.startswith(("adapter_model", "."))
     return name.endswith(".safetensors") and "/" not in name and not adapter
+
+
+def _weights(folder: Path, names: set[str]) -> list[str] | None:
+    """Return the needed files of weights: the index, else model.safetensors, decides.
+
+    An index of whose shards none is one of `names` yields. None where neither decides. These are
+    the rules of the core's catalogue.
+    """
+    shards = _core.needed_shards(folder)
+    if _WHOLE in names and (shards is None or not names.intersection(shards)):
+        return [_WHOLE]
+    return shards
 
 
 def _folder(repository: Repository) -> Path:
@@ -173,8 +235,8 @@ def _missing_files(snapshot: Path) -> list[str]:
     """Return which files are not there that a model needs to be loaded."""
     if not (snapshot / CONFIG).exists():
         return [CONFIG]
-    shards = _core.needed_shards(snapshot)
+    shards = _weights(snapshot, {path.name for path in snapshot.iterdir() if path.exists()})
     if shards is None:
         here = any(_is_weights(path.name) for path in snapshot.iterdir())
-        return [] if here else ["model.safetensors"]
+        return [] if here else [_WHOLE]
     return [shard for shard in shards if not (snapshot / shard).exists()]

@@ -44,7 +44,7 @@ class DeepseekInference:
 
     generate() and chat() take these options:
 
-    - `max_tokens`, 0 or more: the most tokens to write, thoughts included.
+    - `max_tokens`, 1 or more: the most tokens to write, thoughts included.
     - `temperature`, 0 to 100: 0 takes the likeliest token. None is the checkpoint's recommendation,
       as it is for the next two.
     - `top_k`, 0 or more: only so many likeliest tokens; 0 is off.

@@ -66,9 +66,11 @@ def parse(repository: str, revision: str | None = None) -> Repository:
     """Return the repository that the arguments of pull() name, or raise ParameterError."""
     parsed = hub.parse_repository(repository)
     if parsed is None:
+        meant = hub.repository_of_url(repository)
+        advice = f"; its name is '{meant}'" if meant else ""
         raise ParameterError(
             f"repository must be as the Hub names it, org/name or org/name@revision, not "
-            f"{repository!r}",
+            f"{repository!r}{advice}",
             parameter="repository",
         )
     if revision is None:

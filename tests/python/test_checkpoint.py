@@ -194,12 +194,16 @@ def put(index: int, value: float) -> Callable[[Any], Any]:
     return change
 
 
+def add_shard(folder: Path, name: str, values: Any) -> None:
+    """A tensor in a shard of its own, which the index knows."""
+    write_shard(folder / "model-more.safetensors", {name: values})
+    index(lambda i: i["weight_map"].update({name: "model-more.safetensors"}))(folder)
+
+
 def beside(module: str, part: str) -> Callable[[Path], None]:
     """A tensor more in the module of a matrix."""
     values = np.ones(128, ml_dtypes.bfloat16)
-    return lambda folder: write_shard(
-        folder / "model-more.safetensors", {f"{module}.{part}": values}
-    )
+    return lambda folder: add_shard(folder, f"{module}.{part}", values)
 
 
 def deep(levels: int) -> bytes:
@@ -228,13 +232,7 @@ def twice(old: bytes) -> bytes:
 def elsewhere(folder: Path) -> None:
     """The same tensor in a second shard."""
     name, values = next(iter(read_shard(folder / SHARD).items()))
-    write_shard(folder / "model-extra.safetensors", {name: values})
-
-
-def wrong_shard(i: dict[str, Any]) -> None:
-    names = i["weight_map"]
-    first_name = next(iter(names))
-    names[first_name] = next(s for s in names.values() if s != names[first_name])
+    add_shard(folder, name, values)
 
 
 MALFORMED: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -270,7 +268,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no dtype": (header(lambda h: first(h).pop("dtype")), SHARD),
     "no shape": (header(lambda h: first(h).pop("shape")), SHARD),
     "no offsets": (header(lambda h: first(h).pop("data_offsets")), SHARD),
-    "unknown dtype": (header(lambda h: first(h).update(dtype="F4")), "F4"),
+    "unknown dtype": (header(lambda h: h["model.embed_tokens.weight"].update(dtype="F4")), "F4"),
     "dtype a number": (header(lambda h: first(h).update(dtype=4)), SHARD),
     "other dtype": (header(lambda h: first(h).update(dtype="F64")), SHARD),
     "unknown field": (header(lambda h: first(h).update(strides=[1])), "strides"),
@@ -306,8 +304,10 @@ MALFORMED: dict[str, tuple[Callable[[Path], None], str]] = {
     "shard name with NUL": (index(lambda i: i["weight_map"].update(x="a\0.safetensors")), "x"),
     "shard name empty": (index(lambda i: i["weight_map"].update(x="")), "x"),
     "shard name a number": (index(lambda i: i["weight_map"].update(x=1)), "x"),
-    "tensor not in its shard": (index(lambda i: i["weight_map"].update(x=SHARD)), "x"),
-    "tensor in another shard": (index(wrong_shard), "places this tensor"),
+    "tensor not in its shard": (
+        header(lambda h: h.update({"mtp.x": h.pop("model.embed_tokens.weight")})),
+        "places this tensor",
+    ),
     # config
     "config empty": (data("config.json", lambda old: b""), "config.json"),
     "config twice the key": (

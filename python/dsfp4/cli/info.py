@@ -3,12 +3,14 @@
 import argparse
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from dsfp4 import _core
 from dsfp4.cli.options import add_json_flag, add_model
 from dsfp4.cli.progress import format_bytes
 from dsfp4.demo import resolve_model
+from dsfp4.sampling import Sampling, recommended_sampling
 
 _COLUMNS = ("role", "matrices by format", "size", "per token")
 
@@ -19,7 +21,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "info",
         help="show what a checkpoint holds",
         description="Reads the headers alone: family, formats and sizes by role, and the bytes "
-        "that one decoded token reads.",
+        "that one decoded token reads; and how it samples unless told otherwise.",
         examples=("dsfp4 info demo", "dsfp4 info ~/models/DeepSeek-R1-FP4 --json"),
     )
     add_model(parser)
@@ -29,14 +31,16 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def execute(arguments: argparse.Namespace) -> None:
     """Print the description of the checkpoint."""
-    description = _core.describe(str(resolve_model(arguments.model)))
+    folder = resolve_model(arguments.model)
+    sampling = recommended_sampling(folder)
+    description = {**_core.describe(str(folder)), "sampling": asdict(sampling)}
     if arguments.json:
         print(json.dumps(description, indent=2))
     else:
-        print("\n".join(_lines(description)))
+        print("\n".join(_lines(description, sampling)))
 
 
-def _lines(description: Mapping[str, Any]) -> Iterable[str]:
+def _lines(description: Mapping[str, Any], sampling: Sampling) -> Iterable[str]:
     config = description["config"]
     yield (
         f"{config['model_type']}: {config['num_hidden_layers']} layers, hidden size "
@@ -44,6 +48,7 @@ def _lines(description: Mapping[str, Any]) -> Iterable[str]:
         f"{config['num_experts_per_tok']} active, context {config['max_position_embeddings']}"
     )
     yield f"{description['tensors']} tensors in {description['files']} files"
+    yield f"sampling, unless told otherwise: {sampling.describe()}"
     yield ""
     rows = [
         (

@@ -16,7 +16,6 @@ _DTYPE_ORDER = (
 )
 
 
-
 def _rank(dtype: str) -> int:
     """Return a dtype's place; those that are not known, and are only copied, come last."""
     return _DTYPE_ORDER.index(dtype) if dtype in _DTYPE_ORDER else len(_DTYPE_ORDER)

@@ -7,6 +7,7 @@
 #include "checkpoint/malformed.h"
 #include "checkpoint/safetensors.h"
 #include "dsfp4/error.h"
+#include "dsfp4/log.h"
 
 namespace dsfp4::testing {
 namespace {
@@ -73,8 +74,12 @@ TEST_F(Folders, TheIndexDecidesWhichFilesAreRead) {
     EXPECT_EQ(said(), "") << other;
     EXPECT_EQ(files_read(), shards) << other;
   }
+  std::string logged;
+  set_log_callback([&](LogLevel, std::string_view message) { logged += message; });
   write_file(folder_.path() / "broken.safetensors", "x");
   EXPECT_EQ(said(), "");
+  set_log_callback({});
+  EXPECT_NE(logged.find("and 4 more are not read: '"), std::string::npos) << logged;
 }
 
 TEST_F(Folders, WithoutAnIndexModelSafetensorsDecides) {
@@ -107,10 +112,10 @@ void add_unknown(TinyShard& shard, const std::string& tensor, std::string_view d
                  std::int64_t bytes) {
   const auto begin = static_cast<std::int64_t>(shard.data.size());
   shard.data.append(static_cast<std::size_t>(bytes), '\0');
-  shard.header.set(
-      tensor, JsonNode::object({{"dtype", JsonNode::text(dtype)},
-                                {"shape", JsonNode::array({3, 2})},
-                                {"data_offsets", JsonNode::array({begin, begin + bytes})}}));
+  shard.header.set(tensor,
+                   JsonNode::object({{"dtype", JsonNode::text(dtype)},
+                                     {"shape", JsonNode::array({3, 2})},
+                                     {"data_offsets", JsonNode::array({begin, begin + bytes})}}));
 }
 
 TEST_F(Folders, UnknownTypesOfTensorsThatNobodyNeeds) {
@@ -132,7 +137,8 @@ TEST_F(Folders, UnknownTypesOfTensorsThatAreNeeded) {
     expect_refused(checkpoint, kShard, matrix, std::string("is ") + dtype);
   }
   TinyCheckpoint checkpoint = sound_;
-  checkpoint.shards[1].header.find("model.norm.weight")
+  checkpoint.shards[1]
+      .header.find("model.norm.weight")
       ->set("dtype", JsonNode::text("A_NAME_OF_16_BYT"));
   expect_refused(checkpoint, kShard, "model.norm.weight", "the limit is 15");
 }
