@@ -51,7 +51,10 @@ TEST_F(WeightSources, ScalesInAShardThatIsNotThere) {
   for (const std::string& name : {fp8_ + ".weight_scale_inv", nvfp4_ + ".weight_scale"}) {
     TinyCheckpoint checkpoint = without(name);
     checkpoint.index = JsonNode::object(
-        {{"weight_map", JsonNode::object({{name, JsonNode::text("model-3.safetensors")}})}});
+        {{"weight_map", JsonNode::object({{"lm_head.weight", JsonNode::text(kShard)},
+                                          {"model.norm.weight",
+                                           JsonNode::text("model-00001-of-00002.safetensors")},
+                                          {name, JsonNode::text("model-3.safetensors")}})}});
     expect_refused(checkpoint, "model-3.safetensors", name, "download it");
   }
 }
