@@ -119,8 +119,9 @@ def test_a_plan_fits_and_none_that_fits_is_faster(machine: dict[str, Any]) -> No
         check_sizes(planner, other, **sizes)
         if other["conversion"] != plan["conversion"]:
             continue  # less exact, which no plan does for speed alone
-        # A longer chunk is worth some cached experts: prompts need it.
-        least = 0.85 if other["chunk"] < plan["chunk"] else 0.99
+        # A longer chunk is worth some cached experts: prompts need it. And no layer is streamed to
+        # make room for a few more.
+        least = 0.85 if other["chunk"] < plan["chunk"] else 0.95
         assert speed >= least * tokens_per_second(planner, other, machine["rates"]), wishes
 
 
