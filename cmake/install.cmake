@@ -14,9 +14,16 @@ target_link_libraries(dsfp4 PRIVATE dsfp4_core)  # for the libraries that the co
 set(DSFP4_MAP ${PROJECT_SOURCE_DIR}/cmake/dsfp4.map)
 target_link_options(dsfp4 PRIVATE -Wl,--version-script=${DSFP4_MAP})
 set_target_properties(dsfp4 PROPERTIES LINK_DEPENDS ${DSFP4_MAP})
-if(NOT DSFP4_BUILD_PYTHON)  # a wheel holds no symbolic links, so one file must do there
-  set_target_properties(dsfp4 PROPERTIES VERSION ${PROJECT_VERSION}
-    SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+# The number of the binary interface is in the SONAME: api.h says why.
+file(STRINGS ${PROJECT_SOURCE_DIR}/include/dsfp4/api.h DSFP4_ABI REGEX "^#define DSFP4_ABI [0-9]+$")
+string(REGEX MATCH "[0-9]+$" DSFP4_ABI "${DSFP4_ABI}")
+if(NOT DSFP4_ABI)
+  message(FATAL_ERROR "include/dsfp4/api.h does not define DSFP4_ABI as a number")
+endif()
+if(DSFP4_BUILD_PYTHON)  # a wheel holds no symbolic links, so the one file has the whole name
+  set_target_properties(dsfp4 PROPERTIES SUFFIX ${CMAKE_SHARED_LIBRARY_SUFFIX}.${DSFP4_ABI})
+else()
+  set_target_properties(dsfp4 PROPERTIES VERSION ${DSFP4_ABI} SOVERSION ${DSFP4_ABI})
 endif()
 
 set(DSFP4_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/dsfp4)

@@ -20,13 +20,6 @@ Sink& sink() {
 
 }  // namespace
 
-void set_log_callback(LogCallback callback) {
-  std::shared_ptr<const LogCallback> next;
-  if (callback) next = std::make_shared<const LogCallback>(std::move(callback));
-  const std::lock_guard lock(sink().mutex);
-  sink().callback.swap(next);  // the one before goes when the lock is gone
-}
-
 void log(LogLevel level, std::string_view message) noexcept {
   try {
     std::shared_ptr<const LogCallback> callback;
@@ -40,3 +33,10 @@ void log(LogLevel level, std::string_view message) noexcept {
 }
 
 }  // namespace dsfp4
+
+void dsfp4::set_log_callback(LogCallback callback) {
+  std::shared_ptr<const LogCallback> next;
+  if (callback) next = std::make_shared<const LogCallback>(std::move(callback));
+  const std::lock_guard lock(sink().mutex);
+  sink().callback.swap(next);  // the one before goes when the lock is gone
+}

@@ -58,6 +58,8 @@ nb::dict probe_cuda() {
   const ops::cuda::DeviceInfo info = ops::probe_cuda(ops::cuda_plugin(), 0);
   nb::dict result;
   result["gpus"] = info.count;
+  result["name"] = std::string(info.name);
+  result["memory"] = info.total_bytes;
   result["driver_cuda"] = info.driver_version;
   result["plugin_cuda"] = info.runtime_version;
   return result;
@@ -88,8 +90,10 @@ void bind_machine(nb::module_& m) {
         "control groups or None, `threads` by default.");
   m.def("uring_problem", &uring_problem, "Why io_uring cannot be used here; None if it can.");
   m.def("probe_cuda", &probe_cuda,
-        "The `gpus` that the driver sees, and the CUDA that the driver supports and that the "
-        "plugin is built with, 13000 for 13.0 and 0 for none. CudaError without a plugin.");
+        "The `gpus` that the driver sees, `name` and bytes of `memory` of the first one, which "
+        "may be a slice of a GPU (MIG), '' and 0 without one; and the CUDA that the driver "
+        "supports and that the plugin is built with, 13000 for 13.0 and 0 for none. CudaError "
+        "without a plugin.");
   m.def("measure_gpu", &measure_gpu, nb::arg("seconds"),
         "Bytes/s: `copy_in` from pinned RAM to GPU 0, `copy_out` back, each for some seconds; "
         "`read` of its memory by the GPU. Takes 1.1 GB of VRAM and 0.3 GB of RAM.");

@@ -389,8 +389,12 @@ void bind_model(nb::module_& m) {
            })
       .def("__setstate__", [](GenerationResult& r, const ResultState& state) {
         const auto& [tokens, logprobs, reason, prompt_tokens, prefill, decode] = state;
-        new (&r) GenerationResult{tokens,        logprobs, static_cast<FinishReason>(reason),
-                                  prompt_tokens, prefill,  decode};
+        new (&r) GenerationResult{.tokens = tokens,
+                                  .logprobs = logprobs,
+                                  .finish_reason = static_cast<FinishReason>(reason),
+                                  .prompt_tokens = prompt_tokens,
+                                  .prefill_seconds = prefill,
+                                  .decode_seconds = decode};
       });
 
   nb::class_<Handle>(m, "Model", "A loaded checkpoint; see dsfp4.Model.")

@@ -6,11 +6,12 @@
 
 #include "dsfp4/error.h"
 #include "engine/engine.h"
+#include "engine/struct_sizes.h"
 
 namespace dsfp4 {
 
 struct Model::Impl {
-  Impl(const std::filesystem::path& folder, const LoadOptions& options)
+  Impl(const std::filesystem::path& folder, const LoadOptions& options)  // complete
       : engine(folder, options), device(options.device) {}
 
   bool forked() const noexcept { return ::getpid() != process; }
@@ -35,7 +36,7 @@ void Model::Destroy::operator()(Impl* impl) const noexcept {
 }
 
 Model Model::load(const std::filesystem::path& folder, const LoadOptions& options) {
-  return Model(std::unique_ptr<Impl, Destroy>(new Impl(folder, options)));
+  return Model(std::unique_ptr<Impl, Destroy>(new Impl(folder, complete(options))));
 }
 
 Model::Model(std::unique_ptr<Impl, Destroy> impl) : impl_(std::move(impl)) {}
@@ -63,16 +64,16 @@ void Model::set_memory_config(const MemoryConfig& config, const KeepGoing& keep_
 void Model::set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going) {
   impl_->here().set_memory_strategy(strategy, keep_going);
 }
-ModelStats Model::stats() const { return impl_->here().stats(); }
+void Model::read_stats(ModelStats& stats) const { hand_over(impl_->here().stats(), stats); }
 
 void Model::forward(std::span<const std::int32_t> ids, std::span<float> logits,
                     const ForwardOptions& options) {
-  impl_->here().forward(ids, logits, options);
+  impl_->here().forward(ids, logits, complete(options));
 }
 
-GenerationResult Model::generate(std::span<const std::int32_t> prompt,
-                                 const GenerateOptions& options, const TokenCallback& on_token) {
-  return impl_->here().generate(prompt, options, on_token);
+void Model::generate_into(GenerationResult& result, std::span<const std::int32_t> prompt,
+                          const GenerateOptions& options, const TokenCallback& on_token) {
+  hand_over(impl_->here().generate(prompt, complete(options), on_token), result);
 }
 
 }  // namespace dsfp4

@@ -37,6 +37,8 @@ std::uint64_t checked_context_bytes(const cuda::Plugin& plugin, cuda::Device* de
   std::uint64_t free = 0;
   std::uint64_t total = 0;
   cuda_check(plugin, plugin.memory(device, &free, &total));
+  // More than there is: of a whole GPU, where the device is a slice of it (MIG).
+  if (free_before > total + total / 8) free_before = 0;
   const std::uint64_t context = context_bytes(index, free_before, free);
   if (memory_limit != 0 && context + kDriverReserve > memory_limit) {
     throw MemoryLimitError("the CUDA context and its reserve", context + kDriverReserve,

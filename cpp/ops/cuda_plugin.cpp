@@ -73,6 +73,12 @@ const cuda::Plugin& load_plugin() {
   return *plugin;  // never unloaded: the runtime in it has threads and handlers of its own
 }
 
+// What may hide a GPU, or name a slice of one that is not there.
+std::string visible_devices() {
+  const char* list = std::getenv("CUDA_VISIBLE_DEVICES");
+  return list == nullptr ? "" : std::string(" (CUDA_VISIBLE_DEVICES is '") + list + "')";
+}
+
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -101,11 +107,12 @@ std::string cuda_refusal(const cuda::DeviceInfo& info, int index) {
            "; update the driver or use device 'cpu'";
   }
   if (info.count == 0) {
-    return "device 'cuda' needs an NVIDIA GPU, and the driver sees none; use device 'cpu'";
+    return "device 'cuda' needs an NVIDIA GPU, and the driver sees none" + visible_devices() +
+           "; use device 'cpu'";
   }
   if (index >= info.count) {
     return "there is no GPU " + std::to_string(index) + "; the driver sees " +
-           std::to_string(info.count) + ", counted from 0";
+           std::to_string(info.count) + ", counted from 0" + visible_devices();
   }
   if (info.major < kOldestMajor) {
     return "the GPU " + std::string(info.name) + " is too old: its compute capability is " +

@@ -11,6 +11,7 @@
 #include "dsfp4/api.h"
 
 namespace dsfp4 {
+inline namespace DSFP4_ABI_NAMESPACE {
 
 /// Base of all errors thrown by the library.
 class DSFP4_API Error : public std::runtime_error {
@@ -125,4 +126,5 @@ class DSFP4_API CudaError : public Error {
   int line_;
 };
 
+}  // namespace DSFP4_ABI_NAMESPACE
 }  // namespace dsfp4

@@ -9,6 +9,7 @@
 #include "dsfp4/api.h"
 
 namespace dsfp4 {
+inline namespace DSFP4_ABI_NAMESPACE {
 
 enum class LogLevel : std::uint8_t {
   kDebug,    // of use to those who develop dsfp4
@@ -29,4 +30,5 @@ using LogCallback = std::function<void(LogLevel level, std::string_view message)
 /// is under way on another thread ends as it may.
 DSFP4_API void set_log_callback(LogCallback callback);
 
+}  // namespace DSFP4_ABI_NAMESPACE
 }  // namespace dsfp4

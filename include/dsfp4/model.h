@@ -14,8 +14,10 @@
 // the Model stays usable. Memory for small things that runs out is std::bad_alloc, as ever.
 // Nothing is printed, and nothing ends the process; log.h has what there is to say.
 // Units: bytes, tokens and seconds.
+// Versions: api.h says which programs a library of another version runs.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -31,6 +33,7 @@
 #include "dsfp4/rates.h"
 
 namespace dsfp4 {
+inline namespace DSFP4_ABI_NAMESPACE {
 
 /// Asked on the thread of a call between layers and groups of experts, and at least every 50 ms
 /// while the call waits for its turn or for the SSD. False ends the call: generate() returns what
@@ -90,6 +93,8 @@ struct MemoryStrategy {
 
 /// Counted since the model was loaded; bytes and seconds.
 struct ModelStats {
+  /// Bytes of this struct in the program, for the library (api.h). Leave it as it is.
+  std::size_t struct_bytes = sizeof(ModelStats);
   std::uint64_t reserved_bytes = 0;  // planned in all: weights, caches, staging, KV cache, scratch
   bool tiered = false;               // experts lie on the SSD; if not, what follows of them is 0
   std::uint64_t slots = 0, cache_slots = 0, slot_bytes = 0;
@@ -130,6 +135,8 @@ struct ModelStats {
 };
 
 struct LoadOptions {
+  /// Bytes of this struct in the program, for the library (api.h). Leave it as it is.
+  std::size_t struct_bytes = sizeof(LoadOptions);
   /// "cpu" (SIMD), "cuda" (an NVIDIA GPU; its memory must hold the KV cache, the head, a step and
   /// the dense weights of a few layers) or "reference" (scalar, FP32 with FP64 sums; for checking,
   /// slow).
@@ -185,6 +192,8 @@ struct LoadOptions {
 };
 
 struct GenerateOptions {
+  /// Bytes of this struct in the program, for the library (api.h). Leave it as it is.
+  std::size_t struct_bytes = sizeof(GenerateOptions);
   /// Most tokens to generate, at least 1.
   std::int64_t max_tokens = 256;
   /// 0 is greedy; else logits are divided by it. 0 to 100.
@@ -231,6 +240,8 @@ enum class FinishReason : std::uint8_t {
 };
 
 struct GenerationResult {
+  /// Bytes of this struct in the program, for the library (api.h). Leave it as it is.
+  std::size_t struct_bytes = sizeof(GenerationResult);
   std::vector<std::int32_t> tokens;
   std::vector<TokenLogprobs> logprobs;  // one a token, if they were asked for
   FinishReason finish_reason = FinishReason::kLength;
@@ -243,6 +254,8 @@ struct GenerationResult {
 using TokenCallback = std::function<bool(std::int32_t token)>;
 
 struct ForwardOptions {
+  /// Bytes of this struct in the program, for the library (api.h). Leave it as it is.
+  std::size_t struct_bytes = sizeof(ForwardOptions);
   /// Experts to use instead of the router's choice, [moe_layers, tokens, num_experts_per_tok];
   /// empty: the router's. Mixing weights come from the router's scores either way.
   std::span<const std::int32_t> forced_experts;
@@ -306,16 +319,28 @@ class DSFP4_API Model {
   void set_memory_strategy(const MemoryStrategy& strategy, const KeepGoing& keep_going = {});
   void set_compute_streams(const ComputeStreams& streams, const KeepGoing& keep_going = {});
   /// Returns at once, while another call runs, too: then its numbers are of that moment.
-  ModelStats stats() const;
+  DSFP4_LOCAL ModelStats stats() const {
+    ModelStats stats;
+    read_stats(stats);
+    return stats;
+  }
 
   /// Continues `prompt` (at least one id; nothing is added to it) until a token in stop_ids,
   /// max_tokens, the end of the context or a callback that returns false. Throws ParameterError,
   /// and ContextLengthError where the prompt leaves no room for one token.
-  GenerationResult generate(std::span<const std::int32_t> prompt,
-                            const GenerateOptions& options = {},
-                            const TokenCallback& on_token = {});
+  DSFP4_LOCAL GenerationResult generate(std::span<const std::int32_t> prompt,
+                                        const GenerateOptions& options = {},
+                                        const TokenCallback& on_token = {}) {
+    GenerationResult result;
+    generate_into(result, prompt, options, on_token);
+    return result;
+  }
 
  private:
+  // The program makes the structs that come back, as it knows how large they are there.
+  void read_stats(ModelStats& stats) const;
+  void generate_into(GenerationResult& result, std::span<const std::int32_t> prompt,
+                     const GenerateOptions& options, const TokenCallback& on_token);
   struct Impl;
   struct Destroy {
     void operator()(Impl* impl) const noexcept;
@@ -324,4 +349,5 @@ class DSFP4_API Model {
   std::unique_ptr<Impl, Destroy> impl_;
 };
 
+}  // namespace DSFP4_ABI_NAMESPACE
 }  // namespace dsfp4

@@ -1,7 +1,10 @@
 // The speed of a machine's wires, as experts cross them.
 #pragma once
 
+#include "dsfp4/api.h"
+
 namespace dsfp4 {
+inline namespace DSFP4_ABI_NAMESPACE {
 
 /// Bytes a second; 0: not known. Without a GPU only the first two are ever known.
 struct Rates {
@@ -16,4 +19,5 @@ struct Rates {
   bool operator==(const Rates&) const = default;
 };
 
+}  // namespace DSFP4_ABI_NAMESPACE
 }  // namespace dsfp4

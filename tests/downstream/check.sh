@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Builds examples/embed against the installed library as users do, in a folder of its own: found by
 # CMake, by pkg-config, and inside the Python package. Each must stream the tokens that Python gets.
+# Then programs of other versions meet the library: one with older headers must work, one of another
+# binary interface must be refused before it runs (include/dsfp4/api.h).
 # usage: check.sh BUILD_FOLDER PYTHON; needs cmake, ninja, pkg-config and c++
 set -euo pipefail
 build=$(realpath "$1")
@@ -23,15 +25,23 @@ by_cmake() {  # by_cmake NAME DEFINITION
   mv "$1/stream_tokens" "stream-$1"
 }
 
-by_pkg_config() {
+by_pkg_config() {  # by_pkg_config SOURCE OUT FLAG...
   local -x PKG_CONFIG_PATH=$work/installed/lib/pkgconfig
   # shellcheck disable=SC2046  # flags are words
-  c++ -std=c++20 source/stream_tokens.cpp $(pkg-config --cflags --libs dsfp4) \
-    "-Wl,-rpath,$(pkg-config --variable=libdir dsfp4)" -o stream-pkg-config
+  c++ -std=c++20 "${@:3}" "$1" $(pkg-config --cflags --libs dsfp4) \
+    "-Wl,-rpath,$(pkg-config --variable=libdir dsfp4)" -o "$2"
+}
+
+expect_refused() {  # expect_refused WORDS PROGRAM
+  if LD_BIND_NOW=1 "$2" "$model" "$COUNT" "${PROMPT[@]}" >/dev/null 2>said; then
+    echo "$2 ran" >&2
+    exit 1
+  fi
+  grep -- "$1" said | sed "s|$work/||g"
 }
 
 by_cmake cmake "-DCMAKE_PREFIX_PATH=$work/installed"
-by_pkg_config
+by_pkg_config source/stream_tokens.cpp stream-pkg-config
 by_cmake python "-Ddsfp4_DIR=$("$python" -m dsfp4 --cmake-dir)"
 
 "$python" - "$COUNT" "${PROMPT[@]}" >model-and-ids <<'PY'
@@ -60,3 +70,22 @@ for program in cmake pkg-config python; do
   fi
   grep "^bad checkpoint, see $work/empty" said | sed "s|$work/||g"
 done
+
+readonly OLD=$root/tests/downstream
+"$python" "$OLD/old_headers.py" installed/include older
+by_pkg_config "$OLD/old_program.cpp" ./old-program -O1 -Iolder
+echo "\$ old_program MODEL $COUNT ${PROMPT[*]}  # compiled with older headers"
+./old-program "$model" "$COUNT" "${PROMPT[@]}" >ids
+[ "$(tr '\n' ' ' <ids | sed 's/ $//')" = "$expected" ] ||
+  { echo "an old program gets other tokens" >&2; exit 1; }
+
+# Of another interface: by force, as if that library lay where this one's is; then as upgrades are.
+"$python" "$OLD/old_headers.py" installed/include other 0
+by_pkg_config "$OLD/old_program.cpp" ./other-program -Iother -Wl,--unresolved-symbols=ignore-all
+expect_refused "undefined symbol: .*dsfp44abi0" ./other-program
+library=$(readelf --dynamic stream-cmake | sed -n 's/.*NEEDED.*\[\(libdsfp4.*\)\]/\1/p')
+[[ $library =~ ^libdsfp4\.so\.[0-9]+$ ]] || { echo "$library has no version" >&2; exit 1; }
+mv installed/lib/libdsfp4.so* "$work"
+ln -s "$work/$library" installed/lib/libdsfp4.so
+ln -s "$work/$library" installed/lib/libdsfp4.so.999
+expect_refused "$library: cannot open shared object file" ./stream-cmake

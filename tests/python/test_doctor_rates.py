@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,37 @@ def test_numbers_that_nvidia_smi_does_not_know(fake: FakeMachine) -> None:
     assert findings(machine) == []
 
 
+MIG_CARD = "NVIDIA A100-SXM4-40GB, 570.86.15, 8.0, 40960, 20000, 16, 16, Enabled\n"
+SLICE = replace(WORKING, device="NVIDIA A100-SXM4-40GB MIG 1g.5gb", memory=4_900_000_000)
+
+
+def test_a_slice_of_a_gpu(fake: FakeMachine) -> None:
+    """What others use of the whole GPU takes nothing from the slice."""
+    machine = fake.examine(nvidia_smi=lambda: MIG_CARD, plugin=lambda: SLICE)
+    assert findings(machine) == []
+    said = "\n".join(command.lines(machine, None, []))
+    assert "driver 570.86.15, in slices (MIG)" in said
+    assert re.search(r"GPU slice +NVIDIA A100-SXM4-40GB MIG 1g\.5gb, 4\.9 GB", said)
+    whole = MIG_CARD.replace("Enabled", "Disabled")
+    machine = fake.examine(nvidia_smi=lambda: whole, plugin=lambda: WORKING)
+    assert "are used by other programs" in only(findings(machine)).problem
+    assert "MIG" not in "\n".join(command.lines(machine, None, []))
+
+
+def test_a_gpu_in_slices_of_which_none_may_be_used(fake: FakeMachine) -> None:
+    none = replace(WORKING, problem="the driver sees none (CUDA_VISIBLE_DEVICES is 'MIG-1')")
+    finding = only(findings(fake.examine(nvidia_smi=lambda: MIG_CARD, plugin=lambda: none)))
+    assert "is cut into slices (MIG), and this process may use none of them" in finding.problem
+    assert "CUDA_VISIBLE_DEVICES is 'MIG-1'" in finding.problem
+    assert finding.command == "nvidia-smi -L"
+
+
+def test_a_slice_that_cannot_be_used_is_named(fake: FakeMachine) -> None:
+    failing = replace(SLICE, problem="its memory is too small")
+    finding = only(findings(fake.examine(nvidia_smi=lambda: MIG_CARD, plugin=lambda: failing)))
+    assert "The GPU (NVIDIA A100-SXM4-40GB MIG 1g.5gb) is not used: its memory" in finding.problem
+
+
 def test_wsl(fake: FakeMachine) -> None:
     fake.write("proc/sys/kernel/osrelease", "5.15.153.1-microsoft-standard-WSL2\n")
     half, pinned = findings(fake.examine())
@@ -107,6 +139,9 @@ def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     program(tmp_path, f'echo "$*" >{tmp_path}/asked; echo "{CARD.strip()}"')
     assert ask_nvidia_smi() == CARD
     assert "--query-gpu=name,driver_version" in (tmp_path / "asked").read_text()
+    older = f'case "$*" in *mig.mode*) exit 2;; esac; echo "{CARD.strip()}"'
+    program(tmp_path, older)  # not a valid field to query
+    assert ask_nvidia_smi() == CARD
     program(tmp_path, "echo NVIDIA-SMI has failed; exit 9")
     assert ask_nvidia_smi() == ""
     (tmp_path / "nvidia-smi").write_text("no program")
@@ -114,7 +149,7 @@ def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_plugin_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"gpus": 0, "driver_cuda": 0, "plugin_cuda": 12080}
+    versions = {"gpus": 0, "name": "", "memory": 0, "driver_cuda": 0, "plugin_cuda": 12080}
     monkeypatch.setattr(_core, "probe_cuda", lambda: versions)
     monkeypatch.setattr(_core, "cuda_problem", lambda: "no driver is installed")
     assert ask_plugin() == Plugin(built=True, problem="no driver is installed", cuda="12.8")

@@ -11,7 +11,9 @@ import pytest
 import dsfp4
 
 PACKAGE = Path(dsfp4.__file__).parent
-LIBRARY = PACKAGE / "lib" / "libdsfp4.so"
+API = (PACKAGE / "include" / "dsfp4" / "api.h").read_text()
+ABI = int(re.findall(r"^#define DSFP4_ABI (\d+)$", API, re.MULTILINE)[0])
+LIBRARY = PACKAGE / "lib" / f"libdsfp4.so.{ABI}"
 EXPORTED = Path(__file__).with_name("exported_symbols.txt")
 _STRING = "std::__cxx11::basic_string<char, std::char_traits<char>, std::allocator<char> >"
 _VIEW = "std::basic_string_view<char, std::char_traits<char> >"
@@ -33,6 +35,16 @@ def test_exports_are_the_checked_list():
     # A new line belongs here on purpose only: programs that are built today will need it.
     assert sorted(actual - expected) == [], "exported, but not in exported_symbols.txt"
     assert sorted(expected - actual) == [], "in exported_symbols.txt, but not exported"
+
+
+def test_the_version_of_the_interface_is_in_every_name() -> None:
+    """What a program of another version finds is no library, or no symbol, but not a wrong one."""
+    assert f"#define DSFP4_ABI_NAMESPACE abi{ABI}\n" in API
+    names = symbols("--defined-only")
+    assert all(f"dsfp4::abi{ABI}::" in name for name in names), names
+    said = subprocess.run(["readelf", "-d", LIBRARY], check=True, capture_output=True, text=True)
+    assert f"soname: [libdsfp4.so.{ABI}]" in said.stdout
+    assert [path.name for path in LIBRARY.parent.glob("libdsfp4.so*")] == [LIBRARY.name]
 
 
 def test_nothing_prints_or_ends_the_process():

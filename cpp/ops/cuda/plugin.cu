@@ -1,10 +1,14 @@
 // The table that the core loads, and what is not a kernel: the device, its memory, graphs.
+#include <array>
+#include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <type_traits>
 
 #include "ops/cuda/common.cuh"
 #include "ops/cuda/current_device.cuh"
 #include "ops/cuda/kernels.h"
+#include "ops/cuda/nvml.h"
 #include "ops/cuda/workspaces.h"
 
 namespace dsfp4::ops::cuda {
@@ -17,28 +21,25 @@ const Failure* failure() { return &last_failure; }
 // ---- NVML: used memory before there is a context
 // -------------------------------------------------
 
-struct NvmlMemory {
-  unsigned long long total, free, used;
-};
-
-// Free bytes of the device on this PCI bus; 0 where the driver's management library is not there.
-std::uint64_t free_without_context(const char* bus) {
+// 0 where the driver's management library is not there.
+std::uint64_t free_without_context(const char* bus, const cudaUUID_t& cuda_uuid, int index) {
   void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return 0;
-  const auto init = reinterpret_cast<int (*)()>(dlsym(library, "nvmlInit_v2"));
-  const auto find = reinterpret_cast<int (*)(const char*, void**)>(
-      dlsym(library, "nvmlDeviceGetHandleByPciBusId_v2"));
-  const auto memory =
-      reinterpret_cast<int (*)(void*, NvmlMemory*)>(dlsym(library, "nvmlDeviceGetMemoryInfo"));
-  const auto shutdown = reinterpret_cast<int (*)()>(dlsym(library, "nvmlShutdown"));
-  std::uint64_t free = 0;
-  if (init != nullptr && find != nullptr && memory != nullptr && shutdown != nullptr &&
-      init() == 0) {
-    void* handle = nullptr;
-    NvmlMemory info{};
-    if (find(bus, &handle) == 0 && memory(handle, &info) == 0) free = info.free;
-    shutdown();
-  }
+  const auto load = [library](auto& function, const char* name) {
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+  };
+  Nvml nvml;
+  load(nvml.init, "nvmlInit_v2");
+  load(nvml.shutdown, "nvmlShutdown");
+  load(nvml.find_by_bus, "nvmlDeviceGetHandleByPciBusId_v2");
+  load(nvml.find_by_uuid, "nvmlDeviceGetHandleByUUID");
+  load(nvml.mig_mode, "nvmlDeviceGetMigMode");
+  load(nvml.memory, "nvmlDeviceGetMemoryInfo");
+  std::array<unsigned char, 16> uuid;
+  std::memcpy(uuid.data(), cuda_uuid.bytes, uuid.size());
+  const char* list = std::getenv("CUDA_VISIBLE_DEVICES");
+  const std::uint64_t free =
+      free_without_context(nvml, bus, uuid, visible_device(list == nullptr ? "" : list, index));
   dlclose(library);
   return free;
 }
@@ -65,7 +66,7 @@ bool probe(int index, DeviceInfo* info) {
   info->total_bytes = properties.totalGlobalMem;
   char bus[32] = {};
   DSFP4_TRY(cudaDeviceGetPCIBusId(bus, sizeof(bus), index));
-  info->free_bytes = free_without_context(bus);
+  info->free_bytes = free_without_context(bus, properties.uuid, index);
   return true;
 }
 

@@ -127,9 +127,12 @@ def _gpus(facts: GpuFacts) -> Iterable[Row]:
         yield (
             f"GPU {number}",
             f"{gpu.name}, compute capability {gpu.compute_capability}, {_size(gpu.memory)} "
-            f"({_size(gpu.used)} used), driver {gpu.driver}",
+            f"({_size(gpu.used)} used), driver {gpu.driver}"
+            + (", in slices (MIG)" if gpu.mig else ""),
         )
     plugin = facts.plugin
+    if plugin.device is not None and any(gpu.mig for gpu in facts.gpus):
+        yield "GPU slice", f"{plugin.device}, {_size(plugin.memory)}"
     if plugin.built:
         driver = f"the driver supports {plugin.driver_cuda}" if plugin.driver_cuda else "no driver"
         yield "CUDA plugin", f"CUDA {plugin.cuda or _UNKNOWN}; {driver}"

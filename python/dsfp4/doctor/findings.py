@@ -200,7 +200,7 @@ def _of_gpu(machine: Machine) -> Iterator[Finding]:
                 "nvidia-smi",
             )
         return
-    plugin, name = facts.plugin, facts.gpus[0].name
+    plugin, name = facts.plugin, facts.plugin.device or facts.gpus[0].name
     if plugin.problem is not None and not plugin.built:
         yield Finding(
             f"The GPU ({name}) is not used: {plugin.problem}.",
@@ -213,6 +213,14 @@ def _of_gpu(machine: Machine) -> Iterator[Finding]:
             f"{plugin.driver_cuda}, and this build needs CUDA {plugin.cuda}.",
             "Update NVIDIA's driver, or build dsfp4 with an older CUDA toolkit, 12.0 or later.",
         )
+    elif plugin.problem is not None and plugin.device is None and any(g.mig for g in facts.gpus):
+        yield Finding(
+            f"The GPU ({name}) is cut into slices (MIG), and this process may use none of them: "
+            f"{plugin.problem}.",
+            "Let CUDA_VISIBLE_DEVICES name one as the command does, MIG-...; where it lists none, "
+            "make one: nvidia-smi mig --help.",
+            "nvidia-smi -L",
+        )
     elif plugin.problem is not None:
         yield Finding(
             f"The GPU ({name}) is not used: {plugin.problem}.",
@@ -223,7 +231,13 @@ def _of_gpu(machine: Machine) -> Iterator[Finding]:
 
 def _of_graphics_memory(machine: Machine) -> Iterator[Finding]:
     for gpu in machine.gpu.gpus[:1]:  # the one that is used
-        if gpu.memory and gpu.used is not None and gpu.used > _MUCH_VRAM * gpu.memory:
+        # What is used of a GPU in slices is no part of the one slice that is ours.
+        if (
+            gpu.memory
+            and gpu.used is not None
+            and not gpu.mig
+            and gpu.used > _MUCH_VRAM * gpu.memory
+        ):
             yield Finding(
                 f"{gb(gpu.used)} of the GPU's {gb(gpu.memory)} are used by other programs.",
                 "End those that the command shows; a desktop can use the processor's graphics.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dsfp4 import _core
 from dsfp4.errors import CudaError
 
+# The last one is not known to drivers from before there was MIG (R450).
 _FIELDS = (
     "name",
     "driver_version",
@@ -15,6 +16,7 @@ _FIELDS = (
     "memory.used",
     "pcie.link.width.current",
     "pcie.link.width.max",
+    "mig.mode.current",
 )
 _WSL_FOLDER = "/usr/lib/wsl/lib"  # not on every PATH
 _PATIENCE = 20  # seconds; a driver that hangs must not hang us
@@ -23,7 +25,10 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Gpu:
-    """What nvidia-smi says of one; memory in bytes, None where it says nothing."""
+    """What nvidia-smi says of one; memory in bytes, None where it says nothing.
+
+    `mig`: it is cut into slices, and its numbers are those of all of them.
+    """
 
     name: str
     driver: str
@@ -32,19 +37,23 @@ class Gpu:
     used: int | None
     pcie_lanes: int | None
     most_pcie_lanes: int | None
+    mig: bool = False
 
 
 @dataclass(frozen=True)
 class Plugin:
     """The CUDA plugin of this build; versions as in 13.0, None where it or the driver is missing.
 
-    `problem` says in one sentence why device 'cuda' cannot be used.
+    `problem` says in one sentence why device 'cuda' cannot be used. `device` is the name of the GPU
+    that is used, or of the slice of one (MIG), `memory` its bytes; None where there is none.
     """
 
     built: bool
     problem: str | None
     cuda: str | None = None  # that it is built with
     driver_cuda: str | None = None  # the newest that the driver supports
+    device: str | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,26 +70,31 @@ def ask_nvidia_smi() -> str:
     program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_WSL_FOLDER)
     if program is None:
         return ""
-    command = [program, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    for fields in (_FIELDS, _FIELDS[:-1]):
+        command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if done.returncode == 0:
+            return done.stdout
+    return ""
 
 
 def ask_plugin() -> Plugin:
     """Ask the CUDA plugin what it sees."""
     problem: str | None = _core.cuda_problem()
     try:
-        versions = _core.probe_cuda()
+        said = _core.probe_cuda()
     except CudaError as error:
         return Plugin(built=bool(error.code), problem=problem)  # the driver's errors have a code
     return Plugin(
         built=True,
         problem=problem,
-        cuda=_version(versions["plugin_cuda"]),
-        driver_cuda=_version(versions["driver_cuda"]),
+        cuda=_version(said["plugin_cuda"]),
+        driver_cuda=_version(said["driver_cuda"]),
+        device=said["name"] or None,
+        memory=said["memory"] or None,
     )
 
 
@@ -96,9 +110,10 @@ def gpu_facts(said: str, plugin: Plugin, card: bool) -> GpuFacts:
             used=_number(words[4], _MIB),
             pcie_lanes=_number(words[5]),
             most_pcie_lanes=_number(words[6]),
+            mig=words[7:] == ["Enabled"],
         )
         for words in lines
-        if len(words) == len(_FIELDS)
+        if len(words) in (len(_FIELDS), len(_FIELDS) - 1)
     )
     return GpuFacts(gpus=gpus, plugin=plugin, card=card or bool(gpus))
 

@@ -20,6 +20,7 @@ struct FakeCuda {
 
   bool opens = true;
   bool tells_memory = true;
+  std::uint64_t free_before = 2'000'000'000;  // as probe() has it
   bool embeds = true;
   std::size_t pinnable = SIZE_MAX;  // bytes in all
   bool unpins = true;
@@ -81,7 +82,7 @@ struct FakeCuda {
       info->count = kIndex + 1;
       info->major = 9;
       info->driver_version = info->runtime_version = 13000;
-      info->free_bytes = 2'000'000'000;
+      info->free_bytes = state().free_before;
       return true;
     };
     table.open = [](int, bool, Device** device) {
