@@ -48,7 +48,8 @@ int run(const char* folder, const char* max_tokens, const std::vector<std::int32
     options.max_tokens = std::stoll(max_tokens);
     return options;
   });
-  const Guarded<dsfp4::ForwardOptions> forward([] { return dsfp4::ForwardOptions{.decode = true}; });
+  const Guarded<dsfp4::ForwardOptions> forward(
+      [] { return dsfp4::ForwardOptions{.decode = true}; });
 
   dsfp4::Model model = dsfp4::Model::load(folder, load.value);
   std::vector<float> logits(prompt.size() * static_cast<std::size_t>(model.vocab_size()));
