@@ -1,4 +1,4 @@
-// Timings for `dsfp4 bench kernels` and the wires of `dsfp4 bench decode`.
+// Timings for `dsfp4 bench kernels` and `dsfp4 bench cuda`, and the wires of `dsfp4 bench decode`.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -14,6 +14,7 @@
 #include "bindings/bindings.h"
 #include "bindings/gil.h"
 #include "dsfp4/error.h"
+#include "engine/bench_cuda.h"
 #include "engine/bench_wires.h"
 #include "ops/measure/kernel_bench.h"
 
@@ -134,6 +135,25 @@ nb::dict measure_wires(const std::string& device, const std::string& format,
   return result;
 }
 
+nb::list bench_cuda(const std::string& only) {
+  std::vector<engine::KernelTime> times;
+  {
+    const ReleasedGil released;
+    times = engine::bench_cuda(0, only);
+  }
+  nb::list rows;
+  for (const engine::KernelTime& time : times) {
+    nb::dict row;
+    row["name"] = time.name;
+    row["seconds"] = time.seconds;
+    row["bytes"] = time.bytes;
+    row["flops"] = time.flops;
+    row["floor"] = time.floor;
+    rows.append(row);
+  }
+  return rows;
+}
+
 }  // namespace
 
 void bind_bench(nb::module_& m) {
@@ -179,6 +199,8 @@ void bind_bench(nb::module_& m) {
           nb::arg("rows"), nb::arg("copies"), nb::arg("runs"), unlocked)
       .def("profile", &profile, nb::arg("position"), nb::arg("rows"), nb::arg("decode"),
            nb::arg("slots"), nb::arg("expert"), nb::arg("runs"));
+  m.def("bench_cuda", &bench_cuda, nb::arg("only") = "",
+        "Times the CUDA kernels: dicts of name, seconds, bytes, flops, floor.");
   m.def("measure_wires", &measure_wires, nb::arg("device"), nb::kw_only(), nb::arg("format"),
         nb::arg("hidden_size"), nb::arg("moe_intermediate_size"), nb::arg("top_k"),
         nb::arg("threads") = 0, nb::arg("memory_limit") = 0, nb::arg("seconds") = 1.0,

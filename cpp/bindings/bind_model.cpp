@@ -22,7 +22,6 @@
 #include "bindings/gil.h"
 #include "dsfp4/error.h"
 #include "dsfp4/model.h"
-#include "engine/bench_cuda.h"
 #include "engine/planned.h"
 #include "ops/cuda_plugin.h"
 
@@ -310,25 +309,6 @@ std::optional<std::string> cuda_problem() {
   return std::nullopt;
 }
 
-nb::list bench_cuda(const std::string& only) {
-  std::vector<engine::KernelTime> times;
-  {
-    const ReleasedGil released;
-    times = engine::bench_cuda(0, only);
-  }
-  nb::list rows;
-  for (const engine::KernelTime& time : times) {
-    nb::dict row;
-    row["name"] = time.name;
-    row["seconds"] = time.seconds;
-    row["bytes"] = time.bytes;
-    row["flops"] = time.flops;
-    row["floor"] = time.floor;
-    rows.append(row);
-  }
-  return rows;
-}
-
 template <auto Getter>
 auto get(const Handle& model) {
   return ((*model).*Getter)();
@@ -358,8 +338,6 @@ TokenPairs top_of(const TokenLogprobs& logprobs) {
 void bind_model(nb::module_& m) {
   m.def("cuda_problem", &cuda_problem,
         "Why device 'cuda' cannot be used here, in one sentence; None if it can.");
-  m.def("bench_cuda", &bench_cuda, nb::arg("only") = "",
-        "Times the CUDA kernels: dicts of name, seconds, bytes, flops, floor.");
   nb::class_<TokenLogprobs>(m, "TokenLogprobs", "Natural logarithms of probabilities of a token.")
       .def_prop_ro("id", [](const TokenLogprobs& t) { return t.chosen.id; })
       .def_prop_ro("logprob", [](const TokenLogprobs& t) { return t.chosen.logprob; })

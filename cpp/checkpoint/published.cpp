@@ -57,7 +57,7 @@ YarnConfig yarn(double mscale) {
           .original_max_position_embeddings = 4096};
 }
 
-// What V2, V2-Lite and V3 share, then V2's own; the others change what differs.
+// The configuration of V2. V2-Lite and V3 start from it and change what differs.
 ModelConfig v2_config() {
   ModelConfig config;
   config.model_type = "deepseek_v2";

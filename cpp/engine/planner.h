@@ -41,7 +41,7 @@ struct PlacedRole {
 struct DescribedPlan {
   residency::Plan plan;
   std::int64_t max_context = 0;
-  /// Those in "vram" are plan.vram_bytes and the CUDA context, those in "ram" plan.ram_bytes.
+  /// The bytes in "vram" add up to plan.vram_bytes and the CUDA context, in "ram" to ram_bytes.
   std::vector<PlacedRole> roles;
   std::vector<std::uint64_t> layer_bytes;  // dense weights of each layer, in the plan's formats
   std::uint64_t head_bytes = 0;            // of lm_head; of a tied embedding, too

@@ -73,7 +73,7 @@ const cuda::Plugin& load_plugin() {
   return *plugin;  // never unloaded: the runtime in it has threads and handlers of its own
 }
 
-// What may hide a GPU, or name a slice of one that is not there.
+// The variable that may hide a GPU, or name a slice of one that is not there.
 std::string visible_devices() {
   const char* list = std::getenv("CUDA_VISIBLE_DEVICES");
   return list == nullptr ? "" : std::string(" (CUDA_VISIBLE_DEVICES is '") + list + "')";

@@ -42,7 +42,7 @@ class TieredExperts::Work final : public ExpertWork {
         chosen_(group_by_expert(layer.on_host.used, order_)) {
     for (auto* list : {&in_vram_, &ready_, &reading_, &missing_}) list->reserve(chosen_.size());
   }
-  // What a GPU still reads: pins of experts that are being copied are the tier's, its slots go to
+  // A GPU may still read: pins of experts that are being copied are the tier's, its slots go to
   // events, and scratch is written behind the ops that read it.
   ~Work() override {
     for (const auto* list : {&ready_, &reading_}) {

@@ -8,11 +8,10 @@
 //    (libdsfp4.so.1), so a program finds no library of another number, and in the name of every
 //    symbol (the inline namespace), so that a library put in another's place by force is refused
 //    by the dynamic linker, and two may live in one process.
-//  - Structs that grow carry their size, struct_bytes, as their first member, set by the header
-//  that
-//    the program is compiled with. The library reads and fills only the fields that the program's
-//    struct has; the others have their defaults. Options of a newer header are refused with
-//    ParameterError, as the library cannot know what they ask for.
+//  - Structs that grow carry their size, struct_bytes, as their first member. The header that a
+//    program is compiled with sets it. The library reads and fills only the fields that the
+//    program's struct has; the others have their defaults. Options of a newer header are refused
+//    with ParameterError, as the library cannot know what they ask for.
 // Why so: plain structs are pleasant in C++ (designated initializers, no builder, no setters that
 // allocate), and adding a field is the one change that every release makes. With sizes that is no
 // break; any other change to a type or function is one, and raises the number.

@@ -1,14 +1,23 @@
 """Checks of arguments, before the core sees them: each error is worded to name its parameter."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dsfp4._arrays import parameter_error
 from dsfp4.errors import ParameterError
 
-__all__ = ["check_gigabytes", "check_integer", "check_integers", "check_real", "check_text"]
+__all__ = [
+    "check_gigabytes",
+    "check_integer",
+    "check_integers",
+    "check_quantization",
+    "check_real",
+    "check_text",
+]
 
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -95,3 +104,18 @@ def check_text(parameter: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ParameterError(f"{parameter} must be a string, not {value!r}", parameter=parameter)
     return value
+
+
+def check_quantization(quantization: str | Mapping[str, str]) -> dict[str, str] | None:
+    """Return the roles' formats, None for "auto". Raises ParameterError for what is neither."""
+    if quantization == "auto":
+        return None
+    if quantization == "keep":
+        return {}
+    if isinstance(quantization, Mapping):
+        items = dict(quantization)
+        if all(isinstance(text, str) for item in items.items() for text in item):
+            return items
+    raise parameter_error(
+        "quantization", f"must be auto, keep or map roles to formats, not be {quantization!r}"
+    )

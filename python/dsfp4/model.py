@@ -14,6 +14,7 @@ from dsfp4._checks import (
     check_gigabytes,
     check_integer,
     check_integers,
+    check_quantization,
     check_real,
     check_text,
 )
@@ -415,21 +416,6 @@ def check_share(cpu_share: float | Literal["auto"] | None) -> float | None:
 def check_optional(name: str, value: float | None) -> float | None:
     """Return `value` as a float, or None. Raises ParameterError for what is no number."""
     return None if value is None else check_real(name, value)
-
-
-def check_quantization(quantization: Quantization) -> dict[str, str] | None:
-    """Return the roles' formats, None for "auto". Raises ParameterError for what is neither."""
-    if quantization == "auto":
-        return None
-    if quantization == "keep":
-        return {}
-    if isinstance(quantization, Mapping):
-        items = dict(quantization)
-        if all(isinstance(text, str) for item in items.items() for text in item):
-            return items
-    raise parameter_error(
-        "quantization", f"must be auto, keep or map roles to formats, not be {quantization!r}"
-    )
 
 
 def check_count(name: str, count: float | None) -> int | None:

@@ -330,7 +330,7 @@ def test_advice_is_the_best_two_doublings() -> None:
     better = forecast(planner, hardware(ram=192 * GB))
     gain = result.evenly.estimate.seconds / better.evenly.estimate.seconds
     assert result.gains[1].factor == pytest.approx(gain)
-    # Where all experts are in RAM, its rate decides, and PCIe beside it does not.
+    # With all experts in RAM its rate decides, and PCIe beside it does not.
     ample = hardware(ram=500 * GB)
     seconds = forecast(planner, ample).evenly.estimate.seconds
     assert gains(planner, ample, seconds)[0].change == "RAM of 140 GB/s"

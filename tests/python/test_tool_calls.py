@@ -72,7 +72,7 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("cut in the fence", CALLS_BEGIN + r1("a", '{"x": 1}')[: -len(CALL_END) - 1], "",
      [("a", '{"x": 1}')]),
     ("cut behind a call", CALLS_BEGIN + v31(*TWO[1]) + "\n", "", TWO[1:]),
-    # What has no name is text, as it was written.
+    # A call without a name is text, as it was written.
     ("cut in the name", f"Hm {CALLS_BEGIN}{CALL_BEGIN}get_w", f"Hm {CALLS_BEGIN}{CALL_BEGIN}get_w",
      []),
     ("cut in R1's name", f"{CALL_BEGIN}function{SEPARATOR}get_w",
@@ -243,7 +243,7 @@ def test_stop_strings_end_answers_but_not_calls(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a {" + block(v31("f", '{"x": "END"}')) + " b END c")
     _, text = built(tokenizer, ids, thinking=False, stop=("END",))
     assert (text, text.tool_calls) == ("a { b ", [ToolCall("f", '{"x": "END"}')])
-    # What is held as the beginning of a stop string comes before the call.
+    # Text held as the beginning of a stop string comes before the call.
     pieces, text = built(tokenizer, ids, thinking=False, stop=("{ b", "END"))
     assert (text, text.finish_reason) == ("a { b ", "stop")
     assert "".join(pieces[: [piece.kind for piece in pieces].index("tool_call")]) == "a {"

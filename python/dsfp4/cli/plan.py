@@ -10,6 +10,7 @@ from typing import Any
 
 from dsfp4 import _core, hub
 from dsfp4._arrays import parameter_error
+from dsfp4._checks import check_quantization
 from dsfp4.cli.options import add_json_flag, add_plan_flags, integer, placement, real
 from dsfp4.cli.plan_report import lines
 from dsfp4.cli.plot import check_drawing, draw_plan, picture_path
@@ -19,7 +20,6 @@ from dsfp4.doctor import Rates as Measured
 from dsfp4.errors import IoError, MemoryLimitError
 from dsfp4.estimate import Rate, Rates
 from dsfp4.forecast import Forecast, Hardware, forecast
-from dsfp4.model import check_quantization
 
 # Of each core, measured with its kernels on prompts; AMX on 16 cores, AVX2 on 2.
 _CORE_TFLOPS = {"amx": 0.085, "avx512": 0.06, "avx2": 0.055}

@@ -231,7 +231,7 @@ def _of_gpu(machine: Machine) -> Iterator[Finding]:
 
 def _of_graphics_memory(machine: Machine) -> Iterator[Finding]:
     for gpu in machine.gpu.gpus[:1]:  # the one that is used
-        # What is used of a GPU in slices is no part of the one slice that is ours.
+        # Memory used of a whole GPU says nothing of the one slice that is ours.
         if (
             gpu.memory
             and gpu.used is not None

@@ -23,7 +23,7 @@ constexpr const char* kPointer =
 
 class Folders : public Malformed {
  protected:
-  // What opening says, of whatever type: "IoError: ...", empty if nothing.
+  // The error of opening, of whatever type: "IoError: ...", empty if nothing.
   std::string said() {
     try {
       return open().message;

@@ -14,7 +14,7 @@
 namespace dsfp4 {
 namespace {
 
-// Where fields lie on x86-64 with libstdc++. Programs that were compiled have these numbers in
+// Places of fields on x86-64 with libstdc++. Programs that were compiled have these numbers in
 // them: a line may be added, for a new field of a struct with struct_bytes; a line that changes is
 // a break and raises DSFP4_ABI (api.h).
 #define FIELD(Struct, field, at) \
